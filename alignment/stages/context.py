@@ -1,0 +1,70 @@
+"""What a stage's function is given: its settings, its parents' results, its folder, and a way to say how far it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignment.config.schema import Experiment
+from alignment.files import write_json
+
+
+@dataclass
+class StageContext:
+    """One stage in one process group.
+
+    folder: the private work folder; what lies in it when the function returns is the stage's result.
+    inputs: role -> folder of the parent's committed result. settings: this stage's part of the experiment.
+    rank, world_size: of this process; files are written by rank 0 unless the stage says otherwise.
+    listeners: also told each row of metrics (tracking is one).
+    """
+
+    name: str
+    run: str
+    key: str
+    folder: Path
+    settings: Any
+    experiment: Experiment
+    inputs: dict[str, Path]
+    rank: int = 0
+    world_size: int = 1
+    listeners: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
+    _started: float = field(default_factory=time.monotonic)
+    _shown: float = 0.0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def progress(self, step: int, total: int, *, force: bool = False, **facts: Any) -> None:
+        """Say how far the stage is: facts are few and shown (loss=..., tokens_per_s=..., note="...").
+
+        Cheap enough to be called at every step: the file is written at most five times a second.
+        """
+        now = time.monotonic()
+        if not self.is_main or (now - self._shown < 0.2 and step < total and not force):
+            return
+        self._shown = now
+        elapsed = now - self._started
+        left = elapsed / step * (total - step) if step else None
+        write_json(
+            self.folder / "progress.json",
+            {"step": step, "total": total, "elapsed_s": elapsed, "left_s": left, "at": time.time(), **facts},
+            durable=False,
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one row to the stage's metrics.jsonl: {"step", "time" (unix seconds), name: value ...}."""
+        if not self.is_main:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        for listener in self.listeners:
+            listener(step, metrics)

@@ -1,0 +1,49 @@
+"""The one interface of every launcher: submit a stage's job, ask how it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to run. folder: its work folder, with stage.json. distributed: whether the stage can use several processes.
+
+    lock: descriptor of the open lock file; the job keeps it open, so the key stays locked while anything works on it.
+    """
+
+    name: str
+    folder: Path
+    distributed: bool
+    threads: int | None
+    lock: int
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Handle(Protocol):
+    def status(self) -> int | None:
+        """None while the job runs, then its exit code (negative: the signal that ended it)."""
+
+    def stop(self, grace: float) -> None:
+        """Ask the job to end; after `grace` seconds end it."""
+
+
+class Launcher(Protocol):
+    def submit(self, job: Job) -> Handle: ...
+
+
+def environment(job: Job, processes: int) -> dict[str, str]:
+    """The variables of a stage's processes: threads shared out before torch is imported, no silent network."""
+    cores = len(os.sched_getaffinity(0))
+    threads = job.threads or max(1, cores // processes)
+    given = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {**os.environ, **given, **job.environment}

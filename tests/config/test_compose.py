@@ -1,0 +1,114 @@
+"""Every shipped config composes; every wrong key is one line that names key, file and the nearest right key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignment.config.compose import compose
+from alignment.config.paths import CONF
+from alignment.errors import ConfigError
+from alignment.pipeline import graph
+
+CHOICES = [
+    f"{folder.name}={file.stem}"
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and folder.name not in ("stage", "chat_template", "hydra")
+    for file in sorted(folder.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_shipped_choice_composes_and_validates(choice: str) -> None:
+    compose([choice])
+
+
+@pytest.mark.parametrize("pipeline", [file.stem for file in sorted((CONF / "pipeline").glob("*.yaml"))])
+def test_every_pipeline_makes_a_graph_whose_parents_come_first(pipeline: str) -> None:
+    nodes = graph.build(compose([f"pipeline={pipeline}"]))
+    names = [node.name for node in nodes]
+    for node in nodes:
+        assert all(names.index(parent.name) < names.index(node.name) for parent in node.parents.values())
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("[!p]*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_key_of_conf_is_explained_on_its_line(file: Path) -> None:
+    """Keys with a value; experiments only choose, and choices are explained in config.yaml."""
+    keys = [line for line in file.read_text().splitlines() if re.match(r"\s*[a-z_0-9]+: [^#\s]", line)]
+    assert [key for key in keys if "#" not in key and file.parent.name != "experiment"] == []
+
+
+REFUSED = [
+    (["stage.dpo.betta=0.2"], "command line: unknown key `stage.dpo.betta` (did you mean `stage.dpo.beta`?)"),
+    (["+stage.dpo.betta=0.2"], "command line: unknown key `stage.dpo.betta` (did you mean `stage.dpo.beta`?)"),
+    (["stage.dpo.beta=strong"], "command line: `stage.dpo.beta` should be a valid number, got 'strong'"),
+    (["stage.dpo.beta=-1"], "command line: `stage.dpo.beta` should be greater than 0, got -1"),
+    (["stage.sft.lora.rank=1.5"], "command line: `stage.sft.lora.rank` should be a valid integer, got 1.5"),
+    (["stage.sft.global_batch_size=true"], "`stage.sft.global_batch_size` should be a valid integer, got True"),
+    (["stage.dpo.loss=sigmoidal"], "should be 'sigmoid', 'hinge' or 'ipo', got 'sigmoidal' (did you mean 'sigmoid'?)"),
+    (["engine=zero4"], "command line: no engine is called 'zero4' (did you mean engine=zero3?)"),
+    (["engin=zero3"], "command line: unknown key `engin` (did you mean `engine`?)"),
+    (["launcher.kind=slrm"], "`launcher.kind` should be one of 'local', 'torchrun', got 'slrm'"),
+    (["launcher=torchrun", "launcher.processes=0"], "`launcher.processes` should be greater than or equal to 1, got 0"),
+    (["nonsense"], "Error parsing override 'nonsense'"),
+    (["pipeline.final=dpoo"], "`pipeline.final` names `dpoo`, which is no node (did you mean `dpo`?)"),
+    (["pipeline.nodes.dpo.inputs.model=sfy"], "names `sfy`, which is no node (did you mean `sft`?)"),
+    (["+pipeline.nodes.dpo.inputs.modle=sft"], "a stage of this kind has no such role (did you mean `model`?)"),
+    (["pipeline.nodes.dpo.stage=dpoo"], "names `dpoo`, which the stage group lacks (did you mean `dpo`?)"),
+    (["+pipeline.nodes.start.inputs.model=dpo"], "a stage of this kind has no such role"),
+    (["pipeline.nodes.sft.inputs={model: dpo, data: rows}"], "the pipeline goes in a circle: "),
+    (["stage.prepare_sft.dataset=instruction"], "names `instruction`, which the data group lacks"),
+    (["model=path"], "`model.source.path` has no value (add model.source.path=... to the command)"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "line"), REFUSED, ids=[" ".join(o) for o, _ in REFUSED])
+def test_a_wrong_setting_is_one_line(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        graph.build(compose(["experiment=quickstart", *overrides]))
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_key_in_a_file_names_the_file_and_its_line(tmp_path: Path) -> None:
+    own = tmp_path / "experiment"
+    own.mkdir()
+    (own / "mine.yaml").write_text("# @package _global_\nstage:\n  dpo:\n    beta: 0.1\n    betta: 0.2\n")
+    with pytest.raises(ConfigError) as caught:
+        compose(["experiment=mine"], (tmp_path,))
+    assert str(caught.value) == (
+        f"{own / 'mine.yaml'}:5: unknown key `stage.dpo.betta` (did you mean `stage.dpo.beta`?)"
+    )
+
+
+def test_a_config_cannot_name_code(tmp_path: Path) -> None:
+    own = tmp_path / "experiment"
+    own.mkdir()
+    (own / "evil.yaml").write_text("# @package _global_\nstage:\n  dpo:\n    _target_: os.system\n")
+    with pytest.raises(ConfigError, match="unknown key `stage.dpo._target_`"):
+        compose(["experiment=evil"], (tmp_path,))
+
+
+def test_the_name_of_a_run_is_its_experiment_else_its_pipeline() -> None:
+    assert compose(["experiment=quickstart"]).name == "quickstart"
+    assert compose(["pipeline=sft"]).name == "sft"
+    assert compose(["experiment=quickstart", "name=mine"]).name == "mine"
+
+
+def test_conf_holds_yaml_only_once_per_key() -> None:
+    """YAML takes the last of two equal keys in silence; none of ours has two."""
+
+    class Strict(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, object]:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"{node.start_mark}: {keys}"
+        return loader.construct_mapping(node, deep=True)
+
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    for file in CONF.rglob("*.yaml"):
+        yaml.load(file.read_text(), Strict)

@@ -1,0 +1,107 @@
+"""The store: whole or not at all, one worker a key, a lock that dies with its holder."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import MachineError
+from alignment.pipeline.store import Store
+
+KEY = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def commit(store: Store, text: str = "weights") -> Path:
+    folder = store.begin(KEY)
+    (folder / "model.bin").write_text(text)
+    return store.commit(KEY, {"key": KEY, "seconds": 1.0, "metrics": {}})
+
+
+def test_a_result_is_found_only_after_its_commit(store: Store) -> None:
+    folder = store.begin(KEY)
+    (folder / "model.bin").write_text("half")
+    assert store.record(KEY) is None
+    commit(store)
+    record = store.record(KEY)
+    assert record is not None
+    # printf weights | sha256sum
+    assert record["files"]["model.bin"] == {
+        "bytes": 7,
+        "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
+    }
+    assert not store.work(KEY).exists()
+
+
+def test_a_result_with_a_file_lost_or_cut_is_no_result_and_is_kept_aside(store: Store) -> None:
+    place = commit(store)
+    (place / "model.bin").write_text("cut")
+    assert store.record(KEY) is None
+    commit(store)
+    assert store.record(KEY) is not None
+    assert [path.name for path in place.parent.iterdir() if "damaged" in path.name]
+
+
+def test_a_result_under_anothers_short_name_is_no_result(store: Store) -> None:
+    commit(store)
+    assert store.record(KEY[:16] + "f" * 48) is None
+
+
+def test_a_new_attempt_starts_empty_but_keeps_the_tracking_run(store: Store) -> None:
+    folder = store.begin(KEY)
+    (folder / "wandb_run_id").write_text("abc")
+    (folder / "checkpoint").mkdir()
+    assert sorted(path.name for path in store.begin(KEY).iterdir()) == ["wandb_run_id"]
+
+
+def _hold(root: Path, ready: multiprocessing.synchronize.Event) -> None:
+    lock = Store(root).lock(KEY)
+    assert lock.acquire("test")
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_lock_is_not_kept_by_a_dead_holder(store: Store) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(store.root, ready))
+    holder.start()
+    assert ready.wait(30)
+    lock = store.lock(KEY)
+    assert store.is_held(KEY)
+    assert not lock.acquire("me")
+    assert lock.holder()["pid"] == holder.pid
+    assert holder.pid
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert not store.is_held(KEY)
+    assert lock.acquire("me")
+    lock.release()
+
+
+def test_waiting_ends_when_the_holder_lets_go(store: Store) -> None:
+    first, second = store.lock(KEY), store.lock(KEY)
+    assert first.acquire("first")
+    told: list[str] = []
+
+    def waiting(holder: dict[str, object]) -> None:
+        told.append(str(holder["who"]))
+        first.release()
+
+    second.wait("second", waiting, every=0.01)
+    assert told == ["first"]
+    second.release()
+
+
+def test_too_little_disk_is_said_before_a_stage_starts(store: Store) -> None:
+    with pytest.raises(MachineError, match=r"GB of disk are free, 1e\+09 GB are asked for"):
+        store.require_space(1e9)
