@@ -1,4 +1,4 @@
-"""The `alignment` command. Control plane: nothing here imports torch; work is done by stages in processes of their own."""
+"""The `alignment` command. Nothing here imports torch: work is done by stages in processes of their own."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _top(arguments: list[str]) -> int:
     lines = "\n".join(f"  {name:<10}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items())
-    usage = f"usage: alignment <command> [options]\n\n{__doc__.split('.')[0]}.\n\ncommands:\n{lines}\n\n{EXIT_CODES}"
+    about = "usage: alignment <command> [options]\n\nFrom a base model to an instruct model people can trust."
+    usage = f"{about}\n\ncommands:\n{lines}\n\n{EXIT_CODES}"
     if arguments and arguments[0] == "--version":
         print(f"alignment {__version__}")
     elif not arguments or arguments[0] in ("-h", "--help"):
@@ -66,7 +67,8 @@ def _top(arguments: list[str]) -> int:
 
         near = difflib.get_close_matches(arguments[0], list(COMMANDS), 1)
         raise ConfigError(
-            f"unknown command {arguments[0]!r}", fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(COMMANDS)}"
+            f"unknown command {arguments[0]!r}",
+            fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(COMMANDS)}",
         )
     return 0
 
@@ -184,7 +186,9 @@ def _parser(name: str, usage: str, command: Callable[..., Any]) -> argparse.Argu
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
     default = Path(os.environ.get("ALIGNMENT_STORE", "outputs"))
-    parser.add_argument("--store", type=Path, default=default, help="the store (default: $ALIGNMENT_STORE, else outputs)")
+    parser.add_argument(
+        "--store", type=Path, default=default, help="the store (default: $ALIGNMENT_STORE, else outputs)"
+    )
 
 
 def _print_json(value: Any) -> None:

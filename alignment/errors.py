@@ -1,6 +1,8 @@
-"""Errors for people: one line with what, where and the fix; each class has the exit code of the command that meets it."""
+"""Errors for people: one line with what, where and the fix; each class has its exit code."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class AlignmentError(Exception):
@@ -20,7 +22,7 @@ class AlignmentError(Exception):
         remedy = f" ({self.fix})" if self.fix else ""
         return " ".join(f"{place}{self.what}{remedy}".split())
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return _rebuild, (type(self), self.what, self.where, self.fix)
 
 
@@ -58,4 +60,6 @@ class StageFailed(AlignmentError):
     exit_code = 1
 
 
-BY_CODE: dict[int, type[AlignmentError]] = {c.exit_code: c for c in (ConfigError, InputError, MachineError, TrainingError)}
+BY_CODE: dict[int, type[AlignmentError]] = {
+    c.exit_code: c for c in (ConfigError, InputError, MachineError, TrainingError)
+}

@@ -1,4 +1,4 @@
-"""One stage in one process group: `python -m alignment.worker <work folder>`, under nothing, torchrun, or srun + torchrun.
+"""One stage in one process group: `python -m alignment.worker <work folder>`, alone, under torchrun or srun.
 
 The settings come from stage.json in the folder, never from the command line. Rank 0 commits the result.
 """
@@ -56,7 +56,9 @@ def _run(folder: Path, order: dict[str, Any]) -> None:
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )
     _require_parents(store, order)
-    stage = importlib.import_module(f"alignment.stages.{context.settings.kind}")  # a Literal of the schema, not free text
+    stage = importlib.import_module(
+        f"alignment.stages.{context.settings.kind}"
+    )  # a Literal of the schema, not free text
     with _tracked(context, order, store) as tracker:
         metrics = stage.run(context)
         _all_done(context)
@@ -133,7 +135,8 @@ def _known(error: Exception, folder: Path) -> AlignmentError:
         return MachineError("no space left on the disk", where=str(folder), fix="free some space, or set store=...")
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return MachineError(
-            "out of memory", fix="lower engine.tokens_per_micro_batch, or set engine.gradient_checkpointing=true, engine=zero3, or LoRA"
+            "out of memory",
+            fix="lower engine.tokens_per_micro_batch, or set engine.gradient_checkpointing=true, engine=zero3, or LoRA",
         )
     first = str(error).strip().splitlines()
     return AlignmentError(f"{type(error).__name__}: {first[0] if first else ''}", fix=f"see {folder / 'log.txt'}")

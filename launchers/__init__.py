@@ -1,4 +1,4 @@
-"""Launchers: where a stage's processes run. Chosen by conf/launcher, by name from this table, never by code in a config."""
+"""Launchers: where a stage's processes run; chosen by name from this table, never by code in a config."""
 
 from __future__ import annotations
 

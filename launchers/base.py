@@ -10,8 +10,9 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Job:
-    """One stage to run. folder: its work folder, with stage.json. distributed: whether the stage can use several processes.
+    """One stage to run.
 
+    folder: its work folder, with stage.json. distributed: whether the stage can use several processes.
     lock: descriptor of the open lock file; the job keeps it open, so the key stays locked while anything works on it.
     """
 

@@ -1,4 +1,4 @@
-"""Hydra composes, the schema validates: overrides in, a frozen Experiment out, or one line that names key, file and fix."""
+"""Hydra composes, the schema validates: overrides in, a typed Experiment out, or one line with key, file and fix."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def compose(overrides: list[str], config_dirs: tuple[Path, ...] = ()) -> Experim
             raise ConfigError("no such folder", where=f"--config-dir {folder}")
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra_compose("config", [*provenance.search_path(config_dirs), *overrides], return_hydra_config=True)
+            config = hydra_compose(
+                "config", [*provenance.search_path(config_dirs), *overrides], return_hydra_config=True
+            )
             choices = OmegaConf.to_container(config.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, overrides, config_dirs) from error
@@ -88,7 +90,9 @@ def _first_fault(error: ValidationError, overrides: list[str], config_dirs: tupl
     if fault["type"] == "union_tag_invalid":
         kinds, kind = fault["ctx"]["expected_tags"], fault["ctx"]["tag"]
         where = provenance.source_of(f"{key}.kind", overrides, CONF, config_dirs)
-        return ConfigError(f"`{key}.kind` should be one of {kinds}, got {kind!r}{more}", where=where, fix=_allowed(fault))
+        return ConfigError(
+            f"`{key}.kind` should be one of {kinds}, got {kind!r}{more}", where=where, fix=_allowed(fault)
+        )
     message = re.sub(r"^(Input|Value) ", "", str(fault["msg"]))
     given = "" if isinstance(fault.get("input"), dict | list) else f", got {fault.get('input')!r}"
     return ConfigError(f"`{key}` {message[0].lower()}{message[1:]}{given}{more}", where=where, fix=_allowed(fault))
@@ -117,8 +121,12 @@ def explain(error: Exception, overrides: list[str], config_dirs: tuple[Path, ...
         return ConfigError(f"unknown group `{found[1]}`", where="command line", fix=_nearest(found[1], _groups()))
     if found := re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"Key '([^']+)' is not in", text):
         key = next((o.split("=")[0].lstrip("+~") for o in overrides if o.split("=")[0].endswith(found[1])), found[1])
-        return ConfigError(f"unknown key `{key}`", where="command line", fix=_nearest(*shape.known_near(Experiment, key)))
-    if found := re.search(r"Could not find '([^']+)'.*?Available options in '[^']+':\s*(.*?)(?:Config search path|$)", text, re.S):
+        return ConfigError(
+            f"unknown key `{key}`", where="command line", fix=_nearest(*shape.known_near(Experiment, key))
+        )
+    if found := re.search(
+        r"Could not find '([^']+)'.*?Available options in '[^']+':\s*(.*?)(?:Config search path|$)", text, re.S
+    ):
         group, _, choice = found[1].rpartition("/")
         options = found[2].split()
         near = difflib.get_close_matches(choice, options, 1, 0.5)

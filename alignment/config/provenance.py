@@ -12,7 +12,7 @@ from hydra.types import RunMode
 
 
 def source_of(key: str, overrides: list[str], conf: Path, config_dirs: tuple[Path, ...] = ()) -> str:
-    """'command line', or 'conf/<file>:<line>' of the last file in the defaults list that sets the key or a part above it."""
+    """'command line', or 'conf/<file>:<line>' of the last file that sets the key or a part above it."""
     for override in overrides:
         name = override.split("=", 1)[0].lstrip("+~").split("@")[0]
         if key == name or key.startswith(name + "."):
@@ -39,7 +39,9 @@ def _files(overrides: list[str], conf: Path, config_dirs: tuple[Path, ...]) -> l
     else:
         with initialize_config_dir(str(conf), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            defaults = loader.compute_defaults_list("config", search_path(config_dirs) + overrides, RunMode.RUN).defaults
+            defaults = loader.compute_defaults_list(
+                "config", search_path(config_dirs) + overrides, RunMode.RUN
+            ).defaults
         GlobalHydra.instance().clear()
     out = []
     for default in defaults:

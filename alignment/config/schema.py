@@ -1,7 +1,7 @@
 """The typed schema of a resolved experiment: every key, its type, its bounds, and its side.
 
 A key is declared once, on one of two sides. *identity*: it can change a result, so it is part of the stage's key.
-*execution*: it says where or how the work is done and cannot change a result, so it is not. Values live in conf/, never here.
+*execution*: it says where or how the work is done and cannot change a result, so it is not. Values live in conf/.
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ def build(experiment: Experiment) -> list[Node]:
     """Nodes, parents before children, otherwise in the order of conf/pipeline. Raises ConfigError, InputError."""
     declared = experiment.pipeline.nodes
     if experiment.pipeline.final not in declared:
-        raise ConfigError(f"`pipeline.final` names `{experiment.pipeline.final}`, which is no node", fix=_near(experiment.pipeline.final, declared))
+        raise ConfigError(
+            f"`pipeline.final` names `{experiment.pipeline.final}`, which is no node",
+            fix=_near(experiment.pipeline.final, declared),
+        )
     built: dict[str, Node] = {}
 
     def visit(name: str, above: tuple[str, ...]) -> Node:
@@ -42,7 +45,10 @@ def build(experiment: Experiment) -> list[Node]:
             node = declared[name]
             settings = experiment.stage.get(node.stage)
             if settings is None:
-                raise ConfigError(f"`pipeline.nodes.{name}.stage` names `{node.stage}`, which the stage group lacks", fix=_near(node.stage, experiment.stage))
+                raise ConfigError(
+                    f"`pipeline.nodes.{name}.stage` names `{node.stage}`, which the stage group lacks",
+                    fix=_near(node.stage, experiment.stage),
+                )
             _check_roles(name, settings, node.inputs, declared)
             parents = {role: visit(parent, (*above, name)) for role, parent in node.inputs.items()}
             identity = stage_identity(experiment, node.stage, settings, {r: p.key for r, p in parents.items()})
@@ -65,7 +71,10 @@ def _check_roles(name: str, settings: Stage, inputs: dict[str, str], declared: d
         if parent not in declared:
             raise ConfigError(f"`{where}.{role}` names `{parent}`, which is no node", fix=_near(parent, declared))
         if not settings.open_inputs and role not in settings.inputs + settings.optional_inputs:
-            raise ConfigError(f"`{where}.{role}`: a stage of this kind has no such role", fix=_near(role, settings.inputs + settings.optional_inputs))
+            raise ConfigError(
+                f"`{where}.{role}`: a stage of this kind has no such role",
+                fix=_near(role, settings.inputs + settings.optional_inputs),
+            )
     for role in settings.inputs:
         if role not in inputs:
             raise ConfigError(f"`{where}` lacks the role `{role}`", fix="name the node that fills it")

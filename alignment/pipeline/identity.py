@@ -65,7 +65,8 @@ def _group(experiment: Experiment, stage: str, settings: Stage, group: str) -> A
         if dataset is None:
             known = ", ".join(experiment.data)
             raise ConfigError(
-                f"`stage.{stage}.dataset` names `{settings.dataset}`, which the data group lacks", fix=f"it has: {known}"
+                f"`stage.{stage}.dataset` names `{settings.dataset}`, which the data group lacks",
+                fix=f"it has: {known}",
             )
         require(experiment, f"data.{settings.dataset}")
         return identity_side(dataset)

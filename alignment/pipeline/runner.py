@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +79,13 @@ def plan(run: Run) -> list[dict[str, Any]]:
             fresh.add(node.name)
             held = run.store.is_held(node.key)
             action = "wait" if held else "run"
-            why = "another run works on it" if held else f"{' and '.join(stale)} will be new" if stale else "not in the store"
+            why = (
+                "another run works on it"
+                if held
+                else f"{' and '.join(stale)} will be new"
+                if stale
+                else "not in the store"
+            )
         rows.append({"name": node.name, "kind": node.kind, "key": node.key, "action": action, "why": why})
     return rows
 
@@ -92,7 +99,7 @@ def execute(run: Run, observer: Observer) -> None:
             observer.done(node.name, "reused", record["seconds"], record["metrics"])
             continue
         lock = run.store.lock(node.key)
-        lock.wait(f"{run.id}/{node.name}", lambda holder, name=node.name: observer.waiting(name, holder))
+        lock.wait(f"{run.id}/{node.name}", partial(observer.waiting, node.name))
         try:
             _bring(run, node, lock, observer)
         finally:

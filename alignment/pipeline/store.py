@@ -1,7 +1,7 @@
 """The content-addressed store: a result is there whole, under the key of what made it, or not at all.
 
-    store/<key16>/   committed results, each with record.json     work/<key16>/   stages in progress, or failed
-    locks/<key16>    who works on a key now                       runs/<run id>/  run.json and report.html
+store/<key16>/   committed results, each with record.json     work/<key16>/   stages in progress, or failed
+locks/<key16>    who works on a key now                       runs/<run id>/  run.json and report.html
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Store:
             _fsync(file)
             files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         # W&B's and the log's files may still grow a line; they are not what the result is.
-        sealed = {name: facts for name, facts in files.items() if not name.startswith(("wandb/", "log.txt", "progress"))}
+        sealed = {
+            name: facts for name, facts in files.items() if not name.startswith(("wandb/", "log.txt", "progress"))
+        }
         (folder / "record.json").write_text(json.dumps({**record, "files": sealed}, indent=1) + "\n", encoding="utf-8")
         _fsync(folder / "record.json")
         _fsync(folder)
@@ -96,12 +98,13 @@ class Store:
         if free < gigabytes:
             raise MachineError(
                 f"{free:.1f} GB of disk are free, {gigabytes:g} GB are asked for",
-                where=str(self.root), fix="free some space, or set store=... or min_free_gb=...",
+                where=str(self.root),
+                fix="free some space, or set store=... or min_free_gb=...",
             )
 
 
 class Lock:
-    """An advisory lock on a key, held through an open file: the kernel drops it with its last holder, however that dies."""
+    """An advisory lock on a key, held through an open file: the kernel drops it when its last holder dies."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -115,7 +118,7 @@ class Lock:
     def acquire(self, who: str) -> bool:
         """Try once. who: a word about the holder, for those who wait."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(self.path, "a+", encoding="utf-8")
+        stream = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open while the lock is held
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -124,7 +127,9 @@ class Lock:
         if who != "asks":
             stream.seek(0)
             stream.truncate()
-            stream.write(json.dumps({"who": who, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+            stream.write(
+                json.dumps({"who": who, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
+            )
             stream.flush()
         self._stream = stream
         return True

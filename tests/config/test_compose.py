@@ -88,7 +88,7 @@ def test_a_config_cannot_name_code(tmp_path: Path) -> None:
     own = tmp_path / "experiment"
     own.mkdir()
     (own / "evil.yaml").write_text("# @package _global_\nstage:\n  dpo:\n    _target_: os.system\n")
-    with pytest.raises(ConfigError, match="unknown key `stage.dpo._target_`"):
+    with pytest.raises(ConfigError, match=r"unknown key `stage\.dpo\._target_`"):
         compose(["experiment=evil"], (tmp_path,))
 
 

@@ -1,0 +1,324 @@
+"""Answers of a model, and the log-probabilities it gives to answers. Shapes: B rows, P prompt tokens, V vocabulary.
+
+Generation is a loop of our own over the model's forward, not transformers' `generate`, for what that cannot do: a prompt
+with several completions is read once, answers that have ended leave the batch (a third fewer tokens when lengths differ),
+and every answer has its own random numbers, so that who shares its batch changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.errors import InputError
+
+Message = dict[str, str]
+Progress = Callable[..., None]  # progress(step, total, **facts)
+
+NUCLEUS = 1024  # most probable tokens looked at first; sorting a vocabulary of 50k for 64 rows takes 150 ms on two cores
+TOKENS_PER_BATCH = 2048  # padded tokens of one scoring forward; bounds the logits at 2048 x V floats
+COMPACT = 8  # ended answers leave the batch when they are an eighth of it: leaving copies the whole cache
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. text: without special tokens. token_ids: with the end-of-turn token, if it came (finished).
+
+    tokens: their number. log_prob: log p(answer | prompt) in nats under the model itself (temperature 1, whole vocabulary).
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+    token_ids: list[int]
+    log_prob: float
+
+
+def quiet(step: int, total: int, **facts: Any) -> None:
+    """The progress of those who do not ask for it."""
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a Hugging Face folder: fp32 on CPU, bf16 on CUDA, ready to answer. Raises InputError.
+
+    Only safetensors are read (nothing is unpickled), and no code from the folder is run.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not (folder / "config.json").is_file():
+        raise InputError("not a model folder: it has no config.json", where=str(folder))
+    if not any(folder.glob("*.safetensors")):
+        raise InputError("the model folder has no weights (*.safetensors)", where=str(folder))
+    logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **only_here)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"the model does not load: {str(error).strip().splitlines()[0]}", where=str(folder)) from error
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template", where=str(folder), fix="import the model with a template")
+    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def window(model: Any) -> int:
+    """Most tokens of prompt and answer together."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's end-of-turn token and those of the model's generation settings."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    if not ids:
+        raise InputError("the tokenizer has no end-of-turn token: no answer could ever end")
+    return sorted(ids)
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation rendered by the tokenizer's template, up to where the model's turn begins."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+    seed: int,
+    completions: int = 1,
+    progress: Progress = quiet,
+) -> list[list[Completion]]:
+    """`completions` answers to each prompt, in the order of the prompts. temperature 0 is greedy.
+
+    A batch holds whole prompts, at least one, and at most batch_size answers if they fit; longest prompts first, so that
+    memory is known early. The result depends on seed alone, and on batch_size only as rounding does. progress counts
+    tokens of max_new_tokens each. Raises InputError for a prompt that leaves no room for the answer in the window.
+    """
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    _check_window(ids, max_new_tokens, window(model))
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    noise = torch.rand(len(ids), completions, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    stop, meter = stop_tokens(model, tokenizer), _Meter(len(ids) * completions * max_new_tokens, progress)
+    found: dict[int, list[Completion]] = {}
+    per_batch = max(1, batch_size // completions)
+    for start in range(0, len(order), per_batch):
+        batch = order[start : start + per_batch]
+        answers: list[list[int]] = [[] for _ in range(len(batch) * completions)]
+        log_probs = [0.0] * len(answers)
+        steps = _decode(
+            model, [ids[i] for i in batch], noise[batch].flatten(0, 1), stop=stop, temperature=temperature, top_p=top_p
+        )
+        for rows, tokens, scores in steps:
+            for row, token, score in zip(rows, tokens, scores, strict=True):
+                answers[row].append(token)
+                log_probs[row] += score
+            meter.add(len(rows), ended=sum(max_new_tokens - len(answers[r]) for r in rows if answers[r][-1] in stop))
+        for slot, prompt in enumerate(batch):
+            mine = range(slot * completions, (slot + 1) * completions)
+            found[prompt] = [_completion(tokenizer, answers[row], log_probs[row], stop) for row in mine]
+    return [found[i] for i in range(len(ids))]
+
+
+def stream(
+    model: Any, tokenizer: Any, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> Iterator[str]:
+    """One answer, piece by piece as it comes: a piece a token, perhaps empty (half of a character).
+
+    The answer is at most what the window leaves; raises InputError if it leaves nothing.
+    """
+    ids = encode_prompt(tokenizer, messages)
+    _check_window([ids], 1, window(model))
+    room = min(max_new_tokens, window(model) - len(ids))
+    noise = torch.rand(1, room, generator=torch.Generator().manual_seed(seed))
+    stop = stop_tokens(model, tokenizer)
+    answer: list[int] = []
+    said = ""
+    for _, tokens, _ in _decode(model, [ids], noise, stop=stop, temperature=temperature, top_p=top_p):
+        answer += tokens
+        text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ready = text if not text.endswith("\N{REPLACEMENT CHARACTER}") else said  # bytes of a character still to come
+        yield ready[len(said) :]
+        said = ready
+
+
+def sequence_log_probs(
+    model: Any,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: Progress = quiet,
+) -> list[Tensor]:
+    """log p(token | all before it) in nats of every answer token. rows: (prompt ids, not empty; answer ids).
+
+    Returns one fp32 CPU tensor [answer tokens] a row, in the order of the rows. Batches of like length under a budget of
+    padded tokens; left padding puts all answers at the end, where alone the head is computed. Raises InputError.
+    """
+    limit = window(model)
+    for number, (prompt, answer) in enumerate(rows):
+        if not prompt or len(prompt) + len(answer) > limit:
+            what = f"row {number}: a prompt of {len(prompt)} and an answer of {len(answer)} tokens, the window holds {limit}"
+            raise InputError(what if prompt else f"row {number}: the prompt is empty")
+    result: list[Tensor] = [torch.empty(0)] * len(rows)
+    meter = _Meter(sum(len(p) + len(a) for p, a in rows), progress)
+    for batch in _batches([len(p) + len(a) for p, a in rows], tokens_per_batch):
+        scores = _score(model, [rows[i] for i in batch])
+        for i, score in zip(batch, scores, strict=True):
+            result[i] = score
+        meter.add(sum(len(rows[i][0]) + len(rows[i][1]) for i in batch))
+    return result
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class _Meter:
+    """Counts tokens towards a total and says how fast they come."""
+
+    def __init__(self, total: int, progress: Progress):
+        self.total, self.progress = total, progress
+        self.made, self.step, self.started = 0, 0, time.monotonic()
+
+    def add(self, tokens: int, ended: int = 0) -> None:
+        """tokens: computed now. ended: those that need not be computed any more."""
+        self.made += tokens
+        self.step += tokens + ended
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        self.progress(self.step, self.total, tokens_per_s=round(self.made / seconds, 1))
+
+
+def _check_window(prompts: Sequence[Sequence[int]], answer: int, limit: int) -> None:
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
+    if longest is not None and len(prompts[longest]) + answer > limit:
+        what = f"a prompt of {len(prompts[longest])} tokens leaves no room for {answer} new ones in the window of {limit}"
+        raise InputError(what, where=f"prompt {longest + 1}", fix="shorten the prompt or lower max_new_tokens")
+
+
+def _pad_left(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, mask, positions), each [B, longest]: text ends at the right edge, positions count from its first token."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return ids.to(device), mask.to(device), positions.to(device)
+
+
+@torch.inference_mode()
+def _decode(
+    model: Any, prompts: Sequence[Sequence[int]], noise: Tensor, *, stop: Sequence[int], temperature: float, top_p: float
+) -> Iterator[tuple[list[int], list[int], list[float]]]:
+    """Yields, a step at a time, (rows, their next tokens, the tokens' log-probs at temperature 1) of open answers.
+
+    noise [B * copies, steps]: uniform in [0, 1), one number a token. Row r answers prompt r // copies. A row is not seen
+    again after a stop token.
+    """
+    from transformers import DynamicCache
+
+    copies = len(noise) // len(prompts)
+    ids, mask, positions = _pad_left(prompts, model.device)
+    cache = DynamicCache(config=model.config)
+    rows = torch.arange(len(noise))  # which answer each row of the batch is
+    is_open = torch.ones(len(noise), dtype=torch.bool)
+    stops, noise = torch.tensor(stop), noise.to(model.device)
+    for step in range(noise.shape[1]):
+        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        logits = model(input_ids=ids, logits_to_keep=1, **given).logits[:, -1].float()  # [B, V]
+        if step == 0 and copies > 1:  # the prompt was read once for all its answers
+            cache.batch_repeat_interleave(copies)
+            logits, mask, positions = (t.repeat_interleave(copies, 0) for t in (logits, mask, positions))
+        chosen = choose(logits, noise[rows.to(noise.device), step], temperature=temperature, top_p=top_p)
+        scores = logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+        tokens = chosen.cpu()
+        yield rows[is_open].tolist(), tokens[is_open].tolist(), scores.cpu()[is_open].tolist()
+        is_open = is_open & ~torch.isin(tokens, stops)
+        if not is_open.any():
+            return
+        mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
+        if int((~is_open).sum()) * COMPACT >= len(rows):
+            keep = is_open.nonzero()[:, 0]
+            rows, is_open = rows[keep], is_open[keep]
+            here = keep.to(model.device)
+            cache.batch_select_indices(here)
+            chosen, mask, positions = chosen[here], mask[here], positions[here]
+        ids = chosen[:, None]
+
+
+def choose(logits: Tensor, noise: Tensor, *, temperature: float, top_p: float) -> Tensor:
+    """Next tokens [B] from logits [B, V] and uniform noise [B]: the arg max, or a draw by inverting the distribution.
+
+    top_p: only the fewest most probable tokens whose probabilities reach it are drawn (Holtzman et al. 2020,
+    arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits / temperature, -1)
+    if top_p >= 1:
+        return _invert(probs, noise)
+    best, ids = probs.topk(min(NUCLEUS, probs.shape[-1]))
+    tokens = _nucleus(best, ids, noise, top_p)
+    flat = best.sum(-1) < top_p  # rows whose nucleus is wider than that: only they are sorted whole
+    if best.shape[-1] < probs.shape[-1] and flat.any():
+        best, ids = probs[flat].sort(-1, descending=True)
+        tokens[flat] = _nucleus(best, ids, noise[flat], top_p)
+    return tokens
+
+
+def _nucleus(best: Tensor, ids: Tensor, noise: Tensor, top_p: float) -> Tensor:
+    """best [B, K]: probabilities, falling; ids [B, K]: whose they are."""
+    before = best.cumsum(-1) - best
+    chosen = _invert(best * (before < top_p), noise)
+    return ids.gather(-1, chosen[:, None])[:, 0]
+
+
+def _invert(weights: Tensor, noise: Tensor) -> Tensor:
+    """Index [B] where the running sum of weights [B, K] passes noise times their total."""
+    running = weights.cumsum(-1)
+    total = running[:, -1:]
+    index = torch.searchsorted(running, noise.to(running)[:, None] * total, right=True)[:, 0]
+    return torch.minimum(index, (running < total).sum(-1))  # rounding must not reach beyond the last weight
+
+
+def _completion(tokenizer: Any, ids: list[int], log_prob: float, stop: Sequence[int]) -> Completion:
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Completion(text, len(ids), ids[-1] in stop, ids, log_prob)
+
+
+def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows by falling length, cut so that rows x longest stays within the budget (a longer row goes alone)."""
+    batches: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * longest > budget:
+            batches.append([])
+            longest = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+@torch.inference_mode()
+def _score(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+    """Per-token log-probs of one padded batch."""
+    ids, mask, positions = _pad_left([[*prompt, *answer] for prompt, answer in rows], model.device)
+    longest = max(len(answer) for _, answer in rows)
+    given = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    logits = model(input_ids=ids, logits_to_keep=longest + 1, **given).logits  # [B, longest + 1, V]
+    scores = []
+    for row, (_, answer) in enumerate(rows):  # a row at a time: a second copy of all logits would double the memory
+        predicting = logits[row, longest - len(answer) : longest].float()  # position t predicts token t + 1
+        targets = torch.tensor(answer, dtype=torch.long, device=logits.device)
+        scores.append((predicting.gather(-1, targets[:, None])[:, 0] - predicting.logsumexp(-1)).cpu())
+    return scores

@@ -1,0 +1,122 @@
+"""Fixtures for whole runs: a tiny random Llama with a byte tokenizer, a few rows, and the command line in a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", WANDB_SILENT="true")
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write_tiny_model(folder: Path, template: str | None = TEMPLATE) -> Path:
+    """A two-layer random Llama (GQA, tied embeddings, 512 positions) with a byte-level tokenizer, 260 tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + letters)}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=specials[2:]
+    )
+    tokenizer.chat_template = template
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def instruction_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty rows of one question and one answer each."""
+    moods = ("good", "bad", "great", "awful", "fine")
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i} is {moods[i % 5]}."}]}
+        for i in range(40)
+    ]  # fmt: skip
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def preference_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"prompt": f"Is {i} nice?", "chosen": f"Yes, {i} is lovely.", "rejected": f"No, {i}!"} for i in range(24)]
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_model: Path, instruction_rows: Path, preference_rows: Path) -> list[str]:
+    """Settings that make any pipeline run in about a minute: tiny model, few rows, few steps, one thread."""
+    return [
+        *("model=path", f"model.source.path={tiny_model}", "data=path"),
+        f"data.instructions.source.path={instruction_rows}",
+        f"data.preferences.source.path={preference_rows}",
+        *("reward=sentiment", "tracking=none", "min_free_gb=0", "engine.threads=1"),
+    ]
+
+
+# For pipelines that have these stages.
+TINY_STAGES = {
+    "prepare_sft": ["splits.heldout=6", "splits.prompts=6", "splits.train=24"],
+    "prepare_preference": [],
+    "sft": ["global_batch_size=8", "lora.rank=2"],
+    "sample": ["max_new_tokens=6", "completions_per_prompt=3"],
+    "judge": ["finished_only=false", "min_margin=0.0"],
+    "dpo": ["global_batch_size=4", "lora.rank=2"],
+    "evaluate": ["max_new_tokens=6"],
+    "compare": ["resamples=100"],
+}
+
+
+def tiny_stages(*names: str) -> list[str]:
+    return [f"stage.{name}.{setting}" for name in names for setting in TINY_STAGES[name]]
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment(store: Path) -> dict[str, str]:
+    return {**os.environ, "ALIGNMENT_STORE": str(store), "ALIGNMENT_CACHE": str(store.parent / "cache"), "COLUMNS": "160"}
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Run `alignment <arguments>` against a store; checks the exit code."""
+
+    def run(store: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "alignment.cli", *arguments],
+            env=environment(store), cwd=store.parent, capture_output=True, text=True, timeout=540, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run

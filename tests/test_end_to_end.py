@@ -1,0 +1,134 @@
+"""Whole runs through the command line on a tiny model: made once, reused, resumed after kills, shared by two at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Command, environment, tiny_stages
+
+pytestmark = pytest.mark.slow
+NODES = [
+    *("start", "rows", "sft", "samples", "judged", "pairs", "dpo"),
+    *("evaluate_start", "evaluate_sft", "evaluate_dpo", "verdict"),
+]
+STAGES = tiny_stages("prepare_sft", "sft", "sample", "judge", "dpo", "evaluate", "compare")
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_settings: list[str]) -> list[str]:
+    return ["pipeline=sft_sample_dpo", "name=tiny", *tiny_settings, *STAGES]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, command: Command, settings: list[str]) -> Path:
+    """A store in which the whole pipeline has run once."""
+    store = tmp_path_factory.mktemp("end_to_end") / "store"
+    command(store, "run", *settings)
+    return store
+
+
+def runs(command: Command, store: Path) -> list[dict[str, Any]]:
+    return list(json.loads(command(store, "status", "--json").stdout))
+
+
+def states(run: dict[str, Any]) -> dict[str, str]:
+    return {node["name"]: node["state"] for node in run["nodes"]}
+
+
+def test_every_stage_is_committed_with_its_record(store: Path, command: Command) -> None:
+    (run,) = runs(command, store)
+    assert states(run) == dict.fromkeys(NODES, "done")
+    for node in run["nodes"]:
+        record = json.loads((store / "store" / node["key"][:16] / "record.json").read_text())
+        assert record["key"] == node["key"]
+        assert {"identity", "parents", "packages", "code_sha256", "host", "seconds", "metrics", "files"} <= set(record)
+        assert record["files"]
+    assert not list((store / "work").glob("*"))
+
+
+def test_the_final_model_is_an_ordinary_folder(store: Path, command: Command) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (run,) = runs(command, store)
+    key = next(node["key"] for node in run["nodes"] if node["name"] == "dpo")
+    folder = store / "store" / key[:16] / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) > 0
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "<|user|>Hi"
+
+
+def test_the_second_run_trains_nothing_and_says_what_it_reused(
+    store: Path, command: Command, settings: list[str]
+) -> None:
+    plan = json.loads(command(store, "plan", "--json", *settings).stdout)
+    assert {row["action"] for row in plan["nodes"]} == {"reuse"}
+    out = command(store, "run", *settings).stdout
+    assert out.count("reused") >= len(NODES) or "11 reused" in out
+    assert "report.html" in out
+    (run,) = runs(command, store)
+    assert set(states(run).values()) == {"reused"}
+
+
+def test_another_beta_runs_dpo_and_what_follows_alone(store: Path, command: Command, settings: list[str]) -> None:
+    plan = json.loads(command(store, "plan", "--json", *settings, "stage.dpo.beta=0.7").stdout)
+    assert [row["name"] for row in plan["nodes"] if row["action"] == "run"] == ["dpo", "evaluate_dpo", "verdict"]
+
+
+def test_the_report_has_the_verdict_and_needs_no_network(store: Path, command: Command) -> None:
+    (run,) = runs(command, store)
+    page = (store / "runs" / run["run"] / "report.html").read_text()
+    assert run["nodes"][-1]["key"] in page
+    for remote in ('src="http', "src='http", '<link rel="stylesheet" href="http', "@import"):
+        assert remote not in page
+
+
+def test_chat_answers_with_the_models_of_a_run(store: Path, command: Command) -> None:
+    out = command(store, "chat", "tiny", "--compare", "--prompt", "Hi", "--max-new-tokens", "4").stdout
+    assert all(name in out for name in ("start", "sft", "dpo"))
+    command(store, "chat", "tiny", "--prompt", "Hi", "--max-new-tokens", "4")
+
+
+def start(store: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "alignment.cli", "run", *arguments],
+        env=environment(store), cwd=store.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_after_kill_9_of_the_driver_nothing_works_on_and_the_next_run_goes_on(
+    tmp_path: Path, command: Command, settings: list[str]
+) -> None:
+    store = tmp_path / "store"
+    driver = start(store, *settings)
+    deadline = time.monotonic() + 120
+    while not list(store.glob("work/*/progress.json")) or not list(store.glob("store/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    (run,) = runs(command, store)
+    assert "interrupted" in states(run).values()
+    made = {path.name for path in store.glob("store/*")}
+    plan = json.loads(command(store, "plan", "--json", *settings).stdout)
+    assert [row["action"] for row in plan["nodes"]].count("reuse") == len(made)
+    assert "wait" not in {row["action"] for row in plan["nodes"]}
+
+
+def test_two_runs_at_once_make_each_stage_once(tmp_path: Path, command: Command, tiny_settings: list[str]) -> None:
+    store = tmp_path / "store"
+    settings = ["pipeline=sft", *tiny_settings, *tiny_stages("prepare_sft", "sft", "evaluate", "compare")]
+    both = [start(store, *settings, f"name={name}") for name in ("one", "two")]
+    outputs = [driver.communicate(timeout=300)[0] for driver in both]
+    assert [driver.returncode for driver in both] == [0, 0], outputs
+    first, second = (states(run) for run in runs(command, store))
+    for name in first:
+        assert sorted((first[name], second[name])) == ["done", "reused"], (name, outputs)
