@@ -22,8 +22,8 @@ check: $(STAMP)  ## ruff, mypy and the architecture's contracts
 	$(BIN)/lint-imports
 
 browser:         # headless Chromium for the report's test; without it, and without root, that test is skipped
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	@command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; } \
 	  || echo "chromium is not installed: the report's browser test will be skipped"
 
 $(STAMP): pyproject.toml constraints.txt

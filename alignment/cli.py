@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -88,6 +89,7 @@ def _execute(experiment: Any, overrides: list[str]) -> float | None:
     command = " ".join(["alignment run", *(shlex.quote(override) for override in overrides)])
     prepared = runner.Run(experiment, command)
     terminal.announce(prepared.id, prepared.folder, runner.plan(prepared))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped in order, like Ctrl-C
     with terminal.StageProgress() as observer:
         runner.execute(prepared, observer)
     report = page.write_report(prepared.folder, prepared.store.root)

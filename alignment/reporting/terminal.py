@@ -1,0 +1,309 @@
+"""What the terminal shows: plans, runs, the line that moves while a stage works, and the end of a run."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from alignment.reporting import words
+from alignment.reporting.gather import Row
+from alignment.reporting.status import facts_text
+
+STYLES = {
+    "done": "green", "reused": "cyan", "running": "bold yellow", "waiting": "dim", "failed": "bold red",
+    "interrupted": "red", "unreadable": "red", "run": "bold yellow", "reuse": "cyan", "wait": "magenta",
+    "resume": "blue", "good": "green", "bad": "red", "moved": "bold", "same": "dim",
+    "better": "bold green", "worse": "bold red", "broken": "bold red", "no measurable difference": "bold",
+}  # fmt: skip
+MARKS = {"done": "✓", "reused": "↺", "failed": "✗", "interrupted": "✗"}
+EVERY = 15.0  # seconds between two lines of a stage where nothing can move (a log file)
+
+
+def styled(word: str, style: str | None = None) -> Text:
+    return Text(word, style=STYLES.get(style or word, ""))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def comparison_table(verdict: Row) -> Table:
+    """The verdict's table: metrics down, models across; differences whose interval excludes 0 stand out. 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True, min_width=19)
+    for name in verdict["models"]:
+        table.add_column(words.label(name), justify="right")
+    for row in verdict["table"]:
+        kind = words.metric(row["metric"])
+        cells = [_comparison_cell(row, name) for name in verdict["models"]]
+        better = row.get("higher_is_better")
+        arrow = "" if better is None else " ↑" if better else " ↓"
+        unit = f"\n{kind.unit}" if kind.unit.startswith(("nats", "tokens")) else ""
+        table.add_row(Text.assemble(kind.title + arrow, (unit, "dim")), *cells)
+    return table
+
+
+def _comparison_cell(row: Row, model: str) -> Text:
+    name = row["metric"]
+    cell = Text(words.metric_value(name, (row["values"].get(model) or {}).get("mean")))
+    difference = (row.get("difference") or {}).get(model)
+    if difference:
+        text = words.metric_value(name, difference.get("mean"), sign=True)
+        mark = {"good": " ✓", "bad": " ✗"}
+        kind = words.change_class(difference, row.get("higher_is_better"))
+        cell.append(f"\n{text} {words.interval(name, difference)}{mark.get(kind, '')}", STYLES[kind])
+    return cell
+
+
+def plan_table(plan: list[Row]) -> Table:
+    """One row a stage: what would happen, why, and the beginning of its key."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in ("stage", "kind", "will", "because", "key"):
+        table.add_column(column, no_wrap=column != "because")
+    for row in plan:
+        table.add_row(
+            escape(row["name"]),
+            row["kind"],
+            styled(row["action"]),
+            escape(row.get("why") or ""),
+            Text(row["key"][:16], "dim"),
+        )
+    return table
+
+
+def status_table(runs: list[Row]) -> RenderableType:
+    """Every run with its stages: state, time, key, and how far the working ones are."""
+    return Group(*(_run_table(run) for run in runs))
+
+
+def _run_table(run: Row) -> RenderableType:
+    head = Text.assemble(
+        (str(run["run"]), "bold"), "  ", styled(run["state"]),
+        (f"  {words.duration(run.get('seconds'))} of work", "dim"), (f"  {words.moment(run.get('created'))}", "dim"),
+    )  # fmt: skip
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(min_width=2)
+    for node in run.get("nodes") or []:
+        state = node["state"]
+        note = facts_text(node.get("progress")) if state in ("running", "interrupted") else ""
+        if state == "waiting" and node.get("held"):
+            note = "another run works on it"
+        if state == "failed":
+            note = node.get("error") or ""
+        took = words.duration(node.get("seconds")) if node.get("seconds") is not None else ""
+        table.add_row(
+            "",
+            Text(node["name"]),
+            styled(state),
+            Text(took, justify="right"),
+            Text(node["key"][:16], "dim"),
+            Text(note),
+        )
+    return Group(head, table, "")
+
+
+# --- the end of a run ------------------------------------------------------------------------------------------------
+
+
+def summary_panel(summary: Row, report: Path | None) -> Panel:
+    """The end of a run: the models' table, the verdict, where the report and the model are, how to talk to it."""
+    parts: list[RenderableType] = []
+    verdict = summary.get("verdict")
+    if verdict:
+        word = str(verdict.get("verdict") or "")
+        parts += [comparison_table(verdict), Text(str(verdict.get("sentence") or word), STYLES.get(word, "bold"))]
+        failed = [gate for gate in verdict.get("reasons") or [] if not gate.get("passed")]
+        parts += [Text(f"✗ {g.get('gate', '').replace('_', ' ')}: {g.get('detail', '')}", "red") for g in failed]
+        parts.append("")
+    states = ", ".join(f"{count} {state}" for state, count in summary["states"].items())
+    facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    facts.add_row("stages", f"{states}; {words.duration(summary.get('spent_s'))} of work")
+    if report:
+        facts.add_row("report", Text(_near(report)))
+    if summary.get("model"):
+        facts.add_row("final model", Text(_near(Path(summary["model"]))))
+        facts.add_row("talk to it", Text(f"alignment chat {shlex.quote(str(summary['run']))}", "bold"))
+    parts.append(facts)
+    return Panel(
+        Group(*parts), title=escape(str(summary.get("run") or "")), title_align="left", box=box.HORIZONTALS, padding=0
+    )
+
+
+def _near(path: Path) -> str:
+    """The path from here if it lies below, else in full."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def announce(run: str, folder: Path, plan: list[Row], table: bool = False, console: Console | None = None) -> None:
+    """Say what a run is going to do: one line, or the whole table."""
+    console = console or Console(highlight=False)
+    actions = [row["action"] for row in plan]
+    counts = ", ".join(f"{actions.count(action)} to {action}" for action in dict.fromkeys(actions))
+    console.print(
+        Text.assemble((run, "bold"), f"  {len(plan)} stages: {counts}  ", (_near(folder), "dim")), soft_wrap=True
+    )
+    if table:
+        console.print(plan_table(plan))
+
+
+def show_runs(runs: list[Row], store: Path, console: Console | None = None) -> None:
+    console = console or Console(highlight=False)
+    if runs:
+        console.print(status_table(runs))
+    else:
+        console.print(f"no runs in {_near(store)}", soft_wrap=True)
+
+
+def show_summary(summary: Row, report: Path | None, console: Console | None = None) -> None:
+    (console or Console(highlight=False)).print(summary_panel(summary, report))
+
+
+# --- while it works --------------------------------------------------------------------------------------------------
+
+
+class _Facts(ProgressColumn):
+    """loss 1.69  240 tokens/s, as far as the stage tells them."""
+
+    def render(self, task: Task) -> Text:
+        return Text(progress_text(task.fields["facts"]))
+
+
+class _Clock(ProgressColumn):
+    """Time since the stage began, and how much is left by its own estimate."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        facts = task.fields["facts"]
+        left = words.finite(facts.get("left_s"))
+        return Text(words.clock(task.elapsed)) + Text(f"  {words.clock(left)} left" if left is not None else "", "dim")
+
+
+def progress_text(facts: Row) -> str:
+    """Loss, speed and note of progress.json in one short text."""
+    loss, speed = words.finite(facts.get("loss")), words.finite(facts.get("tokens_per_s"))
+    parts = [
+        f"loss {words.number(loss)}" if loss is not None else "",
+        f"{speed:,.0f} tokens/s" if speed is not None else "",
+        str(facts.get("note") or ""),
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+class StageProgress:
+    """The observer of a run: one moving line for the stage at work and one that stays for each that ended.
+
+    Where nothing can move (stdout is a file or a pipe) it prints plain lines: the start, the end, and how far the stage
+    is at most once in 15 seconds.
+    """
+
+    def __init__(
+        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic, every: float = EVERY
+    ):
+        self.console = console or Console(highlight=False)
+        self._clock, self._every = clock, every
+        self._said: dict[str, float] = {}
+        self._tasks: dict[str, TaskID] = {}
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[steps]}"))
+        moving = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._live = Progress(*columns, _Facts(), _Clock(), console=self.console, transient=True) if moving else None
+
+    def __enter__(self) -> StageProgress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def started(self, name: str, kind: str) -> None:
+        self._drop(name)
+        if self._live:
+            self._show(name, {})
+        else:
+            self._said[name] = self._clock()
+            self._print(f"… {words.label(name)}  started ({kind})")
+
+    def progress(self, name: str, facts: dict[str, Any]) -> None:
+        """facts: the content of progress.json."""
+        if self._live:
+            self._show(name, facts)
+        elif self._due(name):
+            left = words.finite(facts.get("left_s"))
+            parts = [facts_text(facts), progress_text(facts), f"{words.clock(facts.get('elapsed_s'))} elapsed"]
+            parts += [f"{words.clock(left)} left"] if left is not None else []
+            self._print(f"  {words.label(name)}  {'  '.join(part for part in parts if part)}")
+
+    def waiting(self, name: str, holder: dict[str, Any]) -> None:
+        """Another run works on the same stage; holder says which."""
+        who = f"waiting for {holder['who']}" if holder.get("who") else "waiting for another run"
+        if holder.get("pid"):
+            who += f" (process {holder['pid']} on {holder.get('host', '?')})"
+        if self._live:
+            self._show(name, {"note": who})
+        elif name not in self._said or self._due(name):
+            self._said.setdefault(name, self._clock())
+            self._print(f"  {words.label(name)}  {who}")
+
+    def done(self, name: str, state: str, seconds: float, facts: dict[str, Any]) -> None:
+        """facts: the stage's summary metrics. state: done | reused | failed."""
+        self._drop(name)
+        self._said.pop(name, None)
+        style = STYLES.get(state, "")
+        text = Text.assemble(
+            (MARKS.get(state, " "), style), f" {words.label(name):<16}", (f"{state:<8}", style),
+            f"{words.duration(seconds):>12}  ", (main_facts(facts), "dim"),
+        )  # fmt: skip
+        self.console.print(text, soft_wrap=True)
+
+    def _show(self, name: str, facts: Row) -> None:
+        assert self._live
+        step, total = words.finite(facts.get("step")), words.finite(facts.get("total"))
+        if name not in self._tasks:
+            self._tasks[name] = self._live.add_task(escape(words.label(name)), total=None, facts={}, steps="")
+        steps = facts_text(facts) if total else ""
+        self._live.update(self._tasks[name], completed=step or 0, total=total or None, facts=facts, steps=steps)
+
+    def _drop(self, name: str) -> None:
+        if self._live and name in self._tasks:
+            self._live.remove_task(self._tasks.pop(name))
+
+    def _due(self, name: str) -> bool:
+        """Whether the last plain line of this stage is old enough for another one."""
+        now = self._clock()
+        if now - self._said.get(name, float("-inf")) < self._every:
+            return False
+        self._said[name] = now
+        return True
+
+    def _print(self, line: str) -> None:
+        self.console.print(Text(line), soft_wrap=True)
+
+
+SHOWN = ("loss", "reward", "reward_mean", "stop_rate", "rows", "train", "pairs", "dropped")
+
+
+def main_facts(facts: Row, most: int = 4) -> str:
+    """The few summary metrics of a stage that a person wants on its line."""
+    known = [(name, words.finite(facts.get(name))) for name in SHOWN]
+    texts = [
+        f"{name.removesuffix('_mean').replace('_', ' ')} {value:.4g}" for name, value in known if value is not None
+    ]
+    return "  ".join(texts[:most])

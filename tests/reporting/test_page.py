@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from markupsafe import escape
+
+from alignment.reporting.gather import gather
+from alignment.reporting.page import flows, headline, render, samples, table, timing, write_report
+
+MakeRun = Callable[..., tuple[Path, Path]]
+SECTIONS = ["verdict", "models", "curves", "trade", "lengths", "samples", "data", "time", "lineage", "keys", "config"]
+
+
+def text_of(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<(style|script)>.*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL))
+
+
+def test_the_report_is_one_small_file_with_every_section_in_order(make_run: MakeRun) -> None:
+    path = write_report(*make_run())
+    page = path.read_text(encoding="utf-8")
+    assert path.name == "report.html"
+    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
+    assert 50_000 < len(page) < 400_000
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(http""", page), (
+        "nothing is loaded from elsewhere"
+    )
+
+
+def test_what_models_and_data_say_is_text_and_never_markup(make_run: MakeRun) -> None:
+    page = write_report(*make_run()).read_text(encoding="utf-8")
+    hostile = '<script>document.title = "owned"'
+    assert hostile not in page
+    assert str(escape(hostile)) in page
+    assert page.count("<script") == page.count("</script>") == 1
+
+
+def test_every_key_stands_in_full_with_its_code_digest(make_run: MakeRun) -> None:
+    folder, store = make_run()
+    page = write_report(folder, store).read_text(encoding="utf-8")
+    keys = page[page.index('<section id="keys"') :]
+    for stage in gather(folder, store).stages:
+        assert stage.key in keys
+        assert stage.record["code_sha256"] in keys
+    assert "538 MB" in keys
+    assert "5.23.0" in keys
+
+
+def test_the_table_marks_differences_whose_interval_excludes_zero(make_run: MakeRun) -> None:
+    rows = {row["title"]: [cell["class"] for cell in row["cells"]] for row in table(gather(*make_run()))}
+    assert rows["Stop rate"] == ["same", "good", "good"]
+    assert rows["Relevance"] == ["same", "same", "same"]
+    assert rows["Held-out loss"] == ["same", "good", "good"]
+    assert rows["Answer length"] == ["same", "moved", "moved"]
+
+
+def test_the_samples_go_from_the_biggest_loss_to_the_biggest_gain_with_every_model_s_answer(make_run: MakeRun) -> None:
+    chosen = samples(gather(*make_run()))
+    change = [card["change"] for card in chosen["cards"]]
+    assert len(change) == 10
+    assert change == sorted(change)
+    assert [chosen["cards"][0]["id"], chosen["cards"][-1]["id"]] == ["row-002", "row-003"]
+    assert all(
+        [given["model"].name for given in card["answers"]] == ["start", "sft", "dpo"] for card in chosen["cards"]
+    )
+    assert chosen["lost"] + chosen["gained"] <= chosen["prompts"] == 60
+
+
+def test_data_are_accounted_for_to_the_last_row(make_run: MakeRun) -> None:
+    """999 rows = 200 + 60 + 60 kept, 164 good ones not needed, 515 dropped; the judge: 51 pairs of 60 prompts."""
+    rows, judged, pairs = (item["flow"] for item in flows(gather(*make_run())))
+    counts = {part["name"]: part["count"] for part in rows["parts"]}
+    assert counts == {"train": "200", "prompts": "60", "heldout": "60", "not needed": "164", "dropped": "515"}
+    assert [(d["reason"], d["count"], len(d["examples"])) for d in rows["drops"]] == [
+        ("longer_than_max_length", "471", 5), ("prompt_longer_than_max", "30", 0), ("duplicate_prompt", "14", 2),
+    ]  # fmt: skip
+    assert judged["rows"] == "60"
+    assert [(d["reason"], d["count"]) for d in judged["drops"]] == [("margin_too_small", "6"), ("unfinished", "3")]
+    assert pairs["drops"] == []
+
+
+def test_the_verdict_s_claim_stands_large_and_its_reasons_below(make_run: MakeRun) -> None:
+    told = headline(gather(*make_run()))
+    assert (told["class"], told["claim"]) == ("good", "DPO is better than start and SFT on 60 held-out prompts.")
+    assert told["because"] == "", "the four gates below say all of it"
+    assert [gate["passed"] for gate in told["gates"]] == [True] * 4
+
+
+def test_what_the_gates_do_not_say_stands_below_the_claim(make_run: MakeRun) -> None:
+    report = gather(*make_run())
+    assert report.verdict
+    report.verdict["sentence"] = "dpo is not shown to be better than start: these prompts cannot rule out a fall."
+    told = headline(report)
+    assert told["claim"] == "DPO is not shown to be better than start."
+    assert told["because"] == "These prompts cannot rule out a fall."
+
+
+def test_reused_time_is_told_apart_from_the_run_s_own(make_run: MakeRun) -> None:
+    told = timing(gather(*make_run(states={"start": "reused", "rows": "reused"})))
+    assert told["saved"] == pytest.approx(26.6)
+    assert told["spent"] == pytest.approx(410.6)
+    assert max(bar["share"] for bar in told["bars"]) == 100
+
+
+@pytest.mark.parametrize(
+    ("names", "states", "said"),
+    [
+        (["start", "rows", "sft"], {}, "compares no models, so there is no verdict"),
+        (["start", "rows", "sft", "evaluate_start", "evaluate_sft"], {}, "means without intervals"),
+        (["start"], {}, "This pipeline trains no model."),
+        (None, {"sft": "failed", "dpo": "waiting"}, "The stage SFT failed"),
+        (None, dict.fromkeys(("dpo", "evaluate_dpo", "verdict"), "waiting"), "DPO is waiting"),
+        (None, {"pairs": "failed"}, "This stage has left no account of its data."),
+    ],
+)
+def test_what_a_run_lacks_is_said_in_its_section(
+    make_run: MakeRun, names: list[str] | None, states: dict[str, str], said: str
+) -> None:
+    page = write_report(*make_run(names, states)).read_text(encoding="utf-8")
+    assert said in text_of(page)
+    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
+
+
+@pytest.mark.parametrize("state", ["done", "running", "failed"])
+def test_a_run_whose_store_is_gone_still_gets_its_report(make_run: MakeRun, state: str) -> None:
+    folder, store = make_run(states={"dpo": state})
+    (store / "store").rename(store / "gone")
+    page = write_report(folder, store).read_text(encoding="utf-8")
+    assert "No model of this run was evaluated." in page or "—" in page
+
+
+def test_a_run_json_with_next_to_nothing_in_it_gets_a_page(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"run": "bare", "nodes": [{"name": "x"}]}))
+    assert "bare" in write_report(tmp_path, tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_error_of_a_failed_stage_is_the_headline(make_run: MakeRun) -> None:
+    folder, store = make_run(states={"sft": "failed"})
+    run = json.loads((folder / "run.json").read_text())
+    run["nodes"][2]["error"] = "loss is NaN at step 3"
+    (folder / "run.json").write_text(json.dumps(run))
+    report = gather(folder, store)
+    told = headline(report)
+    assert (told["class"], told["claim"], told["because"]) == ("bad", "The stage SFT failed.", "Loss is NaN at step 3")
+    assert render(report) == render(report), "equal runs, equal bytes"
+
+
+def test_reporting_imports_nothing_heavy() -> None:
+    code = """
+import sys
+from alignment.reporting import gather, page, status, terminal
+print([name for name in ("torch", "transformers", "numpy", "plotly", "jinja2", "yaml") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

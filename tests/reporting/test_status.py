@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignment.reporting.status import read_runs
+
+MakeRun = Callable[..., tuple[Path, Path]]
+AFTER_SFT = ("samples", "judged", "pairs", "dpo", "evaluate_start", "evaluate_sft", "evaluate_dpo", "verdict")
+
+
+def work(run: Path, store: Path, name: str, file: str, value: dict) -> str:
+    key = next(node["key"] for node in json.loads((run / "run.json").read_text())["nodes"] if node["name"] == name)
+    (store / "work" / key[:16]).mkdir(parents=True, exist_ok=True)
+    (store / "work" / key[:16] / file).write_text(json.dumps(value))
+    return key
+
+
+@pytest.fixture
+def halfway(make_run: MakeRun) -> tuple[Path, Path]:
+    return make_run(states={"start": "reused", "sft": "running", **dict.fromkeys(AFTER_SFT, "waiting")})
+
+
+def test_a_stage_at_work_tells_how_far_it_is(halfway: tuple[Path, Path]) -> None:
+    key = work(*halfway, "sft", "progress.json", {"step": 4, "total": 13, "elapsed_s": 28.0})
+    (run,) = read_runs(halfway[1], lambda asked: asked == key)
+    sft = run["nodes"][2]
+    assert (run["state"], sft["state"], sft["seconds"], sft["progress"]["step"]) == ("running", "running", 28.0, 4)
+    assert run["seconds"] == pytest.approx(5.2 + 28.0), "the reused import is not this run's work"
+
+
+def test_a_stage_whose_process_is_dead_is_interrupted(halfway: tuple[Path, Path]) -> None:
+    work(*halfway, "sft", "progress.json", {"step": 4, "total": 13, "elapsed_s": 28.0})
+    (run,) = read_runs(halfway[1], lambda key: False)
+    assert (run["state"], run["nodes"][2]["state"]) == ("interrupted", "interrupted")
+
+
+def test_a_dead_stage_that_left_an_error_failed_with_its_words(halfway: tuple[Path, Path]) -> None:
+    work(*halfway, "sft", "error.json", {"code": 5, "what": "loss is NaN", "where": "step 3", "fix": None})
+    (run,) = read_runs(halfway[1], lambda key: False)
+    assert (run["state"], run["nodes"][2]["state"], run["nodes"][2]["error"]) == ("failed", "failed", "loss is NaN")
+
+
+def test_a_stage_committed_as_its_driver_died_is_done(make_run: MakeRun) -> None:
+    folder, store = make_run()
+    run = json.loads((folder / "run.json").read_text())
+    run["nodes"][2]["state"] = "running"
+    (folder / "run.json").write_text(json.dumps(run))
+    assert read_runs(store, lambda key: False)[0]["state"] == "done"
+
+
+def test_a_run_that_waits_for_another_s_stage_is_waiting(make_run: MakeRun) -> None:
+    _, store = make_run(states=dict.fromkeys(AFTER_SFT, "waiting"))
+    assert read_runs(store, lambda key: True)[0]["state"] == "waiting"
+    assert read_runs(store, lambda key: False)[0]["state"] == "interrupted"
+
+
+def test_runs_come_newest_first_and_a_damaged_one_does_not_hide_the_others(make_run: MakeRun) -> None:
+    folder, store = make_run()
+    run = json.loads((folder / "run.json").read_text())
+    newer, damaged = store / "runs" / "newer", store / "runs" / "damaged"
+    newer.mkdir()
+    damaged.mkdir()
+    (newer / "run.json").write_text(json.dumps({**run, "run": "newer", "created": run["created"] + 1}))
+    (damaged / "run.json").write_text("{")
+    runs = read_runs(store, lambda key: False)
+    assert [(r["run"], r["state"]) for r in runs] == [
+        ("newer", "done"),
+        ("quickstart-1f0c9a2b", "done"),
+        ("damaged", "unreadable"),
+    ]
+    assert read_runs(store / "nowhere", lambda key: False) == []
