@@ -1,0 +1,59 @@
+"""Settings without their secrets, fit to be sent elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+REMOVED = "[removed]"
+_SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
+_SECRET_ENDINGS = {"token", "key"}
+_TEXT_TOKENS = {
+    "bos",
+    "eos",
+    "pad",
+    "unk",
+    "sep",
+    "cls",
+    "mask",
+    "image",
+}  # eos_token and its like are text, no secrets
+_GIT_NAMES = {"revision", "commit", "sha", "sha1"}  # 40 hex digits there are a commit
+_DIGEST = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TOKENS = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bwandb_v\d+_\w{16,}|(?<![0-9A-Za-z/@])[0-9a-f]{40}(?![0-9A-Za-z/])"
+    r"|\b(?:sk|pk|rk)-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}|://[^/\s:@]*:[^/\s@]+@"
+)
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """A copy of nested settings, fit for JSON, with "[removed]" for each secret: known by its name, or by how it looks.
+
+    By name: `hf_token`, `token`, `api_key`, `client_secret`, `password` ..., whatever non-empty value they have.
+    Not: `key` where it holds a digest (our own stage keys), `eos_token` and its like, plurals such as `max_new_tokens`.
+    By look: tokens of Hugging Face, W&B, GitHub, GitLab, OpenAI and AWS, JSON web tokens, passwords in URLs.
+    """
+    if value is None or isinstance(value, bool) or value == "":
+        return value
+    if _is_secret_name(name) and not (name.lower() == "key" and isinstance(value, str) and _DIGEST.fullmatch(value)):
+        return REMOVED
+    if isinstance(value, Mapping):
+        return {str(key): without_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [without_secrets(inner) for inner in value]
+    if isinstance(value, int | float):
+        return value
+    text = str(value)
+    if _TOKENS.search(text) and not (name.lower() in _GIT_NAMES and _COMMIT.fullmatch(text)):
+        return REMOVED
+    return text
+
+
+def _is_secret_name(name: str) -> bool:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").replace(".", "_").split("_")
+    if _SECRET_WORDS & set(words):
+        return True
+    return words[-1] in _SECRET_ENDINGS and not (words[-1] == "token" and len(words) > 1 and words[-2] in _TEXT_TOKENS)

@@ -1,0 +1,68 @@
+"""Secrets are removed by name and by look; what only resembles one stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import alignment
+from alignment.tracking.redact import without_secrets
+
+HEX40 = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    "name", ["token", "hf_token", "hub-token", "api_key", "apiKey", "key", "client_secret", "password", "password_file"]
+)
+def test_a_value_under_a_name_of_secrets_is_removed(name: str) -> None:
+    assert without_secrets({"a": {name: "anything"}}) == {"a": {name: "[removed]"}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hf_AbCdEfGhIjKlMnOpQrStUvWx",
+        HEX40,
+        f"local-{HEX40}",
+        f"WANDB_API_KEY={HEX40}",
+        "wandb_v1_AbCdEfGhIjKlMnOpQrSt",
+        "ghp_" + "a1B2" * 9,
+        "sk-proj-" + "a1B2" * 9,
+        "https://me:hunter2@example.org/x",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.SflKxwRJSMeKKF2QT4",
+    ],
+)
+def test_a_value_that_looks_like_a_secret_is_removed_wherever_it_is(value: str) -> None:
+    assert without_secrets({"note": value, "list": ["ok", value]}) == {"note": "[removed]", "list": ["ok", "[removed]"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("key", "a" * 64),
+        ("key", "0123456789abcdef"),
+        ("eos_token", "<|im_end|>"),
+        ("pad_token", None),
+        ("max_new_tokens", 64),
+        ("tokens_per_micro_batch", 2048),
+        ("revision", HEX40),
+        ("path", f"/home/me/hub/snapshots/{HEX40}/model"),
+        ("archive_sha256", "b" * 64),
+        ("keyboard", "qwerty"),
+        ("beta", 0.1),
+        ("token", None),
+        ("limit", None),
+        ("gradient_checkpointing", False),
+    ],
+)
+def test_what_only_resembles_a_secret_stays(name: str, value: object) -> None:
+    assert without_secrets({name: value}) == {name: value}
+
+
+def test_no_shipped_setting_is_taken_for_a_secret() -> None:
+    files = sorted((Path(alignment.__file__).parent / "conf").rglob("*.yaml"))
+    assert len(files) > 10
+    for file in files:
+        assert "[removed]" not in str(without_secrets(yaml.safe_load(file.read_text()))), file
