@@ -1,0 +1,122 @@
+"""One tokenizer with its one chat template: how a conversation looks to the model, and where the answers are in it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.data.formats import Message
+from alignment.errors import InputError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One assistant turn of a rendered conversation: text[:start] is the prompt, text[start:end] the answer with its
+    end-of-turn token. Both in characters.
+    """
+
+    start: int
+    end: int
+
+
+class Chat:
+    """Renders and encodes conversations, the same way wherever it is used. tokenizer: of transformers."""
+
+    def __init__(self, tokenizer: Any, name: str = "the tokenizer"):
+        if not tokenizer.chat_template:
+            fix = "set model.chat_template to a name or a file"
+            raise InputError("the tokenizer has no chat template", where=name, fix=fix)
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no end-of-turn token", where=name, fix="set model.eos_token")
+        self.tokenizer, self.name = tokenizer, name
+        self.eos: str = tokenizer.eos_token
+        self.eos_id: int = tokenizer.eos_token_id
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        longest_first = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Chat:
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder))
+
+    @property
+    def template_sha256(self) -> str:
+        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+
+    def control_token(self, text: str) -> str | None:
+        """The first control token spelled out in `text`: the tokenizer would make it a real one."""
+        found = self._control.search(text)
+        return found[0] if found else None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of rendered text; the template has written every special token that belongs there."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def render(self, messages: list[Message], where: str, *, prompt: bool = False) -> str:
+        """The conversation as text; prompt: with the words that ask the model for its turn."""
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise InputError(f"the chat template refuses the conversation: {error}", where=where) from error
+        return str(text)
+
+    def answers(self, messages: list[Message], where: str) -> tuple[str, list[Answer]]:
+        """The rendered conversation and its assistant turns, cut where the template itself cuts.
+
+        Rendering the turns before an answer must give a prefix of rendering them with it, and so on to the end: else
+        the template rewrites history, and what is trained is not what is asked at generation. Raises InputError.
+        """
+        text = self.render(messages, where)
+        for message in messages:
+            if message["content"].strip() not in text:
+                turn = f"{message['role']} turn {message['content'][:40]!r}"
+                what = f"the chat template leaves out or rewrites the {turn}"
+                raise InputError(what, where=where, fix="set model.chat_template to one that renders every turn")
+        answers = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:number], where, prompt=True)
+            upto = text if number == len(messages) - 1 else self.render(messages[: number + 1], where)
+            if not (upto.startswith(before) and text.startswith(upto)):
+                what = f"the chat template renders turn {number + 1} differently when later turns follow"
+                fix = "set model.chat_template to one that never rewrites earlier turns"
+                raise InputError(what, where=where, fix=fix)
+            end = upto.find(self.eos, len(before))
+            if end < 0:
+                what = f"the chat template does not end an answer with the end-of-turn token {self.eos!r}"
+                fix = "set model.eos_token to the token that the template writes, or change the template"
+                raise InputError(what, where=where, fix=fix)
+            answers.append(Answer(len(before), end + len(self.eos)))
+        return text, answers
+
+    def check(self, *, needs_bos: bool) -> None:
+        """The template on a small conversation: it ends answers with the end-of-turn token, and begins the text once.
+
+        needs_bos: the model expects a begin-of-text token. Raises InputError; done once, when a model is imported.
+        """
+        hello = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "World"}]
+        ids = self.encode(self.answers(hello, self.name)[0])
+        check_bos(ids, self.tokenizer.bos_token_id, self.name)
+        if needs_bos and ids[0] != self.tokenizer.bos_token_id:
+            what = f"the tokenizer begins every text with {self.tokenizer.bos_token!r}, the chat template does not"
+            raise InputError(what, where=self.name, fix="begin the template with {{ bos_token }}")
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself begins a text with its begin-of-text token."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+
+
+def check_bos(ids: list[int], bos_id: int | None, where: str) -> None:
+    """Raises InputError if the text begins with two begin-of-text tokens."""
+    if bos_id is not None and ids[:2] == [bos_id, bos_id]:
+        raise InputError("the text begins with two begin-of-text tokens", where=where, fix="let the template write one")

@@ -1,0 +1,152 @@
+"""The shapes people keep rows in -> the two canonical ones.
+
+Canonical: {"messages": [...]} or {"prompt": [...], "chosen": [answer], "rejected": [answer]}; a message is
+{"role": "system" | "user" | "assistant", "content": text}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from alignment.data.sources import Row, type_name
+from alignment.errors import InputError
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+KEYS = {  # a format is recognised by these keys of the first row, in this order
+    "preference": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+}
+
+
+def detect(row: Row) -> str:
+    """The format whose keys the row has. Raises InputError that lists the keys found and the formats known."""
+    for name, keys in KEYS.items():
+        if all(key in row.value for key in keys):
+            return name
+    known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KEYS.items())
+    raise InputError(f"no known format has the keys {', '.join(row.value) or '(none)'}", where=row.where, fix=known)
+
+
+def canonical(row: Row, form: str) -> dict[str, list[Message]]:
+    """One row of the format `form` as a canonical row. Raises InputError (file, line) for a missing or wrong key."""
+    return CONVERTERS[form](row)
+
+
+def _alpaca(row: Row) -> dict[str, list[Message]]:
+    instruction, given = _text(row, "instruction"), _text(row, "input", optional=True)
+    messages = [_message("system", system)] if (system := _text(row, "system", optional=True)) else []
+    history = row.value.get("history") or []
+    if not isinstance(history, list) or not all(_is_pair(turn) for turn in history):
+        raise InputError("'history' must be a list of [question, answer] texts", where=row.where)
+    for question, answer in history:
+        messages += [_message("user", question), _message("assistant", answer)]
+    messages.append(_message("user", f"{instruction}\n{given}" if given.strip() else instruction))
+    return {"messages": [*messages, _message("assistant", _text(row, "output"))]}
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+
+
+def _chat(row: Row) -> dict[str, list[Message]]:
+    return {"messages": _messages(row, "messages")}
+
+
+def _prompt_completion(row: Row) -> dict[str, list[Message]]:
+    return {"messages": _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")}
+
+
+def _sharegpt(row: Row) -> dict[str, list[Message]]:
+    system = _text(row, "system", optional=True)
+    return {"messages": ([_message("system", system)] if system else []) + _messages(row, "conversations")}
+
+
+def _preference(row: Row) -> dict[str, list[Message]]:
+    chosen, rejected = (_turns(row, side, "assistant") for side in ("chosen", "rejected"))
+    key = next((key for key in ("prompt", "conversations", "messages") if row.value.get(key) is not None), None)
+    if len(chosen) == len(rejected) == 1 and key:
+        prompt = _turns(row, key, "user")
+    else:  # both sides are whole conversations: what they share is the prompt, and must be what `prompt` says
+        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(chosen) - 1)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt:
+            raise InputError("has no 'prompt', and the two sides share no first messages", where=row.where)
+        if key and not _agrees(_turns(row, key, "user"), prompt):
+            raise InputError(f"{key!r} is not the conversation that both sides begin with", where=row.where)
+    if not [m["role"] for m in chosen] == [m["role"] for m in rejected] == ["assistant"]:
+        raise InputError("'chosen' and 'rejected' must each be one answer to the same prompt", where=row.where)
+    system = _text(row, "system", optional=True)
+    return {"prompt": ([_message("system", system)] if system else []) + prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _agrees(named: list[Message], shared: list[Message]) -> bool:
+    """Whether the prompt key repeats the shared conversation, or its one question (with or without a system turn)."""
+    return named == shared or (len(named) == 1 and named[0] in (m for m in shared if m["role"] == "user"))
+
+
+CONVERTERS: dict[str, Callable[[Row], dict[str, list[Message]]]] = {
+    "alpaca": _alpaca,
+    "messages": _chat,
+    "prompt_completion": _prompt_completion,
+    "sharegpt": _sharegpt,
+    "preference": _preference,
+}
+
+
+# --- pieces of a row --------------------------------------------------------------------------------------------------
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _text(row: Row, key: str, *, optional: bool = False) -> str:
+    value = row.value.get(key)
+    if value is None and optional:
+        return ""
+    if key not in row.value:
+        raise InputError(f"has no {key!r}", where=row.where, fix=f"keys found: {', '.join(row.value)}")
+    if not isinstance(value, str):
+        raise InputError(f"{key!r} must be text, is {type_name(value)}", where=row.where)
+    return value
+
+
+def _turns(row: Row, key: str, role: str) -> list[Message]:
+    """A text (said by `role`), one message, or a list of messages."""
+    value = row.value.get(key)
+    if isinstance(value, dict):
+        return [_turn(value, f"{key!r}", row)]
+    return _messages(row, key) if isinstance(value, list) else [_message(role, _text(row, key))]
+
+
+def _messages(row: Row, key: str) -> list[Message]:
+    value = row.value.get(key)
+    if key not in row.value:
+        raise InputError(f"has no {key!r}", where=row.where, fix=f"keys found: {', '.join(row.value)}")
+    if not isinstance(value, list):
+        raise InputError(f"{key!r} must be a list of messages, is {type_name(value)}", where=row.where)
+    if not value:
+        raise InputError(f"{key!r} holds no messages", where=row.where)
+    return [_turn(turn, f"{key}[{number}]", row) for number, turn in enumerate(value)]
+
+
+def _turn(turn: Any, name: str, row: Row) -> Message:
+    """{"role", "content"} or ShareGPT's {"from", "value"}."""
+    if not isinstance(turn, dict):
+        raise InputError(f"{name} must be an object, is {type_name(turn)}", where=row.where)
+    role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+    role, text = turn.get(role_key), turn.get(text_key)
+    known = SHAREGPT_ROLES if role_key == "from" else dict(zip(ROLES, ROLES, strict=True))
+    if not isinstance(role, str) or role not in known:
+        raise InputError(f"{name}.{role_key} is {role!r}", where=row.where, fix=f"known: {', '.join(known)}")
+    if not isinstance(text, str):
+        raise InputError(f"{name}.{text_key} must be text, is {type_name(text)}", where=row.where)
+    if extra := [key for key in ("tool_calls", "function_call") if turn.get(key)]:
+        raise InputError(f"{name}.{extra[0]} is not supported", where=row.where)
+    return _message(known[role], text)

@@ -1,0 +1,214 @@
+"""A start checkpoint of any kind -> a plain Hugging Face folder with the run's chat template and special tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from alignment.config.schema import Model
+from alignment.data.chat import Chat, adds_bos
+from alignment.data.gguf import plain_model, read_tokenizer
+from alignment.errors import ConfigError, InputError, MachineError
+from alignment.files import read_json
+
+STEPS = 4
+HEADROOM = 1.1  # of disk, over the bytes of the weights
+
+
+def import_model(source: Path, settings: Model, target: Path, progress: Callable[..., None]) -> dict[str, float]:
+    """Write `target`: config.json, model.safetensors, tokenizer, chat_template.jinja, generation_config.json.
+
+    source: a Hugging Face folder with safetensors, or a .gguf file. progress(step, total, note=...).
+    Raises InputError (weights, config, tokenizer or template missing or not matching), ConfigError (a setting names a
+    token or template that does not exist), MachineError (no room).
+    """
+    import torch
+
+    name = str(source)
+    check_files(source)
+    progress(0, STEPS, note="reading the tokenizer", force=True)
+    tokenizer = load_tokenizer(source)
+    set_tokens(tokenizer, settings, name)
+    tokenizer.chat_template = chat_template(settings.chat_template, tokenizer, name)
+    Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer))
+    progress(1, STEPS, note="reading the weights", force=True)
+    model = _load(source, torch.float32 if settings.storage_precision == "fp32" else torch.bfloat16)
+    progress(2, STEPS, note="checking", force=True)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for key, value in ids.items():
+        setattr(model.config, key, value)
+    model.generation_config = type(model.generation_config)(**ids)  # stages say how to sample
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    target.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target).free) < size * HEADROOM:
+        what = f"{size / 1e9:.1f} GB of weights do not fit: {free / 1e9:.1f} GB free"
+        raise MachineError(what, where=str(target), fix="free some disk, or set store")
+    progress(3, STEPS, note="writing", force=True)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    progress(STEPS, STEPS)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    window = context_window(target) or 0
+    return {"parameters": parameters, "bytes": size, "vocabulary": len(tokenizer), "window": window}
+
+
+def check_files(source: Path) -> None:
+    """That a folder or file can be a model at all. Raises InputError that says what is missing."""
+    name = str(source)
+    if source.is_file():
+        if source.suffix.lower() != ".gguf":
+            raise InputError("is not a model", where=name, fix="give a Hugging Face folder or a .gguf file")
+        if find_spec("gguf") is None:
+            raise MachineError("GGUF files need the gguf package", where=name, fix="pip install 'alignment[gguf]'")
+        return
+    if not source.is_dir():
+        raise InputError("no such model folder", where=name, fix="check model.source")
+    present = {path.name for path in source.iterdir()}
+    if "config.json" not in present:
+        if "adapter_config.json" in present:
+            raise InputError("is an adapter, not a model", where=name, fix="merge it into its base model first")
+        if ggufs := sorted(n for n in present if n.endswith(".gguf")):
+            raise InputError("has no config.json", where=name, fix=f"name the file: {ggufs[0]}")
+        raise InputError("has no config.json", where=name, fix="give a folder written by save_pretrained")
+    if not any(n.endswith(".safetensors") for n in present):
+        if any(n.endswith((".bin", ".pth", ".pt")) for n in present):
+            fix = "save it as safetensors: pickles can run code and are never loaded"
+            raise InputError("has only pickled weights", where=name, fix=fix)
+        raise InputError("has no weights (*.safetensors)", where=name, fix="the folder is incomplete: copy it again")
+    config = _config(source)
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown method")
+        raise InputError(f"is quantised ({method})", where=name, fix="give full-precision weights, or a .gguf file")
+
+
+def context_window(folder: Path) -> int | None:
+    """config.json's max_position_embeddings (tokens), None where the model has no such limit. Raises InputError."""
+    config = _config(folder)
+    window = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    return int(window) if window else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(folder / "config.json")) from error
+    if not isinstance(config, dict):
+        raise InputError("is not an object", where=str(folder / "config.json"))
+    return config
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        if source.is_file():
+            return read_tokenizer(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raise whatever their file format's parser raises
+        fix = "the folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json"
+        what = f"has no tokenizer that can be read: {_first_line(error)}"
+        raise InputError(what, where=str(source), fix=fix) from error
+
+
+def set_tokens(tokenizer: Any, settings: Model, name: str) -> None:
+    """The end-of-turn and padding tokens of the settings, each a token that exists, and two different ones."""
+    vocabulary = tokenizer.get_vocab()
+    for key in ("eos_token", "pad_token"):
+        token = getattr(settings, key)
+        if token is None:
+            continue
+        if token not in vocabulary:
+            special = sorted(str(t) for t in tokenizer.added_tokens_decoder.values())
+            near = get_close_matches(token, special, 1, 0.3)
+            fix = f"nearest: {near[0]}" if near else "name a token of its vocabulary"
+            raise ConfigError(f"the tokenizer has no token {token!r}", where=f"model.{key}", fix=fix)
+        setattr(tokenizer, key, token)
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-turn token", where=name, fix="set model.eos_token")
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token", where=name, fix="set model.pad_token")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        what = f"the padding token is the end-of-turn token {tokenizer.eos_token!r}: models trained so never stop"
+        raise InputError(what, where=name, fix="set model.pad_token to another token")
+
+
+def chat_template(choice: str, tokenizer: Any, name: str) -> str:
+    """The template's text: the tokenizer's own ("keep"), one of conf/chat_template by name, or a file.
+
+    A shipped template is written without a begin-of-text token; it gets one where the tokenizer adds one itself.
+    """
+    if choice == "keep":
+        own = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        if not own:
+            known = ", ".join(sorted(shipped_templates()))
+            fix = f"set model.chat_template to one of {known}, or to a .jinja file"
+            raise InputError("the tokenizer has no chat template", where=name, fix=fix)
+        return str(own)
+    shipped = shipped_templates()
+    if choice in shipped:
+        return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + shipped[choice]
+    path = Path(choice).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    near = get_close_matches(choice, shipped, 1, 0.4)
+    fix = f"nearest: {near[0]}" if near else f"keep, one of {', '.join(sorted(shipped))}, or a .jinja file"
+    raise ConfigError(f"no chat template {choice!r}", where="model.chat_template", fix=fix)
+
+
+def shipped_templates() -> dict[str, str]:
+    """Name -> text of every template in conf/chat_template."""
+    folder = files("alignment").joinpath("conf", "chat_template")
+    found = (entry for entry in folder.iterdir() if entry.name.endswith(".jinja"))
+    return {entry.name.removesuffix(".jinja"): entry.read_text(encoding="utf-8") for entry in found}
+
+
+def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
+    """That every token id has a row of the embedding. Raises InputError."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        what = f"the tokenizer has token ids up to {highest}, the embedding {rows} rows"
+        raise InputError(what, where=name, fix="this tokenizer belongs to another model")
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _load(source: Path, dtype: Any) -> Any:
+    """A causal language model with every weight from the source. Raises InputError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    packed = source.is_file()  # a GGUF file is dequantised in fp32, then rounded once
+    given: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if packed:
+        given = {"dtype": torch.float32, "gguf_file": source.name}
+    folder = source.parent if packed else source
+    try:
+        auto: Any = AutoModelForCausalLM
+        model, loading = auto.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **given)
+    except Exception as error:  # a damaged file, an unknown architecture: each library on the way has its own classes
+        what = f"cannot be loaded as a causal language model: {_first_line(error)}"
+        raise InputError(what, where=str(source)) from error
+    wrong = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading[kind]]
+    if wrong:
+        what = f"lacks {len(wrong)} weights of its architecture, among them {wrong[0]}"
+        raise InputError(what, where=str(source), fix="the folder is incomplete or its config is of another model")
+    return plain_model(model, dtype) if packed else model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or json.dumps(type(error).__name__)).splitlines()[0]

@@ -1,0 +1,209 @@
+"""Rows of any source -> checked, split, tokenised rows, and the report of what was dropped and why."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignment.config.schema import HubSource, PackageSource, PathSource, Prepare
+from alignment.data import tokens
+from alignment.data.chat import Chat
+from alignment.data.checks import Drop, Tally, check_turns, opening, prompt_key, split
+from alignment.data.formats import Message, canonical, detect
+from alignment.data.sources import Row
+from alignment.errors import InputError
+from alignment.files import write_json, write_jsonl
+
+PROGRESS_EVERY = 50  # rows
+
+
+@dataclass
+class Example:
+    """One row that passed: its messages, its columns for training (token ids), and its lengths in tokens.
+
+    tokens: of the whole row; of its longer side for a pair.
+    """
+
+    row: Row
+    id: str
+    prompt: list[Message]
+    answer: Message
+    rejected: Message | None
+    columns: dict[str, list[int]]
+    prompt_tokens: int
+    tokens: int
+    opening: str
+
+
+@dataclass
+class Prepared:
+    """parts: split -> rows, in training order. total counts the rows read, fit those that passed every check."""
+
+    form: str
+    total: int
+    fit: int
+    parts: dict[str, list[Example]]
+    tally: Tally = field(default_factory=Tally)
+
+
+def prepare(rows: Sequence[Row], form: str, chat: Chat, settings: Prepare, progress: Callable[..., None]) -> Prepared:
+    """Check, tokenise and split rows of the format `form` ("auto": what the first row looks like).
+
+    progress(step, total, **facts) is called while rows are read. Raises InputError at the first malformed row, for rows
+    of the wrong task, over-long rows if they are errors, and too few rows.
+    """
+    form = detect(rows[0]) if form == "auto" else form
+    if (form == "preference") != (settings.task == "preference"):
+        what = f"rows of the format {form!r} cannot be prepared for the task {settings.task!r}"
+        raise InputError(what, where=rows[0].file, fix="preference needs rows with chosen and rejected, sft the others")
+    tally, seen, fit, ids = Tally(), _Seen(), [], _ids(rows)
+    for number, row in enumerate(rows, start=1):
+        try:
+            fit.append(_example(row, ids[number - 1], form, chat, settings, seen))
+        except Drop as drop:
+            tally.add(drop.reason, row)
+        if number % PROGRESS_EVERY == 0 or number == len(rows):
+            progress(number, len(rows), note=f"{form}: {len(fit)} of {number} rows fit")
+    try:
+        parts = split(fit, settings.splits, settings.seed, lambda reason, example: tally.add(reason, example.row))
+    except InputError as error:
+        what = f"{error.what} (of {len(rows)}: {tally})"
+        raise InputError(what, where=rows[0].file, fix="lower the stage's splits or raise its max_length") from None
+    return Prepared(form, len(rows), len(fit), parts, tally)
+
+
+def _ids(rows: Sequence[Row]) -> list[str]:
+    """The rows' own `id` where each has a different one, else their numbers."""
+    own = [str(row.value.get("id") or "") for row in rows]
+    return own if all(own) and len(set(own)) == len(own) else [str(row.number) for row in rows]
+
+
+class _Seen:
+    """Prompts and pairs met so far, to find what stands twice in the data."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+
+    def check(self, prompt: list[Message], sides: tuple[str, str] | None) -> None:
+        """sides: chosen and rejected; a prompt may have several pairs, but none twice or turned round. Raises Drop."""
+        key = prompt_key(prompt)
+        if sides is None:
+            if key in self.keys:
+                raise Drop("duplicate prompt")
+            self.keys.add(key)
+            return
+        here, turned = ("\0".join((key, *pair)) for pair in (sides, sides[::-1]))
+        if here in self.keys:
+            raise Drop("duplicate pair")
+        if turned in self.keys:
+            raise Drop("contradicts an earlier pair")
+        self.keys.add(here)
+
+
+def _example(row: Row, name: str, form: str, chat: Chat, settings: Prepare, seen: _Seen) -> Example:
+    """Raises InputError (malformed) or Drop (unfit)."""
+    made = _preference(row, name, form, chat) if form == "preference" else _conversation(row, name, form, chat)
+    over = None
+    if made.prompt_tokens > settings.max_prompt_length:
+        over = f"prompt of {made.prompt_tokens} tokens", "prompt longer than max_prompt_length"
+    elif made.tokens > settings.max_length:
+        over = f"row of {made.tokens} tokens", "longer than max_length"
+    if over and settings.over_long == "error":
+        limits = f"max_length is {settings.max_length}, max_prompt_length {settings.max_prompt_length}"
+        raise InputError(f"{over[0]}: {limits}", where=row.where, fix="raise the limit, or set over_long: drop")
+    if over:
+        raise Drop(over[1])
+    seen.check(made.prompt, (made.answer["content"], made.rejected["content"]) if made.rejected else None)
+    return made
+
+
+def _conversation(row: Row, name: str, form: str, chat: Chat) -> Example:
+    messages = canonical(row, form)["messages"]
+    check_turns(messages)
+    made = tokens.conversation(chat, messages, row.where)
+    columns = {"input_ids": made.ids, "labels": made.labels}
+    return Example(row, name, messages[:-1], messages[-1], None, columns, made.prompt, len(made.ids), opening(messages))
+
+
+def _preference(row: Row, name: str, form: str, chat: Chat) -> Example:
+    made = canonical(row, form)
+    prompt, chosen, rejected = made["prompt"], made["chosen"], made["rejected"]
+    for side in (chosen, rejected):
+        check_turns(prompt + side)
+    if chosen[0]["content"].strip() == rejected[0]["content"].strip():
+        raise Drop("identical sides")
+    pair = tokens.pair(chat, prompt, chosen, rejected, row.where)
+    columns = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+    length = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+    key = opening(prompt + chosen)
+    return Example(row, name, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str, float]:
+    """train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json -> summary numbers."""
+    import datasets
+
+    train = prepared.parts["train"]
+    datasets.disable_progress_bars()
+    columns = {name: [example.columns[name] for example in train] for name in train[0].columns}
+    made = datasets.Dataset.from_dict(columns)
+    tokens.check_end_of_turn(made, chat.eos_id)
+    made.save_to_disk(folder / "train")
+    write_jsonl(folder / "train.jsonl", (_training_row(example) for example in train))
+    for name in ("prompts", "heldout"):
+        rows = ({"id": e.id, "prompt": e.prompt, "reference": e.answer["content"]} for e in prepared.parts[name])
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    kept = {name: len(part) for name, part in prepared.parts.items()}
+    report = {
+        "source": source,
+        "format": prepared.form,
+        "rows": prepared.total,
+        "fit": prepared.fit,
+        "kept": kept,
+        "dropped": prepared.tally.counts,
+        "examples": prepared.tally.examples,
+        "template_sha256": chat.template_sha256,
+        "lengths": {
+            "prompt_tokens": _spread([example.prompt_tokens for example in train]),
+            "row_tokens": _spread([example.tokens for example in train]),
+        },
+    }
+    write_json(folder / "data_report.json", report)
+    trained = sum(_trained(example) for example in train)
+    dropped = sum(prepared.tally.counts.values())
+    total = sum(example.tokens for example in train)
+    return {"rows": prepared.total, "dropped": dropped, **kept, "train_tokens": total, "trained_tokens": trained}
+
+
+def _training_row(example: Example) -> dict[str, Any]:
+    if example.rejected is None:
+        return {"id": example.id, "messages": [*example.prompt, example.answer]}
+    sides = {"chosen": [example.answer], "rejected": [example.rejected]}
+    return {"id": example.id, "prompt": example.prompt, **sides}
+
+
+def _trained(example: Example) -> int:
+    """Tokens that carry a gradient."""
+    answers = [ids for name, ids in example.columns.items() if name in ("labels", "chosen_ids", "rejected_ids")]
+    return sum(label != tokens.IGNORED for ids in answers for label in ids)
+
+
+def _spread(lengths: Iterable[int]) -> dict[str, float]:
+    ordered = sorted(lengths)
+    high = ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))]
+    return {"min": ordered[0], "median": statistics.median(ordered), "p95": high, "max": ordered[-1]}
+
+
+def describe(source: PackageSource | PathSource | HubSource) -> str:
+    """A source in one line, for the report."""
+    if isinstance(source, PathSource):
+        return source.path
+    if isinstance(source, HubSource):
+        return f"{source.id}@{source.revision} ({source.split})"
+    return f"{source.package} {source.version} ({source.archive}): {source.member}"

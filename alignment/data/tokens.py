@@ -1,0 +1,97 @@
+"""Rendered conversations -> token ids and labels.
+
+A conversation is tokenised once, whole. Where an answer begins is found by tokenising the prompt alone, which is what
+generation does, and must be a prefix of the whole: an answer whose first letters merge with the prompt's last token has
+no honest cut, so the row is dropped and counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.data.chat import Chat, check_bos
+from alignment.data.checks import Drop
+from alignment.data.formats import Message
+from alignment.errors import InputError
+
+IGNORED = -100  # the label that cross-entropy leaves out
+MERGES = "answer merges with the prompt's last token"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """ids and labels: one per token, labels -100 off the assistant's turns. prompt: tokens before the last answer."""
+
+    ids: list[int]
+    labels: list[int]
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids; both answers end with the end-of-turn token and follow the same prompt."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def conversation(chat: Chat, messages: list[Message], where: str) -> Conversation:
+    """Every assistant turn labelled, through its end-of-turn token and no further. Raises InputError, Drop."""
+    _refuse_control_tokens(chat, messages)
+    text, answers = chat.answers(messages, where)
+    ids = chat.encode(text)
+    check_bos(ids, chat.tokenizer.bos_token_id, where)
+    labels, first = [IGNORED] * len(ids), 0
+    for answer in answers:
+        prompt = chat.encode(text[: answer.start])
+        first = len(prompt)
+        if ids[:first] != prompt:
+            raise Drop(MERGES)
+        try:
+            end = ids.index(chat.eos_id, first) + 1
+        except ValueError:
+            raise InputError(f"{chat.eos!r} does not become the end-of-turn token", where=where) from None
+        labels[first:end] = ids[first:end]
+    return Conversation(ids, labels, first)
+
+
+def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str) -> Pair:
+    """Both sides cut at the same prompt, each tokenised with it and once. Raises InputError, Drop."""
+    sides = []
+    for side in (chosen, rejected):
+        whole = conversation(chat, prompt + side, where)
+        end = whole.ids.index(chat.eos_id, whole.prompt) + 1
+        sides.append((whole.ids[: whole.prompt], whole.ids[whole.prompt : end]))
+    (asked, good), (asked_too, bad) = sides
+    if asked != asked_too:
+        raise InputError("the chat template renders the prompt differently for the two answers", where=where)
+    if good == bad:
+        raise Drop("identical sides")
+    return Pair(asked, good, bad)
+
+
+def _refuse_control_tokens(chat: Chat, messages: list[Message]) -> None:
+    if any(chat.control_token(message["content"]) for message in messages):
+        raise Drop("control token in text")
+
+
+def check_end_of_turn(dataset: Any, eos_id: int) -> None:
+    """Fatal unless every row teaches the model to stop: its last trained token is the end-of-turn token.
+
+    dataset: a datasets.Dataset with columns input_ids, labels, or prompt_ids, chosen_ids, rejected_ids.
+    Raises InputError that names the first bad row.
+    """
+    columns = [column for column in ("labels", "chosen_ids", "rejected_ids") if column in dataset.column_names]
+    if not columns or not len(dataset):
+        raise InputError("the tokenised data has no rows to train on")
+    for column in columns:
+        for number, tokens in enumerate(dataset[column]):
+            trained = [token for token in tokens if token != IGNORED]
+            if trained[-1:] != [eos_id]:
+                what = f"the end-of-turn token (id {eos_id}) is not trained: the model would never learn to stop"
+                where = f"row {number}, column {column}"
+                raise InputError(what, where=where, fix="prepare the data with this model's tokenizer")
+            if len(trained) == 1:
+                raise InputError("nothing but the end-of-turn token is trained", where=f"row {number}, column {column}")

@@ -1,0 +1,44 @@
+"""Rows -> checked, split, tokenised rows and a report of what was dropped."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from alignment.data.chat import Chat
+from alignment.data.fetch import fetch
+from alignment.data.models import context_window
+from alignment.data.preparation import describe, prepare, write
+from alignment.data.sources import Row, read_rows
+from alignment.errors import ConfigError
+from alignment.stages.context import StageContext
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    context.progress(0, 1, note="reading rows", force=True)
+    model = context.inputs["model"] / "model"
+    _check_window(context, context_window(model))
+    rows, form, source = _rows(context)
+    prepared = prepare(rows, form, chat := Chat.load(model), context.settings, context.progress)
+    return write(prepared, context.folder, source, chat)
+
+
+def _rows(context: StageContext) -> tuple[list[Row], str, str]:
+    """The rows, their format, and where they come from: a data set of the config, or the pairs of the parent."""
+    name = context.settings.dataset
+    if name is None:
+        if context.settings.task != "preference" or "data" not in context.inputs:
+            raise ConfigError("no data set named", where=f"{context.name}.dataset", fix="name one of the data group")
+        return list(read_rows(context.inputs["data"] / "pairs.jsonl")), "preference", "pairs of the parent stage"
+    if name not in context.experiment.data:
+        known = ", ".join(context.experiment.data)
+        raise ConfigError(f"no data set {name!r}", where=f"{context.name}.dataset", fix=f"known: {known}")
+    dataset = context.experiment.data[name]
+    rows = islice(read_rows(fetch(dataset.source, what="data")), dataset.limit)
+    return list(rows), dataset.format, describe(dataset.source)
+
+
+def _check_window(context: StageContext, window: int | None) -> None:
+    if window is not None and context.settings.max_length > window:
+        what = f"max_length {context.settings.max_length} is longer than the model's context window of {window} tokens"
+        raise ConfigError(what, where=context.name, fix=f"set it to at most {window}")

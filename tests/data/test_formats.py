@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignment.data.formats import canonical, detect
+from alignment.data.sources import Row
+from alignment.errors import InputError
+
+from .conftest import assistant, system, user
+
+
+def row(**value: Any) -> Row:
+    return Row(value, "rows.jsonl", 7, 9)
+
+
+PAIR = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+CONVERSATIONS = {
+    "alpaca": (row(instruction="do", output="done"), [user("do"), assistant("done")]),
+    "alpaca with input": (row(instruction="do", input="this", output="done"), [user("do\nthis"), assistant("done")]),
+    "alpaca with system and history": (
+        row(instruction="do", input=None, output="done", system="be kind", history=[["q", "a"]]),
+        [system("be kind"), user("q"), assistant("a"), user("do"), assistant("done")],
+    ),
+    "messages": (row(messages=[system("s"), user("q"), assistant("a")]), [system("s"), user("q"), assistant("a")]),
+    "prompt_completion": (row(prompt="q", completion="a"), [user("q"), assistant("a")]),
+    "prompt_completion of messages": (
+        row(prompt=[system("s"), user("q")], completion=[assistant("a")]),
+        [system("s"), user("q"), assistant("a")],
+    ),
+    "sharegpt": (row(conversations=TURNS), [user("q"), assistant("a")]),
+    "sharegpt with system": (row(conversations=TURNS, system="s"), [system("s"), user("q"), assistant("a")]),
+}
+PREFERENCES = {
+    "texts": row(prompt="q", chosen="a", rejected="b"),
+    "messages": row(**PAIR),
+    "single messages": row(prompt=[user("q")], chosen=assistant("a"), rejected=assistant("b")),
+    "sharegpt": row(conversations=TURNS[:1], chosen=TURNS[1], rejected={"from": "gpt", "value": "b"}),
+    "whole conversations": row(chosen=[user("q"), assistant("a")], rejected=[user("q"), assistant("b")]),
+    "both": row(prompt="q", chosen=[user("q"), assistant("a")], rejected=[user("q"), assistant("b")]),
+}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_conversations_of_every_format_are_recognised_and_become_messages(case: str) -> None:
+    given, messages = CONVERSATIONS[case]
+    assert detect(given) == case.split()[0]
+    assert canonical(given, detect(given)) == {"messages": messages}
+
+
+@pytest.mark.parametrize("case", PREFERENCES)
+def test_preferences_of_every_shape_become_prompt_and_two_answers(case: str) -> None:
+    assert detect(PREFERENCES[case]) == "preference"
+    assert canonical(PREFERENCES[case], "preference") == PAIR
+
+
+def test_a_system_text_beside_a_pair_is_kept() -> None:
+    made = canonical(row(prompt="q", chosen="a", rejected="b", system="s"), "preference")
+    assert made["prompt"] == [system("s"), user("q")]
+
+
+def test_identical_conversations_share_all_but_the_answer() -> None:
+    both = [user("q"), assistant("a")]
+    made = canonical(row(chosen=both, rejected=both), "preference")
+    assert made == {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("a")]}
+
+
+BAD = {
+    "missing key": ("alpaca", row(instruction="do"), "has no 'output' (keys found: instruction)"),
+    "wrong type": ("alpaca", row(instruction="do", output=3), "'output' must be text, is a number"),
+    "null": ("prompt_completion", row(prompt="q", completion=None), "'completion' must be text, is null"),
+    "bad history": ("alpaca", row(instruction="do", output="x", history=[["q"]]), "'history' must be a list of"),
+    "not a list": ("messages", row(messages="q"), "'messages' must be a list of messages, is text"),
+    "no messages": ("messages", row(messages=[]), "'messages' holds no messages"),
+    "no object": ("messages", row(messages=["q"]), "messages[0] must be an object, is text"),
+    "misspelled role": (
+        "messages",
+        row(messages=[{"role": "asistant", "content": "a"}]),
+        "messages[0].role is 'asistant' (known: system, user, assistant)",
+    ),
+    "null content": (
+        "messages",
+        row(messages=[user("q"), {"role": "assistant", "content": None}]),
+        "messages[1].content must be text, is null",
+    ),
+    "tool calls": (
+        "messages",
+        row(messages=[{"role": "assistant", "content": "", "tool_calls": [1]}]),
+        "messages[0].tool_calls is not supported",
+    ),
+    "tool turn": ("sharegpt", row(conversations=[{"from": "observation", "value": "x"}]), "conversations[0].from is"),
+    "no prompt": ("preference", row(chosen="Q: x A: y", rejected="Q: x A: z"), "has no 'prompt', and the two sides"),
+    "two answers": (
+        "preference",
+        row(chosen=[user("q"), assistant("a")], rejected=[user("q"), user("b")]),
+        "'chosen' and 'rejected' must each be one answer",
+    ),
+    "another prompt": (
+        "preference",
+        row(prompt="z", chosen=[user("q"), assistant("a")], rejected=[user("q"), assistant("b")]),
+        "'prompt' is not the conversation that both sides begin with",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_malformed_row_is_an_error_with_file_and_line(case: str) -> None:
+    form, given, message = BAD[case]
+    with pytest.raises(InputError) as caught:
+        canonical(given, form)
+    assert str(caught.value).startswith(f"rows.jsonl:9: {message}")
+
+
+def test_unknown_keys_name_the_formats_that_exist() -> None:
+    with pytest.raises(InputError, match=r"no known format has the keys text, label.*alpaca: instruction, output"):
+        detect(row(text="x", label=1))

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alignment.data.models import context_window, import_model
+from alignment.errors import AlignmentError, ConfigError, InputError
+
+from .conftest import PLAIN, SPECIALS, make_tokenizer, model_settings
+
+Folder = Callable[..., Path]
+
+
+def imported(source: Path, target: Path, **settings: Any) -> dict[str, float]:
+    return import_model(source, model_settings(**settings), target, lambda *a, **k: None)
+
+
+def test_a_folder_is_imported_whole_with_the_chosen_template(model_folder: Folder, tmp_path: Path) -> None:
+    """260 x 16 embedding + 4 x 16 x 16 attention + 3 x 16 x 32 MLP + 3 x 16 norms = 6768 weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = model_folder()
+    numbers = imported(source, tmp_path / "model", chat_template="instruction", pad_token="<|user|>")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert numbers == {"parameters": 6768, "bytes": 4 * 6768, "vocabulary": 260, "window": 64}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    hello = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(hello, tokenize=False, add_generation_prompt=True)
+    assert text == "### Instruction:\nHi\n\n### Response:\n"
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|user|>", "<eos>")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 3)
+    assert (tmp_path / "model" / "chat_template.jinja").exists()
+
+
+def test_storage_precision_rounds_the_weights_once(model_folder: Folder, tmp_path: Path) -> None:
+    source = model_folder()
+    imported(source, tmp_path / "model", storage_precision="bf16")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(before[name].to(torch.bfloat16), after[name]) for name in before)
+    assert context_window(tmp_path / "model") == 64
+
+
+def test_a_shipped_template_begins_the_text_where_the_tokenizer_would(model_folder: Folder, tmp_path: Path) -> None:
+    imported(model_folder(make_tokenizer(bos=True)), tmp_path / "model", chat_template="instruction")
+    template = (tmp_path / "model" / "chat_template.jinja").read_text()
+    assert template.startswith("{{ bos_token }}{%- for message in messages -%}")
+
+
+def test_a_template_may_be_a_file(model_folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text(PLAIN.replace("Q", "Question"))
+    imported(model_folder(), tmp_path / "model", chat_template=str(tmp_path / "mine.jinja"))
+    assert (tmp_path / "model" / "chat_template.jinja").read_text() == PLAIN.replace("Q", "Question")
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def gguf_only(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "tiny.gguf")
+
+
+def quantised(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def lacking(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def nonsense(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (without("config.json"), "has no config.json (give a folder written by save_pretrained)"),
+    "no weights": (without("model.safetensors"), "has no weights (*.safetensors)"),
+    "no tokenizer": (without("tokenizer.json"), "has no tokenizer that can be read: "),
+    "only pickles": (pickled, "has only pickled weights (save it as safetensors"),
+    "an adapter": (adapter, "is an adapter, not a model"),
+    "a gguf beside": (gguf_only, "has no config.json (name the file: tiny.gguf)"),
+    "quantised": (quantised, "is quantised (gptq)"),
+    "truncated": (truncated, "cannot be loaded as a causal language model: "),
+    "a weight missing": (lacking, "lacks 1 weights of its architecture, among them model.norm.weight"),
+    "unknown architecture": (nonsense, "cannot be loaded as a causal language model: "),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_folder_that_is_no_whole_model_is_one_line(case: str, model_folder: Folder, tmp_path: Path) -> None:
+    damage, message = DAMAGE[case]
+    source = model_folder()
+    damage(source)
+    with pytest.raises(InputError) as caught:
+        imported(source, tmp_path / "model")
+    assert str(caught.value).startswith(f"{source}: {message}")
+    assert not (tmp_path / "model").exists()
+
+
+SETTINGS: dict[str, tuple[type[AlignmentError], dict[str, Any], dict[str, Any], str]] = {
+    "no template": (InputError, {"template": None}, {}, "the tokenizer has no chat template (set "),
+    "unknown template": (
+        ConfigError, {}, {"chat_template": "instructions"},
+        "model.chat_template: no chat template 'instructions' (nearest: instruction)",
+    ),
+    "unknown token": (
+        ConfigError, {}, {"pad_token": "<padding>"},
+        "model.pad_token: the tokenizer has no token '<padding>' (nearest: <pad>)",
+    ),
+    "pad is eos": (InputError, {}, {"pad_token": "<eos>"}, "the padding token is the end-of-turn token '<eos>'"),
+    "template without eos": (
+        InputError, {"template": PLAIN.replace("{{ eos_token }}", "<|user|>")}, {},
+        "the chat template does not end an answer with the end-of-turn token '<eos>' (set model.eos_token",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_tokens_and_template_that_do_not_fit_are_one_line(case: str, model_folder: Folder, tmp_path: Path) -> None:
+    kind, tokenizer, settings, message = SETTINGS[case]
+    source = model_folder(make_tokenizer(**tokenizer))
+    with pytest.raises(kind) as caught:
+        imported(source, tmp_path / "model", **settings)
+    assert str(caught.value).removeprefix(f"{source}: ").startswith(message)
+
+
+def test_a_tokenizer_without_padding_token_must_be_given_one(model_folder: Folder, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    source = model_folder(tokenizer)
+    with pytest.raises(InputError, match=r"has no padding token \(set model.pad_token\)"):
+        imported(source, tmp_path / "model")
+    imported(source, tmp_path / "model", pad_token="<pad>")
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(model_folder: Folder, tmp_path: Path) -> None:
+    source = model_folder(rows=258)
+    with pytest.raises(InputError, match="the tokenizer has token ids up to 259, the embedding 258 rows"):
+        imported(source, tmp_path / "model")
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(folder: Path, cut: str) -> tuple[Path, dict[str, Any]]:
+    """A real one-layer Llama as GGUF (fp32): 16 wide, 2 heads; returns its Hugging Face weights too."""
+    import gguf
+    import numpy as np
+
+    tokens = [*SPECIALS, *sorted(make_tokenizer().get_vocab().keys() - set(SPECIALS)), "ab", "12"]
+    random = np.random.default_rng(0)
+    weights = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in {
+        "model.embed_tokens.weight": (len(tokens), 16), "model.norm.weight": (16,),
+        **{f"model.layers.0.self_attn.{part}_proj.weight": (16, 16) for part in "qkvo"},
+        "model.layers.0.mlp.gate_proj.weight": (32, 16), "model.layers.0.mlp.up_proj.weight": (32, 16),
+        "model.layers.0.mlp.down_proj.weight": (16, 32), "model.layers.0.input_layernorm.weight": (16,),
+        "model.layers.0.post_attention_layernorm.weight": (16,),
+    }.items()}  # fmt: skip
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+        "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm", "model.layers.0": "blk.0",
+    }  # fmt: skip
+    path = folder / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, number in {
+        "block_count": 1, "context_length": 64, "embedding_length": 16, "feed_forward_length": 32, "head_count": 2,
+        "head_count_kv": 2, "vocab_size": len(tokens), "rope_dimension_count": 8,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{key}")(number)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(cut)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIALS else 1 for token in tokens])
+    writer.add_token_merges(["a b", "1 2"])
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)  # as in the quickstart's file: padding with the end-of-turn token
+    writer.add_chat_template(PLAIN)
+    for name, weight in weights.items():
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp keeps the two halves of each head interleaved
+            weight = weight.reshape(2, 2, 4, 16).swapaxes(1, 2).reshape(16, 16)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, weights
+
+
+def test_a_gguf_file_becomes_a_plain_folder_with_the_same_weights(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, weights = write_gguf(tmp_path, "smollm")
+    numbers = imported(path, tmp_path / "model", pad_token="<pad>")
+    assert numbers["vocabulary"] == 262
+    made = load_file(tmp_path / "model" / "model.safetensors")
+    assert made.keys() == weights.keys()  # the head is tied to the embedding
+    assert all(torch.equal(made[name], torch.tensor(weight)) for name, weight in weights.items())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.tie_word_embeddings and model.config.max_position_embeddings == 64
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template) == ("<eos>", "<pad>", PLAIN)
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("ab12<eos>")) == ["ab", "1", "2", "<eos>"]
+
+
+def test_a_gguf_tokenizer_cuts_text_as_its_file_says(tmp_path: Path) -> None:
+    """With GPT-2's pattern digits merge, with SmolLM's each stands alone; an unknown pattern is refused."""
+    from alignment.data.models import load_tokenizer
+
+    path, _ = write_gguf(tmp_path, "gpt-2")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("ab12")) == ["ab", "12"]
+    path, _ = write_gguf(tmp_path, "nobody-knows")
+    with pytest.raises(InputError, match=r"cuts text into words in a way that cannot be reproduced \('nobody-knows'\)"):
+        load_tokenizer(path)
+
+
+def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(InputError, match=r"weights\.bin: is not a model"):
+        imported(tmp_path / "weights.bin", tmp_path / "model")
+    with pytest.raises(InputError, match=r"broken\.gguf: has no tokenizer that can be read"):
+        imported(tmp_path / "broken.gguf", tmp_path / "model")

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignment.config.schema import Prepare, Splits
+from alignment.data.chat import Chat
+from alignment.data.preparation import Prepared, prepare
+from alignment.data.sources import Row
+from alignment.errors import InputError
+
+from .conftest import assistant, make_tokenizer, user
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return Chat(make_tokenizer())
+
+
+def settings(task: str = "sft", **changes: Any) -> Prepare:
+    splits = Splits(
+        heldout=changes.pop("heldout", 0), prompts=changes.pop("prompts", 0), train=changes.pop("train", None)
+    )
+    values = {"dataset": "x", "max_length": 40, "max_prompt_length": 30, "over_long": "drop", "seed": 0, **changes}
+    return Prepare(kind="prepare", task=task, splits=splits, **values)
+
+
+def run(chat: Chat, values: list[dict[str, Any]], form: str = "auto", **changes: Any) -> Prepared:
+    rows = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(values, start=1)]
+    return prepare(rows, form, chat, settings(**changes), lambda *a, **k: None)
+
+
+def qa(question: str, answer: str) -> dict[str, str]:
+    return {"prompt": question, "completion": answer}
+
+
+def test_unfit_conversations_are_dropped_and_counted_by_reason(chat: Chat) -> None:
+    """Q:q\\nA:a<eos>\\n is 9 tokens with one letter each, so 32 letters of answer make 40 and 33 are too many."""
+    turns = [
+        [user("a"), user("b"), assistant("c")],
+        [user("only a question")],
+    ]
+    values = [
+        {"messages": [user(q), assistant(a)]}
+        for q, a in [
+            ("q", "a" * 32), ("q2", "a" * 33), ("q" * 26, "a"), ("same", "a"), (" Same ", "b"), ("e", " \n"),
+            (" ", "a"), ("<eos>", "a"),
+        ]
+    ]  # fmt: skip
+    made = run(chat, values + [{"messages": messages} for messages in turns])
+    assert made.tally.counts == {
+        "longer than max_length": 1,
+        "prompt longer than max_prompt_length": 1,
+        "duplicate prompt": 1,
+        "empty answer": 1,
+        "empty prompt": 1,
+        "control token in text": 1,
+        "turns do not alternate user, assistant": 1,
+        "no answer at the end": 1,
+    }
+    assert (made.form, made.total, made.fit) == ("messages", 10, 2)
+    assert sorted(example.row.number for example in made.parts["train"]) == [1, 4]
+    assert made.tally.examples[0] == {"reason": "longer than max_length", "row": 2, "line": 2}
+
+
+def test_unfit_pairs_are_dropped_and_counted_by_reason(chat: Chat) -> None:
+    """Pain 7: nothing is cut, so no side loses its end or its difference."""
+    pairs = [
+        ("q", "a", "b"), ("q", "a", "c"), ("q", "a", "b"), ("q", "b", "a"), ("r", "same", "same "), ("r", "", "x"),
+        ("r", "a", "b" * 40),
+    ]  # fmt: skip
+    values = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+    made = run(chat, values, task="preference")
+    assert made.tally.counts == {
+        "duplicate pair": 1,
+        "contradicts an earlier pair": 1,
+        "identical sides": 1,
+        "empty answer": 1,
+        "longer than max_length": 1,
+    }
+    assert made.fit == 2
+
+
+def test_an_over_long_row_can_be_an_error_instead(chat: Chat) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: row of 45 tokens: max_length is 40"):
+        run(chat, [qa("q", "a"), qa("r", "a" * 37)], over_long="error")
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: prompt of 32 tokens: .* max_prompt_length 30"):
+        run(chat, [qa("q" * 27, "a")], over_long="error")
+
+
+def test_splits_are_disjoint_repeatable_and_decided_by_the_seed(chat: Chat) -> None:
+    values = [qa(f"q{i}", f"a{i}") for i in range(30)]
+
+    def ids(seed: int) -> dict[str, list[str]]:
+        made = run(chat, values, heldout=5, prompts=4, train=10, seed=seed)
+        return {name: [example.id for example in part] for name, part in made.parts.items()}
+
+    first = ids(0)
+    assert {name: len(part) for name, part in first.items()} == {"heldout": 5, "prompts": 4, "train": 10, "unused": 11}
+    assert sorted(id for part in first.values() for id in part) == sorted(str(i + 1) for i in range(30))
+    assert ids(0) == first
+    assert ids(1) != first
+
+
+def test_held_out_prompts_are_never_trained_on(chat: Chat) -> None:
+    """Twelve openings, each asked alone and as the first turn of a longer talk: both must land in one split."""
+    values = []
+    for i in range(12):
+        values.append({"messages": [user(f"q{i}"), assistant("a")]})
+        values.append({"messages": [user(f"Q{i} "), assistant("a"), user("more"), assistant("b")]})
+    leaks = 0
+    for seed in range(8):
+        made = run(chat, values, heldout=3, prompts=3, seed=seed)
+        openings = [{example.opening for example in made.parts[name]} for name in ("heldout", "prompts", "train")]
+        assert not openings[0] & openings[1] and not (openings[0] | openings[1]) & openings[2]
+        leaks += made.tally.counts.get("shares its first prompt with another split", 0)
+        assert made.fit == sum(map(len, made.parts.values())) + sum(made.tally.counts.values())
+    assert leaks > 0
+
+
+def test_too_few_rows_say_how_many_there_are_and_where_the_others_went(chat: Chat) -> None:
+    values = [qa("q", "a"), qa("q", "b"), qa("r", "")]
+    with pytest.raises(InputError) as caught:
+        run(chat, values, heldout=1, prompts=1, train=2)
+    assert str(caught.value) == (
+        "rows.jsonl: 1 rows are fit to use, the splits ask for 1 held-out + 1 prompts + 2 train "
+        "(of 3: 1 duplicate prompt, 1 empty answer) (lower the stage's splits or raise its max_length)"
+    )
+    with pytest.raises(InputError, match="at least 1 train"):
+        run(chat, values, heldout=1)
+
+
+def test_rows_of_the_other_task_are_refused(chat: Chat) -> None:
+    with pytest.raises(InputError, match="format 'preference' cannot be prepared for the task 'sft'"):
+        run(chat, [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(InputError, match="format 'prompt_completion' cannot be prepared for the task 'preference'"):
+        run(chat, [qa("q", "a")], task="preference")
+
+
+def test_rows_keep_their_own_ids_only_if_they_tell_them_apart(chat: Chat) -> None:
+    own = run(chat, [{**qa("q", "a"), "id": "x"}, {**qa("r", "a"), "id": "y"}])
+    assert sorted(example.id for example in own.parts["train"]) == ["x", "y"]
+    shared = run(chat, [{**qa("q", "a"), "id": "x"}, {**qa("r", "a"), "id": "x"}])
+    assert sorted(example.id for example in shared.parts["train"]) == ["1", "2"]

@@ -1,0 +1,128 @@
+"""The two stages that come before any training, as the worker calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+
+from alignment.config.schema import Dataset, ImportModel, PathSource, Prepare, Splits
+from alignment.data.chat import Chat
+from alignment.errors import ConfigError, InputError
+from alignment.files import read_json, read_jsonl
+from alignment.stages import import_model, prepare
+from alignment.stages.context import StageContext
+from tests.data.conftest import model_settings
+
+
+@pytest.fixture(scope="module")
+def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an import_model stage."""
+    folder = tmp_path_factory.mktemp("start")
+    source = PathSource(kind="path", path=str(tiny_model))
+    experiment: Any = SimpleNamespace(model=model_settings(source=source, chat_template="instruction"))
+    settings = ImportModel(kind="import_model")
+    numbers = import_model.run(StageContext("start", "run", "key", folder, settings, experiment, {}))
+    assert numbers["window"] == 512
+    return folder
+
+
+def prepared(
+    folder: Path, start: Path, rows: Path | None, inputs: dict[str, Path] | None = None, **changes: Any
+) -> Any:
+    splits = Splits(heldout=changes.pop("heldout", 0), prompts=changes.pop("prompts", 0), train=None)
+    values = {
+        "task": "sft",
+        "dataset": "mine",
+        "max_length": 96,
+        "max_prompt_length": 64,
+        "over_long": "drop",
+        "seed": 0,
+    }
+    limit = changes.pop("limit", None)
+    settings = Prepare(kind="prepare", splits=splits, **{**values, **changes})
+    data = {}
+    if rows:
+        data["mine"] = Dataset(source=PathSource(kind="path", path=str(rows)), format="auto", limit=limit)
+    experiment: Any = SimpleNamespace(data=data)
+    context = StageContext("rows", "run", "key", folder, settings, experiment, {"model": start, **(inputs or {})})
+    return prepare.run(context)
+
+
+def test_instruction_rows_become_token_ids_prompts_and_a_report(
+    start: Path, instruction_rows: Path, tmp_path: Path
+) -> None:
+    numbers = prepared(tmp_path, start, instruction_rows, heldout=5, prompts=4)
+    chat = Chat.load(start / "model")
+    train = datasets.load_from_disk(str(tmp_path / "train"))
+    rows = list(read_jsonl(tmp_path / "train.jsonl"))
+    assert len(train) == len(rows) == 31
+    question, answer = (message["content"] for message in rows[0]["messages"])
+    assert chat.tokenizer.decode(train[0]["input_ids"]) == (
+        f"### Instruction:\n{question}\n\n### Response:\n{answer}<eos>\n"
+    )
+    trained = [label for label in train[0]["labels"] if label != -100]
+    assert chat.tokenizer.decode(trained) == f"{answer}<eos>"
+    heldout = list(read_jsonl(tmp_path / "heldout.jsonl"))
+    assert len(heldout) == 5 and len(list(read_jsonl(tmp_path / "prompts.jsonl"))) == 4
+    assert heldout[0].keys() == {"id", "prompt", "reference"}
+    assert heldout[0]["prompt"][0]["content"] not in {row["messages"][0]["content"] for row in rows}
+    report = read_json(tmp_path / "data_report.json")
+    assert report["rows"] == 40 and report["dropped"] == {}
+    assert report["kept"] == {"heldout": 5, "prompts": 4, "train": 31, "unused": 0}
+    assert report["format"] == "messages" and report["template_sha256"] == chat.template_sha256
+    assert numbers["trained_tokens"] == sum(label != -100 for row in train for label in row["labels"])
+    assert read_json(tmp_path / "progress.json")["note"] == "messages: 40 of 40 rows fit"
+
+
+def test_the_same_rows_and_seed_give_the_same_bytes(start: Path, instruction_rows: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        prepared(tmp_path / name, start, instruction_rows, heldout=5)
+    for file in ("train.jsonl", "heldout.jsonl", "data_report.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    one, two = (datasets.load_from_disk(str(tmp_path / name / "train")) for name in ("one", "two"))
+    assert one["input_ids"][:] == two["input_ids"][:]
+
+
+def test_pairs_of_a_file_become_three_columns(start: Path, preference_rows: Path, tmp_path: Path) -> None:
+    prepared(tmp_path, start, preference_rows, task="preference", heldout=3)
+    train = datasets.load_from_disk(str(tmp_path / "train"))
+    assert train.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"] and len(train) == 21
+    row, decode = next(read_jsonl(tmp_path / "train.jsonl")), Chat.load(start / "model").tokenizer.decode
+    assert decode(train[0]["prompt_ids"]) == f"### Instruction:\n{row['prompt'][0]['content']}\n\n### Response:\n"
+    assert decode(train[0]["chosen_ids"]) == row["chosen"][0]["content"] + "<eos>"
+    assert decode(train[0]["rejected_ids"]) == row["rejected"][0]["content"] + "<eos>"
+    assert len(list(read_jsonl(tmp_path / "heldout.jsonl"))) == 3
+
+
+def test_pairs_of_the_judge_are_read_from_the_parent(start: Path, tmp_path: Path) -> None:
+    judged, folder = tmp_path / "judged", tmp_path / "pairs"
+    judged.mkdir(), folder.mkdir()
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    pairs = [
+        {"id": f"p{i}", "prompt": [{"role": "user", "content": f"q{i}"}], **sides, "chosen_reward": 1.0} for i in (1, 2)
+    ]
+    (judged / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    numbers = prepared(folder, start, None, {"data": judged}, task="preference", dataset=None)
+    assert numbers["train"] == 2
+    assert sorted(row["id"] for row in read_jsonl(folder / "train.jsonl")) == ["p1", "p2"]
+
+
+def test_a_limit_takes_the_first_rows(start: Path, instruction_rows: Path, tmp_path: Path) -> None:
+    assert prepared(tmp_path, start, instruction_rows, limit=7)["rows"] == 7
+
+
+def test_settings_that_cannot_be_are_one_line(start: Path, instruction_rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rows: max_length 513 is longer than the model's context window of 512"):
+        prepared(tmp_path, start, instruction_rows, max_length=513)
+    with pytest.raises(ConfigError, match=r"rows\.dataset: no data set 'yours' .known: mine"):
+        prepared(tmp_path, start, instruction_rows, dataset="yours")
+    with pytest.raises(ConfigError, match=r"rows\.dataset: no data set named"):
+        prepared(tmp_path, start, None, dataset=None)
+    with pytest.raises(InputError, match="of 40: 40 longer than max_length"):
+        prepared(tmp_path, start, instruction_rows, max_length=20)
