@@ -52,6 +52,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random one-layer BERT with the byte tokenizer: its similarities mean nothing, but differ."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = write_tiny_model(tmp_path_factory.mktemp("encoder"))
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def instruction_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty rows of one question and one answer each."""
     moods = ("good", "bad", "great", "awful", "fine")
@@ -73,13 +89,16 @@ def preference_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_settings(tiny_model: Path, instruction_rows: Path, preference_rows: Path) -> list[str]:
+def tiny_settings(
+    tiny_model: Path, tiny_encoder: Path, instruction_rows: Path, preference_rows: Path
+) -> list[str]:
     """Settings that make any pipeline run in about a minute: tiny model, few rows, few steps, one thread."""
     return [
         *("model=path", f"model.source.path={tiny_model}", "data=path"),
         f"data.instructions.source.path={instruction_rows}",
         f"data.preferences.source.path={preference_rows}",
-        *("reward=sentiment", "tracking=none", "min_free_gb=0", "engine.threads=1"),
+        *("~reward.terms.relevance.source", f"+reward.terms.relevance.source={{kind: path, path: {tiny_encoder}}}"),
+        *("tracking=none", "min_free_gb=0", "engine.threads=1"),
     ]
 
 
