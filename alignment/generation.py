@@ -1,8 +1,8 @@
 """Answers of a model, and the log-probabilities it gives to answers. Shapes: B rows, P prompt tokens, V vocabulary.
 
-Generation is a loop of our own over the model's forward, not transformers' `generate`, for what that cannot do: a prompt
-with several completions is read once, answers that have ended leave the batch (a third fewer tokens when lengths differ),
-and every answer has its own random numbers, so that who shares its batch changes nothing but rounding.
+Generation is a loop of our own over the model's forward, not transformers' `generate`, for what that cannot do: a
+prompt with several completions is read once, answers that have ended leave the batch, and every answer has its own
+random numbers, so that who shares its batch changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from alignment.errors import InputError
 Message = dict[str, str]
 Progress = Callable[..., None]  # progress(step, total, **facts)
 
-NUCLEUS = 1024  # most probable tokens looked at first; sorting a vocabulary of 50k for 64 rows takes 150 ms on two cores
+NUCLEUS = 1024  # most probable tokens looked at first: sorting 64 rows of 50k takes 150 ms on two cores, this 18 ms
 TOKENS_PER_BATCH = 2048  # padded tokens of one scoring forward; bounds the logits at 2048 x V floats
 COMPACT = 8  # ended answers leave the batch when they are an eighth of it: leaving copies the whole cache
 
@@ -30,7 +30,7 @@ COMPACT = 8  # ended answers leave the batch when they are an eighth of it: leav
 class Completion:
     """One answer. text: without special tokens. token_ids: with the end-of-turn token, if it came (finished).
 
-    tokens: their number. log_prob: log p(answer | prompt) in nats under the model itself (temperature 1, whole vocabulary).
+    tokens: their number. log_prob: log p(answer | prompt) in nats under the model itself, at temperature 1.
     """
 
     text: str
@@ -49,6 +49,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
     Only safetensors are read (nothing is unpickled), and no code from the folder is run.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -62,11 +63,16 @@ def load(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
         dtype = torch.bfloat16 if cuda else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **only_here)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        only_here |= {"use_safetensors": True, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **only_here)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the model does not load: {str(error).strip().splitlines()[0]}", where=str(folder)) from error
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise InputError(f"the weights lack {len(info['missing_keys'])} tensors, such as {some}", where=str(folder))
     if not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template", where=str(folder), fix="import the model with a template")
+        raise InputError("the tokenizer has no chat template", where=str(folder), fix="set model.chat_template")
     return model.to("cuda" if cuda else "cpu").eval(), tokenizer
 
 
@@ -105,9 +111,9 @@ def generate(
 ) -> list[list[Completion]]:
     """`completions` answers to each prompt, in the order of the prompts. temperature 0 is greedy.
 
-    A batch holds whole prompts, at least one, and at most batch_size answers if they fit; longest prompts first, so that
-    memory is known early. The result depends on seed alone, and on batch_size only as rounding does. progress counts
-    tokens of max_new_tokens each. Raises InputError for a prompt that leaves no room for the answer in the window.
+    A batch holds whole prompts, at least one, and at most batch_size answers if they fit; longest prompts first, so
+    that memory is known early. The result depends on seed, and on batch_size only as rounding does. progress counts
+    tokens, max_new_tokens an answer. Raises InputError for a prompt that leaves no room for its answer in the window.
     """
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     _check_window(ids, max_new_tokens, window(model))
@@ -135,11 +141,19 @@ def generate(
 
 
 def stream(
-    model: Any, tokenizer: Any, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, top_p: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> Iterator[str]:
-    """One answer, piece by piece as it comes: a piece a token, perhaps empty (half of a character).
+    """One answer, piece by piece as it comes: a piece a token, empty while a character is incomplete.
 
-    The answer is at most what the window leaves; raises InputError if it leaves nothing.
+    A character that stays incomplete is one more piece. The answer is at most what the window leaves; raises InputError
+    if it leaves nothing.
     """
     ids = encode_prompt(tokenizer, messages)
     _check_window([ids], 1, window(model))
@@ -147,13 +161,15 @@ def stream(
     noise = torch.rand(1, room, generator=torch.Generator().manual_seed(seed))
     stop = stop_tokens(model, tokenizer)
     answer: list[int] = []
-    said = ""
+    text = said = ""
     for _, tokens, _ in _decode(model, [ids], noise, stop=stop, temperature=temperature, top_p=top_p):
         answer += tokens
         text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ready = text if not text.endswith("\N{REPLACEMENT CHARACTER}") else said  # bytes of a character still to come
+        ready = said if text.endswith("\N{REPLACEMENT CHARACTER}") else text  # more bytes of a character are to come
         yield ready[len(said) :]
         said = ready
+    if text != said:
+        yield text[len(said) :]
 
 
 def sequence_log_probs(
@@ -165,14 +181,16 @@ def sequence_log_probs(
 ) -> list[Tensor]:
     """log p(token | all before it) in nats of every answer token. rows: (prompt ids, not empty; answer ids).
 
-    Returns one fp32 CPU tensor [answer tokens] a row, in the order of the rows. Batches of like length under a budget of
-    padded tokens; left padding puts all answers at the end, where alone the head is computed. Raises InputError.
+    Returns one fp32 CPU tensor [answer tokens] a row, in the order of the rows. Batches of like length under a budget
+    of padded tokens; left padding puts all answers at the end, where alone the head is computed. Raises InputError for
+    an empty prompt and for a row longer than the window.
     """
     limit = window(model)
-    for number, (prompt, answer) in enumerate(rows):
-        if not prompt or len(prompt) + len(answer) > limit:
-            what = f"row {number}: a prompt of {len(prompt)} and an answer of {len(answer)} tokens, the window holds {limit}"
-            raise InputError(what if prompt else f"row {number}: the prompt is empty")
+    for number, (prompt, answer) in enumerate(rows, start=1):
+        length = len(prompt) + len(answer)
+        if not prompt or length > limit:
+            what = f"{length} tokens, the window holds {limit}" if prompt else "the prompt is empty"
+            raise InputError(what, where=f"row {number} to be scored")
     result: list[Tensor] = [torch.empty(0)] * len(rows)
     meter = _Meter(sum(len(p) + len(a) for p, a in rows), progress)
     for batch in _batches([len(p) + len(a) for p, a in rows], tokens_per_batch):
@@ -204,7 +222,7 @@ class _Meter:
 def _check_window(prompts: Sequence[Sequence[int]], answer: int, limit: int) -> None:
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
     if longest is not None and len(prompts[longest]) + answer > limit:
-        what = f"a prompt of {len(prompts[longest])} tokens leaves no room for {answer} new ones in the window of {limit}"
+        what = f"a prompt of {len(prompts[longest])} tokens leaves no room for {answer} more in a window of {limit}"
         raise InputError(what, where=f"prompt {longest + 1}", fix="shorten the prompt or lower max_new_tokens")
 
 
@@ -219,12 +237,18 @@ def _pad_left(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tenso
 
 @torch.inference_mode()
 def _decode(
-    model: Any, prompts: Sequence[Sequence[int]], noise: Tensor, *, stop: Sequence[int], temperature: float, top_p: float
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    noise: Tensor,
+    *,
+    stop: Sequence[int],
+    temperature: float,
+    top_p: float,
 ) -> Iterator[tuple[list[int], list[int], list[float]]]:
     """Yields, a step at a time, (rows, their next tokens, the tokens' log-probs at temperature 1) of open answers.
 
-    noise [B * copies, steps]: uniform in [0, 1), one number a token. Row r answers prompt r // copies. A row is not seen
-    again after a stop token.
+    noise [B * copies, steps]: uniform in [0, 1), one number a token. Row r answers prompt r // copies. A row is not
+    seen again after a stop token.
     """
     from transformers import DynamicCache
 

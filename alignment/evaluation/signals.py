@@ -1,0 +1,63 @@
+"""What is measured of one answer, and over all answers of one model. A row is a line of answers.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+Column = list[float | None]  # one value a prompt; None where the row has none
+
+# metric -> whether more of it is better; None: neither, it is there to be watched. The terms of a reward are rewards.
+HIGHER_IS_BETTER: dict[str, bool | None] = {
+    "reward": True,
+    "stop_rate": True,  # share of answers that ended by themselves
+    "tokens": None,  # length of an answer, end-of-turn token included
+    "repetition": False,
+    "kl": None,  # nats an answer away from the reference model
+    "heldout_nll": False,  # nats per token of the reference answer
+}
+
+
+def repetition(text: str) -> float:
+    """Share of 3-word sequences that were there before: 1 - distinct / all. Words by white space; 0 below three."""
+    words = text.casefold().split()
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+def kl(log_prob: float, reference_log_prob: float) -> float:
+    """log p_model(answer) - log p_reference(answer) in nats, for an answer of the model itself.
+
+    Its mean over answers sampled at temperature 1 estimates the KL divergence KL(model || reference) without bias; one
+    answer's value may be negative. Over greedy answers it is the same log-ratio along the most probable path.
+    """
+    return log_prob - reference_log_prob
+
+
+def mean_nll(log_probs: Sequence[float]) -> float | None:
+    """Mean negative log-probability per token in nats; None without tokens."""
+    return -sum(log_probs) / len(log_probs) if log_probs else None
+
+
+def metrics(row: Row) -> dict[str, float | None]:
+    """The row's metrics by name, as they stand in tables: reward, its terms, then the rest."""
+    values = {
+        "reward": row["reward"],
+        **row["terms"],
+        "stop_rate": float(row["finished"]),
+        **{name: row[name] for name in ("tokens", "repetition", "kl", "heldout_nll")},
+    }
+    return {name: None if value is None else float(value) for name, value in values.items()}
+
+
+def columns(rows: Sequence[Row]) -> dict[str, Column]:
+    """Metric -> its value for each row, in the order of the rows."""
+    table = [metrics(row) for row in rows]
+    return {name: [values[name] for values in table] for name in (table[0] if table else {})}
+
+
+def means(rows: Sequence[Row]) -> dict[str, float]:
+    """Metric -> mean over the rows that have it; metrics that no row has are left out."""
+    found = {name: [v for v in column if v is not None] for name, column in columns(rows).items()}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}

@@ -1,0 +1,61 @@
+"""Evaluations of several models on the same prompts -> verdict.json: the table with its intervals, and the verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alignment.config.schema import Compare
+from alignment.errors import ConfigError, InputError
+from alignment.evaluation import gates, signals
+from alignment.evaluation.statistics import Comparison
+from alignment.files import write_json
+from alignment.stages.context import StageContext
+from alignment.stages.parts import rows_of
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    settings: Compare = context.settings
+    _check_roles(settings, list(context.inputs))
+    answers = {role: rows_of(folder, "answers.jsonl") for role, folder in context.inputs.items()}
+    prompts = _check_prompts(answers, settings.baseline)
+    columns = {role: signals.columns(rows) for role, rows in answers.items()}
+    comparison = Comparison(columns, settings.confidence, settings.resamples, settings.seed)
+    context.progress(1, 3, note="intervals")
+    table = comparison.table(settings.baseline)
+    context.progress(2, 3, note="verdict")
+    terms = context.experiment.reward.terms
+    found = gates.verdict(
+        comparison,
+        candidate=settings.candidate,
+        baseline=settings.baseline,
+        limits=gates.Limits(settings.max_relevance_drop, settings.min_stop_rate),
+        relevance=[name for name in comparison.metrics if name in terms and terms[name].kind == "relevance"],
+        prompts=prompts,
+    )
+    models = sorted(answers, key=lambda role: role != settings.baseline)  # first the baseline, the others as declared
+    whole = {**found, "models": models, "table": table, "confidence": settings.confidence, "prompts": prompts}
+    write_json(context.folder / "verdict.json", whole)
+    metrics = {f"{r['metric']}_difference": r["difference"][settings.candidate]["mean"] for r in table}
+    context.log(prompts, metrics)
+    context.progress(3, 3)
+    return {**metrics, "prompts": float(prompts), "better": float(found["verdict"] == "better")}
+
+
+def _check_roles(settings: Compare, roles: list[str]) -> None:
+    for name in ("baseline", "candidate"):
+        role = getattr(settings, name)
+        if role not in roles:
+            fix = f"one of {', '.join(roles)}"
+            raise ConfigError(f"{role!r} is not among the models compared", where=name, fix=fix)
+    if settings.baseline == settings.candidate:
+        raise ConfigError("the candidate is the baseline", where="candidate", fix="name two models")
+
+
+def _check_prompts(answers: dict[str, list[dict[str, Any]]], baseline: str) -> int:
+    """Their number. Raises InputError unless all models answered the same prompts in the same order."""
+    asked = [row["id"] for row in answers[baseline]]
+    for role, rows in answers.items():
+        if [row["id"] for row in rows] != asked:
+            what = f"{role} and {baseline} did not answer the same prompts"
+            raise InputError(what, fix="evaluate both on one data set")
+    return len(asked)

@@ -1,0 +1,134 @@
+"""One model on the held-out prompts -> answers.jsonl (a row a prompt, all that is measured of it), evaluation.json.
+
+The model and the reference are loaded one after the other. The model's log-probs of its own answers are those of the
+decoding itself; only the reference has to read the answers. If the model is the reference, the KL is 0 without that.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment import generation
+from alignment.config.schema import Evaluate
+from alignment.data.chat import Chat
+from alignment.data.checks import Drop
+from alignment.data.tokens import conversation
+from alignment.errors import ConfigError, InputError
+from alignment.evaluation import signals
+from alignment.files import write_json, write_jsonl
+from alignment.generation import Completion
+from alignment.stages.context import StageContext
+from alignment.stages.parts import Parts, judge_of, rows_of
+
+CURVE = 12  # points of the running means in metrics.jsonl
+Row = dict[str, Any]
+Ids = tuple[list[int], list[int]]  # prompt, answer
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    rows = rows_of(context.inputs["data"], "heldout.jsonl")
+    folder, reference = (context.inputs[role] / "model" for role in ("model", "reference"))
+    _check_names(set(context.experiment.reward.terms))
+    itself = folder.resolve() == reference.resolve()
+    shares = {"loading": 5, "answering": 60, "held-out loss": 15, "KL": 0 if itself else 15, "judging": 5}
+    parts = Parts(context, shares)
+    asked = _ask(context.settings, rows, folder, parts)
+    distance = [0.0] * len(rows) if itself else _distance(reference, asked, parts)
+    parts("judging")
+    scores = judge_of(context.experiment).score([row["prompt"] for row in rows], [a.text for a in asked.answers])
+    written = [
+        {
+            **{name: row[name] for name in ("id", "prompt", "reference")},
+            "answer": answer.text,
+            "tokens": answer.tokens,
+            "finished": answer.finished,
+            **score,
+            "kl": kl,
+            "repetition": signals.repetition(answer.text),
+            "heldout_nll": loss,
+        }
+        for row, answer, score, kl, loss in zip(rows, asked.answers, scores, distance, asked.nll, strict=True)
+    ]
+    metrics = _publish(context, written)
+    return {**metrics, "prompts": float(len(rows)), "heldout_nll_missing": float(asked.nll.count(None))}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known once the model has been asked: one entry a row, except the vocabulary (token -> id)."""
+
+    prompts: list[list[int]]  # token ids
+    answers: list[Completion]
+    nll: list[float | None]  # of the reference answer, mean nats per token
+    vocabulary: dict[str, int]
+
+
+def _ask(settings: Evaluate, rows: list[Row], folder: Path, parts: Parts) -> Asked:
+    parts("loading")
+    model, tokenizer = generation.load(folder)
+    prompts = [row["prompt"] for row in rows]
+    answers = generation.generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=1.0,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        progress=parts("answering"),
+    )
+    nll = _heldout_nll(model, Chat(tokenizer, str(folder)), rows, parts)
+    ids = [generation.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return Asked(ids, [few[0] for few in answers], nll, tokenizer.get_vocab())
+
+
+def _heldout_nll(model: Any, chat: Chat, rows: list[Row], parts: Parts) -> list[float | None]:
+    """Mean nats per token of each reference answer with its end-of-turn token; None if it does not render or fit."""
+    encoded = [_encode(chat, row, generation.window(model)) for row in rows]
+    known = [ids for ids in encoded if ids is not None]
+    losses = iter(generation.sequence_log_probs(model, known, progress=parts("held-out loss")))
+    return [None if ids is None else signals.mean_nll(next(losses).tolist()) for ids in encoded]
+
+
+def _encode(chat: Chat, row: Row, limit: int) -> Ids | None:
+    messages = [*row["prompt"], {"role": "assistant", "content": row["reference"]}]
+    try:
+        whole = conversation(chat, messages, f"heldout.jsonl, id {row['id']}")
+    except Drop:  # prepared with this template it was fit; with another it may not be
+        return None
+    end = whole.ids.index(chat.eos_id, whole.prompt) + 1
+    return (whole.ids[: whole.prompt], whole.ids[whole.prompt : end]) if end <= limit else None
+
+
+def _distance(reference: Path, asked: Asked, parts: Parts) -> list[float]:
+    """log p_model - log p_reference of each answer, in nats."""
+    gc.collect()  # the model is out of scope; its memory must be free before the reference takes as much
+    model, tokenizer = generation.load(reference)
+    if tokenizer.get_vocab() != asked.vocabulary:
+        raise InputError("the model and its reference do not share a tokenizer: there is no KL", where=str(reference))
+    rows = [(ids, answer.token_ids) for ids, answer in zip(asked.prompts, asked.answers, strict=True)]
+    theirs = generation.sequence_log_probs(model, rows, progress=parts("KL"))
+    return [signals.kl(a.log_prob, float(t.double().sum())) for a, t in zip(asked.answers, theirs, strict=True)]
+
+
+def _check_names(terms: set[str]) -> None:
+    taken = sorted(terms & set(signals.HIGHER_IS_BETTER))
+    if taken:
+        where = f"reward.terms.{taken[0]}"
+        raise ConfigError(f"{taken[0]!r} is the name of another metric", where=where, fix="name the term differently")
+
+
+def _publish(context: StageContext, rows: list[Row]) -> dict[str, float]:
+    """Write the artifacts; the running means go to metrics.jsonl, so that one can see whether they have settled."""
+    points = sorted({round(len(rows) * point / CURVE) for point in range(1, CURVE + 1)} - {0})
+    for seen in points:
+        context.log(seen, signals.means(rows[:seen]))
+    metrics = signals.means(rows)
+    write_jsonl(context.folder / "answers.jsonl", rows)
+    write_json(context.folder / "evaluation.json", {"metrics": metrics})
+    context.progress(1000, 1000)
+    return metrics

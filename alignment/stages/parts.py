@@ -1,0 +1,51 @@
+"""What several stages need: progress over the parts of a stage, the rows of a split, the judge of the experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from alignment.config.schema import Experiment
+from alignment.errors import InputError
+from alignment.files import read_jsonl
+from alignment.rewards import Judge
+from alignment.stages.context import StageContext
+
+
+class Parts:
+    """One progress line over parts of unlike length. shares: part -> its rough share of the time, in any unit."""
+
+    def __init__(self, context: StageContext, shares: Mapping[str, float]):
+        self.context, self.shares = context, shares
+        self.whole = sum(shares.values())
+
+    def __call__(self, part: str) -> Callable[..., None]:
+        """progress(step, total, **facts) of this part; the stage's step is in thousandths of the whole."""
+        names = list(self.shares)
+        before = sum(self.shares[name] for name in names[: names.index(part)])
+
+        def progress(step: int, total: int, **facts: Any) -> None:
+            done = before + self.shares[part] * step / max(total, 1)
+            self.context.progress(round(1000 * done / self.whole), 1000, note=part, **facts)
+
+        progress(0, 1)
+        return progress
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a file that a parent wrote. Raises InputError if it is not there or empty."""
+    path = folder / name
+    rows = list(read_jsonl(path)) if path.is_file() else []
+    if not rows:
+        raise InputError(f"{name} has no rows", where=str(path), fix="give the split rows in the prepare stage")
+    return rows
+
+
+def judge_of(experiment: Experiment) -> Judge:
+    """The reward of the experiment, its models fetched."""
+    from alignment.data.fetch import fetch
+
+    terms = experiment.reward.terms
+    folders = {name: fetch(term.source) for name, term in terms.items() if term.source is not None}
+    return Judge(experiment.reward, folders)

@@ -1,0 +1,25 @@
+"""Supervised fine-tuning of the parent's model on the assistant's tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import trl
+
+from alignment.config.schema import Sft
+from alignment.stages.context import StageContext
+from alignment.stages.train import train
+from alignment.training.model import load, lora_config
+from alignment.training.rows import sft_sizes
+from alignment.training.trainers import SFT
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    return train(context, sft_sizes, make_trainer)
+
+
+def make_trainer(settings: Sft, start: Path, arguments: dict[str, Any], **common: Any) -> SFT:
+    args = trl.SFTConfig(**arguments)  # before the model: under ZeRO-3 it is sharded while it is read
+    model = load(start)
+    return SFT(model=model, args=args, peft_config=lora_config(settings.lora, model), **common)

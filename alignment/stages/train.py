@@ -1,0 +1,77 @@
+"""The composition root of the stages that train: settings, rows and a start model in, a plain model folder out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import load_from_disk
+from transformers import AutoTokenizer
+
+from alignment.data.tokens import check_end_of_turn
+from alignment.errors import InputError
+from alignment.stages.context import StageContext
+from alignment.training import engine
+from alignment.training.batching import GlobalBatches, count_steps
+from alignment.training.model import consolidate
+
+
+def train(
+    context: StageContext,
+    sizes: Callable[[Any], tuple[list[int], list[int]]],
+    make_trainer: Callable[..., Any],
+) -> dict[str, Any]:
+    """sizes(rows) -> lengths and weights. make_trainer(settings, start, arguments, **what every trainer takes)."""
+    settings, setup = context.settings, context.experiment.engine
+    start = context.inputs["model"] / "model"
+    context.progress(0, 0, note="loading the model", force=True)
+    engine.start(setup, context.world_size)
+
+    rows = _rows(context.inputs["data"] / "train")
+    tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
+    check_end_of_turn(rows, tokenizer.eos_token_id)
+    lengths, weights = sizes(rows)
+    batches = GlobalBatches(
+        lengths=lengths,
+        weights=weights,
+        global_batch_size=settings.global_batch_size,
+        steps=count_steps(len(rows), settings.global_batch_size, settings.epochs, settings.max_steps),
+        seed=settings.seed,
+        world_size=context.world_size,
+        tokens_per_micro_batch=setup.tokens_per_micro_batch,
+    )
+    arguments = engine.training_arguments(settings, setup, batches.steps, context.folder)
+
+    def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+        shown: dict[str, Any] = {name: metrics[name] for name in ("loss", "tokens_per_s") if name in metrics}
+        context.progress(step, total, **shown)
+        if metrics:
+            context.log(step, metrics)
+
+    trainer = make_trainer(
+        settings, start, arguments, batches=batches, on_step=on_step, train_dataset=rows, processing_class=tokenizer
+    )
+    began = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - began
+    context.progress(batches.steps, batches.steps, note="writing the model", force=True)
+    consolidate(trainer, start, context.folder)
+    return {**_summary(trainer), "rows": len(rows), "steps": batches.steps, "train_seconds": seconds}
+
+
+def _summary(trainer: Any) -> dict[str, float]:
+    """The last row of metrics, the first loss beside it, and how much was trained."""
+    history = trainer.state.log_history
+    last = {name: value for name, value in history[-1].items() if name not in ("epoch", "step", "learning_rate")}
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)  # ZeRO-3 keeps a shard
+    return {**last, "first_loss": history[0]["loss"], "trained_parameters": count}
+
+
+def _rows(folder: Path) -> Any:
+    rows = load_from_disk(str(folder))
+    if not len(rows):
+        raise InputError("there are no rows to train on", where=str(folder))
+    return rows

@@ -1,0 +1,177 @@
+"""How training is spread over processes: settings -> process group, TrainingArguments, DeepSpeed configuration.
+
+Nothing here may change a result beyond rounding. The traps of DeepSpeed on CPU that are avoided here: a two-minute
+compile at the first start, a hang on the lock of a killed compile, a batch size computed without the process group,
+an optimiser of its own that must be compiled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
+
+from alignment.config.schema import Engine, Train
+from alignment.errors import ConfigError, MachineError
+from alignment.files import cache_home
+
+ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
+# The schema's names for transformers' schedules; each warms up first.
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def start(engine: Engine, world_size: int) -> None:
+    """Make this process ready to train: threads, environment, process group. Call before trl or deepspeed is imported.
+
+    Raises ConfigError if the strategy does not fit the number of processes.
+    """
+    if engine.strategy == "single" and world_size > 1:
+        raise ConfigError(
+            f"engine.strategy=single runs one process, the launcher started {world_size}",
+            where="engine.strategy",
+            fix="engine=ddp, zero1, zero2 or zero3; or launcher=local",
+        )
+    if world_size == 1:  # Trainer would spread one process over all GPUs it sees (nn.DataParallel)
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    on_gpu = torch.cuda.is_available()
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(engine.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    elif engine.threads:
+        torch.set_num_threads(engine.threads)
+    if on_gpu and world_size > 1:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    disable_progress_bar()  # of loading and writing weights: the stage has its own progress
+    if engine.strategy in ZERO_STAGE:
+        _join_process_group()
+        _start_deepspeed(on_gpu)
+    elif world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+
+
+def _join_process_group() -> None:
+    """Without a launcher this process is a group of one."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
+
+
+def _start_deepspeed(on_gpu: bool) -> None:
+    try:
+        # One folder a host: then a lock in it belongs to a process of this host, and its life can be checked.
+        kernels = Path(
+            os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_home() / "kernels" / socket.gethostname()))
+        )
+        remove_stale_locks(kernels)
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise MachineError(
+            f"deepspeed cannot be imported: {error}", fix="install it, or use engine=single|ddp"
+        ) from None
+    if not on_gpu:  # compiled at the first start (two minutes), used by tensor-parallel inference only
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Before the configuration is made: it takes the number of processes from the group.
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+
+
+def remove_stale_locks(kernels: Path) -> list[Path]:
+    """Remove the locks that killed kernel builds left behind; a later build would wait for them for ever.
+
+    A lock is stale if no process of this machine has it open (torch's FileBaton keeps it open while it builds).
+    """
+    locks = [lock for lock in kernels.glob("**/lock") if lock.is_file()] if kernels.is_dir() else []
+    if not locks or not Path("/proc/self/fd").is_dir():
+        return []
+    held = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            held.add(os.readlink(descriptor))
+        except OSError:  # gone meanwhile, or another user's
+            continue
+    stale = [lock for lock in locks if str(lock.resolve()) not in held]
+    for lock in stale:
+        lock.unlink(missing_ok=True)
+    return stale
+
+
+def training_arguments(settings: Train, engine: Engine, steps: int, folder: Path) -> dict[str, Any]:
+    """Keyword arguments of a TRL config: the optimiser as the settings say, Trainer's own reporting and saving off."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,  # the loader's items are whole optimiser steps
+        "gradient_accumulation_steps": 1,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": SCHEDULES[settings.schedule],
+        "warmup_steps": math.ceil(settings.warmup_ratio * steps),
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_epsilon": settings.adam_epsilon,
+        "max_grad_norm": settings.max_grad_norm,
+        "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "bf16": settings.precision == "bf16",
+        "fp16": False,
+        "use_cpu": not on_gpu,
+        "ddp_backend": dist.get_backend() if dist.is_initialized() else None,
+        "ddp_find_unused_parameters": False,
+        "activation_checkpointing": engine.gradient_checkpointing,
+        "deepspeed": deepspeed_config(engine, settings, on_gpu),
+        "max_length": None,  # the rows are cut by nobody: too long ones were dropped, and counted, before
+        "logging_steps": settings.log_every,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def deepspeed_config(engine: Engine, settings: Train, on_gpu: bool) -> dict[str, Any] | None:
+    """DeepSpeed's configuration, or None. The optimiser and the schedule are the client's: the same for all engines."""
+    stage = ZERO_STAGE.get(engine.strategy)
+    if stage is None:
+        return None
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": True,
+    }
+    if stage == 3 and engine.param_persistence_threshold is not None:
+        zero["stage3_param_persistence_threshold"] = engine.param_persistence_threshold
+    if engine.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if engine.offload == "all":
+        if stage != 3:
+            raise ConfigError(
+                "offload=all needs ZeRO-3", where="engine.offload", fix="engine=zero3, or offload=optimizer"
+            )
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.max_grad_norm,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+    }

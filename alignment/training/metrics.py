@@ -1,0 +1,113 @@
+"""Metrics of training: what each means, and how it combines over micro-batches, steps and processes.
+
+Sums stay on the device while a step runs; one collective a row of metrics brings them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """how: mean (a sum over units, divided by their number) | sum | max. by: the unit of a mean, rows | tokens."""
+
+    how: Literal["mean", "sum", "max"]
+    by: str | None = None
+
+
+PER_ROW, PER_TOKEN = Metric("mean", "rows"), Metric("mean", "tokens")
+
+# A row is an example (SFT) or a pair (DPO); a token is a trained one (SFT) or one of either answer (DPO).
+METRICS: dict[str, Metric] = {
+    "rows": Metric("sum"),
+    "tokens": Metric("sum"),
+    "input_tokens": Metric("sum"),
+    "longest_row": Metric("max"),
+    "mean_token_accuracy": PER_TOKEN,
+    "entropy": PER_TOKEN,
+    "kl": PER_TOKEN,
+    "rewards/chosen": PER_ROW,
+    "rewards/rejected": PER_ROW,
+    "rewards/margins": PER_ROW,
+    "rewards/accuracies": PER_ROW,
+    "logps/chosen": PER_ROW,
+    "logps/rejected": PER_ROW,
+}
+
+
+class Meter:
+    """Running sums of one process; `reduce` combines those of all and starts anew."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """values: for a mean or a sum, the sum over the units of one micro-batch; for a max, its maximum."""
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().double()
+            before = self._values.get(name)
+            if before is not None:
+                value = torch.maximum(before, value) if METRICS[name].how == "max" else before + value
+            self._values[name] = value
+
+    def reduce(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """name -> value over all processes. gather: [1, n] of each process -> [processes, n], in one collective."""
+        if not self._values:
+            return {}
+        names = sorted(self._values)
+        all_values = gather(torch.stack([self._values[name] for name in names])[None]).cpu()
+        self._values = {}
+        return combine(names, all_values)
+
+
+def combine(names: Iterable[str], values: Tensor) -> dict[str, float]:
+    """values: [processes, names], each column put together as METRICS says."""
+    columns = dict(zip(names, values.unbind(1), strict=True))
+    total: dict[str, float] = {}
+    for name, column in columns.items():
+        total[name] = float(column.max() if METRICS[name].how == "max" else column.sum())
+    divisors = {name: metric.by for name, metric in METRICS.items() if metric.how == "mean" and metric.by}
+    return {name: value / max(total[divisors[name]], 1) if name in divisors else value for name, value in total.items()}
+
+
+def token_sums(output: Any, labels: Tensor) -> dict[str, Tensor]:
+    """Sums over the trained tokens of a scored micro-batch.
+
+    output: per-token fields [rows, width - 1], zero where nothing is trained; labels: [rows, width], -100 off.
+    """
+    return {
+        "tokens": (labels[:, 1:] != -100).sum(),
+        "mean_token_accuracy": output.is_top1.sum(),
+        "entropy": output.entropy.sum(),
+    }
+
+
+def pair_sums(policy: Any, reference: Any, labels: Tensor, beta: float) -> dict[str, Tensor]:
+    """Sums over the pairs of a scored micro-batch whose first half are the chosen rows, the second the rejected ones.
+
+    Rewards are the implicit ones of Rafailov et al. 2023 (arXiv:2305.18290, eq. 5), beta log(pi / pi_ref), in nats.
+    kl: Schulman's k3 estimator (joschu.net/blog/kl-approx.html) a token, (w - 1) - log w with w = pi / pi_ref: for
+    tokens drawn from the reference - what DPO assumes of its pairs - an unbiased estimate of KL(pi_ref || pi), in nats
+    a token; of pairs from elsewhere a measure of drift, still >= 0 and 0 only where both agree. The KL of the model's
+    own answers is measured by the evaluate stage.
+    """
+    log_ratios = (policy.log_probs - reference.log_probs).double()  # [2 pairs, width - 1]
+    chosen_reward, rejected_reward = (beta * log_ratios.sum(1)).chunk(2)
+    chosen_logp, rejected_logp = policy.log_probs.double().sum(1).chunk(2)
+    return {
+        "rows": labels.new_tensor(len(labels) // 2),
+        **token_sums(policy, labels),
+        "kl": (torch.expm1(log_ratios) - log_ratios).sum(),
+        "rewards/chosen": chosen_reward.sum(),
+        "rewards/rejected": rejected_reward.sum(),
+        "rewards/margins": (chosen_reward - rejected_reward).sum(),
+        "rewards/accuracies": (chosen_reward > rejected_reward).sum(),
+        "logps/chosen": chosen_logp.sum(),
+        "logps/rejected": rejected_logp.sum(),
+    }

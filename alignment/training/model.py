@@ -1,0 +1,138 @@
+"""The model in training: loading it for an engine, and bringing its weights back together as an ordinary folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.config.schema import Lora
+from alignment.errors import ConfigError, TrainingError
+
+
+def load(folder: Path) -> Any:
+    """The causal language model of a folder with fp32 master weights.
+
+    Under ZeRO-3 the weights are sharded while they are read; transformers sees that from the TrainingArguments, which
+    must exist, with the DeepSpeed configuration inside, before this is called.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+def lora_config(lora: Lora | None, model: Any) -> Any:
+    """PEFT's configuration of the adapters, or None. Raises ConfigError for target modules the model does not have."""
+    if lora is None:
+        return None
+    from peft import LoraConfig, TaskType
+
+    _check_targets(lora.target_modules, model)
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type] # any number will do: it is divided by the rank
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+
+
+def _check_targets(targets: str | list[str], model: Any) -> None:
+    if targets == "all-linear":
+        return
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    for target in [targets] if isinstance(targets, str) else targets:
+        if target not in linear - head:
+            raise ConfigError(
+                f"the model has no linear layer `{target}` that an adapter can be put on",
+                where="lora.target_modules",
+                fix=f"all-linear, or some of {', '.join(sorted(linear - head))}",
+            )
+
+
+def consolidate(trainer: Any, start: Path, folder: Path) -> None:
+    """Write folder/model (fp32, adapters merged) and, with LoRA, folder/adapter. Every process must call it.
+
+    A fresh copy of the start model takes the trained weights, so that nothing of the trainer or the engine is left in
+    what is written, and tied weights stay tied. start: folder of the model that training began from.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    trained = gather_trained(trainer)  # a collective: every process enters
+    if trainer.accelerator.is_main_process:
+        unset_hf_deepspeed_config()  # else the fresh copy would be sharded over processes that are not here
+        check_whole(trained)
+        plain = load(start)
+        adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None)
+        if adapters:
+            from peft import get_peft_model
+
+            plain = get_peft_model(plain, adapters["default"])
+        _put(plain, trained)
+        if adapters:
+            plain.save_pretrained(folder / "adapter")
+            (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
+            plain = plain.merge_and_unload()
+        plain.save_pretrained(folder / "model")
+        _check_written(folder / "model", plain)
+        trainer.processing_class.save_pretrained(folder / "model")
+    trainer.accelerator.wait_for_everyone()
+
+
+def gather_trained(trainer: Any) -> dict[str, Tensor]:
+    """name -> whole fp32 weights on the CPU, of all that was trained; empty except on the main process."""
+    sharded = trainer.is_deepspeed_enabled
+    if sharded:
+        from deepspeed.utils import safe_get_full_fp32_param
+    whole: dict[str, Tensor] = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if parameter.requires_grad:
+            value = safe_get_full_fp32_param(parameter) if sharded else parameter.detach()
+            if value is None:
+                raise TrainingError(f"the engine cannot give back the weights of {name}")
+            if trainer.accelerator.is_main_process:
+                whole[name] = value.to("cpu", torch.float32, copy=True)
+    return whole
+
+
+def check_whole(weights: dict[str, Tensor]) -> None:
+    """Raise TrainingError for weights that are missing, empty (a shard taken for the whole) or not finite."""
+    if not weights:
+        raise TrainingError("nothing was trained: the model has no trainable parameter")
+    for name, value in weights.items():
+        if value.numel() == 0:
+            raise TrainingError(f"{name} has no elements: it was not gathered from all processes")
+        if not torch.isfinite(value).all():
+            raise TrainingError(f"{name} has values that are NaN or infinite", fix="lower the learning rate")
+
+
+def _put(model: Any, weights: dict[str, Tensor]) -> None:
+    own = dict(model.named_parameters())
+    wanted = {name for name, parameter in own.items() if parameter.requires_grad}
+    if wanted != set(weights):
+        raise TrainingError(f"trained weights do not match the model: {sorted(wanted ^ set(weights))[:3]}")
+    with torch.no_grad():
+        for name, value in weights.items():
+            if own[name].shape != value.shape:
+                raise TrainingError(f"{name} has shape {tuple(value.shape)}, the model {tuple(own[name].shape)}")
+            own[name].copy_(value)
+
+
+def _check_written(folder: Path, model: Any) -> None:
+    """The files must hold as many weights as the model has, no tensor empty."""
+    from safetensors import safe_open
+
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a dict
+                size = torch.Size(weights.get_slice(name).get_shape()).numel()
+                if size == 0:
+                    raise TrainingError(f"{name} was written without elements", where=str(file))
+                count += size
+    expected = sum(parameter.numel() for parameter in model.parameters())  # tied weights count once
+    if count < expected:
+        raise TrainingError(f"{count} weights were written, the model has {expected}", where=str(folder))

@@ -1,0 +1,90 @@
+"""What the mixin leans on below the public surface of its libraries. An upgrade that moves one of these fails here."""
+
+from __future__ import annotations
+
+import inspect
+
+import accelerate
+import deepspeed.ops
+import pytest
+import torch.utils.file_baton
+import transformers
+import trl
+import trl.trainer.utils
+from accelerate.state import GradientState
+from transformers.integrations import deepspeed as hf_deepspeed
+
+TRAINERS = (trl.SFTTrainer, trl.DPOTrainer)
+METHODS = (
+    "get_train_dataloader", "training_step", "compute_loss", "floating_point_ops", "log", "remove_callback",
+    "_prepare_dataset", "_get_grad_norm", "_send_telemetry",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_methods_overridden_exist(trainer: type, method: str) -> None:
+    assert callable(getattr(trainer, method))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_trainers_call_prepare_dataset_and_keep_metrics_by_mode(trainer: type) -> None:
+    source = inspect.getsource(trainer)
+    assert "self._prepare_dataset(" in source
+    assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
+    assert "loss_is_scaled_for_ga" in dir(trainer)
+
+
+def test_trainer_scales_the_loss_by_the_attributes_that_the_mixin_sets() -> None:
+    step = inspect.getsource(transformers.Trainer.training_step)
+    assert "if self.loss_is_scaled_for_ga is not None" in step
+    assert "loss / self.current_gradient_accumulation_steps" in step
+    assert list(inspect.signature(transformers.Trainer.training_step).parameters) == [
+        "self", "model", "inputs", "num_items_in_batch",
+    ]  # fmt: skip
+
+
+def test_trainer_takes_one_item_of_the_loader_for_one_step_and_looks_at_the_norm_before_the_update() -> None:
+    epoch = inspect.getsource(transformers.Trainer._run_epoch)
+    assert "self.training_step(model, inputs, num_items_in_batch)" in epoch
+    assert epoch.index("_get_grad_norm") < epoch.index("self.optimizer.step()")
+    assert '"labels" in batch_samples[0]' in inspect.getsource(transformers.Trainer._get_num_items_in_batch)
+
+
+def test_sft_divides_by_the_count_it_is_given_and_multiplies_by_the_processes() -> None:
+    source = inspect.getsource(trl.SFTTrainer.compute_loss)
+    assert "num_tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch" in source
+    assert "loss = loss * (self.accelerator.num_processes // self.get_tp_size())" in source
+    assert "steps = self.current_gradient_accumulation_steps" in source
+
+
+def test_dpo_returns_the_mean_over_pairs_and_scores_the_policy_before_the_reference() -> None:
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    assert "loss += per_sequence_loss.mean() * loss_weight" in source
+    assert source.index("outputs = model(**model_kwargs") < source.index("ref_outputs = self.model(")
+    assert "ref_outputs = self.ref_model(**ref_model_kwargs, labels=labels, fused_lm_head=True)" in source
+    assert "1 / (2 * self.beta)) ** 2" in source and "torch.relu(1 - self.beta * delta_score)" in source
+
+
+def test_the_fused_head_asks_one_name_whether_to_score_trained_positions_only() -> None:
+    source = inspect.getsource(trl.trainer.utils.add_fused_lm_head)
+    assert "compact = _use_triton(hidden_states.device)" in source
+    assert source.count("_use_triton(") == 1
+    fields = trl.trainer.utils.FusedCausalLMOutput.__dataclass_fields__
+    assert {"log_probs", "entropy", "is_top1", "label_mask"} <= set(fields)
+
+
+def test_accelerate_lets_the_trainer_say_when_gradients_meet() -> None:
+    assert list(inspect.signature(GradientState._set_sync_gradients).parameters) == ["self", "sync_gradients"]
+    source = inspect.getsource(accelerate.utils.deepspeed.DeepSpeedEngineWrapper.backward)
+    assert "set_gradient_accumulation_boundary(is_boundary=sync_gradients)" in source
+
+
+def test_deepspeeds_table_of_kernels_can_be_told_to_skip_one() -> None:
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+    assert callable(deepspeed.utils.safe_get_full_fp32_param) and callable(hf_deepspeed.unset_hf_deepspeed_config)
+
+
+def test_torch_keeps_the_lock_of_a_kernel_build_open() -> None:
+    source = inspect.getsource(torch.utils.file_baton.FileBaton.try_acquire)
+    assert "self.fd = os.open(self.lock_file_path, os.O_CREAT | os.O_EXCL)" in source

@@ -1,0 +1,54 @@
+"""Stages that train, one after the other in one process group: python -m tests.distributed.run_stages <folder>.
+
+folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState
+
+import alignment.stages.train as train
+from tests.training import tiny
+
+
+def main(folder: Path) -> None:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    train.consolidate = observed(train.consolidate)
+    for case in json.loads((folder / "plan.json").read_text()):
+        lora = tiny.LORA if case["settings"].pop("lora", False) else None
+        settings = getattr(tiny, case["kind"])(lora=lora, **case["settings"])
+        setup = tiny.engine(case["strategy"], **case["engine"])
+        inputs = {"model": folder / "start", "data": folder / case["kind"]}
+        stage = importlib.import_module(f"alignment.stages.{case['kind']}")
+        context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size)
+        summary = stage.run(context)
+        if rank == 0:
+            (context.folder / "summary.json").write_text(json.dumps({**summary, **seen}))
+        AcceleratorState._reset_state(reset_partial_state=True)  # one stage a process is the rule; here several follow
+        GradientState._reset_state()
+
+
+seen: dict[str, Any] = {}
+
+
+def observed(consolidate: Any) -> Any:
+    """Note what the engine holds at the end of training, before it is brought together."""
+
+    def wrapped(trainer: Any, *arguments: Any) -> None:
+        held = [parameter.numel() for parameter in trainer.model.parameters()]
+        seen.update(parameters=len(held), empty_parameters=held.count(0))
+        seen.update(distributed_type=str(trainer.accelerator.distributed_type))
+        consolidate(trainer, *arguments)
+
+    return wrapped
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,141 @@
+"""Every engine on two gloo ranks trains the model that one process trains: losses, metrics, consolidated weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training import tiny
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+CASES = {
+    **{f"{kind}_{strategy}": (kind, strategy, {}, {}) for kind in ("sft", "dpo") for strategy in STRATEGIES},
+    "sft_ddp_lora": ("sft", "ddp", {"lora": True}, {}),
+    "sft_zero3_lora": ("sft", "zero3", {"lora": True}, {}),
+    "dpo_zero2_lora": ("dpo", "zero2", {"lora": True}, {}),
+    "dpo_zero3_lora": ("dpo", "zero3", {"lora": True}, {}),
+    "sft_zero3_checkpointing": ("sft", "zero3", {}, {"gradient_checkpointing": True, "tokens_per_micro_batch": 60}),
+    "sft_zero2_offload": ("sft", "zero2", {}, {"offload": "optimizer"}),
+    "sft_uneven": ("sft", "zero2", {"global_batch_size": 5}, {}),
+}
+IGNORED = {"step", "time", "tokens_per_s"}
+
+
+def run_stages(folder: Path, launcher: tuple[str, ...], cases: dict[str, tuple[str, str, dict, dict]]) -> None:
+    plan = [
+        {"name": name, "kind": kind, "strategy": strategy, "settings": settings, "engine": engine}
+        for name, (kind, strategy, settings, engine) in cases.items()
+    ]
+    for kind in ("sft", "dpo"):
+        tiny.write_inputs(folder, kind)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALIGNMENT_CACHE": str(folder / "cache")}
+    environment.pop("TORCH_EXTENSIONS_DIR", None)
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.distributed.run_stages", str(folder)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    run_stages(folder, TORCHRUN, {**CASES, "bf16": ("dpo", "zero2", {"precision": "bf16"}, {})})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """name of the case's one-process twin -> its folder; each twin runs once, in this process, with another budget."""
+    folder, done = tmp_path_factory.mktemp("alone"), {}
+
+    def run(kind: str, changes: dict[str, Any]) -> Path:
+        name = f"{kind}{sorted(changes.items())}".replace(" ", "")
+        if name not in done:
+            lora = tiny.LORA if changes.get("lora") else None
+            settings = getattr(tiny, kind)(**{**changes, "lora": lora})
+            context = tiny.context(
+                folder / str(len(done)), tiny.write_inputs(folder, kind), settings,
+                tiny.engine("single", tokens_per_micro_batch=250),
+            )  # fmt: skip
+            importlib.import_module(f"alignment.stages.{kind}").run(context)
+            done[name] = context.folder
+        return done[name]
+
+    return run
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_metrics_and_weights_equal_those_of_one_process(name: str, together: Path, alone: Any) -> None:
+    kind, _, changes, _ = CASES[name]
+    one, two = alone(kind, changes), together / name
+    expected, found = rows_of(one), rows_of(two)
+    assert [row["step"] for row in found] == list(range(1, 11))
+    for left, right in zip(expected, found, strict=True):
+        assert left.keys() == right.keys()
+        for metric in left.keys() - IGNORED:
+            assert right[metric] == pytest.approx(left[metric], abs=1e-4), (metric, left["step"])
+    start, trained, model = (
+        weights_of(together / "start" / "model"), weights_of(one / "model"), weights_of(two / "model")
+    )  # fmt: skip
+    assert max(float((model[key] - trained[key]).abs().max()) for key in trained) <= 1e-4
+    assert max(float((model[key] - start[key]).abs().max()) for key in start) > 1e-3, "nothing was learned"
+
+
+@pytest.mark.parametrize("name", ["sft_zero3", "dpo_zero3", "dpo_zero3_lora"])
+def test_zero3_really_shards_every_parameter(name: str, together: Path) -> None:
+    summary = json.loads((together / name / "summary.json").read_text())
+    assert summary["empty_parameters"] == summary["parameters"]
+    assert summary["trained_parameters"] == (4096 if "lora" in name else 26_944)
+    assert summary["distributed_type"] == "DistributedType.DEEPSPEED"
+
+
+def test_bf16_agrees_within_its_rounding(together: Path, alone: Any) -> None:
+    expected, found = rows_of(alone("dpo", {"precision": "bf16"})), rows_of(together / "bf16")
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=2e-3)
+
+
+def test_the_adapter_beside_the_merged_model_gives_the_same_model(together: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, ids = together / "dpo_zero3_lora", torch.arange(5, 40)[None]
+    base = AutoModelForCausalLM.from_pretrained(together / "start" / "model")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(base, folder / "adapter")(ids).logits
+        assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
+
+
+def test_nothing_was_compiled(together: Path) -> None:
+    assert not list((together / "cache").rglob("*.so")) and not list((together / "cache").rglob("build.ninja"))
+
+
+def test_zero_runs_in_one_process_without_a_launcher(tmp_path: Path, alone: Any) -> None:
+    run_stages(tmp_path, (), {"sft_zero2": ("sft", "zero2", {}, {}), "dpo_zero3": ("dpo", "zero3", {"lora": True}, {})})
+    for name, kind, changes in (("sft_zero2", "sft", {}), ("dpo_zero3", "dpo", {"lora": True})):
+        expected, found = rows_of(alone(kind, changes)), rows_of(tmp_path / name)
+        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=1e-4)

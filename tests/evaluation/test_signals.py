@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignment.evaluation import signals
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    base = {"reward": 0.5, "terms": {"sentiment": 0.2, "relevance": 0.3}, "finished": True, "tokens": 7}
+    return {**base, "repetition": 0.0, "kl": 1.5, "heldout_nll": 2.0, **changes}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", 0.0),
+        ("one two", 0.0),
+        ("one two three four", 0.0),
+        ("a b c a b c", 0.25),  # abc bca cab abc: 3 distinct of 4
+        ("so so so so so", 2 / 3),  # three times the same: 1 distinct of 3
+        ("Go on now go ON now", 0.25),  # case does not count
+    ],
+)
+def test_repetition_is_the_share_of_three_word_sequences_seen_before(text: str, expected: float) -> None:
+    assert signals.repetition(text) == pytest.approx(expected)
+
+
+def test_kl_of_an_answer_is_the_difference_of_its_log_probs() -> None:
+    assert signals.kl(-3.0, -4.5) == 1.5
+    assert signals.kl(-4.5, -3.0) == -1.5
+
+
+def test_mean_nll_is_per_token_and_nothing_without_tokens() -> None:
+    assert signals.mean_nll([-1.0, -2.0, -6.0]) == 3.0
+    assert signals.mean_nll([]) is None
+
+
+def test_columns_hold_one_value_a_row_terms_beside_their_sum() -> None:
+    table = signals.columns([row(), row(finished=False, heldout_nll=None, tokens=9)])
+    assert table == {
+        "reward": [0.5, 0.5],
+        "sentiment": [0.2, 0.2],
+        "relevance": [0.3, 0.3],
+        "stop_rate": [1.0, 0.0],
+        "tokens": [7.0, 9.0],
+        "repetition": [0.0, 0.0],
+        "kl": [1.5, 1.5],
+        "heldout_nll": [2.0, None],
+    }
+    assert signals.columns([]) == {}
+
+
+def test_means_are_over_the_rows_that_have_the_metric() -> None:
+    means = signals.means([row(), row(finished=False, heldout_nll=None, kl=0.5)])
+    assert (means["stop_rate"], means["heldout_nll"], means["kl"]) == (0.5, 2.0, 1.0)
+    assert "heldout_nll" not in signals.means([row(heldout_nll=None)])

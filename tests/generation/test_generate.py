@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignment import generation
+from alignment.errors import InputError
+from tests.generation.conftest import STOPS
+
+QUESTIONS = ["a", "Who?", "What is the colour of the sky?", "b", "Tell me more about it, please", "zz", "1 + 1 = "]
+PROMPTS = [[{"role": "user", "content": text}] for text in QUESTIONS]
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+SAMPLED: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "seed": 3}
+
+
+@torch.inference_mode()
+def plain_greedy(model: Any, ids: list[int], steps: int) -> list[int]:
+    """Without cache, padding or batch: the arg max of a whole forward, again and again."""
+    answer: list[int] = []
+    for _ in range(steps):
+        token = int(model(torch.tensor([ids + answer])).logits[0, -1].argmax())
+        answer.append(token)
+        if token in STOPS:
+            break
+    return answer
+
+
+def test_a_left_padded_batch_gives_the_tokens_of_a_plain_forward_one_at_a_time(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    expected = [plain_greedy(model, generation.encode_prompt(tokenizer, prompt), 12) for prompt in PROMPTS]
+    found = [few[0].token_ids for few in generation.generate(model, tokenizer, PROMPTS, batch_size=7, **GREEDY)]
+    assert found == expected
+    assert len({len(ids) for ids in expected}) > 1, "answers of one length would not show that ended rows leave"
+    assert len({tuple(ids) for ids in expected}) > 3
+
+
+def test_greedy_answers_equal_those_of_transformers_generate(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    ours = generation.generate(model, tokenizer, PROMPTS, batch_size=4, **GREEDY)
+    for prompt, few in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([generation.encode_prompt(tokenizer, prompt)])
+        theirs = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        assert few[0].token_ids == theirs[0, ids.shape[1] :].tolist()
+
+
+def test_the_batch_size_changes_no_answer_greedy_or_sampled(loaded: tuple[Any, Any]) -> None:
+    for how in (GREEDY, SAMPLED):
+        runs = [generation.generate(*loaded, PROMPTS, batch_size=size, completions=3, **how) for size in (1, 6, 64)]
+        ids = [[[c.token_ids for c in few] for few in run] for run in runs]
+        assert ids[0] == ids[1] == ids[2]
+
+
+def test_a_seed_gives_the_same_answers_and_another_seed_others(loaded: tuple[Any, Any]) -> None:
+    first, again = (generation.generate(*loaded, PROMPTS, batch_size=4, completions=2, **SAMPLED) for _ in range(2))
+    other = generation.generate(*loaded, PROMPTS, batch_size=4, completions=2, **{**SAMPLED, "seed": 4})
+    assert first == again
+    assert first != other
+    assert any(few[0].token_ids != few[1].token_ids for few in first), "two answers to a prompt are two draws"
+
+
+def test_finished_means_that_a_stop_token_ended_the_answer(loaded: tuple[Any, Any]) -> None:
+    every = [c for few in generation.generate(*loaded, PROMPTS, batch_size=4, completions=4, **SAMPLED) for c in few]
+    assert {c.finished for c in every} == {True, False}
+    for completion in every:
+        assert completion.tokens == len(completion.token_ids)
+        assert completion.finished == (completion.token_ids[-1] in STOPS)
+        assert not set(completion.token_ids[:-1]) & set(STOPS)
+        assert completion.finished or completion.tokens == 12
+
+
+def test_the_end_of_turn_token_is_not_in_the_text(loaded: tuple[Any, Any]) -> None:
+    _, tokenizer = loaded
+    completion = generation._completion(tokenizer, [*tokenizer("Hi")["input_ids"], 1], -1.0, [1])
+    assert (completion.text, completion.tokens, completion.finished) == ("Hi", 3, True)
+
+
+def test_the_log_prob_of_an_answer_is_that_of_a_plain_forward(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    for prompt, few in zip(PROMPTS, generation.generate(*loaded, PROMPTS, batch_size=8, **SAMPLED), strict=True):
+        ids, answer = generation.encode_prompt(tokenizer, prompt), few[0].token_ids
+        with torch.inference_mode():
+            table = model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+        expected = sum(float(table[len(ids) + i - 1, token]) for i, token in enumerate(answer))
+        assert few[0].log_prob == pytest.approx(expected, abs=1e-4)
+
+
+def test_progress_reaches_its_total_and_tells_the_speed(loaded: tuple[Any, Any]) -> None:
+    told: list[tuple[int, int, float]] = []
+    generation.generate(
+        *loaded, PROMPTS, batch_size=3, **GREEDY, progress=lambda s, t, **f: told.append((s, t, *f.values()))
+    )
+    assert [step for step, _, _ in told] == sorted(step for step, _, _ in told)
+    assert told[-1][:2] == (7 * 12, 7 * 12)
+    assert all(speed > 0 for _, _, speed in told)
+
+
+def test_a_prompt_without_room_for_its_answer_is_refused(loaded: tuple[Any, Any]) -> None:
+    long = [{"role": "user", "content": "x" * 600}]
+    with pytest.raises(
+        InputError, match=r"prompt 2: a prompt of 602 tokens leaves no room for 12 more in a window of 512"
+    ):
+        generation.generate(*loaded, [PROMPTS[0], long], batch_size=2, **GREEDY)
+
+
+def test_no_prompts_give_no_answers(loaded: tuple[Any, Any]) -> None:
+    assert generation.generate(*loaded, [], batch_size=2, **GREEDY) == []
+
+
+def test_streamed_pieces_make_the_text_of_generate(loaded: tuple[Any, Any]) -> None:
+    for prompt, few in zip(PROMPTS, generation.generate(*loaded, PROMPTS, batch_size=1, **GREEDY), strict=True):
+        pieces = list(generation.stream(*loaded, prompt, max_new_tokens=12, temperature=0.0, top_p=1.0, seed=0))
+        assert len(pieces) in (few[0].tokens, few[0].tokens + 1)
+        assert "".join(pieces) == few[0].text
+
+
+def test_a_character_of_several_tokens_is_streamed_whole(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two bytes of e acute are two tokens; those of a third are cut off by the end of the answer."""
+    model, tokenizer = loaded
+    tokens = tokenizer("h\u00e9\u00e9")["input_ids"][:4]
+    steps = [([0], [token], [0.0]) for token in tokens]
+    monkeypatch.setattr(generation, "_decode", lambda *_, **__: iter(steps))
+    pieces = list(generation.stream(model, tokenizer, PROMPTS[0], max_new_tokens=4, temperature=0.0, top_p=1.0, seed=0))
+    assert pieces == ["h", "", "\u00e9", "", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_stream_stops_at_the_end_of_the_window_and_says_when_it_is_full(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    how: dict[str, Any] = {"max_new_tokens": 50, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    nearly = [{"role": "user", "content": "x" * 506}]  # 508 tokens with the two of the template: four are left
+    assert len(list(generation.stream(model, tokenizer, nearly, **how))) <= 4
+    with pytest.raises(InputError, match="leaves no room"):
+        list(generation.stream(model, tokenizer, [{"role": "user", "content": "x" * 510}], **how))
+
+
+def test_draws_invert_the_distribution() -> None:
+    """p = (.5, .3, .2): the running sum passes u at token 0 below .5, 1 below .8, 2 above."""
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(6, 1)
+    noise = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.9999999])
+    assert generation.choose(logits, noise, temperature=1.0, top_p=1.0).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_top_p_keeps_the_fewest_most_probable_tokens() -> None:
+    """p = (.2, .5, .3), top_p .6: tokens 1 and 2 are kept (.5 alone is short), renormalised 5/8 and 3/8."""
+    logits = torch.tensor([0.2, 0.5, 0.3]).log().repeat(4, 1)
+    noise = torch.tensor([0.0, 0.62, 0.63, 0.999])
+    assert generation.choose(logits, noise, temperature=1.0, top_p=0.6).tolist() == [1, 1, 2, 2]
+    assert generation.choose(logits, noise, temperature=1.0, top_p=0.4).tolist() == [1, 1, 1, 1]
+
+
+def test_temperature_sharpens_before_the_draw() -> None:
+    """p = (.5, .3, .2) at temperature 0.5 is p squared: (.25, .09, .04) / .38 = (.658, .237, .105)."""
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(4, 1)
+    noise = torch.tensor([0.65, 0.67, 0.89, 0.90])
+    assert generation.choose(logits, noise, temperature=0.5, top_p=1.0).tolist() == [0, 1, 1, 2]
+
+
+def test_a_nucleus_wider_than_the_first_look_is_sorted_whole() -> None:
+    """Of 4096 tokens, all alike in row 0 and one of probability near 1 in row 1, only row 0 needs the sort."""
+    logits = torch.zeros(2, 4096)
+    logits[1, 7] = 30.0
+    tokens = generation.choose(logits, torch.tensor([0.999, 0.5]), temperature=1.0, top_p=0.95)
+    everywhere = generation.choose(logits[:1].repeat(400, 1), torch.rand(400), temperature=1.0, top_p=0.95)
+    assert tokens[1] == 7
+    assert len(set(everywhere.tolist())) > 300, "draws reach far beyond the 1024 tokens looked at first"
+
+
+def test_frequencies_of_many_draws_match_the_probabilities() -> None:
+    probs = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    noise = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    drawn = generation.choose(probs.log().repeat(20000, 1), noise, temperature=1.0, top_p=1.0)
+    assert torch.bincount(drawn) / 20000 == pytest.approx(probs.numpy(), abs=0.01)
+
+
+@pytest.mark.parametrize(("missing", "what"), [("config.json", "no config.json"), ("model.safetensors", "no weights")])
+def test_a_folder_that_is_no_model_is_refused(sharp_model: Path, tmp_path: Path, missing: str, what: str) -> None:
+    for file in sharp_model.iterdir():
+        if file.name != missing:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=what):
+        generation.load(tmp_path)
+
+
+def test_a_tokenizer_without_a_template_is_refused(sharp_model: Path, tmp_path: Path) -> None:
+    for file in sharp_model.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match="no chat template"):
+        generation.load(tmp_path)
+
+
+def test_truncated_weights_are_refused_in_one_line(sharp_model: Path, tmp_path: Path) -> None:
+    for file in sharp_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="does not load") as told:
+        generation.load(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_weights_that_lack_a_tensor_are_refused(sharp_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in sharp_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lack 1 tensors, such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        generation.load(tmp_path)

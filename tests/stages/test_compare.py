@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.errors import ConfigError, InputError
+from alignment.files import read_json, read_jsonl, write_jsonl
+from alignment.stages import compare
+from tests.stages.conftest import MakeContext
+
+
+def write_answers(folder: Path, rewards: list[float], *, ids: list[int] | None = None, finished: bool = True) -> Path:
+    folder.mkdir()
+    write_jsonl(
+        folder / "answers.jsonl",
+        [
+            {
+                "id": str(i), "prompt": [], "reference": "", "answer": "", "tokens": 5, "finished": finished,
+                "reward": reward, "terms": {"sentiment": reward}, "kl": 0.5, "repetition": 0.0, "heldout_nll": 2.0,
+            }
+            for i, reward in zip(ids or range(len(rewards)), rewards, strict=True)
+        ],
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def evaluations(tmp_path: Path) -> dict[str, Path]:
+    """start: 0 to 0.9, never stopping; sft: 0.2 more; dpo: 0.5 more, on the same ten prompts."""
+    base = [i / 10 for i in range(10)]
+    return {
+        "sft": write_answers(tmp_path / "e_sft", [value + 0.2 for value in base]),
+        "start": write_answers(tmp_path / "e_start", base, finished=False),
+        "dpo": write_answers(tmp_path / "e_dpo", [value + 0.5 for value in base]),
+    }
+
+
+def test_the_verdict_file_holds_the_table_and_the_sentence(make_context: MakeContext, evaluations: Any) -> None:
+    context = make_context("compare", evaluations, resamples=200)
+    metrics = compare.run(context)
+    verdict = read_json(context.folder / "verdict.json")
+    assert verdict["verdict"] == "better"
+    assert verdict["sentence"].startswith("dpo is better than start and sft on 10 held-out prompts")
+    assert verdict["models"] == ["start", "sft", "dpo"]
+    assert (verdict["confidence"], verdict["prompts"]) == (0.95, 10)
+    assert [reason["gate"] for reason in verdict["reasons"]] == ["stop_rate", "reward", "reward_against_sft"]
+    table = {row["metric"]: row for row in verdict["table"]}
+    assert list(table) == ["reward", "sentiment", "stop_rate", "tokens", "repetition", "kl", "heldout_nll"]
+    assert table["reward"]["values"]["start"]["mean"] == pytest.approx(0.45)
+    assert table["reward"]["values"]["start"]["low"] < 0.45 < table["reward"]["values"]["start"]["high"]
+    assert table["reward"]["difference"]["dpo"] == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5})
+    assert table["reward"]["difference"]["sft"] == pytest.approx({"mean": 0.2, "low": 0.2, "high": 0.2})
+    assert table["stop_rate"]["difference"]["sft"]["mean"] == 1.0
+    assert [table[name]["higher_is_better"] for name in ("sentiment", "kl", "heldout_nll")] == [True, None, False]
+    assert metrics["reward_difference"] == pytest.approx(0.5)
+    assert (metrics["better"], metrics["prompts"]) == (1.0, 10.0)
+    assert len(list(read_jsonl(context.folder / "metrics.jsonl"))) == 1
+
+
+def test_a_candidate_that_never_stops_is_broken(make_context: MakeContext, evaluations: Any, tmp_path: Path) -> None:
+    evaluations["dpo"] = write_answers(tmp_path / "endless", [2.0] * 10, finished=False)
+    context = make_context("compare", evaluations, resamples=100)
+    assert compare.run(context)["better"] == 0.0
+    assert read_json(context.folder / "verdict.json")["verdict"] == "broken"
+
+
+def test_models_that_answered_other_prompts_are_not_compared(
+    make_context: MakeContext, evaluations: Any, tmp_path: Path
+) -> None:
+    evaluations["dpo"] = write_answers(tmp_path / "others", [0.0] * 10, ids=list(range(1, 11)))
+    with pytest.raises(InputError, match="dpo and start did not answer the same prompts"):
+        compare.run(make_context("compare", evaluations))
+
+
+def test_roles_that_are_not_there_or_the_same_are_refused(make_context: MakeContext, evaluations: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"candidate: 'kto' is not among the models compared \(one of sft, start, dpo\)"
+    ):
+        compare.run(make_context("compare", evaluations, name="absent", candidate="kto"))
+    with pytest.raises(ConfigError, match="the candidate is the baseline"):
+        compare.run(make_context("compare", evaluations, name="same", candidate="start"))

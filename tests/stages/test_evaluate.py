@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignment import generation
+from alignment.errors import ConfigError, InputError
+from alignment.files import read_json, read_jsonl, write_jsonl
+from alignment.stages import evaluate
+from tests.conftest import write_tiny_model
+from tests.stages.conftest import QUESTIONS, MakeContext
+
+METRICS = {"reward", "sentiment", "stop_rate", "tokens", "repetition", "kl", "heldout_nll"}
+
+
+def log_probs(folder: Path, prompt: list[int], answer: list[int]) -> list[float]:
+    """Of each answer token, by one plain forward."""
+    model, _ = generation.load(folder / "model")
+    with torch.inference_mode():
+        table = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return [float(table[len(prompt) + i - 1, token]) for i, token in enumerate(answer)]
+
+
+def test_answers_carry_every_signal_and_kl_is_the_log_ratio_on_the_models_own_answer(
+    make_context: MakeContext, models: dict[str, Path], rows: Path
+) -> None:
+    context = make_context(
+        "evaluate", {"model": models["sft"], "data": rows, "reference": models["start"]}, max_new_tokens=8
+    )
+    metrics = evaluate.run(context)
+    written = list(read_jsonl(context.folder / "answers.jsonl"))
+    assert [row["id"] for row in written] == [f"row-{i}" for i in range(5)]
+    model, tokenizer = generation.load(models["sft"] / "model")
+    for row, question in zip(written, QUESTIONS, strict=True):
+        prompt = tokenizer(f"<|user|>{question}<|assistant|>", add_special_tokens=False)["input_ids"]
+        made = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        answer = made[0, len(prompt) :].tolist()
+        assert row["answer"] == tokenizer.decode(answer, skip_special_tokens=True)
+        assert row["tokens"] == len(answer)
+        assert row["finished"] == (answer[-1] == tokenizer.eos_token_id)
+        ours, theirs = (sum(log_probs(models[name], prompt, answer)) for name in ("sft", "start"))
+        assert row["kl"] == pytest.approx(ours - theirs, abs=1e-3)
+        reference = [*tokenizer(row["reference"])["input_ids"], tokenizer.eos_token_id]
+        loss = log_probs(models["sft"], prompt, reference)
+        assert row["heldout_nll"] == pytest.approx(-sum(loss) / len(loss), abs=1e-4)
+        assert row["reward"] == row["terms"]["sentiment"]
+    assert metrics["kl"] == pytest.approx(sum(row["kl"] for row in written) / 5)
+    assert metrics["kl"] > 1.0
+    assert read_json(context.folder / "evaluation.json")["metrics"] == {name: metrics[name] for name in METRICS}
+    assert (metrics["prompts"], metrics["heldout_nll_missing"]) == (5, 0)
+
+
+def test_running_means_are_logged_and_end_at_the_result(
+    make_context: MakeContext, models: dict[str, Path], rows: Path
+) -> None:
+    context = make_context(
+        "evaluate", {"model": models["sft"], "data": rows, "reference": models["sft"]}, max_new_tokens=4
+    )
+    metrics = evaluate.run(context)
+    logged = list(read_jsonl(context.folder / "metrics.jsonl"))
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5]
+    assert {name: logged[-1][name] for name in METRICS} == {name: metrics[name] for name in METRICS}
+    answers = list(read_jsonl(context.folder / "answers.jsonl"))
+    assert logged[1]["heldout_nll"] == pytest.approx((answers[0]["heldout_nll"] + answers[1]["heldout_nll"]) / 2)
+    progress = read_json(context.folder / "progress.json")
+    assert progress["step"] == progress["total"] == 1000
+
+
+def test_the_kl_of_a_model_to_itself_is_zero_and_to_its_copy_nearly(
+    make_context: MakeContext, models: dict[str, Path], rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "model").mkdir()
+    for file in (models["sft"] / "model").iterdir():
+        (tmp_path / "copy" / "model" / file.name).write_bytes(file.read_bytes())
+    for name, reference, tolerance in (("itself", models["sft"], 0.0), ("copy_of", tmp_path / "copy", 1e-4)):
+        context = make_context(
+            "evaluate", {"model": models["sft"], "data": rows, "reference": reference}, name=name, max_new_tokens=8
+        )
+        evaluate.run(context)
+        assert all(abs(row["kl"]) <= tolerance for row in read_jsonl(context.folder / "answers.jsonl"))
+
+
+def test_two_runs_with_a_seed_write_the_same_answers(
+    make_context: MakeContext, models: dict[str, Path], rows: Path
+) -> None:
+    inputs = {"model": models["sft"], "data": rows, "reference": models["start"]}
+    texts = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        context = make_context("evaluate", inputs, name=name, max_new_tokens=6, temperature=1.0, seed=seed)
+        evaluate.run(context)
+        texts.append((context.folder / "answers.jsonl").read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_reference_answer_that_cannot_be_rendered_is_counted_not_guessed(
+    make_context: MakeContext, models: dict[str, Path], tmp_path: Path
+) -> None:
+    prompt = [{"role": "user", "content": "Hi"}]
+    answers = ["Hello.", "Hello <|user|> again", "x" * 600]  # a control token; longer than the window
+    write_jsonl(
+        tmp_path / "heldout.jsonl",
+        [{"id": str(i), "prompt": prompt, "reference": text} for i, text in enumerate(answers)],
+    )
+    context = make_context(
+        "evaluate", {"model": models["sft"], "data": tmp_path, "reference": models["sft"]}, max_new_tokens=4
+    )
+    assert evaluate.run(context)["heldout_nll_missing"] == 2
+    written = [row["heldout_nll"] for row in read_jsonl(context.folder / "answers.jsonl")]
+    assert written[0] > 0
+    assert written[1:] == [None, None]
+
+
+def test_a_reference_with_another_tokenizer_is_refused(
+    make_context: MakeContext, models: dict[str, Path], rows: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    other = write_tiny_model(tmp_path / "other" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    inputs = {"model": models["sft"], "data": rows, "reference": tmp_path / "other"}
+    with pytest.raises(InputError, match="do not share a tokenizer"):
+        evaluate.run(make_context("evaluate", inputs, max_new_tokens=4))
+
+
+def test_a_term_named_like_another_metric_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.terms\.kl: 'kl' is the name of another metric"):
+        evaluate._check_names({"sentiment", "kl"})

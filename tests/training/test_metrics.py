@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from alignment.training.metrics import METRICS, Meter, combine, pair_sums, token_sums
+
+
+def test_metrics_of_uneven_processes_equal_those_of_one_process() -> None:
+    """Process A holds 1 pair of 10 tokens, B 3 pairs of 2 tokens in two micro-batches.
+
+    entropy, by tokens: (10 * 2.0 + 2 * 5.0) / 12 = 2.5; rewards/chosen, by rows: (1 + 2 + 3 + 6) / 4 = 3; the longest
+    row is a maximum, rows a sum. A mean of the processes' means would give an entropy of 3.5.
+    """
+    a, b, one = Meter(), Meter(), Meter()
+    parts = [
+        {"rows": 1, "tokens": 10, "entropy": 20.0, "rewards/chosen": 1.0, "longest_row": 12},
+        {"rows": 2, "tokens": 1, "entropy": 4.0, "rewards/chosen": 2.0 + 3.0, "longest_row": 4},
+        {"rows": 1, "tokens": 1, "entropy": 6.0, "rewards/chosen": 6.0, "longest_row": 3},
+    ]
+    for meter, part in ((a, parts[0]), (b, parts[1]), (b, parts[2]), (one, parts[0]), (one, parts[1]), (one, parts[2])):
+        meter.add(part)
+    columns: list[torch.Tensor] = []
+    a.reduce(lambda row: columns.append(row) or row)
+    both = b.reduce(lambda row: torch.cat([columns[0], row]))
+    assert both == {"entropy": 2.5, "longest_row": 12, "rewards/chosen": 3, "rows": 4, "tokens": 12}
+    assert both == one.reduce(lambda row: row)
+
+
+def test_a_meter_starts_anew_after_a_row() -> None:
+    meter = Meter()
+    meter.add({"tokens": 4, "entropy": 8.0})
+    assert meter.reduce(lambda row: row)["entropy"] == 2
+    meter.add({"tokens": 1, "entropy": 3.0})
+    assert meter.reduce(lambda row: row) == {"tokens": 1, "entropy": 3}
+    assert meter.reduce(lambda row: row) == {}
+
+
+def test_every_mean_names_a_unit_that_is_summed() -> None:
+    assert all(METRICS[metric.by].how == "sum" for metric in METRICS.values() if metric.how == "mean" and metric.by)
+
+
+def test_a_step_without_units_gives_zero_not_nan() -> None:
+    assert combine(["entropy", "tokens"], torch.zeros(2, 2)) == {"entropy": 0, "tokens": 0}
+
+
+def test_token_sums_count_trained_positions_only() -> None:
+    labels = torch.tensor([[-100, -100, 7, 1], [-100, 5, 1, -100]])
+    output = SimpleNamespace(
+        is_top1=torch.tensor([[0, 1, 1], [0, 1, 0]]).bool(), entropy=torch.tensor([[0, 1.5, 0.5], [1.0, 1.0, 0]])
+    )
+    sums = {name: float(value) for name, value in token_sums(output, labels).items()}
+    assert sums == {"tokens": 4, "mean_token_accuracy": 3, "entropy": 4}
+
+
+def test_pair_sums_of_one_pair_by_hand() -> None:
+    """Log-ratios chosen (ln 2, 0), rejected (-ln 2, 0), beta 0.5.
+
+    rewards: 0.5 ln 2 and -0.5 ln 2, margin ln 2; k3 a token: w = 2: 2 - 1 - ln 2; w = 1/2: 1/2 - 1 + ln 2; sum 1/2.
+    """
+    ln2 = math.log(2)
+    reference = SimpleNamespace(log_probs=torch.tensor([[-3.0, -1.0], [-1.0, -2.0]]))
+    policy = SimpleNamespace(
+        log_probs=torch.tensor([[-3 + ln2, -1.0], [-1 - ln2, -2.0]]),
+        is_top1=torch.ones(2, 2).bool(),
+        entropy=torch.ones(2, 2),
+    )
+    sums = pair_sums(policy, reference, torch.tensor([[-100, 4, 1], [-100, 5, 1]]), beta=0.5)
+    expected = {
+        "rows": 1, "tokens": 4, "mean_token_accuracy": 4, "entropy": 4, "kl": 0.5, "rewards/chosen": ln2 / 2,
+        "rewards/rejected": -ln2 / 2, "rewards/margins": ln2, "rewards/accuracies": 1, "logps/chosen": -4 + ln2,
+        "logps/rejected": -3 - ln2,
+    }  # fmt: skip
+    assert {name: float(value) for name, value in sums.items()} == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,212 @@
+"""The training stages in one process: equal to stock TRL given the same batches, loud where a result is worthless."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import alignment.stages.dpo as dpo_stage
+import alignment.stages.sft as sft_stage
+from alignment.errors import AlignmentError, ConfigError, InputError, TrainingError
+from alignment.training import engine
+from alignment.training.batching import GlobalBatches
+from tests.training import tiny
+
+STAGES = {"sft": sft_stage, "dpo": dpo_stage}
+
+
+def run(folder: Path, settings: Any, setup: Any = None, inputs: dict[str, Path] | None = None) -> dict[str, Any]:
+    inputs = inputs or tiny.write_inputs(folder, settings.kind)
+    return STAGES[settings.kind].run(tiny.context(folder / "out", inputs, settings, setup or tiny.engine()))
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def changed(**changes: Any) -> Any:
+    return tiny.LORA.model_copy(update=changes)
+
+
+class Sequential:
+    """Stock trainer that takes the rows in the order given: one batch of the loader is one global batch."""
+
+    def _get_train_sampler(self, *arguments: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[attr-defined]
+
+
+class StockSFT(Sequential, trl.SFTTrainer):
+    pass
+
+
+class StockDPO(Sequential, trl.DPOTrainer):
+    def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:
+        return dataset
+
+
+def run_stock(folder: Path, settings: Any, inputs: dict[str, Path]) -> Any:
+    rows, start = load_from_disk(str(inputs["data"] / "train")), inputs["model"] / "model"
+    batches = GlobalBatches([1] * len(rows), [1] * len(rows), settings.global_batch_size, 10, settings.seed)
+    rows = rows.select([row for step in range(10) for row in batches.rows(step)])
+    arguments = engine.training_arguments(settings, tiny.engine(), 10, folder)
+    arguments.update(per_device_train_batch_size=settings.global_batch_size)
+    common = {
+        "model": AutoModelForCausalLM.from_pretrained(start), "train_dataset": rows,
+        "processing_class": AutoTokenizer.from_pretrained(start),
+    }  # fmt: skip
+    if settings.kind == "sft":
+        trainer = StockSFT(args=trl.SFTConfig(**arguments), **common)
+    else:
+        config = trl.DPOConfig(**arguments, loss_type=[settings.loss], beta=settings.beta)
+        trainer = StockDPO(ref_model=AutoModelForCausalLM.from_pretrained(start), args=config, **common)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [tiny.sft(), tiny.dpo(), tiny.dpo(loss="hinge"), tiny.dpo(loss="ipo", beta=0.3)],
+    ids=lambda settings: f"{settings.kind}-{getattr(settings, 'loss', 'nll')}",
+)
+def test_losses_metrics_and_weights_equal_stock_trl_given_the_same_batches(settings: Any, tmp_path: Path) -> None:
+    """Ours in several micro-batches of unequal size, scoring trained positions only; TRL's in one padded batch."""
+    inputs = tiny.write_inputs(tmp_path, settings.kind)
+    run(tmp_path, settings, tiny.engine(tokens_per_micro_batch=120), inputs)
+    stock = run_stock(tmp_path, settings, inputs)
+    shared = ["loss", "grad_norm", "learning_rate", "entropy", "num_tokens"]
+    if settings.kind == "sft":
+        shared.append("mean_token_accuracy")
+    else:
+        shared += ["rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"]
+    theirs = [row for row in stock.state.log_history if "loss" in row]
+    for left, right in zip(metrics(tmp_path), theirs, strict=True):
+        for name in shared:
+            assert left[name] == pytest.approx(right[name], abs=1e-5, rel=1e-5), (name, right["step"])
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
+    assert max(float((ours[name] - value).abs().max()) for name, value in stock.model.state_dict().items()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_token_budget_does_not_change_the_result(kind: str, tmp_path: Path) -> None:
+    for name, budget in (("one", 10_000), ("many", 1)):
+        run(tmp_path / name, getattr(tiny, kind)(), tiny.engine(tokens_per_micro_batch=budget))
+    one, many = metrics(tmp_path / "one"), metrics(tmp_path / "many")
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in many], abs=1e-5)
+    assert one[-1].keys() == many[-1].keys()
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta", "expected"), [("sigmoid", 0.1, math.log(2)), ("hinge", 0.1, 1.0), ("ipo", 0.5, 1.0)]
+)
+def test_the_first_dpo_loss_is_that_of_zero_margins(loss: str, beta: float, expected: float, tmp_path: Path) -> None:
+    summary = run(tmp_path, tiny.dpo(loss=loss, beta=beta, max_steps=2, lora=tiny.LORA))
+    assert summary["first_loss"] == pytest.approx(expected, abs=1e-5)
+    first = metrics(tmp_path)[0]
+    assert first["kl"] == first["rewards/margins"] == first["rewards/accuracies"] == 0
+
+
+def test_the_first_dpo_loss_in_bf16_is_within_its_tolerance(tmp_path: Path) -> None:
+    summary = run(tmp_path, tiny.dpo(precision="bf16", max_steps=2))
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=5e-3)
+
+
+def test_a_reference_that_is_not_the_start_model_is_fatal_before_the_first_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(start: Path) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(start)
+        monkeypatch.undo()  # only the policy, which is loaded first
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.normal_(std=0.5)
+        return model
+
+    monkeypatch.setattr(dpo_stage, "load", other)
+    with pytest.raises(TrainingError, match="the reference is not the start model: the first loss is"):
+        run(tmp_path, tiny.dpo())
+    assert not (tmp_path / "out" / "metrics.jsonl").exists() and not (tmp_path / "out" / "model").exists()
+
+
+def test_a_loss_that_is_nan_is_fatal_names_its_step_and_is_never_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights turn NaN before step 4 (a hand in the optimiser); logged are steps 1-3, of which none is 0."""
+    real = torch.optim.AdamW.step
+    calls = []
+
+    def broken(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(real(self, *arguments, **named))
+        if len(calls) == 3:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(TrainingError, match="the loss is nan at step 4"):
+        run(tmp_path, tiny.sft())
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+    assert all(row["loss"] > 5 for row in metrics(tmp_path))
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_rows_of_metrics_cover_the_steps_between_them_and_the_last_step(tmp_path: Path) -> None:
+    run(tmp_path / "each", tiny.sft())
+    run(tmp_path / "some", tiny.sft(log_every=4))
+    each, some = metrics(tmp_path / "each"), metrics(tmp_path / "some")
+    assert [row["step"] for row in some] == [4, 8, 10]
+    assert some[0]["loss"] == pytest.approx(sum(row["loss"] for row in each[:4]) / 4, abs=1e-5)
+    assert [row["num_tokens"] for row in some] == [each[step - 1]["num_tokens"] for step in (4, 8, 10)]
+    assert json.loads((tmp_path / "some" / "out" / "progress.json").read_text())["step"] == 10
+
+
+def test_lora_writes_the_adapter_and_the_merged_model_and_trains_nothing_else(tmp_path: Path) -> None:
+    """Rank 4 on q, o (32x32), k, v (32 to 16), gate, up (32 to 64), down (64 to 32) of 2 layers:
+    4 * (2 * 64 + 2 * 48 + 3 * 96) * 2 = 4096 parameters."""
+    summary = run(tmp_path, tiny.sft(lora=tiny.LORA))
+    assert summary["trained_parameters"] == 4096
+    files = {path.name for path in (tmp_path / "out" / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "start" / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "proj" in name}
+
+
+def test_the_result_is_a_plain_folder_that_knows_its_template_and_caches_while_generating(tmp_path: Path) -> None:
+    run(tmp_path, tiny.sft(max_steps=1))
+    folder, start = tmp_path / "out" / "model", tmp_path / "start" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32 and model.config.use_cache
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "tied weights stay tied"
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(start).chat_template
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "model", "progress.json"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (tiny.dpo(lora=changed(dropout=0.1)), ConfigError, "DPO runs without dropout"),
+        (tiny.sft(lora=changed(target_modules=["q_porj"])), ConfigError, "no linear layer `q_porj`"),
+        (tiny.sft(lora=changed(target_modules=["lm_head"])), ConfigError, "no linear layer `lm_head`"),
+    ],
+)  # fmt: skip
+def test_impossible_adapters_are_one_clear_line(
+    settings: Any, error: type[AlignmentError], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        run(tmp_path, settings)
+
+
+def test_rows_that_do_not_teach_to_stop_are_fatal_before_training(tmp_path: Path) -> None:
+    inputs = tiny.write_inputs(tmp_path, "dpo")
+    rows = load_from_disk(str(inputs["data"] / "train"))
+    rows.map(lambda row: {"chosen_ids": row["chosen_ids"][:-1]}).save_to_disk(str(tmp_path / "bad" / "train"))
+    with pytest.raises(InputError, match="end-of-turn token"):
+        run(tmp_path, tiny.dpo(), inputs={**inputs, "data": tmp_path / "bad"})

@@ -1,0 +1,84 @@
+"""A tiny start model, tokenised rows and a stage context: what the tests of training share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.config.schema import Dpo, Engine, Experiment, Lora, Sft
+from alignment.stages.context import StageContext
+from tests.conftest import write_tiny_model
+
+EOS, VOCABULARY = 1, 260
+LORA = Lora(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+COMMON: dict[str, Any] = {
+    "global_batch_size": 6, "epochs": 1.0, "max_steps": 10, "learning_rate": 1e-3, "schedule": "cosine",
+    "warmup_ratio": 0.1, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0, "precision": "fp32", "lora": None, "seed": 3, "log_every": 1,
+}  # fmt: skip
+
+
+def sft(**changes: Any) -> Sft:
+    return Sft(**{**COMMON, "kind": "sft", **changes})
+
+
+def dpo(**changes: Any) -> Dpo:
+    return Dpo(**{**COMMON, "kind": "dpo", "loss": "sigmoid", "beta": 0.1, **changes})
+
+
+def engine(strategy: str = "single", **changes: Any) -> Engine:
+    return Engine(
+        **{
+            "strategy": strategy, "tokens_per_micro_batch": 120, "gradient_checkpointing": False, "offload": "none",
+            "param_persistence_threshold": 0, "threads": 1, **changes,
+        }
+    )  # fmt: skip
+
+
+def tokens(random: np.random.Generator, low: int, high: int) -> list[int]:
+    return random.integers(5, VOCABULARY, random.integers(low, high)).tolist()
+
+
+def sft_rows(count: int = 40) -> list[dict[str, list[int]]]:
+    """Prompts of 3-20 tokens, answers of 2-25 tokens and the end-of-turn token."""
+    random, rows = np.random.default_rng(1), []
+    for _ in range(count):
+        prompt, answer = tokens(random, 3, 20), [*tokens(random, 2, 25), EOS]
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return rows
+
+
+def pair_rows(count: int = 40) -> list[dict[str, list[int]]]:
+    random = np.random.default_rng(2)
+    return [
+        {
+            "prompt_ids": tokens(random, 3, 20),
+            "chosen_ids": [*tokens(random, 2, 25), EOS],
+            "rejected_ids": [*tokens(random, 2, 25), EOS],
+        }
+        for _ in range(count)
+    ]
+
+
+def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
+    """The results of the two parents of a stage that trains."""
+    from datasets import Dataset
+
+    if not (folder / "start" / "model").exists():
+        write_tiny_model(folder / "start" / "model")
+    rows = sft_rows(count) if kind == "sft" else pair_rows(count)
+    Dataset.from_list(rows).save_to_disk(folder / kind / "train")
+    return {"model": folder / "start", "data": folder / kind}
+
+
+def context(
+    folder: Path, inputs: dict[str, Path], settings: Any, setup: Engine, rank: int = 0, world_size: int = 1
+) -> StageContext:
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    return StageContext(
+        name=settings.kind, run="test", key="0" * 64, folder=folder, settings=settings,
+        experiment=Experiment.model_construct(engine=setup), inputs=inputs, rank=rank, world_size=world_size,
+    )  # fmt: skip
