@@ -71,10 +71,11 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def instruction_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty rows of one question and one answer each."""
     moods = ("good", "bad", "great", "awful", "fine")
+    pairs = [(f"What is {i}?", f"{i} is {moods[i % 5]}.") for i in range(40)]
     rows = [
-        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i} is {moods[i % 5]}."}]}
-        for i in range(40)
-    ]  # fmt: skip
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in pairs
+    ]
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -89,9 +90,7 @@ def preference_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_settings(
-    tiny_model: Path, tiny_encoder: Path, instruction_rows: Path, preference_rows: Path
-) -> list[str]:
+def tiny_settings(tiny_model: Path, tiny_encoder: Path, instruction_rows: Path, preference_rows: Path) -> list[str]:
     """Settings that make any pipeline run in about a minute: tiny model, few rows, few steps, one thread."""
     return [
         *("model=path", f"model.source.path={tiny_model}", "data=path"),
@@ -123,7 +122,12 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def environment(store: Path) -> dict[str, str]:
-    return {**os.environ, "ALIGNMENT_STORE": str(store), "ALIGNMENT_CACHE": str(store.parent / "cache"), "COLUMNS": "160"}
+    return {
+        **os.environ,
+        "ALIGNMENT_STORE": str(store),
+        "ALIGNMENT_CACHE": str(store.parent / "cache"),
+        "COLUMNS": "160",
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
-"""Whole runs through the command line on a tiny model: made once, reused, resumed after kills, shared by two at once."""
+"""Whole runs through the command line on a tiny model: made once, reused, resumed after kills, shared by two."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,42 @@ def test_the_second_run_trains_nothing_and_says_what_it_reused(
 def test_another_beta_runs_dpo_and_what_follows_alone(store: Path, command: Command, settings: list[str]) -> None:
     plan = json.loads(command(store, "plan", "--json", *settings, "stage.dpo.beta=0.7").stdout)
     assert [row["name"] for row in plan["nodes"] if row["action"] == "run"] == ["dpo", "evaluate_dpo", "verdict"]
+
+
+def test_a_multirun_shares_what_is_equal_and_makes_the_rest(store: Path, command: Command, settings: list[str]) -> None:
+    command(store, "run", "-m", *settings, "name=sweep", "stage.dpo.beta=0.1,0.7")
+    of_sweep = sorted(
+        (states(run) for run in runs(command, store) if run["name"] == "sweep"), key=lambda s: s["dpo"] == "done"
+    )
+    assert [set(run.values()) for run in of_sweep] == [{"reused"}, {"reused", "done"}]
+    assert [name for name in NODES if of_sweep[1][name] == "done"] == ["dpo", "evaluate_dpo", "verdict"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "line"),
+    [
+        ("malformed", 3, "rows.jsonl, line 3"),
+        ("weightless", 3, "weights"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_in_the_store(
+    fault: str, code: int, line: str, tmp_path: Path, tiny_model: Path, command: Command, settings: list[str]
+) -> None:
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n{"prompt": "e", "comp\n')
+    shutil.copytree(tiny_model, model)
+    given = f"data.instructions.source.path={rows}"
+    if fault == "weightless":
+        (model / "model.safetensors").unlink()
+        given = f"model.source.path={model}"
+    store = tmp_path / "store"
+    done = command(store, "run", *settings, given, code=code)
+    assert line in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    kinds = [json.loads((f / "record.json").read_text())["kind"] for f in store.glob("store/*")]
+    assert kinds in ([], ["import_model"])
+    (run,) = runs(command, store)
+    assert "failed" in states(run).values()
 
 
 def test_the_report_has_the_verdict_and_needs_no_network(store: Path, command: Command) -> None:

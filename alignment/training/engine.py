@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def start(engine: Engine, world_size: int) -> None:
     if on_gpu and world_size > 1:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     disable_progress_bar()  # of loading and writing weights: the stage has its own progress
+    for library in ("torch", "transformers"):  # at every step; the versions are pinned
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     if engine.strategy in ZERO_STAGE:
         _join_process_group()
         _start_deepspeed(on_gpu)

@@ -50,7 +50,7 @@ class AlignedTrainer(_Trainer):
         self._meter = Meter()
         self._outputs: list[Any] = []  # what the forward of policy, then reference returned for this micro-batch
         self._input_tokens = 0.0
-        self._logged_at = time.monotonic()
+        self._logged_at: float | None = None
         super().__init__(model=model, callbacks=[Reporter(on_step)], **kwargs)
         self.remove_callback(PrinterCallback)
         self.model.register_forward_hook(self._keep_output)
@@ -73,6 +73,7 @@ class AlignedTrainer(_Trainer):
         Returns this process's part of the loss times the number of processes: their mean is the loss.
         """
         micro_batches, divisor = inputs["micro_batches"], inputs["weight"]
+        self._logged_at = self._logged_at or time.monotonic()
         self._step_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.current_gradient_accumulation_steps = len(micro_batches)
         by_engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -160,7 +161,7 @@ class AlignedTrainer(_Trainer):
         now = time.monotonic()
         self._input_tokens += sums["input_tokens"]
         sums["num_tokens"] = self._input_tokens
-        sums["tokens_per_s"] = sums.pop("input_tokens") / max(now - self._logged_at, 1e-9)
+        sums["tokens_per_s"] = sums.pop("input_tokens") / max(now - (self._logged_at or now), 1e-9)
         self._logged_at = now
         for name in ("rows", "tokens"):
             sums.pop(name, None)

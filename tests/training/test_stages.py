@@ -155,6 +155,20 @@ def test_a_loss_that_is_nan_is_fatal_names_its_step_and_is_never_logged(
     assert not (tmp_path / "out" / "model").exists()
 
 
+def test_a_gradient_that_is_infinite_is_fatal_before_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(start: Path) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(start)
+        model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return model
+
+    monkeypatch.setattr(sft_stage, "load", loaded)
+    with pytest.raises(TrainingError, match=r"the gradient's norm is (inf|nan) at step 1"):
+        run(tmp_path, tiny.sft())
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_rows_of_metrics_cover_the_steps_between_them_and_the_last_step(tmp_path: Path) -> None:
     run(tmp_path / "each", tiny.sft())
     run(tmp_path / "some", tiny.sft(log_every=4))
