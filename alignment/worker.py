@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from alignment.errors import AlignmentError, MachineError
 from alignment.files import canonical, read_json
 from alignment.launchers.local import die_with_parent
 from alignment.pipeline.identity import code_digest
+from alignment.pipeline.runner import WARNINGS
 from alignment.pipeline.store import Store
 from alignment.stages.context import StageContext
 
@@ -79,11 +81,17 @@ def _tracked(context: StageContext, order: dict[str, Any], store: Store) -> Any:
         kind=order["kind"],
         config={"identity": order["identity"], "experiment": order["experiment"], "key": order["key"]},
         parents={role: (parent["name"], parent["key"]) for role, parent in order["parents"].items()},
-        on_warning=lambda text: print(f"warning: {text}", flush=True),
+        on_warning=partial(_warn, context.folder),
         final_folder=store.result(order["key"]),
     )
     context.listeners.append(tracker.log)
     return tracker
+
+
+def _warn(folder: Path, text: str) -> None:
+    print(f"warning: {text}", flush=True)
+    with open(folder / WARNINGS, "a", encoding="utf-8") as stream:
+        stream.write(" ".join(text.split()) + "\n")
 
 
 def _require_parents(store: Store, order: dict[str, Any]) -> None:

@@ -77,6 +77,13 @@ def test_an_error_is_one_line_with_its_exit_code_and_no_traceback(
     assert not (tmp_path / "store").exists()
 
 
+def test_a_disk_without_room_is_said_before_anything_is_stored(tmp_path: Path) -> None:
+    done = alignment("run", "experiment=quickstart", "min_free_gb=1e9", cwd=tmp_path, code=4)
+    assert "GB of disk are free" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list((tmp_path / "store").glob("store/*"))
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in alignment("run", "--debug", "stage.dpo.betta=1", cwd=tmp_path, code=2).stderr
 

@@ -16,6 +16,7 @@ from alignment.pipeline import graph
 from alignment.pipeline.graph import Node
 from alignment.pipeline.store import Lock, Store
 
+WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
 POLL = 0.1  # seconds between two looks at a running stage
 
 
@@ -26,6 +27,7 @@ class Observer(Protocol):
     def progress(self, name: str, facts: dict[str, Any]) -> None: ...
     def waiting(self, name: str, holder: dict[str, Any]) -> None: ...
     def done(self, name: str, state: str, seconds: float, facts: dict[str, Any]) -> None: ...
+    def warning(self, name: str, text: str) -> None: ...
 
 
 @dataclass
@@ -116,15 +118,24 @@ def _bring(run: Run, node: Node, lock: Lock, observer: Observer) -> None:
         started = time.monotonic()
         try:
             record = _work(run, node, lock, observer)
+            _pass_on_warnings(run.store.result(node.key), node.name, observer)
         except KeyboardInterrupt:
             run.note(node.name, state="interrupted", seconds=time.monotonic() - started)
             raise
         except AlignmentError as error:
+            _pass_on_warnings(run.store.work(node.key), node.name, observer)
             run.note(node.name, state="failed", seconds=time.monotonic() - started, error=str(error))
             observer.done(node.name, "failed", time.monotonic() - started, {})
             raise
     run.note(node.name, state=state, seconds=record["seconds"])
     observer.done(node.name, state, record["seconds"], record["metrics"])
+
+
+def _pass_on_warnings(folder: Path, name: str, observer: Observer) -> None:
+    """What the worker warned of goes to its log and, so that people see it, through here."""
+    if (folder / WARNINGS).is_file():
+        for line in (folder / WARNINGS).read_text(encoding="utf-8").splitlines():
+            observer.warning(name, line)
 
 
 def _work(run: Run, node: Node, lock: Lock, observer: Observer) -> dict[str, Any]:

@@ -273,6 +273,10 @@ class StageProgress:
         )  # fmt: skip
         self.console.print(text, soft_wrap=True)
 
+    def warning(self, name: str, text: str) -> None:
+        """Something the stage wants people to know, though it went on."""
+        self.console.print(Text.assemble(("! ", "yellow"), f"{words.label(name)}  {text}"), soft_wrap=True)
+
     def _show(self, name: str, facts: Row) -> None:
         assert self._live
         step, total = words.finite(facts.get("step")), words.finite(facts.get("total"))
