@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import Experiment
-from alignment.errors import AlignmentError, MachineError
-from alignment.files import canonical, read_json
+from alignment.errors import AlignmentError, InputError, MachineError
+from alignment.files import canonical, digest, read_json
 from alignment.launchers.local import die_with_parent
-from alignment.pipeline.identity import code_digest
+from alignment.pipeline.identity import code_digest, stage_identity
 from alignment.pipeline.runner import WARNINGS
 from alignment.pipeline.store import Store
 from alignment.stages.context import StageContext
@@ -31,6 +31,8 @@ def main(folder: Path) -> int:
     """Run the stage that the folder describes; the exit code is that of its error class."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
+        if os.getppid() == 1:  # it was killed before that
+            return 1
     order = read_json(folder / "stage.json")
     try:
         _run(folder, order)
@@ -67,6 +69,7 @@ def _run(folder: Path, order: dict[str, Any]) -> None:
         if context.is_main:
             tracker.result(order["name"], order["key"], metrics)
     if context.is_main:
+        _require_same_input(experiment, context, order)
         store.commit(order["key"], _record(order, metrics, started))
 
 
@@ -102,6 +105,17 @@ def _require_parents(store: Store, order: dict[str, Any]) -> None:
                 where=str(store.result(parent["key"])),
                 fix="run the same command again: it is made anew",
             )
+
+
+def _require_same_input(experiment: Experiment, context: StageContext, order: dict[str, Any]) -> None:
+    """A file that was edited while the stage ran must not lie in the store under the digest of what it was before."""
+    parents = {role: parent["key"] for role, parent in order["parents"].items()}
+    if digest(stage_identity(experiment, order["stage"], context.settings, parents)) != order["key"]:
+        raise InputError(
+            "its data, model or packages changed while it ran: the result is of neither",
+            where=f"stage {order['name']}",
+            fix="run the same command again",
+        )
 
 
 def _all_done(context: StageContext) -> None:

@@ -33,7 +33,7 @@ def stage_identity(experiment: Experiment, stage: str, settings: Stage, parents:
         "settings": identity_side(settings),
         "groups": {group: _group(experiment, stage, settings, group) for group in settings.groups},
         "parents": dict(sorted(parents.items())),
-        "packages": {name: version(name) for name in settings.packages},
+        "packages": {name: version(name) for name in settings.packages if _used(name, experiment)},
     }
 
 
@@ -75,6 +75,16 @@ def _group(experiment: Experiment, stage: str, settings: Stage, group: str) -> A
         return identity_side(experiment.reward)
     require(experiment, group)
     return identity_side(getattr(experiment, group))
+
+
+def _used(package: str, experiment: Experiment) -> bool:
+    """Optional packages count only where they do something."""
+    if package == "gguf":
+        source = experiment.model.source
+        return str(getattr(source, "member", getattr(source, "path", ""))).endswith(".gguf")
+    if package == "vaderSentiment":
+        return any(term.kind == "sentiment" for term in experiment.reward.terms.values())
+    return True
 
 
 @cache

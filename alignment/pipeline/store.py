@@ -19,6 +19,8 @@ from typing import IO, Any
 from alignment.errors import MachineError
 from alignment.files import read_json, sha256
 
+# W&B's files and the log may still grow or go while a result is committed; they are not what the result is.
+VOLATILE = ("wandb/", "log.txt", "progress.json")
 KEPT = ("wandb_run_id",)  # what a new attempt takes over from the one before
 
 
@@ -63,13 +65,11 @@ class Store:
         folder, place = self.work(key), self.result(key)
         files = {}
         for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()):
-            _fsync(file)
-            files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        # W&B's and the log's files may still grow a line; they are not what the result is.
-        sealed = {
-            name: facts for name, facts in files.items() if not name.startswith(("wandb/", "log.txt", "progress"))
-        }
-        (folder / "record.json").write_text(json.dumps({**record, "files": sealed}, indent=1) + "\n", encoding="utf-8")
+            name = str(file.relative_to(folder))
+            if not name.startswith(VOLATILE):
+                _fsync(file)
+                files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        (folder / "record.json").write_text(json.dumps({**record, "files": files}, indent=1) + "\n", encoding="utf-8")
         _fsync(folder / "record.json")
         _fsync(folder)
         place.parent.mkdir(parents=True, exist_ok=True)

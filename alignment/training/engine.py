@@ -39,7 +39,7 @@ def start(engine: Engine, world_size: int) -> None:
             fix="engine=ddp, zero1, zero2 or zero3; or launcher=local",
         )
     if world_size == 1:  # Trainer would spread one process over all GPUs it sees (nn.DataParallel)
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     on_gpu = torch.cuda.is_available()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if not on_gpu:

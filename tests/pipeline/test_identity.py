@@ -133,3 +133,12 @@ def test_a_files_content_and_not_its_path_is_its_identity(tmp_path: Path, monkey
     assert a == b != c
     (tmp_path / "a.jsonl").write_text('{"x": 22}\n')
     assert content_digest(tmp_path / "a.jsonl") != a
+
+
+def test_optional_packages_count_only_where_they_do_something(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    plain = graph.build(compose(["experiment=quickstart", "model=path", f"model.source.path={tmp_path}"]))
+    packages = {node.name: set(node.identity["packages"]) for node in plain}
+    assert "gguf" not in packages["start"]
+    assert "gguf" in {node.name: node for node in graph.build(BASE)}["start"].identity["packages"]
+    assert "vaderSentiment" in packages["judged"]
