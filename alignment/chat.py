@@ -102,11 +102,12 @@ def _load(given: argparse.Namespace) -> list[Speaker]:
 
 
 def _answerer(folder: Path, max_new_tokens: int, temperature: float) -> Answer:
+    import torch
     from jinja2.exceptions import TemplateError
 
     from alignment import generation
 
-    model, tokenizer = generation.load(folder)
+    model, tokenizer = generation.load(folder, "bf16" if torch.cuda.is_available() else "fp32")
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": TOP_P}
 
     def answer(messages: list[Message]) -> Iterator[str]:

@@ -23,6 +23,7 @@ Progress = Callable[..., None]  # progress(step, total, **facts)
 
 NUCLEUS = 1024  # most probable tokens looked at first: sorting 64 rows of 50k takes 150 ms on two cores, this 18 ms
 TOKENS_PER_BATCH = 2048  # padded tokens of one scoring forward; bounds the logits at 2048 x V floats
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPACT = 8  # ended answers leave the batch when they are an eighth of it: leaving copies the whole cache
 
 
@@ -44,8 +45,8 @@ def quiet(step: int, total: int, **facts: Any) -> None:
     """The progress of those who do not ask for it."""
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a Hugging Face folder: fp32 on CPU, bf16 on CUDA, ready to answer. Raises InputError.
+def load(folder: Path, precision: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a Hugging Face folder, ready to answer. precision: fp32 | bf16. Raises InputError.
 
     Only safetensors are read (nothing is unpickled), and no code from the folder is run.
     """
@@ -62,7 +63,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
-        dtype = torch.bfloat16 if cuda else torch.float32
+        dtype = PRECISIONS[precision]
         only_here |= {"use_safetensors": True, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **only_here)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -29,12 +29,14 @@ def main(arguments: list[str], execute: Execute) -> int:
         raise ConfigError("--experimental-rerun is refused: it loads a pickle", fix="give the settings instead")
     dirs = _config_dirs(arguments)
     single: list[tuple[Experiment, list[str]]] = []
+    begun: list[list[str]] = []  # jobs that Hydra has handed over
 
     def task(config: DictConfig) -> Any:
         app = HydraConfig.get()
         choices = OmegaConf.to_container(app.runtime.choices)
         assert isinstance(choices, dict)
         overrides = list(app.overrides.task)
+        begun.append(overrides)
         experiment = compose.validate(config, choices, overrides, dirs)
         if app.mode == RunMode.MULTIRUN:
             return execute(experiment, overrides)
@@ -50,6 +52,8 @@ def main(arguments: list[str], execute: Execute) -> int:
         given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
         raise compose.explain(error, given, dirs) from error
     except ValueError as error:
+        if begun:  # a job's own, not a refusal of the arguments
+            raise
         raise ConfigError(str(error), where="command line", fix="see alignment run --help") from error
     finally:
         sys.argv = before

@@ -31,9 +31,10 @@ def main(folder: Path) -> int:
     """Run the stage that the folder describes; the exit code is that of its error class."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
-        if os.getppid() == 1:  # it was killed before that
-            return 1
     order = read_json(folder / "stage.json")
+    if not Store(Path(order["store"])).is_held(order["key"]):  # whoever started this died before it could say so
+        print("nobody holds the lock of this stage: its launcher is gone", flush=True)
+        return 1
     try:
         _run(folder, order)
         return 0

@@ -40,7 +40,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 def answer(model: Path, *turns: str, system: str = "") -> str:
     """The greedy answer to alternating user and assistant turns."""
-    loaded = generation.load(model)
+    loaded = generation.load(model, "fp32")
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     start = [{"role": "system", "content": system}] if system else []
     how = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0, "batch_size": 1}

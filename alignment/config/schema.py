@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SHA256 = r"^[0-9a-f]{64}$"
 NAME = r"^[a-z][a-z0-9_]*$"
+COMMIT = r"^([0-9a-f]{40}|\?\?\?)$"  # ??? = not given; refused where the source is used
 
 
 def identity(**bounds: Any) -> Any:
@@ -54,7 +55,7 @@ class HubSource(Settings):
 
     kind: Literal["hub"] = execution()
     id: str = identity(min_length=1)
-    revision: str = identity(min_length=1)
+    revision: str = identity(pattern=COMMIT)
     subset: str | None = identity()
     split: str = identity()
 
@@ -147,7 +148,7 @@ class Lora(Settings):
 class Train(Stage):
     inputs = ("model", "data")
     distributed = True
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy")
     global_batch_size: int = identity(gt=0)
     epochs: float = identity(gt=0)
     max_steps: int | None = identity(gt=0)
@@ -190,6 +191,7 @@ class Sample(Stage):
     temperature: float = identity(gt=0)
     top_p: float = identity(gt=0, le=1)
     batch_size: int = identity(gt=0)
+    precision: Literal["fp32", "bf16"] = identity()
     seed: int = identity(ge=0)
 
 
@@ -214,6 +216,7 @@ class Evaluate(Stage):
     max_new_tokens: int = identity(gt=0)
     temperature: float = identity(ge=0)
     batch_size: int = identity(gt=0)
+    precision: Literal["fp32", "bf16"] = identity()
     seed: int = identity(ge=0)
 
 
@@ -221,6 +224,7 @@ class Compare(Stage):
     """Evaluations side by side, first the baseline -> the table with confidence intervals and the verdict."""
 
     open_inputs = True
+    packages = ("numpy",)
     kind: Literal["compare"] = identity()
     baseline: str = identity()
     candidate: str = identity()

@@ -71,6 +71,8 @@ class Store:
                 files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         (folder / "record.json").write_text(json.dumps({**record, "files": files}, indent=1) + "\n", encoding="utf-8")
         _fsync(folder / "record.json")
+        for below in [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]:
+            _fsync(below)  # the names in it
         _fsync(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():  # damaged, else its record would have been found
@@ -84,13 +86,7 @@ class Store:
 
     def is_held(self, key: str) -> bool:
         """Whether a living process works on the key."""
-        lock = self.lock(key)
-        if not lock.path.exists():
-            return False
-        if lock.acquire("asks"):
-            lock.release()
-            return False
-        return True
+        return self.lock(key).is_held()
 
     def require_space(self, gigabytes: float) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -124,15 +120,23 @@ class Lock:
         except OSError:
             stream.close()
             return False
-        if who != "asks":
-            stream.seek(0)
-            stream.truncate()
-            stream.write(
-                json.dumps({"who": who, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
-            )
-            stream.flush()
+        stream.seek(0)
+        stream.truncate()
+        stream.write(json.dumps({"who": who, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+        stream.flush()
         self._stream = stream
         return True
+
+    def is_held(self) -> bool:
+        """Whether anybody holds it, through whatever open file. Those who ask do not keep each other from asking."""
+        try:
+            with open(self.path, encoding="utf-8") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
 
     def wait(self, who: str, waiting: Callable[[dict[str, Any]], None], every: float = 0.5) -> None:
         """Acquire, however long it takes; `waiting` is told who holds it, each time it is asked."""

@@ -17,8 +17,9 @@ def read_runs(store: Path, is_held: Callable[[str], bool]) -> list[Row]:
     """Every run of the store, the newest first.
 
     is_held(key) says whether a living process works on a key. A run is run.json's content with, corrected,
-    "state": done | running | waiting | failed | interrupted | unreadable, "seconds": of its own work, "folder", and
-    nodes whose "state" is done | reused | running | waiting | failed | interrupted; working ones have "progress".
+    "state": done | gone | running | waiting | failed | interrupted | unreadable, "seconds": of its own work, "folder",
+    and nodes whose "state" is done | reused | gone | running | waiting | failed | interrupted; working ones have
+    "progress". gone: it was done, but the store no longer has the result; the same command makes it again.
     """
     runs = [_run(file, store, is_held) for file in store.glob("runs/*/run.json")]
     return sorted(runs, key=lambda run: finite(run.get("created")) or 0.0, reverse=True)
@@ -52,11 +53,14 @@ def _node(node: Row, store: Path, is_held: Callable[[str], bool]) -> Row:
     key, state = node.get("key") or "", node.get("state") or "waiting"
     work = store / "work" / key[:16]
     told: Row = {**node, "state": state, "error": error_text(node.get("error"))}
-    if state in DONE or not key:
+    if not key:
         return told
+    committed = (store / "store" / key[:16] / "record.json").is_file()
+    if state in DONE:
+        return told if committed else {**told, "state": "gone"}
     held = is_held(key)
     if state == "running" and not held:
-        if (store / "store" / key[:16] / "record.json").is_file():
+        if committed:
             return {**told, "state": "done"}
         failure = read(work / "error.json")
         told.update({"state": "failed", "error": error_text(failure)} if failure else {"state": "interrupted"})
@@ -75,6 +79,8 @@ def _state(nodes: list[Row], updated: float) -> str:
     for state in ("failed", "interrupted", "running"):
         if state in states:
             return state
+    if nodes and all(state in (*DONE, "gone") for state in states):
+        return "gone"
     if any(node.get("held") for node in nodes):
         return "waiting"
     return "running" if time.time() - updated < FRESH else "interrupted"

@@ -36,7 +36,7 @@ def run(context: StageContext) -> dict[str, Any]:
     shares = {"loading": 5, "answering": 60, "held-out loss": 15, "KL": 0 if itself else 15, "judging": 5}
     parts = Parts(context, shares)
     asked = _ask(context.settings, rows, folder, parts)
-    distance = [0.0] * len(rows) if itself else _distance(reference, asked, parts)
+    distance = [0.0] * len(rows) if itself else _distance(reference, context.settings.precision, asked, parts)
     parts("judging")
     scores = judge_of(context.experiment).score([row["prompt"] for row in rows], [a.text for a in asked.answers])
     written = [
@@ -68,7 +68,7 @@ class Asked:
 
 def _ask(settings: Evaluate, rows: list[Row], folder: Path, parts: Parts) -> Asked:
     parts("loading")
-    model, tokenizer = generation.load(folder)
+    model, tokenizer = generation.load(folder, settings.precision)
     prompts = [row["prompt"] for row in rows]
     answers = generation.generate(
         model,
@@ -104,10 +104,10 @@ def _encode(chat: Chat, row: Row, limit: int) -> Ids | None:
     return (whole.ids[: whole.prompt], whole.ids[whole.prompt : end]) if end <= limit else None
 
 
-def _distance(reference: Path, asked: Asked, parts: Parts) -> list[float]:
+def _distance(reference: Path, precision: str, asked: Asked, parts: Parts) -> list[float]:
     """log p_model - log p_reference of each answer, in nats."""
     gc.collect()  # the model is out of scope; its memory must be free before the reference takes as much
-    model, tokenizer = generation.load(reference)
+    model, tokenizer = generation.load(reference, precision)
     if tokenizer.get_vocab() != asked.vocabulary:
         raise InputError("the model and its reference do not share a tokenizer: there is no KL", where=str(reference))
     rows = [(ids, answer.token_ids) for ids, answer in zip(asked.prompts, asked.answers, strict=True)]

@@ -17,7 +17,7 @@ def run(context: StageContext) -> dict[str, Any]:
     prompts = rows_of(context.inputs["data"], "prompts.jsonl")
     parts = Parts(context, {"loading": 5, "sampling": 95})
     parts("loading")
-    model, tokenizer = generation.load(context.inputs["model"] / "model")
+    model, tokenizer = generation.load(context.inputs["model"] / "model", settings.precision)
     answers = generation.generate(
         model,
         tokenizer,

@@ -16,7 +16,7 @@ STOPS = [1, *range(10, 60)]  # the end-of-turn token, and 50 letters: a fifth of
 
 def sharpen(folder: Path) -> None:
     """Random weights of standard deviation 0.02 say next to nothing: ten times as much."""
-    model, _ = generation.load(folder)
+    model, _ = generation.load(folder, "fp32")
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if "norm" not in name:
@@ -34,6 +34,6 @@ def sharp_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def loaded(sharp_model: Path) -> tuple[Any, Any]:
     """(model, tokenizer) that stop at any of STOPS."""
-    model, tokenizer = generation.load(sharp_model)
+    model, tokenizer = generation.load(sharp_model, "fp32")
     model.generation_config.eos_token_id = STOPS
     return model, tokenizer

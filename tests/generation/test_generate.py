@@ -185,7 +185,7 @@ def test_a_folder_that_is_no_model_is_refused(sharp_model: Path, tmp_path: Path,
         if file.name != missing:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(InputError, match=what):
-        generation.load(tmp_path)
+        generation.load(tmp_path, "fp32")
 
 
 def test_a_tokenizer_without_a_template_is_refused(sharp_model: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_tokenizer_without_a_template_is_refused(sharp_model: Path, tmp_path: 
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(InputError, match="no chat template"):
-        generation.load(tmp_path)
+        generation.load(tmp_path, "fp32")
 
 
 def test_truncated_weights_are_refused_in_one_line(sharp_model: Path, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_truncated_weights_are_refused_in_one_line(sharp_model: Path, tmp_path: 
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="does not load") as told:
-        generation.load(tmp_path)
+        generation.load(tmp_path, "fp32")
     assert "\n" not in str(told.value)
 
 
@@ -215,4 +215,4 @@ def test_weights_that_lack_a_tensor_are_refused(sharp_model: Path, tmp_path: Pat
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lack 1 tensors, such as model\.layers\.1\.mlp\.up_proj\.weight"):
-        generation.load(tmp_path)
+        generation.load(tmp_path, "fp32")

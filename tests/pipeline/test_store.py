@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,53 @@ def test_a_result_is_found_only_after_its_commit(store: Store) -> None:
         "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
     }
     assert not store.work(KEY).exists()
+
+
+def _commit_dying_at(store: Store, fatal: int) -> int:
+    """Commit in a child that ends, unannounced, at its `fatal`-th system call that matters; its exit code."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def counted(call: Any) -> Any:
+            def wrapped(*arguments: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == fatal:
+                    os._exit(9)
+                return call(*arguments, **kwargs)
+
+            return wrapped
+
+        for name in ("open", "fsync", "rename", "replace"):
+            setattr(os, name, counted(getattr(os, name)))
+        for name in ("mkdir", "write_text", "write_bytes"):
+            setattr(Path, name, counted(getattr(Path, name)))
+        commit(store)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_commit_killed_anywhere_leaves_the_whole_result_or_none(store: Store) -> None:
+    """Every point of death in turn: what the store then says is there is there, byte for byte, and it goes on."""
+    whole, fatal = [], 0
+    while True:
+        fatal += 1
+        shutil.rmtree(store.root, ignore_errors=True)
+        code = _commit_dying_at(store, fatal)
+        record = store.record(KEY)
+        if record is not None:
+            assert (store.result(KEY) / "model.bin").read_text() == "weights"
+        whole.append(record is not None)
+        commit(store)
+        assert store.record(KEY) is not None
+        if code == 0:
+            break
+        assert code == 9
+    assert fatal > 8, "there are more steps in a commit than that"
+    assert whole == sorted(whole), "once committed it stays"
+    assert whole[-1]
+    assert not whole[0]
 
 
 def test_a_result_with_a_file_lost_or_cut_is_no_result_and_is_kept_aside(store: Store) -> None:

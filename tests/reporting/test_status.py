@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def test_a_stage_committed_as_its_driver_died_is_done(make_run: MakeRun) -> None
     run["nodes"][2]["state"] = "running"
     (folder / "run.json").write_text(json.dumps(run))
     assert read_runs(store, lambda key: False)[0]["state"] == "done"
+
+
+def test_a_result_deleted_from_the_store_is_gone(make_run: MakeRun) -> None:
+    folder, store = make_run()
+    key = json.loads((folder / "run.json").read_text())["nodes"][2]["key"]
+    shutil.rmtree(store / "store" / key[:16])
+    (run,) = read_runs(store, lambda key: False)
+    assert (run["state"], run["nodes"][2]["state"], run["nodes"][1]["state"]) == ("gone", "gone", "done")
 
 
 def test_a_run_that_waits_for_another_s_stage_is_waiting(make_run: MakeRun) -> None:

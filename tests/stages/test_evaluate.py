@@ -17,7 +17,7 @@ METRICS = {"reward", "sentiment", "stop_rate", "tokens", "repetition", "kl", "he
 
 def log_probs(folder: Path, prompt: list[int], answer: list[int]) -> list[float]:
     """Of each answer token, by one plain forward."""
-    model, _ = generation.load(folder / "model")
+    model, _ = generation.load(folder / "model", "fp32")
     with torch.inference_mode():
         table = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     return [float(table[len(prompt) + i - 1, token]) for i, token in enumerate(answer)]
@@ -32,7 +32,7 @@ def test_answers_carry_every_signal_and_kl_is_the_log_ratio_on_the_models_own_an
     metrics = evaluate.run(context)
     written = list(read_jsonl(context.folder / "answers.jsonl"))
     assert [row["id"] for row in written] == [f"row-{i}" for i in range(5)]
-    model, tokenizer = generation.load(models["sft"] / "model")
+    model, tokenizer = generation.load(models["sft"] / "model", "fp32")
     for row, question in zip(written, QUESTIONS, strict=True):
         prompt = tokenizer(f"<|user|>{question}<|assistant|>", add_special_tokens=False)["input_ids"]
         made = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0)
