@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,3 +72,17 @@ def cache_home() -> Path:
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignment"
+
+
+def near(path: Path) -> str:
+    """The path as a person standing here would write it: relative if it lies below, else in full."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def program(name: str) -> str:
+    """What to type for a program of this environment: its name if the PATH leads to it, else its path, shell-quoted."""
+    beside, on_path = Path(sys.executable).with_name(name), shutil.which(name)
+    if on_path and Path(on_path).absolute() == beside:
+        return name
+    return shlex.quote(near(beside)) if beside.is_file() else f"{shlex.quote(sys.executable)} -m {name}"

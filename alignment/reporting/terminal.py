@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
+from alignment.files import near, program
 from alignment.reporting import words
 from alignment.reporting.gather import Row
 from alignment.reporting.status import facts_text
@@ -116,8 +117,8 @@ def _run_table(run: Row) -> RenderableType:
 # --- the end of a run ------------------------------------------------------------------------------------------------
 
 
-def summary_panel(summary: Row, report: Path | None) -> Panel:
-    """The end of a run: the models' table, the verdict, where the report and the model are, how to talk to it."""
+def summary_panel(summary: Row) -> Panel:
+    """The end of a run: the models' table, the verdict, what was done."""
     parts: list[RenderableType] = []
     verdict = summary.get("verdict")
     if verdict:
@@ -127,25 +128,21 @@ def summary_panel(summary: Row, report: Path | None) -> Panel:
         parts += [Text(f"✗ {g.get('gate', '').replace('_', ' ')}: {g.get('detail', '')}", "red") for g in failed]
         parts.append("")
     states = ", ".join(f"{count} {state}" for state, count in summary["states"].items())
-    facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(overflow="fold")
-    facts.add_row("stages", f"{states}; {words.duration(summary.get('spent_s'))} of work")
-    if report:
-        facts.add_row("report", Text(_near(report)))
-    if summary.get("model"):
-        facts.add_row("final model", Text(_near(Path(summary["model"]))))
-        facts.add_row("talk to it", Text(f"alignment chat {shlex.quote(str(summary['run']))}", "bold"))
-    parts.append(facts)
+    parts.append(Text(f"stages: {states}; {words.duration(summary.get('spent_s'))} of work", "dim"))
     return Panel(
         Group(*parts), title=escape(str(summary.get("run") or "")), title_align="left", box=box.HORIZONTALS, padding=0
     )
 
 
-def _near(path: Path) -> str:
-    """The path from here if it lies below, else in full."""
-    path = path.resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def next_steps(summary: Row, report: Path | None) -> list[Text]:
+    """Where the report and the model are, and the command that talks to it: lines to copy, so never wrapped."""
+    lines = [Text.assemble(("report       ", "dim"), near(report))] if report else []
+    if summary.get("model"):
+        run = near(report.parent) if report else str(summary["run"])  # a folder is found whatever the store
+        command = f"{program('alignment')} chat {shlex.quote(run)}"
+        lines.append(Text.assemble(("final model  ", "dim"), near(Path(summary["model"]))))
+        lines.append(Text.assemble(("talk to it   ", "dim"), (command, "bold")))
+    return lines
 
 
 def announce(run: str, folder: Path, plan: list[Row], table: bool = False, console: Console | None = None) -> None:
@@ -154,7 +151,7 @@ def announce(run: str, folder: Path, plan: list[Row], table: bool = False, conso
     actions = [row["action"] for row in plan]
     counts = ", ".join(f"{actions.count(action)} to {action}" for action in dict.fromkeys(actions))
     console.print(
-        Text.assemble((run, "bold"), f"  {len(plan)} stages: {counts}  ", (_near(folder), "dim")), soft_wrap=True
+        Text.assemble((run, "bold"), f"  {len(plan)} stages: {counts}  ", (near(folder), "dim")), soft_wrap=True
     )
     if table:
         console.print(plan_table(plan))
@@ -165,11 +162,14 @@ def show_runs(runs: list[Row], store: Path, console: Console | None = None) -> N
     if runs:
         console.print(status_table(runs))
     else:
-        console.print(f"no runs in {_near(store)}", soft_wrap=True)
+        console.print(f"no runs in {near(store)}", soft_wrap=True)
 
 
 def show_summary(summary: Row, report: Path | None, console: Console | None = None) -> None:
-    (console or Console(highlight=False)).print(summary_panel(summary, report))
+    console = console or Console(highlight=False)
+    console.print(summary_panel(summary))
+    for line in next_steps(summary, report):
+        console.print(line, soft_wrap=True)
 
 
 # --- while it works --------------------------------------------------------------------------------------------------

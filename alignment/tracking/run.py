@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
-from alignment.files import write_text
+from alignment.files import program, write_text
 from alignment.tracking.redact import without_secrets
 from alignment.tracking.upload import Upload
 
@@ -282,10 +282,7 @@ def _artifact(name: str, key: str, **metadata: str) -> Any:
 
 
 def _sync_command(log_folder: Path) -> str:
-    beside = Path(sys.executable).with_name("wandb")
-    on_path = shutil.which("wandb")
-    program = "wandb" if on_path and Path(on_path) == beside else f"{shlex.quote(sys.executable)} -m wandb"
-    return f"{program} sync {shlex.quote(str(log_folder))}"
+    return f"{program('wandb')} sync {shlex.quote(str(log_folder))}"
 
 
 def _close(run: Any, exit_code: int) -> bool:

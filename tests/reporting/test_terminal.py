@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_the_end_of_a_run_fits_eighty_columns_and_says_all_there_is_to_do_next(m
     terminal.show_summary(summarise(run, store), folder / "report.html", screen)
     text = written(screen)
     assert "dpo is better than start and sft" in text
-    assert "alignment chat quickstart-1f0c9a2b" in text
+    assert re.search(rf"talk to it   \S*alignment chat {re.escape(str(folder))}$", text, re.M)
     assert "1 reused, 10 done; 6 min 56 s of work" in text
     assert "report.html" in text
     stop = text[text.index("Stop rate") :].splitlines()
