@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 STAMP  := $(VENV)/.installed
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Where there is no GPU: PyTorch's CPU build, a tenth of the size. It is looked for here and wherever pip is told to look.
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test check browser clean help
 
@@ -13,7 +16,7 @@ demo: $(STAMP)   ## the main job on real input: SFT, sampling, DPO, evaluation, 
 	$(BIN)/alignment run experiment=quickstart
 
 test: check browser  ## all tests, after the checks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)  ## ruff, mypy and the architecture's contracts
 	$(BIN)/ruff check alignment launchers tests
@@ -29,7 +32,8 @@ browser:         # headless Chromium for the report's test; without it, and with
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@command -v nvidia-smi >/dev/null || $(PIP) --no-deps --retries 0 --extra-index-url $(TORCH_CPU) torch
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 clean:           ## removes the virtual environment; the store in outputs/ stays

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from alignment.errors import MachineError
+
 CHUNK = 1 << 20
 
 
@@ -64,6 +66,13 @@ def canonical(value: Any) -> str:
 def digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON-able value."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def require_room(folder: Path, size: float) -> None:
+    """Raise MachineError unless the disk of an existing folder has room for `size` bytes, and a tenth more."""
+    if (free := shutil.disk_usage(folder).free) < 1.1 * size:
+        what = f"{size / 1e9:.1f} GB of weights do not fit: {free / 1e9:.1f} GB free"
+        raise MachineError(what, where=str(folder), fix="free some disk, or set store=...")
 
 
 def cache_home() -> Path:

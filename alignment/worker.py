@@ -1,4 +1,4 @@
-"""One stage in one process group: `python -m alignment.worker <work folder>`, alone, under torchrun or srun.
+"""One stage in one process group: `python -m alignment.worker <work folder>`, alone or under torchrun.
 
 The settings come from stage.json in the folder, never from the command line. Rank 0 commits the result.
 """
@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import platform
+import re
 import socket
 import sys
 import time
@@ -25,6 +26,8 @@ from alignment.pipeline.identity import code_digest, stage_identity
 from alignment.pipeline.runner import WARNINGS
 from alignment.pipeline.store import Store
 from alignment.stages.context import StageContext
+
+NO_SPACE = r"os error (28|122)\b|No space left on device|Disk quota exceeded"  # safetensors has its own error class
 
 
 def main(folder: Path) -> int:
@@ -154,7 +157,8 @@ def _known(error: Exception, folder: Path) -> AlignmentError:
     """Any exception as one with a cause in a person's words."""
     if isinstance(error, AlignmentError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or re.search(NO_SPACE, str(error)):
         return MachineError("no space left on the disk", where=str(folder), fix="free some space, or set store=...")
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return MachineError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,6 @@ class Job:
     distributed: bool
     threads: int | None
     lock: int
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 class Handle(Protocol):
@@ -36,6 +35,11 @@ class Launcher(Protocol):
     def submit(self, job: Job) -> Handle: ...
 
 
+# Set by torchrun for the processes of a group. In our own environment they speak of somebody else's group.
+GROUP = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"}
+GROUP |= {"ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
+
+
 def environment(job: Job, processes: int) -> dict[str, str]:
     """The variables of a stage's processes: threads shared out before torch is imported, no silent network."""
     cores = len(os.sched_getaffinity(0))
@@ -47,4 +51,4 @@ def environment(job: Job, processes: int) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    return {**os.environ, **given, **job.environment}
+    return {**{name: value for name, value in os.environ.items() if name not in GROUP}, **given}

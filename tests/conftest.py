@@ -8,10 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", WANDB_SILENT="true")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that two workers end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -143,3 +150,11 @@ def command() -> Command:
         return done
 
     return run
+
+
+def runs(command: Command, store: Path) -> list[dict[str, Any]]:
+    return list(json.loads(command(store, "status", "--json").stdout))
+
+
+def states(run: dict[str, Any]) -> dict[str, str]:
+    return {node["name"]: node["state"] for node in run["nodes"]}

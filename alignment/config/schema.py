@@ -6,7 +6,7 @@ A key is declared once, on one of two sides. *identity*: it can change a result,
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -100,12 +100,14 @@ class Stage(Settings):
     open_inputs: ClassVar[bool] = False
     groups: ClassVar[tuple[str, ...]] = ()
     distributed: ClassVar[bool] = False
+    makes_model: ClassVar[bool] = False  # its result has a model/
     packages: ClassVar[tuple[str, ...]] = ()
 
 
 class ImportModel(Stage):
     """Start checkpoint -> a plain Hugging Face folder with the run's chat template."""
 
+    makes_model = True
     groups = ("model",)
     packages = ("torch", "transformers", "gguf")
     kind: Literal["import_model"] = identity()
@@ -148,6 +150,7 @@ class Lora(Settings):
 class Train(Stage):
     inputs = ("model", "data")
     distributed = True
+    makes_model = True
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy")
     global_batch_size: int = identity(gt=0)
     epochs: float = identity(gt=0)
@@ -239,6 +242,10 @@ AnyStage = Annotated[
     ImportModel | Prepare | Sft | Dpo | Sample | Judge | Evaluate | Compare, Field(discriminator="kind")
 ]
 
+
+STAGES: dict[str, type[Stage]] = {
+    get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(AnyStage)[0])
+}
 
 # --- how the work is done --------------------------------------------------------------------------------------------
 

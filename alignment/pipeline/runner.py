@@ -93,7 +93,19 @@ def plan(run: Run) -> list[dict[str, Any]]:
 
 
 def execute(run: Run, observer: Observer) -> None:
-    """Bring every node of the run into the store. Raises the error of the first stage that fails."""
+    """Bring every node of the run into the store. Raises the error of the first stage that fails.
+
+    The same command given twice at once: the second waits for the first, and then reuses.
+    """
+    mine = run.store.run_lock(run.id)
+    mine.wait(run.id, partial(observer.waiting, run.nodes[0].name))
+    try:
+        _walk(run, observer)
+    finally:
+        mine.release()
+
+
+def _walk(run: Run, observer: Observer) -> None:
     for node in run.nodes:
         record = run.store.record(node.key)
         if record is not None:

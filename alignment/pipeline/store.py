@@ -20,7 +20,7 @@ from alignment.errors import MachineError
 from alignment.files import read_json, sha256
 
 # W&B's files and the log may still grow or go while a result is committed; they are not what the result is.
-VOLATILE = ("wandb/", "log.txt", "progress.json")
+VOLATILE = ("wandb/", "log.txt/", "progress.json/")
 KEPT = ("wandb_run_id",)  # what a new attempt takes over from the one before
 
 
@@ -54,7 +54,9 @@ class Store:
         folder, kept = self.work(key), {}
         if folder.is_dir():
             kept = {name: (folder / name).read_text() for name in KEPT if (folder / name).is_file()}
-            shutil.rmtree(folder)
+            folder.rename(folder.with_name(f".{folder.name}.{time.time_ns()}"))
+        for remains in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(remains, ignore_errors=True)  # W&B's helper may live on for seconds, and write there
         folder.mkdir(parents=True)
         for name, text in kept.items():
             (folder / name).write_text(text)
@@ -63,17 +65,20 @@ class Store:
     def commit(self, key: str, record: dict[str, Any]) -> Path:
         """Seal the work folder and give it its place by one rename. The caller holds the key's lock."""
         folder, place = self.work(key), self.result(key)
-        files = {}
-        for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()):
-            name = str(file.relative_to(folder))
-            if not name.startswith(VOLATILE):
-                _fsync(file)
-                files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        files, folders = {}, [folder]
+        for path in sorted(path for path in folder.rglob("*") if not path.is_symlink()):
+            name = str(path.relative_to(folder))
+            if f"{name}/".startswith(VOLATILE):
+                continue
+            if path.is_dir():
+                folders.append(path)
+            else:
+                _fsync(path)
+                files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         (folder / "record.json").write_text(json.dumps({**record, "files": files}, indent=1) + "\n", encoding="utf-8")
         _fsync(folder / "record.json")
-        for below in [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]:
-            _fsync(below)  # the names in it
-        _fsync(folder)
+        for path in reversed(folders):  # the names in them, the work folder's last
+            _fsync(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():  # damaged, else its record would have been found
             os.replace(place, place.with_name(f"{place.name}.damaged-{time.time_ns()}"))
@@ -83,6 +88,10 @@ class Store:
 
     def lock(self, key: str) -> Lock:
         return Lock(self.root / "locks" / key[:16])
+
+    def run_lock(self, run: str) -> Lock:
+        """Held by a run's driver: run.json has one writer."""
+        return Lock(self.root / "locks" / run)
 
     def is_held(self, key: str) -> bool:
         """Whether a living process works on the key."""
@@ -117,9 +126,12 @@ class Lock:
         stream = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open while the lock is held
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             stream.close()
             return False
+        except OSError as error:
+            stream.close()
+            raise self._unlockable(error) from error
         stream.seek(0)
         stream.truncate()
         stream.write(json.dumps({"who": who, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
@@ -134,9 +146,15 @@ class Lock:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError as error:
+            raise self._unlockable(error) from error
         return False
+
+    def _unlockable(self, error: OSError) -> MachineError:
+        what = f"the file system has no locks ({error.strerror})"
+        return MachineError(what, where=str(self.path), fix="mount it with flock, or set store=... to another one")
 
     def wait(self, who: str, waiting: Callable[[dict[str, Any]], None], every: float = 0.5) -> None:
         """Acquire, however long it takes; `waiting` is told who holds it, each time it is asked."""

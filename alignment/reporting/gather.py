@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignment.config.schema import STAGES, Train
 from alignment.errors import InputError
 from alignment.reporting.words import DONE, error_text, finite, label
 
 Row = dict[str, Any]
-TRAINING = ("sft", "dpo", "reward", "kto", "grpo", "rloo")
+TRAINING = tuple(kind for kind, stage in STAGES.items() if issubclass(stage, Train))
+MAKES_MODEL = tuple(kind for kind, stage in STAGES.items() if stage.makes_model)
 SAMPLES = 10
 LOSSES = 3
 
@@ -174,7 +176,7 @@ def _roles(stages: list[Stage], compare: Stage | None) -> dict[str, Stage]:
 def _colours(stages: list[Stage], roles: dict[str, Stage]) -> dict[str, int]:
     """Node that made a model -> index of its colour: the evaluated models first, in order, then the others."""
     makers = [stage.inputs.get("model", role) for role, stage in roles.items()]
-    makers += [stage.name for stage in stages if stage.kind == "import_model" or stage.kind in TRAINING]
+    makers += [stage.name for stage in stages if stage.kind in MAKES_MODEL]
     return {name: index for index, name in enumerate(dict.fromkeys(makers))}
 
 

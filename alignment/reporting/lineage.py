@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup, escape
 
-from alignment.reporting.gather import TRAINING, Report, Stage
+from alignment.reporting.gather import MAKES_MODEL, Report, Stage
 from alignment.reporting.svg import tag
 from alignment.reporting.words import duration, label
 
@@ -13,7 +13,7 @@ BOX, TALL, LANE, ROW, EDGE, TOP = 158.0, 44.0, 226.0, 66.0, 26.0, 34.0
 
 
 def lane(kind: str) -> int:
-    if kind == "import_model" or kind in TRAINING:
+    if kind in MAKES_MODEL:
         return 1
     return 2 if kind in ("evaluate", "compare") else 0
 

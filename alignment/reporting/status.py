@@ -86,11 +86,6 @@ def _state(nodes: list[Row], updated: float) -> str:
     return "running" if time.time() - updated < FRESH else "interrupted"
 
 
-def find(runs: list[Row], name: str) -> Row | None:
-    """The newest run whose name begins so."""
-    return next((run for run in runs if str(run.get("run", "")).startswith(name)), None)
-
-
 def facts_text(progress: Any) -> str:
     """step 12/40 of progress.json, or its note."""
     if not isinstance(progress, dict):

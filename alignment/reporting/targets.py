@@ -8,8 +8,7 @@ from typing import Any
 from alignment.errors import ConfigError, InputError
 from alignment.files import read_json
 from alignment.pipeline.store import Store
-
-MODEL_KINDS = ("import_model", "sft", "dpo")
+from alignment.reporting.gather import MAKES_MODEL
 
 
 def run_folder(name: str, store: Path) -> Path:
@@ -45,5 +44,5 @@ def models(target: str, store: Path, compare: bool) -> dict[str, Path]:
 
 def model_folders(state: dict[str, Any], store: Store) -> dict[str, Path]:
     """node name -> model folder, for every committed node of a run that makes a model."""
-    nodes = [node for node in state["nodes"] if node["kind"] in MODEL_KINDS and store.record(node["key"])]
+    nodes = [node for node in state["nodes"] if node["kind"] in MAKES_MODEL and store.record(node["key"])]
     return {node["name"]: store.result(node["key"]) / "model" for node in nodes}

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
+from alignment.files import require_room
 from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
@@ -53,6 +54,7 @@ def train(
     trainer = make_trainer(
         settings, start, arguments, batches=batches, on_step=on_step, train_dataset=rows, processing_class=tokenizer
     )
+    require_room(context.folder, 4 * sum(map(_size, trainer.model.parameters())))  # before training, not after it
     began = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - began
@@ -66,8 +68,12 @@ def _summary(trainer: Any) -> dict[str, float]:
     history = trainer.state.log_history
     last = {name: value for name, value in history[-1].items() if name not in ("epoch", "step", "learning_rate")}
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)  # ZeRO-3 keeps a shard
-    return {**last, "first_loss": history[0]["loss"], "trained_parameters": count}
+    return {**last, "first_loss": trainer.first_loss, "trained_parameters": sum(map(_size, trained))}
+
+
+def _size(parameter: Any) -> int:
+    """Its number of elements; ZeRO-3 keeps but a shard of them here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _rows(folder: Path) -> Any:

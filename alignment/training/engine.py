@@ -28,9 +28,10 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 
 
 def start(engine: Engine, world_size: int) -> None:
-    """Make this process ready to train: threads, environment, process group. Call before trl or deepspeed is imported.
+    """Make this process ready to train: threads, environment, process group.
 
-    Raises ConfigError if the strategy does not fit the number of processes.
+    Call before a TRL configuration or a model is made, and before deepspeed is imported. Raises ConfigError if
+    the strategy does not fit the number of processes.
     """
     if engine.strategy == "single" and world_size > 1:
         raise ConfigError(

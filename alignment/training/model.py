@@ -13,14 +13,23 @@ from alignment.errors import ConfigError, TrainingError
 
 
 def load(folder: Path) -> Any:
-    """The causal language model of a folder with fp32 master weights.
+    """The causal language model of a folder with fp32 master weights and no dropout.
 
+    Dropout masks depend on who shares a micro-batch, so with them the engine would change the result; and policy and
+    reference would not agree at DPO's first step.
     Under ZeRO-3 the weights are sharded while they are read; transformers sees that from the TrainingArguments, which
     must exist, with the DeepSpeed configuration inside, before this is called.
     """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # attention takes it as a number, as in LlamaAttention
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
 
 
 def lora_config(lora: Lora | None, model: Any) -> Any:

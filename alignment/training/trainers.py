@@ -51,6 +51,7 @@ class AlignedTrainer(_Trainer):
         self._outputs: list[Any] = []  # what the forward of policy, then reference returned for this micro-batch
         self._input_tokens = 0.0
         self._logged_at: float | None = None
+        self.first_loss = math.nan
         super().__init__(model=model, callbacks=[Reporter(on_step)], **kwargs)
         self.remove_callback(PrinterCallback)
         self.model.register_forward_hook(self._keep_output)
@@ -118,6 +119,7 @@ class AlignedTrainer(_Trainer):
         if not math.isfinite(loss):
             raise TrainingError(f"the loss is {loss} at step {step + 1}", fix=NOT_FINITE)
         if step == 0:
+            self.first_loss = loss
             self._check_first_loss(loss)
 
     def _check_first_loss(self, loss: float) -> None:

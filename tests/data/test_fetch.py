@@ -250,16 +250,15 @@ def test_a_path_is_itself_and_must_exist(tmp_path: Path) -> None:
         fetch(PathSource(kind="path", path=str(tmp_path / "none")))
 
 
+COMMIT = "a" * 40
+
+
 def hub(id: str, **changes: object) -> HubSource:
-    return HubSource(**{"kind": "hub", "id": id, "revision": "main", "subset": None, "split": "train", **changes})
+    return HubSource(**{"kind": "hub", "id": id, "revision": COMMIT, "subset": None, "split": "train", **changes})
 
 
 def test_a_hub_model_comes_from_the_hub_cache_without_network(tmp_path: Path) -> None:
-    commit = "a" * 40
-    repository = tmp_path / "hf" / "hub" / "models--org--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    snapshot = repository / "snapshots" / commit
+    snapshot = tmp_path / "hf" / "hub" / "models--org--tiny" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     code = (
@@ -276,9 +275,9 @@ def test_a_hub_model_comes_from_the_hub_cache_without_network(tmp_path: Path) ->
 
 def test_a_hub_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MachineError) as caught:
-        fetch(hub("org/none", revision="abc"))
+        fetch(hub("org/none"))
     said = str(caught.value)
-    assert said.startswith("org/none@abc: cannot be fetched from the hub: ")
+    assert said.startswith(f"org/none@{COMMIT}: cannot be fetched from the hub: ")
     assert "or pass a local copy with model=path" in said
 
 

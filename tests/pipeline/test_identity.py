@@ -64,7 +64,7 @@ def other(field: Any, value: Any) -> list[Any]:
         7,
         0.5,
         "preferences",
-        {"kind": "hub", "id": "a/b", "revision": "c", "subset": None, "split": "train"},
+        {"kind": "hub", "id": "a/b", "revision": "c" * 40, "subset": None, "split": "train"},
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -149,6 +151,32 @@ def test_waiting_ends_when_the_holder_lets_go(store: Store) -> None:
     second.wait("second", waiting, every=0.01)
     assert told == ["first"]
     second.release()
+
+
+def test_a_file_system_without_locks_is_said_instead_of_waiting_for_ever(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = store.lock(KEY)
+    assert lock.acquire("me")
+    lock.release()
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for ask in (lambda: lock.acquire("me"), lock.is_held):
+        with pytest.raises(MachineError, match="has no locks"):
+            ask()
+
+
+def test_remains_that_another_process_still_writes_to_do_not_stop_a_new_attempt(store: Store) -> None:
+    (store.begin(KEY) / "wandb").mkdir()
+    late = open(store.work(KEY) / "wandb" / "log", "w")  # noqa: SIM115
+    folder = store.begin(KEY)
+    late.write("more")
+    late.close()
+    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.parent.iterdir()] == [KEY[:16]]
 
 
 def test_too_little_disk_is_said_before_a_stage_starts(store: Store) -> None:

@@ -1,10 +1,32 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from alignment.errors import TrainingError
-from alignment.training.model import check_whole
+from alignment.training.model import check_whole, load
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_model_in_training_has_no_dropout_and_keeps_its_configuration(kind: str, tmp_path: Path) -> None:
+    """Llama's attention takes the probability as a number, GPT-2 has Dropout modules: both must be off."""
+    from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    small = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+    if kind == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        LlamaForCausalLM(LlamaConfig(**small, **sizes, attention_dropout=0.5)).save_pretrained(tmp_path)
+    else:
+        GPT2LMHeadModel(GPT2Config(**small, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    model = load(tmp_path).train()
+    ids = torch.arange(12).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
+    model.save_pretrained(tmp_path / "again")
+    kept = AutoConfig.from_pretrained(tmp_path / "again")
+    assert (kept.attention_dropout if kind == "llama" else kept.resid_pdrop) == (0.5 if kind == "llama" else 0.1)
 
 
 @pytest.mark.parametrize(

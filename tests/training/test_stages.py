@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alignment.stages.dpo as dpo_stage
 import alignment.stages.sft as sft_stage
-from alignment.errors import AlignmentError, ConfigError, InputError, TrainingError
+from alignment.errors import AlignmentError, ConfigError, InputError, MachineError, TrainingError
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches
 from tests.training import tiny
@@ -92,6 +94,21 @@ def test_losses_metrics_and_weights_equal_stock_trl_given_the_same_batches(setti
             assert left[name] == pytest.approx(right[name], abs=1e-5, rel=1e-5), (name, right["step"])
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
     assert max(float((ours[name] - value).abs().max()) for name, value in stock.model.state_dict().items()) <= 1e-5
+
+
+def test_the_first_loss_in_the_summary_is_that_of_the_first_step_whatever_is_logged(tmp_path: Path) -> None:
+    summary = run(tmp_path, tiny.dpo(log_every=5))
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics(tmp_path)[0]["loss"] != pytest.approx(math.log(2), abs=1e-4), "the mean of five steps is another"
+
+
+def test_a_disk_without_room_for_the_model_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(MachineError, match=r"GB of weights do not fit"):
+        run(tmp_path, tiny.sft())
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

@@ -1,0 +1,20 @@
+"""What a stage's processes find in their environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignment.launchers.base import Job, environment
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_group_that_started_us_is_not_the_stages_group(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pods of Kubeflow export these; a single process that took them would wait for peers, or not commit."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("LOCAL_MODEL", "/kept")
+    given = environment(Job("sft", Path("x"), True, 3, 0), processes)
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(given)
+    assert (given["LOCAL_MODEL"], given["OMP_NUM_THREADS"]) == ("/kept", "3")
