@@ -74,7 +74,7 @@ def plan(run: Run) -> list[dict[str, Any]]:
     """What would happen to each node: reuse (the store has it), wait (another process works on it), or run, and why."""
     rows, fresh = [], set()
     for node in run.nodes:
-        stale = [parent.name for parent in node.parents.values() if parent.name in fresh]
+        stale = list(dict.fromkeys(parent.name for parent in node.parents.values() if parent.name in fresh))
         if run.store.record(node.key):
             action, why = "reuse", "the store has it"
         else:
@@ -84,7 +84,7 @@ def plan(run: Run) -> list[dict[str, Any]]:
             why = (
                 "another run works on it"
                 if held
-                else f"{' and '.join(stale)} will be new"
+                else f"{', '.join(stale)} will be new"
                 if stale
                 else "not in the store"
             )
