@@ -109,7 +109,7 @@ class ImportModel(Stage):
 
     makes_model = True
     groups = ("model",)
-    packages = ("torch", "transformers", "gguf")
+    packages = ("torch", "transformers", "tokenizers", "gguf")
     kind: Literal["import_model"] = identity()
 
 
@@ -127,7 +127,7 @@ class Prepare(Stage):
     inputs = ("model",)
     optional_inputs = ("data",)
     groups = ("data",)
-    packages = ("transformers", "datasets")
+    packages = ("transformers", "tokenizers", "datasets")
     kind: Literal["prepare"] = identity()
     task: Literal["sft", "preference"] = identity()
     dataset: str | None = identity()
@@ -187,7 +187,7 @@ class Sample(Stage):
     """Several answers of a model to each prompt."""
 
     inputs = ("model", "data")
-    packages = ("torch", "transformers")
+    packages = ("torch", "transformers", "tokenizers")
     kind: Literal["sample"] = identity()
     completions_per_prompt: int = identity(ge=2)
     max_new_tokens: int = identity(gt=0)
@@ -203,7 +203,7 @@ class Judge(Stage):
 
     inputs = ("data",)
     groups = ("reward",)
-    packages = ("torch", "transformers", "vaderSentiment")
+    packages = ("torch", "transformers", "tokenizers", "vaderSentiment")
     kind: Literal["judge"] = identity()
     min_margin: float = identity(ge=0)
     finished_only: bool = identity()
@@ -214,7 +214,7 @@ class Evaluate(Stage):
 
     inputs = ("model", "data", "reference")
     groups = ("reward",)
-    packages = ("torch", "transformers", "vaderSentiment")
+    packages = ("torch", "transformers", "tokenizers", "vaderSentiment")
     kind: Literal["evaluate"] = identity()
     max_new_tokens: int = identity(gt=0)
     temperature: float = identity(ge=0)

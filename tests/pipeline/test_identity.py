@@ -142,3 +142,10 @@ def test_optional_packages_count_only_where_they_do_something(tmp_path: Path) ->
     assert "gguf" not in packages["start"]
     assert "gguf" in {node.name: node for node in graph.build(BASE)}["start"].identity["packages"]
     assert "vaderSentiment" in packages["judged"]
+
+
+def test_tokenizers_is_in_the_key_of_every_stage_that_makes_token_ids_or_text() -> None:
+    packages = {node.name: set(node.identity["packages"]) for node in graph.build(BASE)}
+    assert {name for name in packages if "tokenizers" in packages[name]} == {
+        "start", "rows", "samples", "judged", "pairs", "evaluate_start", "evaluate_sft", "evaluate_dpo",
+    }  # fmt: skip
