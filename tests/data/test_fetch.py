@@ -130,6 +130,23 @@ def test_a_damaged_cache_is_noticed_and_fetched_again(index: Path) -> None:
     assert fetch(wanted).read_bytes() == b"[1, 2]"
 
 
+def test_a_cache_that_has_it_all_is_only_read(index: Path, private_cache: Path) -> None:
+    """A shared cache may be read-only: nothing is written, no lock opened. (For root every folder can be written.)"""
+    wanted = source(build_wheel(index), "gift/data/rows.json")
+    fetch(wanted)
+    for lock in private_cache.rglob("*.lock"):
+        lock.unlink()
+    there = sorted(private_cache.rglob("*"))
+    for path in there:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        assert fetch(wanted).read_bytes() == b"[1, 2]"
+        assert sorted(private_cache.rglob("*")) == there
+    finally:
+        for path in there:
+            path.chmod(0o755)
+
+
 def test_the_leftovers_of_a_killed_fetch_are_never_used(index: Path) -> None:
     wanted = source(build_wheel(index), "gift/data/rows.json")
     entry = fetch(wanted).parent.parent
