@@ -121,8 +121,8 @@ def _file_digest(path: Path) -> str:
         stat = path.stat()
         facts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
         note = cache_home() / "digests" / f"{digest(facts)}.json"
-        if note.is_file():
-            return str(read_json(note)["sha256"])
+        if known := _noted(note):
+            return known
         value = sha256(path)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
@@ -131,6 +131,14 @@ def _file_digest(path: Path) -> str:
     except OSError:
         pass  # an unwritable cache costs time, not the run
     return value
+
+
+def _noted(note: Path) -> str | None:
+    """The digest that a note holds; None if there is no note, or one that a full disk or a crash has cut short."""
+    try:
+        return str(read_json(note)["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @cache

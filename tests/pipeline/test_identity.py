@@ -135,6 +135,18 @@ def test_a_files_content_and_not_its_path_is_its_identity(tmp_path: Path, monkey
     assert content_digest(tmp_path / "a.jsonl") != a
 
 
+@pytest.mark.parametrize("left", ["", '{"sha256": "ab', "{}", "[]", "null"])
+def test_a_damaged_note_of_a_digest_is_no_note(left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n')
+    whole = content_digest(tmp_path / "a.jsonl")
+    (note,) = (tmp_path / "cache" / "digests").iterdir()
+    good = note.read_bytes()
+    note.write_text(left)
+    assert content_digest(tmp_path / "a.jsonl") == whole
+    assert note.read_bytes() == good
+
+
 def test_optional_packages_count_only_where_they_do_something(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     plain = graph.build(compose(["experiment=quickstart", "model=path", f"model.source.path={tmp_path}"]))
