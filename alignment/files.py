@@ -15,6 +15,9 @@ from typing import Any
 from alignment.errors import MachineError
 
 CHUNK = 1 << 20
+# What is read of a folder with a model: its config, weights, tokenizer and templates. Only these are fetched from a
+# hub, and only these are in the key: not model cards, optimizer states, other formats or what a download left behind.
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
@@ -56,6 +59,12 @@ def sha256(path: Path) -> str:
         while block := stream.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder that are read, by name; hidden ones are not."""
+    found = (file for pattern in MODEL_FILES for file in folder.glob(pattern))
+    return sorted(file for file in found if file.is_file() and not file.name.startswith("."))
 
 
 def canonical(value: Any) -> str:

@@ -7,14 +7,14 @@ from pathlib import Path
 from alignment.errors import InputError
 
 CONF = (Path(__file__).resolve().parent.parent / "conf").resolve()
+TEMPLATES = CONF / "chat_template"
 
 
 def template_path(chat_template: str) -> Path:
     """A chat template's file: a name in conf/chat_template, or a path that ends in .jinja. Raises InputError."""
-    folder = CONF / "chat_template"
-    path = Path(chat_template) if chat_template.endswith(".jinja") else folder / f"{chat_template}.jinja"
+    path = Path(chat_template) if chat_template.endswith(".jinja") else TEMPLATES / f"{chat_template}.jinja"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
+        known = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
         raise InputError(
             f"no chat template {chat_template!r}",
             where="model.chat_template",

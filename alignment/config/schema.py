@@ -6,13 +6,15 @@ A key is declared once, on one of two sides. *identity*: it can change a result,
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 SHA256 = r"^[0-9a-f]{64}$"
 NAME = r"^[a-z][a-z0-9_]*$"
 COMMIT = r"^([0-9a-f]{40}|\?\?\?)$"  # ??? = not given; refused where the source is used
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ means the same wherever the path is used
 
 
 def identity(**bounds: Any) -> Any:
@@ -47,7 +49,7 @@ class PathSource(Settings):
     """A local file or folder. Its content's digest, not its path, is part of the key."""
 
     kind: Literal["path"] = execution()
-    path: str = execution(min_length=1)
+    path: LocalPath = execution(min_length=1)
 
 
 class HubSource(Settings):
@@ -67,7 +69,7 @@ class Model(Settings):
     """The start checkpoint, and the one chat template of the whole run."""
 
     source: Source = identity()
-    chat_template: str = identity(min_length=1)
+    chat_template: LocalPath = identity(min_length=1)
     eos_token: str | None = identity()
     pad_token: str | None = identity()
     storage_precision: Literal["fp32", "bf16"] = identity()

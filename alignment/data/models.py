@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from alignment.config.paths import TEMPLATES, template_path
 from alignment.config.schema import Model
 from alignment.data.chat import Chat, adds_bos
 from alignment.data.gguf import plain_model, read_tokenizer
@@ -71,9 +71,9 @@ def check_files(source: Path) -> None:
     if not source.is_dir():
         raise InputError("no such model folder", where=name, fix="check model.source")
     present = {path.name for path in source.iterdir()}
+    if "adapter_config.json" in present:  # even beside whole weights: transformers would read its base from elsewhere
+        raise InputError("is an adapter, not a model", where=name, fix="merge it into its base model first")
     if "config.json" not in present:
-        if "adapter_config.json" in present:
-            raise InputError("is an adapter, not a model", where=name, fix="merge it into its base model first")
         if ggufs := sorted(n for n in present if n.endswith(".gguf")):
             raise InputError("has no config.json", where=name, fix=f"name the file: {ggufs[0]}")
         raise InputError("has no config.json", where=name, fix="give a folder written by save_pretrained")
@@ -154,26 +154,12 @@ def chat_template(choice: str, tokenizer: Any, name: str) -> str:
         own = tokenizer.chat_template
         own = own.get("default") if isinstance(own, dict) else own
         if not own:
-            known = ", ".join(sorted(shipped_templates()))
-            fix = f"set model.chat_template to one of {known}, or to a .jinja file"
+            fix = "set model.chat_template to a name in conf/chat_template, or to a .jinja file"
             raise InputError("the tokenizer has no chat template", where=name, fix=fix)
         return str(own)
-    shipped = shipped_templates()
-    if choice in shipped:
-        return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + shipped[choice]
-    path = Path(choice).expanduser()
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    near = get_close_matches(choice, shipped, 1, 0.4)
-    fix = f"nearest: {near[0]}" if near else f"keep, one of {', '.join(sorted(shipped))}, or a .jinja file"
-    raise ConfigError(f"no chat template {choice!r}", where="model.chat_template", fix=fix)
-
-
-def shipped_templates() -> dict[str, str]:
-    """Name -> text of every template in conf/chat_template."""
-    folder = files("alignment").joinpath("conf", "chat_template")
-    found = (entry for entry in folder.iterdir() if entry.name.endswith(".jinja"))
-    return {entry.name.removesuffix(".jinja"): entry.read_text(encoding="utf-8") for entry in found}
+    path = template_path(choice)
+    shipped = path.parent == TEMPLATES
+    return ("{{ bos_token }}" if shipped and adds_bos(tokenizer) else "") + path.read_text(encoding="utf-8")
 
 
 def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:

@@ -20,9 +20,9 @@ from alignment.config.compose import require
 from alignment.config.paths import template_path
 from alignment.config.schema import Dataset, Evaluate, Experiment, Judge, Model, PathSource, Prepare, Stage
 from alignment.errors import ConfigError, InputError, MachineError
-from alignment.files import cache_home, canonical, digest, read_json, sha256, write_json
+from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 
-FORMAT = 1  # raised when the meaning of the key itself changes
+FORMAT = 2  # raised when the meaning of the key itself changes
 
 
 def stage_identity(experiment: Experiment, stage: str, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:
@@ -105,13 +105,17 @@ def template_digest(chat_template: str) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files and their relative paths. Cached by size and modification time."""
+    """SHA-256 of a file, or of a model folder: its files that are read and their names in it.
+
+    Cached by size and modification time. Raises InputError if there is nothing to read.
+    """
     if path.is_file():
         return _file_digest(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and ".git" not in file.parts)
+        files = model_files(path)
         if not files:
-            raise InputError("the folder is empty", where=str(path))
+            fix = f"name one file, or a model folder: {', '.join(MODEL_FILES[:2])}"
+            raise InputError("the folder holds no files of a model", where=str(path), fix=fix)
         return digest([[str(file.relative_to(path)), _file_digest(file)] for file in files])
     raise InputError("no such file or folder", where=str(path))
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from alignment.config.paths import template_path
 from alignment.data.chat import Chat
-from alignment.data.models import shipped_templates
 from alignment.errors import InputError
 
 from .conftest import PLAIN, assistant, make_tokenizer, system, user
@@ -24,7 +24,7 @@ CHATML = (
     [("instruction", INSTRUCTION, "See you.<eos>\n"), ("chatml", CHATML, "See you.<eos>\n")],
 )
 def test_shipped_templates_render_exactly_and_prefix_stably(name: str, prompt: str, answer: str) -> None:
-    chat = Chat(make_tokenizer(shipped_templates()[name].replace("<|im_end|>", "{{ eos_token }}")))
+    chat = Chat(make_tokenizer(template_path(name).read_text().replace("<|im_end|>", "{{ eos_token }}")))
     text, answers = chat.answers(TALK, "here")
     assert text == prompt + answer
     assert [text[a.start : a.end] for a in answers] == ["Hello.<eos>", "See you.<eos>"]
@@ -33,7 +33,7 @@ def test_shipped_templates_render_exactly_and_prefix_stably(name: str, prompt: s
 
 
 def test_encoding_a_rendered_prompt_is_what_transformers_gives_to_generation() -> None:
-    chat = Chat(make_tokenizer(shipped_templates()["instruction"], bos=True))
+    chat = Chat(make_tokenizer(template_path("instruction").read_text(), bos=True))
     given = chat.tokenizer.apply_chat_template(TALK[:-1], add_generation_prompt=True, return_dict=True)
     assert chat.encode(chat.render(TALK[:-1], "here", prompt=True)) == given["input_ids"]
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from alignment.data.models import context_window, import_model
 from alignment.errors import AlignmentError, ConfigError, InputError
+from alignment.files import model_files
 
 from .conftest import PLAIN, SPECIALS, make_tokenizer, model_settings
 
@@ -61,6 +62,25 @@ def test_a_template_may_be_a_file(model_folder: Folder, tmp_path: Path) -> None:
     assert (tmp_path / "model" / "chat_template.jinja").read_text() == PLAIN.replace("Q", "Question")
 
 
+def test_only_the_files_that_are_in_the_key_are_read(model_folder: Folder, tmp_path: Path) -> None:
+    """A folder full of other things, and one with its digested files alone, are imported to the same bytes."""
+    source = model_folder()
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "default.jinja").write_text(PLAIN.replace("Q", "Question"))
+    for name in ("README.md", "optimizer.pt", "original/consolidated.00.pth", "checkpoint-5/config.json", ".hid.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{")
+    for file in model_files(source):
+        copy = tmp_path / "alone" / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    imported(source, tmp_path / "model")
+    imported(tmp_path / "alone", tmp_path / "again")
+    assert "Question" in (tmp_path / "model" / "chat_template.jinja").read_text()
+    assert len(made := sorted(path.name for path in (tmp_path / "model").iterdir())) == 6
+    assert all((tmp_path / "model" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in made)
+
+
 def without(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -71,6 +91,10 @@ def pickled(folder: Path) -> None:
 
 def adapter(folder: Path) -> None:
     (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
 
 
 def gguf_only(folder: Path) -> None:
@@ -104,6 +128,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (without("tokenizer.json"), "has no tokenizer that can be read: "),
     "only pickles": (pickled, "has only pickled weights (save it as safetensors"),
     "an adapter": (adapter, "is an adapter, not a model"),
+    "an adapter beside": (adapter_beside, "is an adapter, not a model"),
     "a gguf beside": (gguf_only, "has no config.json (name the file: tiny.gguf)"),
     "quantised": (quantised, "is quantised (gptq)"),
     "truncated": (truncated, "cannot be loaded as a causal language model: "),
@@ -126,8 +151,8 @@ def test_a_folder_that_is_no_whole_model_is_one_line(case: str, model_folder: Fo
 SETTINGS: dict[str, tuple[type[AlignmentError], dict[str, Any], dict[str, Any], str]] = {
     "no template": (InputError, {"template": None}, {}, "the tokenizer has no chat template (set "),
     "unknown template": (
-        ConfigError, {}, {"chat_template": "instructions"},
-        "model.chat_template: no chat template 'instructions' (nearest: instruction)",
+        InputError, {}, {"chat_template": "instructions"},
+        "model.chat_template: no chat template 'instructions' (keep, a path that ends in .jinja, or one of: chatml, ",
     ),
     "unknown token": (
         ConfigError, {}, {"pad_token": "<padding>"},

@@ -14,10 +14,17 @@ from pydantic import BaseModel
 from alignment.config import schema, shape
 from alignment.config.compose import compose
 from alignment.config.schema import Experiment
+from alignment.data.fetch import fetch
+from alignment.errors import InputError
 from alignment.pipeline import graph
 from alignment.pipeline.identity import content_digest
 
 CLASSES = [c for c in vars(schema).values() if isinstance(c, type) and issubclass(c, schema.Settings)]
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.mark.parametrize("settings", CLASSES, ids=lambda c: c.__name__)
@@ -124,8 +131,7 @@ def test_stages_with_equal_identity_share_one_key_whatever_they_are_called() -> 
     assert keys(twin)["twin"] == keys(twin)["evaluate_sft"]
 
 
-def test_a_files_content_and_not_its_path_is_its_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+def test_a_files_content_and_not_its_path_is_its_identity(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"x": 1}\n')
     (tmp_path / "b.jsonl").write_text('{"x": 1}\n')
     (tmp_path / "c.jsonl").write_text('{"x": 2}\n')
@@ -133,6 +139,68 @@ def test_a_files_content_and_not_its_path_is_its_identity(tmp_path: Path, monkey
     assert a == b != c
     (tmp_path / "a.jsonl").write_text('{"x": 22}\n')
     assert content_digest(tmp_path / "a.jsonl") != a
+
+
+def write_model(folder: Path) -> Path:
+    """The names of a model's files, with nothing in them that any library would take."""
+    names = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "vocab.txt", "spiece.model")
+    for name in (*names, "additional_chat_templates/default.jinja"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+UNREAD = [
+    *("README.md", "optimizer.pt", "original/consolidated.00.pth", "original/params.json", "onnx/config.json"),
+    *(".git/config.json", ".cache/huggingface/download/config.json.metadata", ".gitattributes", "._config.json"),
+]
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_files_that_no_import_reads_are_not_in_the_key(name: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    before = content_digest(folder)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("of no account")
+    assert content_digest(folder) == before
+
+
+def test_every_file_that_an_import_reads_is_in_the_key(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    digests = {content_digest(folder)}
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in files:
+        file.write_text(f"another {file.name}")
+        digests.add(content_digest(folder))
+    (folder / "config.json").rename(folder / "generation_config.json")
+    digests.add(content_digest(folder))
+    assert len(digests) == len(files) + 2
+
+
+def test_where_a_model_lies_is_not_in_its_key(tmp_path: Path) -> None:
+    here, hidden = write_model(tmp_path / "model"), write_model(tmp_path / ".git" / "lfs" / "model")
+    assert content_digest(here) == content_digest(hidden)
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("to be filled")
+    with pytest.raises(InputError, match="the folder holds no files of a model") as caught:
+        content_digest(tmp_path)
+    assert caught.value.where == str(tmp_path)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_model(tmp_path / "mine")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    where = ("model.source.path='{}/mine'", "model.chat_template='{}/mine/chat_template.jinja'",
+             "data.instructions.source.path='{}/rows.jsonl'")  # fmt: skip
+    short, long = (
+        compose(["pipeline=sft", "model=path", "data=path", *(text.format(home) for text in where)])
+        for home in ("~", tmp_path)
+    )
+    assert keys(short) == keys(long)
+    assert fetch(short.model.source) == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("left", ["", '{"sha256": "ab', "{}", "[]", "null"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from alignment.config.schema import Reward
 from alignment.errors import ConfigError, InputError
+from alignment.files import model_files
 from alignment.rewards import Encoder, Judge
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "cats", "purr", "stocks", "fell"]
@@ -105,6 +107,22 @@ def test_the_encoder_reads_no_more_than_it_has_positions_or_was_trained_on(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 4}')
     assert Encoder(tmp_path).limit == 4
+
+
+def test_an_encoder_reads_only_the_files_that_are_in_the_key(encoder_folder: Path, tmp_path: Path) -> None:
+    """Of what sentence-transformers writes, its own notes on modules are left; they lie in folders and are not read."""
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    shutil.copytree(encoder_folder, whole)
+    (whole / "sentence_bert_config.json").write_text('{"max_seq_length": 4}')
+    (whole / "1_Pooling").mkdir()
+    (whole / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (whole / "README.md").write_text("A model card")
+    alone.mkdir()
+    for file in model_files(whole):
+        shutil.copy(file, alone / file.relative_to(whole))
+    assert Encoder(alone).limit == Encoder(whole).limit == 4
+    text = ["cats purr stocks fell"]
+    assert torch.equal(Encoder(alone)(text)[0], Encoder(whole)(text)[0])
 
 
 def test_a_relevance_term_without_an_encoder_is_refused(tmp_path: Path) -> None:
