@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignment.errors import InputError
@@ -17,7 +21,30 @@ SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 STRING = 8  # the GGUF type of a string: u64 length, then UTF-8; a key is a string followed by its u32 type
 
 
-def read_tokenizer(path: Path) -> Any:
+@contextmanager
+def opened(path: Path) -> Iterator[Path]:
+    """The file alone in a folder of its own, and read only once while it is open.
+
+    Alone: transformers would take a tokenizer, config or template that lies beside it for the file's own. Once:
+    transformers opens it for the tokenizer, the config and the weights, each time gguf decodes the whole vocabulary in
+    Python; and it asks for the table of names at every module. That was half the time of the quickstart's import.
+    """
+    import gguf
+
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    with TemporaryDirectory(prefix="alignment-") as folder:
+        alone = Path(folder) / path.name
+        alone.symlink_to(path.resolve())
+        try:
+            for name, made in slow.items():
+                setattr(gguf, name, cache(made))
+            yield alone
+        finally:
+            for name, made in slow.items():
+                setattr(gguf, name, made)
+
+
+def read_tokenizer(path: Path, where: str) -> Any:
     """The tokenizer inside a GGUF file. Raises InputError if its way of cutting text is unknown."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -32,7 +59,7 @@ def read_tokenizer(path: Path) -> Any:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, plain])
     elif name not in GPT2:
         what = f"cuts text into words in a way that cannot be reproduced ({name!r})"
-        raise InputError(what, where=str(path), fix="give the model as a Hugging Face folder")
+        raise InputError(what, where=where, fix="give the model as a Hugging Face folder")
     return tokenizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from alignment.config.paths import TEMPLATES, template_path
 from alignment.config.schema import Model
 from alignment.data.chat import Chat, adds_bos
-from alignment.data.gguf import plain_model, read_tokenizer
+from alignment.data.gguf import opened, plain_model, read_tokenizer
 from alignment.errors import ConfigError, InputError, MachineError
 from alignment.files import read_json
 
@@ -28,23 +29,10 @@ def import_model(source: Path, settings: Model, target: Path, progress: Callable
     Raises InputError (weights, config, tokenizer or template missing or not matching), ConfigError (a setting names a
     token or template that does not exist), MachineError (no room).
     """
-    import torch
-
     name = str(source)
     check_files(source)
-    progress(0, STEPS, note="reading the tokenizer", force=True)
-    tokenizer = load_tokenizer(source)
-    set_tokens(tokenizer, settings, name)
-    tokenizer.chat_template = chat_template(settings.chat_template, tokenizer, name)
-    Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer))
-    progress(1, STEPS, note="reading the weights", force=True)
-    model = _load(source, torch.float32 if settings.storage_precision == "fp32" else torch.bfloat16)
-    progress(2, STEPS, note="checking", force=True)
-    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
-    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    for key, value in ids.items():
-        setattr(model.config, key, value)
-    model.generation_config = type(model.generation_config)(**ids)  # stages say how to sample
+    with opened(source) if source.is_file() else nullcontext(source) as place:
+        model, tokenizer = _read(place, settings, name, progress)
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     target.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target).free) < size * HEADROOM:
@@ -57,6 +45,26 @@ def import_model(source: Path, settings: Model, target: Path, progress: Callable
     parameters = sum(weight.numel() for weight in model.parameters())
     window = context_window(target) or 0
     return {"parameters": parameters, "bytes": size, "vocabulary": len(tokenizer), "window": window}
+
+
+def _read(source: Path, settings: Model, name: str, progress: Callable[..., None]) -> tuple[Any, Any]:
+    """(model, tokenizer) as they are to be written. name: what to call the source in errors."""
+    import torch
+
+    progress(0, STEPS, note="reading the tokenizer", force=True)
+    tokenizer = load_tokenizer(source, name)
+    set_tokens(tokenizer, settings, name)
+    tokenizer.chat_template = chat_template(settings.chat_template, tokenizer, name)
+    Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer))
+    progress(1, STEPS, note="reading the weights", force=True)
+    model = _load(source, torch.float32 if settings.storage_precision == "fp32" else torch.bfloat16, name)
+    progress(2, STEPS, note="checking", force=True)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for key, value in ids.items():
+        setattr(model.config, key, value)
+    model.generation_config = type(model.generation_config)(**ids)  # stages say how to sample
+    return model, tokenizer
 
 
 def check_files(source: Path) -> None:
@@ -108,19 +116,19 @@ def _config(folder: Path) -> dict[str, Any]:
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(source: Path) -> Any:
+def load_tokenizer(source: Path, name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
         if source.is_file():
-            return read_tokenizer(source)
+            return read_tokenizer(source, name)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:  # tokenizers raise whatever their file format's parser raises
         fix = "the folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json"
-        what = f"has no tokenizer that can be read: {_first_line(error)}"
-        raise InputError(what, where=str(source), fix=fix) from error
+        what = f"has no tokenizer that can be read: {_cause(error, source, name)}"
+        raise InputError(what, where=name, fix=fix) from error
 
 
 def set_tokens(tokenizer: Any, settings: Model, name: str) -> None:
@@ -173,7 +181,7 @@ def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _load(source: Path, dtype: Any) -> Any:
+def _load(source: Path, dtype: Any, name: str) -> Any:
     """A causal language model with every weight from the source. Raises InputError."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -187,14 +195,16 @@ def _load(source: Path, dtype: Any) -> Any:
         auto: Any = AutoModelForCausalLM
         model, loading = auto.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **given)
     except Exception as error:  # a damaged file, an unknown architecture: each library on the way has its own classes
-        what = f"cannot be loaded as a causal language model: {_first_line(error)}"
-        raise InputError(what, where=str(source)) from error
+        what = f"cannot be loaded as a causal language model: {_cause(error, source, name)}"
+        raise InputError(what, where=name) from error
     wrong = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading[kind]]
     if wrong:
         what = f"lacks {len(wrong)} weights of its architecture, among them {wrong[0]}"
-        raise InputError(what, where=str(source), fix="the folder is incomplete or its config is of another model")
+        raise InputError(what, where=name, fix="the folder is incomplete or its config is of another model")
     return plain_model(model, dtype) if packed else model
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or json.dumps(type(error).__name__)).splitlines()[0]
+def _cause(error: Exception, source: Path, name: str) -> str:
+    """The error's first line; a file that was read under another path has the name that people know."""
+    first = (str(error).strip() or json.dumps(type(error).__name__)).splitlines()[0]
+    return first.replace(str(source), name)

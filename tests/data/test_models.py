@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,11 +265,44 @@ def test_a_gguf_tokenizer_cuts_text_as_its_file_says(tmp_path: Path) -> None:
     from alignment.data.models import load_tokenizer
 
     path, _ = write_gguf(tmp_path, "gpt-2")
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, "m")
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("ab12")) == ["ab", "12"]
     path, _ = write_gguf(tmp_path, "nobody-knows")
     with pytest.raises(InputError, match=r"cuts text into words in a way that cannot be reproduced \('nobody-knows'\)"):
-        load_tokenizer(path)
+        load_tokenizer(path, "m")
+
+
+def test_what_lies_beside_a_gguf_file_is_not_read(model_folder: Folder, tmp_path: Path) -> None:
+    """The key holds the file alone, so a tokenizer, config or template in its folder must not replace its own."""
+    path, _ = write_gguf(tmp_path, "smollm")
+    imported(path, tmp_path / "alone", pad_token="<pad>")
+    shutil.copytree(model_folder(make_tokenizer("{{ 'another template' }}", bos=True)), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
+    imported(path, tmp_path / "beside", pad_token="<pad>")
+    for file in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "beside" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks both names up in gguf whenever it needs them; if that changes, imports are slow again."""
+    import gguf
+
+    calls = {"GGUFReader": 0, "get_tensor_name_map": 0}
+
+    def counted(name: str, made: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls[name] += 1
+            return made(*given)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(gguf, name, counted(name, getattr(gguf, name)))
+    counting = gguf.GGUFReader
+    path, _ = write_gguf(tmp_path, "smollm")
+    imported(path, tmp_path / "model", pad_token="<pad>")
+    assert calls == {"GGUFReader": 1, "get_tensor_name_map": 1}
+    assert gguf.GGUFReader is counting, "what was put in its place is gone again"
 
 
 def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
@@ -276,5 +310,6 @@ def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(InputError, match=r"weights\.bin: is not a model"):
         imported(tmp_path / "weights.bin", tmp_path / "model")
-    with pytest.raises(InputError, match=r"broken\.gguf: has no tokenizer that can be read"):
+    with pytest.raises(InputError, match=r"broken\.gguf: has no tokenizer that can be read") as caught:
         imported(tmp_path / "broken.gguf", tmp_path / "model")
+    assert "/alignment-" not in str(caught.value), "the folder it was read in is gone"
