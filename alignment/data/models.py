@@ -63,7 +63,8 @@ def _read(source: Path, settings: Model, name: str, progress: Callable[..., None
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for key, value in ids.items():
         setattr(model.config, key, value)
-    model.generation_config = type(model.generation_config)(**ids)  # stages say how to sample
+    ids["eos_token_id"] = end_tokens(model, tokenizer)
+    model.generation_config = type(model.generation_config)(**ids)  # nothing about sampling: the stages say how
     return model, tokenizer
 
 
@@ -168,6 +169,18 @@ def chat_template(choice: str, tokenizer: Any, name: str) -> str:
     path = template_path(choice)
     shipped = path.parent == TEMPLATES
     return ("{{ bos_token }}" if shipped and adds_bos(tokenizer) else "") + path.read_text(encoding="utf-8")
+
+
+def end_tokens(model: Any, tokenizer: Any) -> int | list[int]:
+    """Ids that end an answer: the tokenizer's end-of-turn token and those that the model was published with.
+
+    Without the latter a start model that ends another way (Llama 3's <|eom_id|>) would count as one that never stops.
+    Only control tokens: where nobody chose, the number is a default of the config's class and may be a piece of text.
+    """
+    named = model.generation_config.eos_token_id
+    ids = set(named if isinstance(named, list) else [named]) & set(tokenizer.added_tokens_decoder)
+    ends = sorted(ids | {tokenizer.eos_token_id})
+    return ends if len(ends) > 1 else ends[0]
 
 
 def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:

@@ -82,6 +82,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         config = LlamaConfig(
             vocab_size=rows or len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
             num_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+            pad_token_id=0, eos_token_id=1, bos_token_id=2,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

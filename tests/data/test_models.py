@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alignment import generation
 from alignment.data.models import context_window, import_model
 from alignment.errors import AlignmentError, ConfigError, InputError
 from alignment.files import model_files
@@ -41,6 +42,21 @@ def test_a_folder_is_imported_whole_with_the_chosen_template(model_folder: Folde
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 3)
     assert (tmp_path / "model" / "chat_template.jinja").exists()
+
+
+def test_a_model_keeps_the_ends_it_was_published_with_and_no_way_of_sampling(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    """3 is a control token, 7 a letter, 260 beyond the vocabulary."""
+    source = model_folder()
+    published = {"eos_token_id": [3, 1, 7, 260], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (source / "generation_config.json").write_text(json.dumps(published))
+    imported(source, tmp_path / "model")
+    model, tokenizer = generation.load(tmp_path / "model", "fp32")
+    assert generation.stop_tokens(model, tokenizer) == model.generation_config.eos_token_id == [1, 3]
+    assert model.config.eos_token_id == 1, "the one that is trained"
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert written.keys() - {"transformers_version"} == {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def test_storage_precision_rounds_the_weights_once(model_folder: Folder, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,10 @@ from alignment.config.schema import Dataset, ImportModel, PathSource, Prepare, S
 from alignment.data.chat import Chat
 from alignment.errors import ConfigError, InputError
 from alignment.files import read_json, read_jsonl
-from alignment.stages import import_model, prepare
+from alignment.stages import import_model, prepare, sft
 from alignment.stages.context import StageContext
 from tests.data.conftest import model_settings
+from tests.training import tiny
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,22 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers = import_model.run(StageContext("start", "run", "key", folder, settings, experiment, {}))
     assert numbers["window"] == 512
     return folder
+
+
+def test_a_trained_model_has_the_template_and_the_ends_of_its_start_model(
+    start: Path, instruction_rows: Path, tmp_path: Path
+) -> None:
+    """They decide what is asked and when an answer has ended, so the models that are compared must share them."""
+    shutil.copytree(start, tmp_path / "start")
+    ends = tmp_path / "start" / "model" / "generation_config.json"
+    ends.write_text(json.dumps({**read_json(ends), "eos_token_id": [1, 2]}))
+    (tmp_path / "rows").mkdir()
+    prepared(tmp_path / "rows", tmp_path / "start", instruction_rows)
+    inputs = {"model": tmp_path / "start", "data": tmp_path / "rows"}
+    sft.run(tiny.context(tmp_path / "sft", inputs, tiny.sft(max_steps=1, lora=tiny.LORA), tiny.engine()))
+    assert read_json(tmp_path / "sft" / "model" / "generation_config.json") == read_json(ends)
+    template = Path("model", "chat_template.jinja")
+    assert (tmp_path / "sft" / template).read_bytes() == (start / template).read_bytes()
 
 
 def prepared(
