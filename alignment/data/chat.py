@@ -11,6 +11,9 @@ from typing import Any
 from alignment.data.formats import Message
 from alignment.errors import InputError
 
+CLOCK = "strftime_now"  # what transformers gives a template to print today's date with
+NO_CLOCK = "there_is_no_clock"
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -64,6 +67,10 @@ class Chat:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
+            if NO_CLOCK in str(error):
+                what = "the chat template prints today's date, so it would change from day to day"
+                fix = "set model.chat_template to a .jinja file with a fixed date"
+                raise InputError(what, where=where, fix=fix) from error
             raise InputError(f"the chat template refuses the conversation: {error}", where=where) from error
         return str(text)
 
@@ -108,6 +115,17 @@ class Chat:
         if needs_bos and ids[0] != self.tokenizer.bos_token_id:
             what = f"the tokenizer begins every text with {self.tokenizer.bos_token!r}, the chat template does not"
             raise InputError(what, where=self.name, fix="begin the template with {{ bos_token }}")
+
+
+def without_clock(template: str) -> str:
+    """The template, told that there is no clock if it asks for one: else the same key would mean other rows tomorrow.
+
+    It then prints the date it has for that case (Llama 3.2: 26 Jul 2024); one that has none is refused by `render`.
+    In Jinja a name that is set to an undefined one is itself undefined, and calling it an error that says which.
+    """
+    if CLOCK not in template:
+        return template
+    return f"{{# No clock: every day the same text. #}}{{% set {CLOCK} = {NO_CLOCK} %}}\n{template}"
 
 
 def adds_bos(tokenizer: Any) -> bool:

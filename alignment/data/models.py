@@ -13,7 +13,7 @@ from typing import Any
 
 from alignment.config.paths import TEMPLATES, template_path
 from alignment.config.schema import Model
-from alignment.data.chat import Chat, adds_bos
+from alignment.data.chat import Chat, adds_bos, without_clock
 from alignment.data.gguf import opened, plain_model, read_tokenizer
 from alignment.errors import ConfigError, InputError, MachineError
 from alignment.files import read_json
@@ -54,7 +54,12 @@ def _read(source: Path, settings: Model, name: str, progress: Callable[..., None
     progress(0, STEPS, note="reading the tokenizer", force=True)
     tokenizer = load_tokenizer(source, name)
     set_tokens(tokenizer, settings, name)
-    tokenizer.chat_template = chat_template(settings.chat_template, tokenizer, name)
+    template = chat_template(settings.chat_template, tokenizer, name)
+    tokenizer.chat_template = without_clock(template)
+    if tokenizer.chat_template != template:
+        print(
+            "warning: the chat template prints today's date; it is left its own default, the same every day", flush=True
+        )
     Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer))
     progress(1, STEPS, note="reading the weights", force=True)
     model = _load(source, torch.float32 if settings.storage_precision == "fp32" else torch.bfloat16, name)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from alignment.config.paths import template_path
-from alignment.data.chat import Chat
+from alignment.data.chat import Chat, without_clock
 from alignment.errors import InputError
 
 from .conftest import PLAIN, assistant, make_tokenizer, system, user
@@ -68,6 +68,44 @@ def test_a_template_that_cannot_be_trusted_is_an_error_that_names_the_row(case: 
     with pytest.raises(InputError) as caught:
         Chat(make_tokenizer(template)).answers(TALK, "rows.jsonl:9")
     assert str(caught.value).startswith(f"rows.jsonl:9: {message}")
+
+
+DATED = (
+    "{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+    "        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- else %}\n"
+    "        {%- set date_string = '26 Jul 2024' %}\n    {%- endif %}\n{%- endif %}\n"
+    "{{ 'Today Date: ' + date_string + '\\n' }}" + PLAIN
+)
+
+
+def test_a_template_with_a_date_of_its_own_prints_that_every_day() -> None:
+    """As in Llama 3.2. Apart from the date the text is the same, to the white space."""
+    today = Chat(make_tokenizer(DATED)).render(TALK, "here")
+    chat = Chat(make_tokenizer(without_clock(DATED)))
+    text, answers = chat.answers(TALK, "here")
+    assert text.startswith("Today Date: 26 Jul 2024\n") and not today.startswith("Today Date: 26 Jul 2024")
+    assert text.split("\n", 1)[1] == today.split("\n", 1)[1]
+    assert [text[a.start : a.end] for a in answers] == ["Hello.<eos>", "See you.<eos>"]
+
+
+@pytest.mark.parametrize("lead", ["\n  ", "", "{# a comment #}\n", "{{- '' }}\n"])
+def test_being_told_of_no_clock_changes_no_white_space(lead: str) -> None:
+    template = lead + "{% if strftime_now is defined %}{% endif %}" + PLAIN
+    frozen = Chat(make_tokenizer(without_clock(template)))
+    assert frozen.render(TALK, "here") == Chat(make_tokenizer(template)).render(TALK, "here")
+    assert without_clock(PLAIN) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "date", ["{{ strftime_now('%Y-%m-%d') }}", "{% macro today() %}{{ strftime_now('%Y') }}{% endmacro %}{{ today() }}"]
+)
+def test_a_template_without_a_date_of_its_own_is_refused(date: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Chat(make_tokenizer(without_clock(date + PLAIN)), "m").check(needs_bos=False)
+    assert str(caught.value) == (
+        "m: the chat template prints today's date, so it would change from day to day "
+        "(set model.chat_template to a .jinja file with a fixed date)"
+    )
 
 
 def test_a_tokenizer_without_a_template_is_an_error() -> None:

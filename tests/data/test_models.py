@@ -98,6 +98,21 @@ def test_only_the_files_that_are_in_the_key_are_read(model_folder: Folder, tmp_p
     assert all((tmp_path / "model" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in made)
 
 
+def test_a_template_with_todays_date_is_written_without_a_clock_and_that_is_said(
+    model_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%c') }}{% else %}no date{% endif %}" + PLAIN
+    (tmp_path / "mine.jinja").write_text(dated)
+    for number, choice in enumerate(("keep", str(tmp_path / "mine.jinja"))):
+        imported(model_folder(make_tokenizer(dated)), tmp_path / f"{number}", chat_template=choice)
+        assert "the chat template prints today's date" in capsys.readouterr().out
+        _, tokenizer = generation.load(tmp_path / f"{number}", "fp32")
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        assert text == "no dateQ:Hi\n"
+    imported(model_folder(), tmp_path / "plain")
+    assert capsys.readouterr().out == ""
+
+
 def without(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
