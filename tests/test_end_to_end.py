@@ -42,6 +42,19 @@ def test_every_stage_is_committed_with_its_record(store: Path, command: Command)
     assert not list((store / "work").glob("*"))
 
 
+def test_the_hash_of_the_one_chat_template_is_in_the_record_of_every_model(store: Path) -> None:
+    """The file's own hash in the records of start, SFT and DPO, and the same in the reports of the rows rendered."""
+    in_records, in_reports = {}, {}
+    for folder in (store / "store").iterdir():
+        record = json.loads((folder / "record.json").read_text())
+        if template := record["files"].get("model/chat_template.jinja"):
+            in_records[record["name"]] = template["sha256"]
+        if "data_report.json" in record["files"]:
+            in_reports[record["name"]] = json.loads((folder / "data_report.json").read_text())["template_sha256"]
+    assert in_records.keys() == {"start", "sft", "dpo"} and in_reports.keys() == {"rows", "pairs"}
+    assert len({*in_records.values(), *in_reports.values()}) == 1
+
+
 def test_the_final_model_is_an_ordinary_folder(store: Path, command: Command) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

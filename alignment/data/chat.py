@@ -49,6 +49,7 @@ class Chat:
 
     @property
     def template_sha256(self) -> str:
+        """That of the model's chat_template.jinja, which its stage's record holds."""
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
 
     def control_token(self, text: str) -> str | None:

@@ -170,7 +170,7 @@ def chat_template(choice: str, tokenizer: Any, name: str) -> str:
         if not own:
             fix = "set model.chat_template to a name in conf/chat_template, or to a .jinja file"
             raise InputError("the tokenizer has no chat template", where=name, fix=fix)
-        return str(own)
+        return str(own).replace("\r\n", "\n")  # as it is read back: its hash is that of the file written
     path = template_path(choice)
     shipped = path.parent == TEMPLATES
     return ("{{ bos_token }}" if shipped and adds_bos(tokenizer) else "") + path.read_text(encoding="utf-8")

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignment import generation
+from alignment.data.chat import Chat
 from alignment.data.models import context_window, import_model
 from alignment.errors import AlignmentError, ConfigError, InputError
-from alignment.files import model_files
+from alignment.files import model_files, sha256
 
 from .conftest import PLAIN, SPECIALS, make_tokenizer, model_settings
 
@@ -71,6 +72,13 @@ def test_a_shipped_template_begins_the_text_where_the_tokenizer_would(model_fold
     imported(model_folder(make_tokenizer(bos=True)), tmp_path / "model", chat_template="instruction")
     template = (tmp_path / "model" / "chat_template.jinja").read_text()
     assert template.startswith("{{ bos_token }}{%- for message in messages -%}")
+
+
+@pytest.mark.parametrize("template", [PLAIN, PLAIN + "\r\n{# Windows #}\r\n", PLAIN + "{# ä #}\n\n"])
+def test_the_hash_of_the_template_is_that_of_its_file(template: str, model_folder: Folder, tmp_path: Path) -> None:
+    """So every record of a model has it, in `files`."""
+    imported(model_folder(make_tokenizer(template)), tmp_path / "model")
+    assert sha256(tmp_path / "model" / "chat_template.jinja") == Chat.load(tmp_path / "model").template_sha256
 
 
 def test_a_template_may_be_a_file(model_folder: Folder, tmp_path: Path) -> None:
