@@ -127,7 +127,7 @@ class Prepare(Stage):
     """Rows of a data set or of a parent -> checked, split, tokenised rows and a report of what was dropped and why."""
 
     inputs = ("model",)
-    optional_inputs = ("data",)
+    optional_inputs = ("data", "heldout")
     groups = ("data",)
     packages = ("transformers", "tokenizers", "datasets")
     kind: Literal["prepare"] = identity()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from alignment.errors import InputError
 from alignment.files import write_json, write_jsonl
 
 PROGRESS_EVERY = 50  # rows
+HELD_OUT = "its first prompt is held out for evaluation"
 
 
 @dataclass
@@ -49,11 +50,19 @@ class Prepared:
     tally: Tally = field(default_factory=Tally)
 
 
-def prepare(rows: Sequence[Row], form: str, chat: Chat, settings: Prepare, progress: Callable[..., None]) -> Prepared:
+def prepare(
+    rows: Sequence[Row],
+    form: str,
+    chat: Chat,
+    settings: Prepare,
+    progress: Callable[..., None],
+    heldout: Set[str] = frozenset(),
+) -> Prepared:
     """Check, tokenise and split rows of the format `form` ("auto": what the first row looks like).
 
-    progress(step, total, **facts) is called while rows are read. Raises InputError at the first malformed row, for rows
-    of the wrong task, over-long rows if they are errors, and too few rows.
+    heldout: openings that models are evaluated on elsewhere; rows that begin so are dropped. progress(step, total,
+    **facts) is called while rows are read. Raises InputError at the first malformed row, for rows of the wrong task,
+    over-long rows if they are errors, and too few rows.
     """
     form = detect(rows[0]) if form == "auto" else form
     if (form == "preference") != (settings.task == "preference"):
@@ -62,7 +71,10 @@ def prepare(rows: Sequence[Row], form: str, chat: Chat, settings: Prepare, progr
     tally, seen, fit, ids = Tally(), _Seen(), [], _ids(rows)
     for number, row in enumerate(rows, start=1):
         try:
-            fit.append(_example(row, ids[number - 1], form, chat, settings, seen))
+            example = _example(row, ids[number - 1], form, chat, settings, seen)
+            if example.opening in heldout:
+                raise Drop(HELD_OUT)
+            fit.append(example)
         except Drop as drop:
             tally.add(drop.reason, row)
         if number % PROGRESS_EVERY == 0 or number == len(rows):

@@ -6,12 +6,14 @@ from itertools import islice
 from typing import Any
 
 from alignment.data.chat import Chat
+from alignment.data.checks import opening
 from alignment.data.fetch import fetch
 from alignment.data.models import context_window
 from alignment.data.preparation import describe, prepare, write
 from alignment.data.sources import Row, read_rows
 from alignment.errors import ConfigError
 from alignment.stages.context import StageContext
+from alignment.stages.parts import rows_of
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -19,7 +21,8 @@ def run(context: StageContext) -> dict[str, Any]:
     model = context.inputs["model"] / "model"
     _check_window(context, context_window(model))
     rows, form, source = _rows(context)
-    prepared = prepare(rows, form, chat := Chat.load(model), context.settings, context.progress)
+    chat, heldout = Chat.load(model), _heldout(context)
+    prepared = prepare(rows, form, chat, context.settings, context.progress, heldout)
     return write(prepared, context.folder, source, chat)
 
 
@@ -36,6 +39,13 @@ def _rows(context: StageContext) -> tuple[list[Row], str, str]:
     dataset = context.experiment.data[name]
     rows = islice(read_rows(fetch(dataset.source, what="data")), dataset.limit)
     return list(rows), dataset.format, describe(dataset.source)
+
+
+def _heldout(context: StageContext) -> set[str]:
+    """Openings of the prompts that the parent in the role `heldout` keeps for evaluation: none may be trained on."""
+    if "heldout" not in context.inputs:
+        return set()
+    return {opening(row["prompt"]) for row in rows_of(context.inputs["heldout"], "heldout.jsonl")}
 
 
 def _check_window(context: StageContext, window: int | None) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from alignment.config.schema import Prepare, Splits
 from alignment.data.chat import Chat
+from alignment.data.checks import opening
 from alignment.data.preparation import Prepared, prepare
 from alignment.data.sources import Row
 from alignment.errors import InputError
@@ -28,7 +29,8 @@ def settings(task: str = "sft", **changes: Any) -> Prepare:
 
 def run(chat: Chat, values: list[dict[str, Any]], form: str = "auto", **changes: Any) -> Prepared:
     rows = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(values, start=1)]
-    return prepare(rows, form, chat, settings(**changes), lambda *a, **k: None)
+    elsewhere = changes.pop("elsewhere", frozenset())
+    return prepare(rows, form, chat, settings(**changes), lambda *a, **k: None, elsewhere)
 
 
 def qa(question: str, answer: str) -> dict[str, str]:
@@ -117,6 +119,27 @@ def test_held_out_prompts_are_never_trained_on(chat: Chat) -> None:
         leaks += made.tally.counts.get("shares its first prompt with another split", 0)
         assert made.fit == sum(map(len, made.parts.values())) + sum(made.tally.counts.values())
     assert leaks > 0
+
+
+def test_pairs_that_share_a_prompt_lie_in_one_split(chat: Chat) -> None:
+    """pipeline=dpo evaluates on prompts of its own pairs: the other pairs of such a prompt are not trained on."""
+    sides = ("ab", "ac", "bc")
+    values = [{"prompt": f"q{i}", "chosen": a, "rejected": b} for i in range(12) for a, b in sides]
+    for seed in range(8):
+        made = run(chat, values, task="preference", heldout=4, seed=seed)
+        kept, trained = ({example.opening for example in made.parts[name]} for name in ("heldout", "train"))
+        assert kept and trained and not kept & trained
+
+
+def test_rows_that_are_held_out_elsewhere_are_dropped_and_counted(chat: Chat) -> None:
+    values = [qa(f"q{i}", "a") for i in range(4)] + [
+        {"messages": [user(f"Q{i} "), assistant("a"), user("more"), assistant("b")]} for i in range(4)
+    ]
+    heldout = {opening([user("q1")]), opening([user("q3")])}
+    for form, part in (("prompt_completion", values[:4]), ("messages", values[4:])):
+        made = run(chat, part, form, elsewhere=heldout)
+        assert made.tally.counts == {"its first prompt is held out for evaluation": 2}
+        assert sorted(example.opening for example in made.parts["train"]) == ["user: q0", "user: q2"]
 
 
 def test_too_few_rows_say_how_many_there_are_and_where_the_others_went(chat: Chat) -> None:

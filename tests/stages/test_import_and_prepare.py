@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
+from alignment.config.compose import compose
 from alignment.config.schema import Dataset, ImportModel, PathSource, Prepare, Splits
 from alignment.data.chat import Chat
 from alignment.errors import ConfigError, InputError
@@ -116,6 +117,33 @@ def test_pairs_of_a_file_become_three_columns(start: Path, preference_rows: Path
     assert decode(train[0]["chosen_ids"]) == row["chosen"][0]["content"] + "<eos>"
     assert decode(train[0]["rejected_ids"]) == row["rejected"][0]["content"] + "<eos>"
     assert len(list(read_jsonl(tmp_path / "heldout.jsonl"))) == 3
+
+
+def test_pairs_whose_prompts_evaluate_the_models_are_not_trained_on(
+    start: Path, preference_rows: Path, tmp_path: Path
+) -> None:
+    """As in pipeline=sft_dpo: instructions and pairs come from two files, and some prompts are in both."""
+    asked = [row["prompt"] for row in read_jsonl(preference_rows)]
+    instructions = tmp_path / "rows.jsonl"
+    instructions.write_text("".join(json.dumps({"prompt": text, "completion": "Yes."}) + "\n" for text in asked[:8]))
+    for name in ("rows", "pairs"):
+        (tmp_path / name).mkdir()
+    prepared(tmp_path / "rows", start, instructions, heldout=5)
+    heldout = {row["prompt"][0]["content"] for row in read_jsonl(tmp_path / "rows" / "heldout.jsonl")}
+    numbers = prepared(
+        tmp_path / "pairs", start, preference_rows, {"heldout": tmp_path / "rows"}, task="preference"
+    )  # fmt: skip
+    trained = {row["prompt"][0]["content"] for row in read_jsonl(tmp_path / "pairs" / "train.jsonl")}
+    assert len(heldout) == 5 and trained == set(asked) - heldout
+    assert numbers["dropped"] == 5
+    report = read_json(tmp_path / "pairs" / "data_report.json")
+    assert report["dropped"] == {"its first prompt is held out for evaluation": 5}
+
+
+def test_the_pipeline_of_two_files_tells_its_pairs_what_it_evaluates_on() -> None:
+    nodes = compose(["pipeline=sft_dpo"]).pipeline.nodes
+    evaluated_on = {node.inputs["data"] for node in nodes.values() if node.stage == "evaluate"}
+    assert evaluated_on == {nodes["pairs"].inputs["heldout"]}
 
 
 def test_pairs_of_the_judge_are_read_from_the_parent(start: Path, tmp_path: Path) -> None:
