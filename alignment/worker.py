@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from alignment.errors import AlignmentError, InputError, MachineError
 from alignment.files import canonical, digest, read_json
 from alignment.launchers.local import die_with_parent
 from alignment.pipeline.identity import code_digest, stage_identity
-from alignment.pipeline.runner import WARNINGS
 from alignment.pipeline.store import Store
 from alignment.stages.context import StageContext
 
@@ -88,17 +86,11 @@ def _tracked(context: StageContext, order: dict[str, Any], store: Store) -> Any:
         kind=order["kind"],
         config={"identity": order["identity"], "experiment": order["experiment"], "key": order["key"]},
         parents={role: (parent["name"], parent["key"]) for role, parent in order["parents"].items()},
-        on_warning=partial(_warn, context.folder),
+        on_warning=context.warn,
         final_folder=store.result(order["key"]),
     )
     context.listeners.append(tracker.log)
     return tracker
-
-
-def _warn(folder: Path, text: str) -> None:
-    print(f"warning: {text}", flush=True)
-    with open(folder / WARNINGS, "a", encoding="utf-8") as stream:
-        stream.write(" ".join(text.split()) + "\n")
 
 
 def _require_parents(store: Store, order: dict[str, Any]) -> None:

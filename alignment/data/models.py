@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from difflib import get_close_matches
@@ -16,28 +15,28 @@ from alignment.config.schema import Model
 from alignment.data.chat import Chat, adds_bos, without_clock
 from alignment.data.gguf import opened, plain_model, read_tokenizer
 from alignment.errors import ConfigError, InputError, MachineError
-from alignment.files import read_json
+from alignment.files import read_json, require_room
 
 STEPS = 4
-HEADROOM = 1.1  # of disk, over the bytes of the weights
 
 
-def import_model(source: Path, settings: Model, target: Path, progress: Callable[..., None]) -> dict[str, float]:
+def import_model(
+    source: Path, settings: Model, target: Path, progress: Callable[..., None], warn: Callable[[str], None]
+) -> dict[str, float]:
     """Write `target`: config.json, model.safetensors, tokenizer, chat_template.jinja, generation_config.json.
 
-    source: a Hugging Face folder with safetensors, or a .gguf file. progress(step, total, note=...).
+    source: a Hugging Face folder with safetensors, or a .gguf file. progress(step, total, note=...). warn(text): what
+    people should know though it goes on.
     Raises InputError (weights, config, tokenizer or template missing or not matching), ConfigError (a setting names a
     token or template that does not exist), MachineError (no room).
     """
     name = str(source)
     check_files(source)
     with opened(source) if source.is_file() else nullcontext(source) as place:
-        model, tokenizer = _read(place, settings, name, progress)
+        model, tokenizer = _read(place, settings, name, progress, warn)
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     target.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(target).free) < size * HEADROOM:
-        what = f"{size / 1e9:.1f} GB of weights do not fit: {free / 1e9:.1f} GB free"
-        raise MachineError(what, where=str(target), fix="free some disk, or set store")
+    require_room(target, size)
     progress(3, STEPS, note="writing", force=True)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -47,7 +46,9 @@ def import_model(source: Path, settings: Model, target: Path, progress: Callable
     return {"parameters": parameters, "bytes": size, "vocabulary": len(tokenizer), "window": window}
 
 
-def _read(source: Path, settings: Model, name: str, progress: Callable[..., None]) -> tuple[Any, Any]:
+def _read(
+    source: Path, settings: Model, name: str, progress: Callable[..., None], warn: Callable[[str], None]
+) -> tuple[Any, Any]:
     """(model, tokenizer) as they are to be written. name: what to call the source in errors."""
     import torch
 
@@ -57,9 +58,7 @@ def _read(source: Path, settings: Model, name: str, progress: Callable[..., None
     template = chat_template(settings.chat_template, tokenizer, name)
     tokenizer.chat_template = without_clock(template)
     if tokenizer.chat_template != template:
-        print(
-            "warning: the chat template prints today's date; it is left its own default, the same every day", flush=True
-        )
+        warn("the chat template prints today's date; it is left its own default, the same every day")
     Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer))
     progress(1, STEPS, note="reading the weights", force=True)
     model = _load(source, torch.float32 if settings.storage_precision == "fp32" else torch.bfloat16, name)

@@ -14,9 +14,8 @@ from alignment.files import read_json, write_json
 from alignment.launchers import Handle, Job, launcher_for
 from alignment.pipeline import graph
 from alignment.pipeline.graph import Node
-from alignment.pipeline.store import Lock, Store
+from alignment.pipeline.store import WARNINGS, Lock, Store
 
-WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
 POLL = 0.1  # seconds between two looks at a running stage
 
 

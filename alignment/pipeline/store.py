@@ -21,6 +21,7 @@ from alignment.files import read_json, sha256
 
 # W&B's files and the log may still grow or go while a result is committed; they are not what the result is.
 VOLATILE = ("wandb/", "log.txt/", "progress.json/")
+WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
 KEPT = ("wandb_run_id",)  # what a new attempt takes over from the one before
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from alignment.config.schema import Experiment
 from alignment.files import write_json
+from alignment.pipeline.store import WARNINGS
 
 
 @dataclass
@@ -57,6 +58,12 @@ class StageContext:
             {"step": step, "total": total, "elapsed_s": elapsed, "left_s": left, "at": time.time(), **facts},
             durable=False,
         )
+
+    def warn(self, text: str) -> None:
+        """Say what people should know though the stage goes on: in its log, and in the terminal at its end."""
+        print(f"warning: {text}", flush=True)
+        with open(self.folder / WARNINGS, "a", encoding="utf-8") as stream:
+            stream.write(" ".join(text.split()) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to the stage's metrics.jsonl: {"step", "time" (unix seconds), name: value ...}."""

@@ -22,7 +22,7 @@ Folder = Callable[..., Path]
 
 
 def imported(source: Path, target: Path, **settings: Any) -> dict[str, float]:
-    return import_model(source, model_settings(**settings), target, lambda *a, **k: None)
+    return import_model(source, model_settings(**settings), target, lambda *a, **k: None, print)
 
 
 def test_a_folder_is_imported_whole_with_the_chosen_template(model_folder: Folder, tmp_path: Path) -> None:
