@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import Reward
-from alignment.errors import ConfigError, InputError, MachineError
+from alignment.errors import InputError, MachineError
 
 Message = dict[str, str]
 Term = Callable[[Sequence[str], Sequence[str]], list[float]]  # (prompts, answers), of one length -> one number each
@@ -55,8 +55,7 @@ def _sentiment(name: str, folder: Path | None) -> Term:
 
 
 def _relevance(name: str, folder: Path | None) -> Term:
-    if folder is None:
-        raise ConfigError("a relevance term needs a sentence encoder", where=f"reward.terms.{name}.source")
+    assert folder is not None, name  # config/checks.py refuses a relevance term without a source
     encoder = Encoder(folder)
 
     def relevance(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:

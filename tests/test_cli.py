@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -53,7 +56,8 @@ def seconds(arguments: list[str], cwd: Path, code: int = 0, times: int = 1) -> f
 def test_help_and_errors_of_settings_import_nothing_heavy(tmp_path: Path) -> None:
     for command in (["--help"], ["run", "--help"], ["chat", "--help"]):
         seconds(command, tmp_path)
-    seconds(["run", "stage.dpo.betta=1"], tmp_path, code=2)
+    for command in ("plan", "run"):
+        seconds([command, "experiment=quickstart", "stage.compare.candidate=dop"], tmp_path, code=2)
 
 
 def test_plan_answers_in_a_second_and_a_half(tmp_path: Path) -> None:
@@ -113,6 +117,12 @@ def test_plan_names_every_stage_and_leaves_nothing_behind(tmp_path: Path) -> Non
         (["rum"], 2, "unknown command 'rum' (did you mean 'run'?)"),
         (["run", "model=path", "model.source.path=/nowhere/model"], 3, "/nowhere/model: no such file or folder"),
         (["run", "model.chat_template=chatmll"], 3, "no chat template 'chatmll'"),
+        (["run", "experiment=quickstart", "seed=-1"], 2, "command line: `seed` should be greater than or equal to 0"),
+        (["run", "stage.dpo.beta=strong"], 2, "command line: `stage.dpo.beta` should be a valid number, got 'strong'"),
+        (["run", "launcher.kind=slrm"], 2, "`launcher.kind` should be one of 'local', 'torchrun', got 'slrm'"),
+        (["run", "-m", "model=path", "model.source.path=/a,/b"], 3, "/a: no such file or folder"),
+        (["run", "-m", "name=run-${hydra:job.num}", "seed=-2,-1"], 2, "command line: `seed` should be greater than"),
+        (["run", "--run", "-m"], 2, "Only one of --run, --multirun"),
         (["run", "--experimental-rerun=x.pickle"], 2, "it loads a pickle"),
         (["chat", "nothing"], 2, "no run is called 'nothing'"),
         (["status", "nothing"], 2, "no run is called nothing"),
@@ -124,7 +134,7 @@ def test_an_error_is_one_line_with_its_exit_code_and_no_traceback(
     done = alignment(*arguments, cwd=tmp_path, code=code)
     assert line in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "store").exists()
+    assert not list((tmp_path / "store").glob("[!m]*")), "a sweep's folder is Hydra's"
 
 
 def test_a_disk_without_room_is_said_before_anything_is_stored(tmp_path: Path) -> None:
@@ -132,6 +142,39 @@ def test_a_disk_without_room_is_said_before_anything_is_stored(tmp_path: Path) -
     assert "GB of disk are free" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list((tmp_path / "store").glob("store/*"))
+
+
+@pytest.mark.parametrize("value", ["é", "a(b)", "a b,c", "a'b", "a#b=c", 'a"$b', "a\\é", "é\\", "~/m"])
+def test_a_value_that_hydra_cannot_read_is_answered_with_one_that_a_shell_can_be_given(
+    value: str, tmp_path: Path
+) -> None:
+    path = value if value.startswith("~") else f"/nowhere/{value}"
+    refused = alignment("run", "model=path", f"model.source.path={path}", cwd=tmp_path, code=2).stderr
+    assert len(refused.splitlines()) == 1
+    assert refused.startswith("alignment: error: command line: `model.source.path` ")
+    answer = re.search(r"\((?:write|one value with commas:) (.*?)(?:; a list: .*)?\)$", refused.strip())
+    assert answer
+    typed = f"{shlex.quote(sys.executable)} -m alignment.cli plan model=path {answer[1]}"
+    again = subprocess.run(typed, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.stderr == f"alignment: error: {os.path.expanduser(path)}: no such file or folder\n"
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_in_a_sweep_is_one_line_and_ends_it(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "mine" / "pipeline").mkdir(parents=True)
+    (tmp_path / "mine" / "pipeline" / "import.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /stage@stage.import_model: import_model\n  - _self_\n"
+        "pipeline: {nodes: {start: {stage: import_model, inputs: {}}}, final: start}\n"
+    )
+    weightless = shutil.copytree(tiny_model, tmp_path / "weightless")
+    (weightless / "model.safetensors").unlink()
+    settings = ["pipeline=import", "tracking=none", "min_free_gb=0", "model=path"]
+    sweep = f"model.source.path={tiny_model},{weightless},{tiny_model}"
+    done = alignment("run", "-m", "--config-dir", "mine", *settings, sweep, cwd=tmp_path, code=3)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "weights" in done.stderr
+    states = [node["state"] for run in status(tmp_path) for node in run["nodes"]]
+    assert sorted(states) == ["done", "failed"]
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +13,85 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
+from alignment.config.paths import CONF
 
-def source_of(key: str, overrides: list[str], conf: Path, config_dirs: tuple[Path, ...] = ()) -> str:
-    """'command line', or 'conf/<file>:<line>' of the last file that sets the key or a part above it."""
-    for override in overrides:
-        name = override.split("=", 1)[0].lstrip("+~").split("@")[0]
-        if key == name or key.startswith(name + "."):
-            return "command line"
-    best, found = -1, "conf/config.yaml"
-    for file, package in _files(overrides, conf, config_dirs):
-        depth, line = _line(file, package, key)
-        if depth >= best and depth > 0:
-            shown = f"conf/{file.relative_to(conf)}" if file.is_relative_to(conf) else str(file)
-            best, found = depth, f"{shown}:{line}"
-    return found
+COMMAND_LINE = "command line"
 
 
-def search_path(config_dirs: tuple[Path, ...]) -> list[str]:
-    """The override that adds folders to Hydra's search path."""
-    return ["hydra.searchpath=[" + ",".join(f"file://{folder}" for folder in config_dirs) + "]"] if config_dirs else []
+@dataclass(frozen=True)
+class Origin:
+    """What a config is composed from: the command line's overrides, and folders of files besides conf/."""
 
+    overrides: tuple[str, ...]
+    folders: tuple[Path, ...] = ()
 
-def _files(overrides: list[str], conf: Path, config_dirs: tuple[Path, ...]) -> list[tuple[Path, str]]:
-    """(file, package) in the order in which they are merged."""
-    if GlobalHydra.instance().is_initialized():
+    @classmethod
+    def of(cls, hydra: Any) -> Origin:
+        """As Hydra itself notes it in the config it has composed."""
+        sources = (Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file")
+        overrides = (*hydra.overrides.hydra, *hydra.overrides.task)
+        return cls(overrides, tuple(folder for folder in sources if folder != CONF))
+
+    def where(self, *keys: str) -> str:
+        """'command line', or 'conf/<file>:<line>' of the last file that sets the key or a part above it.
+
+        Several keys that contradict each other: the command line if it sets or chooses any of them, else the first's.
+        """
+        if any(self._is_typed(key, choices=len(keys) > 1) for key in keys):
+            return COMMAND_LINE
+        return self._file(keys[0])
+
+    def search_path(self) -> list[str]:
+        """The override that has Hydra read the folders too."""
+        folders = ",".join(quoted(f"file://{folder}") for folder in self.folders)
+        return [f"hydra.searchpath=[{folders}]"] if folders else []
+
+    def show(self, file: Path) -> str:
+        return f"conf/{file.relative_to(CONF)}" if file.is_relative_to(CONF) else str(file)
+
+    def file_of(self, config_path: str) -> Path | None:
+        """The file behind a name such as engine/zero2; conf/ is searched first, as Hydra does."""
+        files = (folder / f"{config_path}.yaml" for folder in (CONF, *self.folders))
+        return next((file.resolve() for file in files if file.is_file()), None)
+
+    def _is_typed(self, key: str, *, choices: bool) -> bool:
+        """Whether the command line sets the key, a part above or below it, or (choices) chooses its group's file."""
+        for override in self.overrides:
+            name = override.split("=", 1)[0].lstrip("+~").split("@")[0]
+            is_choice = any((folder / name).is_dir() for folder in (CONF, *self.folders))
+            if (choices or not is_choice) and (f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")):
+                return True
+        return False
+
+    def _file(self, key: str) -> str:
+        best, found = 0, "conf/config.yaml"
+        for file, package in self._files():
+            depth, line = _line(file, package, key)
+            if depth >= best and depth > 0:
+                best, found = depth, f"{self.show(file)}:{line}"
+        return found
+
+    def _files(self) -> Iterator[tuple[Path, str]]:
+        """(file, package) in the order in which they are merged."""
+        if GlobalHydra.instance().is_initialized():
+            defaults = self._defaults([])
+        else:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                defaults = self._defaults(self.search_path())
+            GlobalHydra.instance().clear()
+        for default in defaults:
+            if default.config_path and (file := self.file_of(default.config_path)):
+                yield file, default.package or ""
+
+    def _defaults(self, search_path: list[str]) -> list[Any]:
         loader = GlobalHydra.instance().config_loader()
-        defaults = loader.compute_defaults_list("config", overrides, RunMode.RUN).defaults
-    else:
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            defaults = loader.compute_defaults_list(
-                "config", search_path(config_dirs) + overrides, RunMode.RUN
-            ).defaults
-        GlobalHydra.instance().clear()
-    out = []
-    for default in defaults:
-        for folder in (*config_dirs, conf):
-            file = folder / f"{default.config_path}.yaml"
-            if default.config_path and file.is_file():
-                out.append((file.resolve(), default.package or ""))
-                break
-    return out
+        # The mode that also takes the overrides of a sweep: they choose no file.
+        return list(loader.compute_defaults_list("config", [*search_path, *self.overrides], RunMode.MULTIRUN).defaults)
+
+
+def quoted(value: str) -> str:
+    """A text as Hydra reads it back from an override, whatever is in it."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), value) + "'"
 
 
 def _line(file: Path, package: str, key: str) -> tuple[int, int]:

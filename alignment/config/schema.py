@@ -9,7 +9,8 @@ from __future__ import annotations
 import os.path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 SHA256 = r"^[0-9a-f]{64}$"
 NAME = r"^[a-z][a-z0-9_]*$"
@@ -81,6 +82,18 @@ class Dataset(Settings):
     limit: int | None = identity(gt=0)
 
 
+# What is measured of every answer -> whether more of it is better; None: neither, it is there to be watched.
+# A reward's terms stand beside these in every table, so they bear other names (config/checks.py).
+HIGHER_IS_BETTER: dict[str, bool | None] = {
+    "reward": True,
+    "stop_rate": True,  # share of answers that ended by themselves
+    "tokens": None,  # length of an answer, end-of-turn token included
+    "repetition": False,
+    "kl": None,  # nats an answer away from the reference model
+    "heldout_nll": False,  # nats per token of the reference answer
+}
+
+
 class RewardTerm(Settings):
     kind: Literal["sentiment", "relevance"] = identity()
     weight: float = identity()
@@ -93,23 +106,30 @@ class Reward(Settings):
     terms: dict[str, RewardTerm] = identity(min_length=1)
 
 
-# --- stages: one class a kind; `inputs` are the roles of its parents, `groups` the config groups it also depends on --
+# --- stages: one class a kind ----------------------------------------------------------------------------------------
 
 
 class Stage(Settings):
-    inputs: ClassVar[tuple[str, ...]] = ()
-    optional_inputs: ClassVar[tuple[str, ...]] = ()
-    open_inputs: ClassVar[bool] = False
+    """makes: what its result is. inputs: role -> what the parent in that role must make; some may be left out.
+
+    open_inputs: roles may have any name, and each parent must make this. reads: role -> the split of that parent's rows
+    without which it cannot work. groups: config groups it also depends on.
+    """
+
+    makes: ClassVar[str]
+    inputs: ClassVar[dict[str, str]] = {}
+    optional_inputs: ClassVar[dict[str, str]] = {}
+    open_inputs: ClassVar[str | None] = None
+    reads: ClassVar[dict[str, Literal["heldout", "prompts"]]] = {}
     groups: ClassVar[tuple[str, ...]] = ()
     distributed: ClassVar[bool] = False
-    makes_model: ClassVar[bool] = False  # its result has a model/
     packages: ClassVar[tuple[str, ...]] = ()
 
 
 class ImportModel(Stage):
     """Start checkpoint -> a plain Hugging Face folder with the run's chat template."""
 
-    makes_model = True
+    makes = "a model"
     groups = ("model",)
     packages = ("torch", "transformers", "tokenizers", "gguf")
     kind: Literal["import_model"] = identity()
@@ -126,8 +146,10 @@ class Splits(Settings):
 class Prepare(Stage):
     """Rows of a data set or of a parent -> checked, split, tokenised rows and a report of what was dropped and why."""
 
-    inputs = ("model",)
-    optional_inputs = ("data", "heldout")
+    makes = "rows"
+    inputs = {"model": "a model"}
+    optional_inputs = {"data": "pairs", "heldout": "rows"}
+    reads = {"heldout": "heldout"}
     groups = ("data",)
     packages = ("transformers", "tokenizers", "datasets")
     kind: Literal["prepare"] = identity()
@@ -145,14 +167,26 @@ class Lora(Settings):
 
     rank: int = identity(gt=0)
     alpha: float = identity(gt=0)
-    dropout: float = identity(ge=0, lt=1)
+    dropout: float = identity()
     target_modules: str | list[str] = identity()
+
+    @field_validator("dropout")
+    @classmethod
+    def _is_off(cls, value: float) -> float:
+        """Recipes name the key, so it is known here; but random masks would make a result depend on the engine."""
+        if value != 0:
+            fix = "its masks would make results depend on micro-batches and processes; DPO's reference has none"
+            raise PydanticCustomError("dropout", "must be 0.0", {"fix": fix})
+        return value
 
 
 class Train(Stage):
-    inputs = ("model", "data")
+    """task: of the rows that are trained on."""
+
+    makes = "a model"
+    inputs = {"model": "a model", "data": "rows"}
+    task: ClassVar[str]
     distributed = True
-    makes_model = True
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy")
     global_batch_size: int = identity(gt=0)
     epochs: float = identity(gt=0)
@@ -174,12 +208,14 @@ class Train(Stage):
 class Sft(Train):
     """Supervised fine-tuning: cross-entropy on the assistant's tokens."""
 
+    task = "sft"
     kind: Literal["sft"] = identity()
 
 
 class Dpo(Train):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its close relatives."""
 
+    task = "preference"
     kind: Literal["dpo"] = identity()
     loss: Literal["sigmoid", "hinge", "ipo"] = identity()
     beta: float = identity(gt=0)
@@ -188,7 +224,9 @@ class Dpo(Train):
 class Sample(Stage):
     """Several answers of a model to each prompt."""
 
-    inputs = ("model", "data")
+    makes = "samples"
+    inputs = {"model": "a model", "data": "rows"}
+    reads = {"data": "prompts"}
     packages = ("torch", "transformers", "tokenizers")
     kind: Literal["sample"] = identity()
     completions_per_prompt: int = identity(ge=2)
@@ -203,7 +241,8 @@ class Sample(Stage):
 class Judge(Stage):
     """Samples -> pairs: the best against the worst answer of each prompt by the reward."""
 
-    inputs = ("data",)
+    makes = "pairs"
+    inputs = {"data": "samples"}
     groups = ("reward",)
     packages = ("torch", "transformers", "tokenizers", "vaderSentiment")
     kind: Literal["judge"] = identity()
@@ -214,7 +253,9 @@ class Judge(Stage):
 class Evaluate(Stage):
     """One model on the held-out prompts: answers, reward, stopping, length, KL to the start model, held-out loss."""
 
-    inputs = ("model", "data", "reference")
+    makes = "answers"
+    inputs = {"model": "a model", "data": "rows", "reference": "a model"}
+    reads = {"data": "heldout"}
     groups = ("reward",)
     packages = ("torch", "transformers", "tokenizers", "vaderSentiment")
     kind: Literal["evaluate"] = identity()
@@ -228,7 +269,8 @@ class Evaluate(Stage):
 class Compare(Stage):
     """Evaluations side by side, first the baseline -> the table with confidence intervals and the verdict."""
 
-    open_inputs = True
+    makes = "a verdict"
+    open_inputs = "answers"
     packages = ("numpy",)
     kind: Literal["compare"] = identity()
     baseline: str = identity()

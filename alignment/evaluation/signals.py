@@ -8,16 +8,6 @@ from typing import Any
 Row = Mapping[str, Any]
 Column = list[float | None]  # one value a prompt; None where the row has none
 
-# metric -> whether more of it is better; None: neither, it is there to be watched. The terms of a reward are rewards.
-HIGHER_IS_BETTER: dict[str, bool | None] = {
-    "reward": True,
-    "stop_rate": True,  # share of answers that ended by themselves
-    "tokens": None,  # length of an answer, end-of-turn token included
-    "repetition": False,
-    "kl": None,  # nats an answer away from the reference model
-    "heldout_nll": False,  # nats per token of the reference answer
-}
-
 
 def repetition(text: str) -> float:
     """Share of 3-word sequences that were there before: 1 - distinct / all. Words by white space; 0 below three."""

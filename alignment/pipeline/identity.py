@@ -16,10 +16,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from alignment.config import shape
-from alignment.config.compose import require
 from alignment.config.paths import template_path
-from alignment.config.schema import Dataset, Evaluate, Experiment, Judge, Model, PathSource, Prepare, Stage
-from alignment.errors import ConfigError, InputError, MachineError
+from alignment.config.schema import Experiment, Model, PathSource, Prepare, Stage
+from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 
 FORMAT = 2  # raised when the meaning of the key itself changes
@@ -31,7 +30,7 @@ def stage_identity(experiment: Experiment, stage: str, settings: Stage, parents:
         "format": FORMAT,
         "kind": settings.kind,  # type: ignore[attr-defined]
         "settings": identity_side(settings),
-        "groups": {group: _group(experiment, stage, settings, group) for group in settings.groups},
+        "groups": {group: _group(experiment, settings, group) for group in settings.groups},
         "parents": dict(sorted(parents.items())),
         "packages": {name: version(name) for name in settings.packages if _used(name, experiment)},
     }
@@ -57,23 +56,9 @@ def _fields(value: BaseModel) -> dict[str, Any]:
     return {name: identity_side(getattr(value, name)) for name, field in fields if shape.side(field) == "identity"}
 
 
-def _group(experiment: Experiment, stage: str, settings: Stage, group: str) -> Any:
+def _group(experiment: Experiment, settings: Stage, group: str) -> Any:
     if group == "data" and isinstance(settings, Prepare):
-        if settings.dataset is None:
-            return None
-        dataset: Dataset | None = experiment.data.get(settings.dataset)
-        if dataset is None:
-            known = ", ".join(experiment.data)
-            raise ConfigError(
-                f"`stage.{stage}.dataset` names `{settings.dataset}`, which the data group lacks",
-                fix=f"it has: {known}",
-            )
-        require(experiment, f"data.{settings.dataset}")
-        return identity_side(dataset)
-    if group == "reward" and isinstance(settings, Judge | Evaluate):
-        require(experiment, "reward")
-        return identity_side(experiment.reward)
-    require(experiment, group)
+        return identity_side(experiment.data[settings.dataset]) if settings.dataset else None
     return identity_side(getattr(experiment, group))
 
 

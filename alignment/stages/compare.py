@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from alignment.config.schema import Compare
-from alignment.errors import ConfigError, InputError
+from alignment.errors import InputError
 from alignment.evaluation import gates, signals
 from alignment.evaluation.statistics import Comparison
 from alignment.files import write_json
@@ -15,7 +15,6 @@ from alignment.stages.parts import rows_of
 
 def run(context: StageContext) -> dict[str, Any]:
     settings: Compare = context.settings
-    _check_roles(settings, list(context.inputs))
     answers = {role: rows_of(folder, "answers.jsonl") for role, folder in context.inputs.items()}
     prompts = _check_prompts(answers, settings.baseline)
     columns = {role: signals.columns(rows) for role, rows in answers.items()}
@@ -39,16 +38,6 @@ def run(context: StageContext) -> dict[str, Any]:
     context.log(prompts, metrics)
     context.progress(3, 3)
     return {**metrics, "prompts": float(prompts), "better": float(found["verdict"] == "better")}
-
-
-def _check_roles(settings: Compare, roles: list[str]) -> None:
-    for name in ("baseline", "candidate"):
-        role = getattr(settings, name)
-        if role not in roles:
-            fix = f"one of {', '.join(roles)}"
-            raise ConfigError(f"{role!r} is not among the models compared", where=name, fix=fix)
-    if settings.baseline == settings.candidate:
-        raise ConfigError("the candidate is the baseline", where="candidate", fix="name two models")
 
 
 def _check_prompts(answers: dict[str, list[dict[str, Any]]], baseline: str) -> int:

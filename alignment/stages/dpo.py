@@ -8,7 +8,6 @@ from typing import Any
 import trl
 
 from alignment.config.schema import Dpo
-from alignment.errors import ConfigError
 from alignment.stages.context import StageContext
 from alignment.stages.train import train
 from alignment.training.model import load, lora_config
@@ -22,12 +21,6 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def make_trainer(settings: Dpo, start: Path, arguments: dict[str, Any], **common: Any) -> DPO:
     """The reference is the policy with its adapter off, or without LoRA a second copy of the start model."""
-    if settings.lora and settings.lora.dropout:
-        raise ConfigError(
-            "DPO runs without dropout: policy and reference must agree at the first step",
-            where="lora.dropout",
-            fix="lora.dropout=0",
-        )
     args = trl.DPOConfig(**arguments, loss_type=[settings.loss], beta=settings.beta, disable_dropout=True)
     model = load(start)
     reference = None if settings.lora else load(start)

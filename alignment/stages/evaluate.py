@@ -16,7 +16,7 @@ from alignment.config.schema import Evaluate
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop
 from alignment.data.tokens import conversation
-from alignment.errors import ConfigError, InputError
+from alignment.errors import InputError
 from alignment.evaluation import signals
 from alignment.files import write_json, write_jsonl
 from alignment.generation import Completion
@@ -31,7 +31,6 @@ Ids = tuple[list[int], list[int]]  # prompt, answer
 def run(context: StageContext) -> dict[str, Any]:
     rows = rows_of(context.inputs["data"], "heldout.jsonl")
     folder, reference = (context.inputs[role] / "model" for role in ("model", "reference"))
-    _check_names(set(context.experiment.reward.terms))
     itself = folder.resolve() == reference.resolve()
     shares = {"loading": 5, "answering": 60, "held-out loss": 15, "KL": 0 if itself else 15, "judging": 5}
     parts = Parts(context, shares)
@@ -113,13 +112,6 @@ def _distance(reference: Path, precision: str, asked: Asked, parts: Parts) -> li
     rows = [(ids, answer.token_ids) for ids, answer in zip(asked.prompts, asked.answers, strict=True)]
     theirs = generation.sequence_log_probs(model, rows, progress=parts("KL"))
     return [signals.kl(a.log_prob, float(t.double().sum())) for a, t in zip(asked.answers, theirs, strict=True)]
-
-
-def _check_names(terms: set[str]) -> None:
-    taken = sorted(terms & set(signals.HIGHER_IS_BETTER))
-    if taken:
-        where = f"reward.terms.{taken[0]}"
-        raise ConfigError(f"{taken[0]!r} is the name of another metric", where=where, fix="name the term differently")
 
 
 def _publish(context: StageContext, rows: list[Row]) -> dict[str, float]:

@@ -30,12 +30,7 @@ def _rows(context: StageContext) -> tuple[list[Row], str, str]:
     """The rows, their format, and where they come from: a data set of the config, or the pairs of the parent."""
     name = context.settings.dataset
     if name is None:
-        if context.settings.task != "preference" or "data" not in context.inputs:
-            raise ConfigError("no data set named", where=f"{context.name}.dataset", fix="name one of the data group")
         return list(read_rows(context.inputs["data"] / "pairs.jsonl")), "preference", "pairs of the parent stage"
-    if name not in context.experiment.data:
-        known = ", ".join(context.experiment.data)
-        raise ConfigError(f"no data set {name!r}", where=f"{context.name}.dataset", fix=f"known: {known}")
     dataset = context.experiment.data[name]
     rows = islice(read_rows(fetch(dataset.source, what="data")), dataset.limit)
     return list(rows), dataset.format, describe(dataset.source)

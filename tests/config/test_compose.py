@@ -21,9 +21,18 @@ CHOICES = [
 ]
 
 
+# What conf/ leaves to the command, and choices that make sense with others only.
+COMPLETED = {
+    "model=path": ["model.source.path=m"],
+    "model=hub": ["model.source.id=a/b", f"model.source.revision={'0' * 40}"],
+    "data=path": ["data.instructions.source.path=rows.jsonl"],
+    "launcher=torchrun": ["engine=ddp"],
+}
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_shipped_choice_composes_and_validates(choice: str) -> None:
-    compose([choice])
+    compose([choice, *COMPLETED.get(choice, [])])
 
 
 @pytest.mark.parametrize("pipeline", [file.stem for file in sorted((CONF / "pipeline").glob("*.yaml"))])
@@ -53,7 +62,13 @@ REFUSED = [
     (["engin=zero3"], "command line: unknown key `engin` (did you mean `engine`?)"),
     (["launcher.kind=slrm"], "`launcher.kind` should be one of 'local', 'torchrun', got 'slrm'"),
     (["launcher=torchrun", "launcher.processes=0"], "`launcher.processes` should be greater than or equal to 1, got 0"),
-    (["nonsense"], "Error parsing override 'nonsense'"),
+    (["nonsense"], "command line: `nonsense` is no setting (settings are written key=value)"),
+    (["stage..seed=1"], "command line: `stage..seed=1` cannot be read (settings are written key=value)"),
+    (
+        ["seed=1,2"],
+        "command line: `seed` is given several values (one value with commas: seed=\"'1,2'\"; a list: seed=[",
+    ),
+    (["pipeline=sft"], "`stage.judge` is set, but the pipeline has no such stage"),
     (["pipeline.final=dpoo"], "`pipeline.final` names `dpoo`, which is no node (did you mean `dpo`?)"),
     (["pipeline.nodes.dpo.inputs.model=sfy"], "names `sfy`, which is no node (did you mean `sft`?)"),
     (["+pipeline.nodes.dpo.inputs.modle=sft"], "a stage of this kind has no such role (did you mean `model`?)"),
@@ -61,7 +76,10 @@ REFUSED = [
     (["+pipeline.nodes.start.inputs.model=dpo"], "a stage of this kind has no such role"),
     (["pipeline.nodes.sft.inputs={model: dpo, data: rows}"], "the pipeline goes in a circle: "),
     (["stage.prepare_sft.dataset=instruction"], "names `instruction`, which the data group lacks"),
-    (["model=path"], "`model.source.path` has no value (add model.source.path=... to the command)"),
+    (
+        ["model=path"],
+        "conf/model/path.yaml:4: `model.source.path` has no value (add model.source.path=... to the command)",
+    ),
 ]
 
 
@@ -82,6 +100,29 @@ def test_a_wrong_key_in_a_file_names_the_file_and_its_line(tmp_path: Path) -> No
     assert str(caught.value) == (
         f"{own / 'mine.yaml'}:5: unknown key `stage.dpo.betta` (did you mean `stage.dpo.beta`?)"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "defaults:\n  - override /engine: zero4\n  - _self_\n",
+            "3: no engine is called 'zero4' (did you mean engine=zero3?)",
+        ),
+        ("defaults:\n  - override /engin: zero3\n  - _self_\n", "3: unknown group `engin` (did you mean `engine`?)"),
+        ("seed: ${sed}\n", "2: `seed`: Interpolation key 'sed' not found"),
+        ("seed: [\n", "3: this is not YAML: expected the node content, but found '<stream end>'"),
+    ],
+)
+def test_what_a_file_chooses_or_refers_to_wrongly_names_the_file_and_its_line(
+    text: str, line: str, tmp_path: Path
+) -> None:
+    own = tmp_path / "experiment"
+    own.mkdir()
+    (own / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    with pytest.raises(ConfigError) as caught:
+        compose(["experiment=mine"], (tmp_path,))
+    assert str(caught.value) == f"{own / 'mine.yaml'}:{line}"
 
 
 def test_a_config_cannot_name_code(tmp_path: Path) -> None:

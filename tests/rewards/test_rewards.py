@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alignment.config.schema import Reward
-from alignment.errors import ConfigError, InputError
+from alignment.errors import InputError
 from alignment.files import model_files
 from alignment.rewards import Encoder, Judge
 
@@ -125,8 +125,6 @@ def test_an_encoder_reads_only_the_files_that_are_in_the_key(encoder_folder: Pat
     assert torch.equal(Encoder(alone)(text)[0], Encoder(whole)(text)[0])
 
 
-def test_a_relevance_term_without_an_encoder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"reward\.terms\.topic\.source: .*sentence encoder"):
-        Judge(reward(topic=("relevance", 1.0)), {})
+def test_a_folder_that_is_no_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="sentence encoder does not load"):
         Judge(reward(topic=("relevance", 1.0)), {"topic": tmp_path})

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from alignment.errors import ConfigError, InputError
+from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl, write_jsonl
 from alignment.stages import compare
 from tests.stages.conftest import MakeContext
@@ -72,12 +72,3 @@ def test_models_that_answered_other_prompts_are_not_compared(
     evaluations["dpo"] = write_answers(tmp_path / "others", [0.0] * 10, ids=list(range(1, 11)))
     with pytest.raises(InputError, match="dpo and start did not answer the same prompts"):
         compare.run(make_context("compare", evaluations))
-
-
-def test_roles_that_are_not_there_or_the_same_are_refused(make_context: MakeContext, evaluations: Any) -> None:
-    with pytest.raises(
-        ConfigError, match=r"candidate: 'kto' is not among the models compared \(one of sft, start, dpo\)"
-    ):
-        compare.run(make_context("compare", evaluations, name="absent", candidate="kto"))
-    with pytest.raises(ConfigError, match="the candidate is the baseline"):
-        compare.run(make_context("compare", evaluations, name="same", candidate="start"))

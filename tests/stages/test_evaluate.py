@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignment import generation
-from alignment.errors import ConfigError, InputError
+from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl, write_jsonl
 from alignment.stages import evaluate
 from tests.conftest import write_tiny_model
@@ -125,8 +125,3 @@ def test_a_reference_with_another_tokenizer_is_refused(
     inputs = {"model": models["sft"], "data": rows, "reference": tmp_path / "other"}
     with pytest.raises(InputError, match="do not share a tokenizer"):
         evaluate.run(make_context("evaluate", inputs, max_new_tokens=4))
-
-
-def test_a_term_named_like_another_metric_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.terms\.kl: 'kl' is the name of another metric"):
-        evaluate._check_names({"sentiment", "kl"})

@@ -166,9 +166,5 @@ def test_a_limit_takes_the_first_rows(start: Path, instruction_rows: Path, tmp_p
 def test_settings_that_cannot_be_are_one_line(start: Path, instruction_rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rows: max_length 513 is longer than the model's context window of 512"):
         prepared(tmp_path, start, instruction_rows, max_length=513)
-    with pytest.raises(ConfigError, match=r"rows\.dataset: no data set 'yours' .known: mine"):
-        prepared(tmp_path, start, instruction_rows, dataset="yours")
-    with pytest.raises(ConfigError, match=r"rows\.dataset: no data set named"):
-        prepared(tmp_path, start, None, dataset=None)
     with pytest.raises(InputError, match="of 40: 40 longer than max_length"):
         prepared(tmp_path, start, instruction_rows, max_length=20)

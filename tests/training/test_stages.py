@@ -223,7 +223,6 @@ def test_the_result_is_a_plain_folder_that_knows_its_template_and_caches_while_g
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (tiny.dpo(lora=changed(dropout=0.1)), ConfigError, "DPO runs without dropout"),
         (tiny.sft(lora=changed(target_modules=["q_porj"])), ConfigError, "no linear layer `q_porj`"),
         (tiny.sft(lora=changed(target_modules=["lm_head"])), ConfigError, "no linear layer `lm_head`"),
     ],

@@ -1,0 +1,245 @@
+"""Settings that are right one by one and impossible together. Only what the pipeline uses is looked at."""
+
+from __future__ import annotations
+
+import graphlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.config import shape
+from alignment.config.explain import ADD, MISSING, closest
+from alignment.config.provenance import Origin
+from alignment.config.schema import HIGHER_IS_BETTER, Compare, Experiment, Prepare, Stage, Train
+from alignment.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Fault:
+    """keys: those that contradict each other, first the one to look at."""
+
+    what: str
+    keys: tuple[str, ...]
+    fix: str
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node of the pipeline, with the settings of its stage."""
+
+    experiment: Experiment
+    node: str
+
+    @property
+    def key(self) -> str:
+        return f"stage.{self.experiment.pipeline.nodes[self.node].stage}"
+
+    @property
+    def settings(self) -> Stage:
+        return self.experiment.stage[self.experiment.pipeline.nodes[self.node].stage]
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return self.experiment.pipeline.nodes[self.node].inputs
+
+    def role(self, role: str) -> str:
+        return f"pipeline.nodes.{self.node}.inputs.{role}"
+
+
+def check(experiment: Experiment, origin: Origin) -> None:
+    """Raises ConfigError for the first fault."""
+    for fault in _faults(experiment):
+        raise ConfigError(fault.what, where=origin.where(*fault.keys), fix=fault.fix)
+
+
+def _faults(experiment: Experiment) -> Iterator[Fault]:
+    """Lazy: what is looked at later may rest on what was found right before."""
+    yield from _names(experiment)
+    uses = [Use(experiment, node) for node in experiment.pipeline.nodes]
+    for use in uses:
+        yield from _roles(use)
+    yield from _circle(experiment)
+    yield from _final(experiment)
+    if any(use.settings.distributed for use in uses):
+        yield from _engine(experiment)
+    for use in uses:
+        for look in (_model, _prepare, _rows, _train, _reward, _compare):
+            yield from look(use)
+
+
+# --- the graph --------------------------------------------------------------------------------------------------------
+
+
+def _names(experiment: Experiment) -> Iterator[Fault]:
+    nodes, final = experiment.pipeline.nodes, experiment.pipeline.final
+    if final not in nodes:
+        yield _unknown("pipeline.final", final, "which is no node", nodes)
+    for name, node in nodes.items():
+        if node.stage not in experiment.stage:
+            key = f"pipeline.nodes.{name}.stage"
+            yield _unknown(key, node.stage, "which the stage group lacks", experiment.stage)
+        for role, parent in node.inputs.items():
+            if parent not in nodes:
+                yield _unknown(f"pipeline.nodes.{name}.inputs.{role}", parent, "which is no node", nodes)
+
+
+def _roles(use: Use) -> Iterator[Fault]:
+    """Every role is one that the stage has, is filled if it must be, and by a node that makes what it takes."""
+    settings = use.settings
+    known = {**settings.inputs, **settings.optional_inputs}
+    for role, parent in use.inputs.items():
+        takes = settings.open_inputs or known.get(role)
+        if takes is None:
+            what = f"`{use.role(role)}`: a stage of this kind has no such role"
+            yield Fault(what, (use.role(role),), closest(role, known))
+        elif (made := Use(use.experiment, parent).settings.makes) != takes:
+            able = (node for node in use.experiment.pipeline.nodes if Use(use.experiment, node).settings.makes == takes)
+            what = f"`{use.role(role)}` names `{parent}`, which makes {made}, not {takes}"
+            yield Fault(what, (use.role(role),), f"nodes that make {takes}: {', '.join(able) or 'none'}")
+    for role in (role for role in settings.inputs if role not in use.inputs):
+        inputs = f"pipeline.nodes.{use.node}.inputs"
+        yield Fault(f"`{inputs}` lacks the role `{role}`", (inputs,), "name the node that fills it")
+
+
+def _circle(experiment: Experiment) -> Iterator[Fault]:
+    parents = {name: list(node.inputs.values()) for name, node in experiment.pipeline.nodes.items()}
+    try:
+        graphlib.TopologicalSorter(parents).prepare()
+    except graphlib.CycleError as error:
+        circle = error.args[1]
+        yield Fault(
+            f"the pipeline goes in a circle: {' -> '.join(circle)}",
+            tuple(f"pipeline.nodes.{name}.inputs" for name in circle),
+            "a node takes its inputs from nodes before it",
+        )
+
+
+def _final(experiment: Experiment) -> Iterator[Fault]:
+    final = Use(experiment, experiment.pipeline.final)
+    if final.settings.makes != "a model":
+        what = f"`pipeline.final` names `{final.node}`, which makes {final.settings.makes}, not a model"
+        yield Fault(what, ("pipeline.final",), "name the node whose model people get")
+
+
+# --- the engine and the launcher --------------------------------------------------------------------------------------
+
+
+def _engine(experiment: Experiment) -> Iterator[Fault]:
+    strategy, offload = experiment.engine.strategy, experiment.engine.offload
+    processes = getattr(experiment.launcher, "processes", 1)
+    told = f"`engine.strategy` is {strategy}"
+    if strategy == "single" and processes > 1:
+        yield Fault(
+            f"{told}, which is one process, and `launcher.processes` is {processes}",
+            ("engine.strategy", "launcher.processes"),
+            "engine=ddp, zero1, zero2 or zero3; or launcher=local",
+        )
+    if offload != "none" and not strategy.startswith("zero"):
+        yield Fault(
+            f"`engine.offload` is {offload}, which needs ZeRO, and {told}",
+            ("engine.offload", "engine.strategy"),
+            "engine=zero1, zero2 or zero3; or engine.offload=none",
+        )
+    if offload == "all" and strategy != "zero3":
+        yield Fault(
+            f"`engine.offload` is all, which needs ZeRO-3, and {told}",
+            ("engine.offload", "engine.strategy"),
+            "engine=zero3, or engine.offload=optimizer",
+        )
+
+
+def _train(use: Use) -> Iterator[Fault]:
+    if not isinstance(use.settings, Train):
+        return
+    size, processes = use.settings.global_batch_size, getattr(use.experiment.launcher, "processes", 1)
+    if size < processes:
+        key = f"{use.key}.global_batch_size"
+        yield Fault(
+            f"`{key}` is {size}, too few for {processes} processes",
+            (key, "launcher.processes"),
+            "raise it, or lower launcher.processes",
+        )
+    rows = Use(use.experiment, use.inputs["data"])
+    if isinstance(rows.settings, Prepare) and rows.settings.task != use.settings.task:
+        what = f"`{rows.key}.task` is {rows.settings.task}, and `{use.node}` trains on rows for {use.settings.task}"
+        yield Fault(what, (f"{rows.key}.task", use.role("data")), f"{rows.key}.task={use.settings.task}, or other rows")
+
+
+# --- model and data ---------------------------------------------------------------------------------------------------
+
+
+def _model(use: Use) -> Iterator[Fault]:
+    if "model" in use.settings.groups:
+        yield from _missing(use.experiment.model, "model")
+
+
+def _rows(use: Use) -> Iterator[Fault]:
+    """The splits that the stage reads get rows."""
+    for role, split in use.settings.reads.items():
+        rows = Use(use.experiment, use.inputs[role]) if role in use.inputs else None
+        if rows and isinstance(rows.settings, Prepare) and getattr(rows.settings.splits, split) == 0:
+            key = f"{rows.key}.splits.{split}"
+            yield Fault(f"`{key}` is 0, and `{use.node}` needs such rows", (key, use.role(role)), "raise it")
+
+
+def _prepare(use: Use) -> Iterator[Fault]:
+    settings, key = use.settings, use.key
+    if not isinstance(settings, Prepare):
+        return
+    if settings.max_prompt_length > settings.max_length:
+        what = f"`{key}.max_prompt_length` is {settings.max_prompt_length}, more than the whole row's max_length"
+        fix = f"at most {settings.max_length}, or raise {key}.max_length"
+        yield Fault(what, (f"{key}.max_prompt_length", f"{key}.max_length"), fix)
+    data, name = use.experiment.data, settings.dataset
+    if name is None:
+        if settings.task != "preference" or "data" not in use.inputs:
+            why = "`task` is sft" if settings.task != "preference" else f"`{use.node}` is given no pairs by a parent"
+            yield Fault(f"`{key}.dataset` is null, and {why}", (f"{key}.dataset",), f"name one of: {', '.join(data)}")
+        return
+    if name not in data:
+        yield _unknown(f"{key}.dataset", name, "which the data group lacks", data)
+        return
+    yield from _missing(data[name], f"data.{name}")
+    form = data[name].format
+    if form != "auto" and (form == "preference") != (settings.task == "preference"):
+        keys = f"{key}.task", f"{key}.dataset", f"data.{name}.format"
+        what = f"`{keys[0]}` is {settings.task}, and `{keys[2]}` is {form}"
+        yield Fault(what, keys, "preference rows have chosen and rejected answers, the others one")
+
+
+def _missing(value: Any, key: str) -> Iterator[Fault]:
+    for below, leaf in shape.leaves(value, key):
+        if leaf == MISSING:
+            yield Fault(f"`{below}` has no value", (below,), ADD.format(below))
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def _reward(use: Use) -> Iterator[Fault]:
+    if "reward" not in use.settings.groups:
+        return
+    yield from _missing(use.experiment.reward, "reward")
+    for name, term in use.experiment.reward.terms.items():
+        key = f"reward.terms.{name}"
+        if name in HIGHER_IS_BETTER:
+            yield Fault(f"`{key}` has the name of another metric", (key,), "name the term differently")
+        if term.kind == "relevance" and term.source is None:
+            what = f"`{key}.source` is null, and a relevance term needs a sentence encoder"
+            yield Fault(what, (f"{key}.source",), "conf/reward/sentiment_relevance.yaml names one")
+
+
+def _compare(use: Use) -> Iterator[Fault]:
+    if not isinstance(use.settings, Compare):
+        return
+    baseline, candidate = f"{use.key}.baseline", f"{use.key}.candidate"
+    for key, role in ((baseline, use.settings.baseline), (candidate, use.settings.candidate)):
+        if role not in use.inputs:
+            yield _unknown(key, role, f"which `{use.node}` does not compare", use.inputs)
+    if use.settings.baseline == use.settings.candidate:
+        what = f"`{candidate}` is the baseline, {use.settings.baseline}"
+        yield Fault(what, (candidate, baseline), f"name two of: {', '.join(use.inputs)}")
+
+
+def _unknown(key: str, name: str, why: str, known: Iterable[str]) -> Fault:
+    return Fault(f"`{key}` names `{name}`, {why}", (key,), closest(name, known))

@@ -1,0 +1,201 @@
+"""Refusals of pydantic, Hydra and YAML as ours: one line with the key, where it was set, and the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from alignment.config import shape
+from alignment.config.paths import CONF
+from alignment.config.provenance import COMMAND_LINE, Origin, quoted
+from alignment.config.schema import Experiment
+from alignment.errors import ConfigError
+
+MISSING = "???"  # a value that conf/ leaves to the command
+ADD = "add {}=... to the command"
+REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # what composing raises
+Explained = ConfigError | None
+
+
+def closest(name: str, known: Iterable[str], prefix: str = "", otherwise: str = "known: ") -> str:
+    """The fix for a name that is none of the known: the nearest of them, else all of them."""
+    near = difflib.get_close_matches(name, known := list(known), 1, 0.5)
+    return f"did you mean `{prefix}{near[0]}`?" if near else otherwise + (", ".join(known) or "none")
+
+
+# --- the schema's -----------------------------------------------------------------------------------------------------
+
+
+def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
+    """The first wrong key; unknown keys come first, as other faults often follow from them."""
+    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    fault, context = faults[0], faults[0].get("ctx", {})
+    key, owner = shape.locate(Experiment, fault["loc"])
+    more = f"; {len(faults) - 1} more after this one" if len(faults) > 1 else ""
+    where = origin.where(key)
+    if fault["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key `{key}`{more}", where=where, fix=_nearest(key, shape.keys(owner)))
+    if fault["type"] == "missing":
+        return ConfigError(f"`{key}` is missing{more}", where=where, fix="every key of conf/ must be present")
+    if fault.get("input") == MISSING:
+        return ConfigError(f"`{key}` has no value{more}", where=where, fix=ADD.format(key))
+    if fault["type"] == "union_tag_not_found" and key.startswith("stage."):
+        what, advice = (
+            f"`{key}` is set, but the pipeline has no such stage{more}",
+            "choose another pipeline, or leave it out",
+        )
+        return ConfigError(what, where=where, fix=advice)
+    if fault["type"] == "union_tag_invalid":
+        kinds, kind = context["expected_tags"], context["tag"]
+        what = f"`{key}.kind` should be one of {kinds}, got {kind!r}{more}"
+        return ConfigError(what, where=origin.where(f"{key}.kind"), fix=_allowed(fault))
+    message = re.sub(r"^(Input|Value) ", "", str(fault["msg"]))
+    given = "" if isinstance(fault.get("input"), dict | list) else f", got {fault.get('input')!r}"
+    fix = str(context["fix"]) if "fix" in context else _allowed(fault)
+    return ConfigError(f"`{key}` {message[0].lower()}{message[1:]}{given}{more}", where=where, fix=fix)
+
+
+def _allowed(fault: Any) -> str | None:
+    expected = str(fault.get("ctx", {}).get("expected") or fault.get("ctx", {}).get("expected_tags") or "")
+    given = fault.get("ctx", {}).get("tag", fault.get("input"))
+    near = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", expected), 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else None
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    above, _, last = key.rpartition(".")
+    return closest(last, known, f"{above}." if above else "", "known keys here: ")
+
+
+# --- Hydra's ----------------------------------------------------------------------------------------------------------
+
+
+def refusal(error: Exception, origin: Origin) -> ConfigError:
+    """What composing raised (REFUSALS), explained."""
+    if isinstance(error, yaml.YAMLError):
+        return _bad_yaml(error, origin)
+    cause = error.__cause__ if "Error merging override" in str(error) else None
+    text = re.sub(r"\s+full_key:.*", "", str(cause or error), flags=re.S).strip()
+    rules: tuple[Callable[[str, Exception, Origin], Explained], ...]
+    rules = (_unreadable, _several_values, _unknown_group, _unknown_choice, _unknown_key, _dangling)
+    for rule in rules:
+        if found := rule(text, error, origin):
+            return found
+    first = " ".join(line.strip() for line in text.splitlines()[:2])
+    file = origin.file_of(within[1]) if (within := re.match(r"In '([^']+)'", text)) else None
+    fix = "alignment run --help shows how settings are given"
+    return ConfigError(first, where=origin.show(file) if file else None, fix=fix)
+
+
+def _bad_yaml(error: yaml.YAMLError, origin: Origin) -> ConfigError:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{mark.name}:{mark.line + 1}" if mark else None
+    return ConfigError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=where)
+
+
+def _unreadable(text: str, error: Exception, origin: Origin) -> Explained:
+    """Hydra's grammar has meanings of its own for ( ) ' # = and the like, and knows no letters but ASCII's."""
+    override = next((override for override in origin.overrides if not _parse(override)), None)
+    if override is None:
+        return None
+    key, sign, value = override.partition("=")
+    if not sign:
+        return ConfigError(f"`{override}` is no setting", where=COMMAND_LINE, fix="settings are written key=value")
+    value = os.path.expanduser(value)  # a path, if it begins with ~, which neither the shell nor Hydra expands here
+    if not _is_read_as(f"{key}={quoted(value)}", value):  # then it is not the value
+        return ConfigError(f"`{override}` cannot be read", where=COMMAND_LINE, fix="settings are written key=value")
+    what = f"`{key}` has a value that cannot be read as it stands"
+    return ConfigError(what, where=COMMAND_LINE, fix=f"write {as_typed(key, value)}")
+
+
+def _several_values(text: str, error: Exception, origin: Origin) -> Explained:
+    if not (found := re.match(r"Ambiguous value for argument '([^=]*)=(.*)'", text)):
+        return None
+    key, value = found.groups()
+    fix = f"one value with commas: {as_typed(key, value)}; a list: {key}=[{value}]; a sweep: add -m"
+    return ConfigError(f"`{key}` is given several values", where=COMMAND_LINE, fix=fix)
+
+
+def _unknown_group(text: str, error: Exception, origin: Origin) -> Explained:
+    found = re.search(r"Could not override '([^']+)'\.?\s*No match in the defaults list", text)
+    if not found:
+        return None
+    return ConfigError(
+        f"unknown group `{found[1]}`", where=_chosen(found[1], "", origin), fix=_nearest(found[1], GROUPS)
+    )
+
+
+def _unknown_choice(text: str, error: Exception, origin: Origin) -> Explained:
+    if not (found := re.search(r"Could not find '([^']+)'", text)):
+        return None
+    group, _, choice = found[1].rpartition("/")
+    options = re.search(r"Available options in '[^']+':\s*(.*?)(?:Config search path|$)", text, re.S)
+    if not options:
+        return ConfigError(
+            f"unknown group `{group}`", where=_chosen(group, choice, origin), fix=_nearest(group, GROUPS)
+        )
+    near = difflib.get_close_matches(choice, options[1].split(), 1, 0.5)
+    fix = f"did you mean {group}={near[0]}?" if near else f"choose one of: {', '.join(options[1].split())}"
+    return ConfigError(f"no {group} is called {choice!r}", where=_chosen(group, choice, origin), fix=fix)
+
+
+def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
+    found = re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"Key '([^']+)' is not in", text)
+    if not found:
+        return None
+    keys = [override.split("=")[0].lstrip("+~") for override in origin.overrides]
+    key = next((key for key in keys if key.endswith(found[1])), found[1])
+    fix = _nearest(*shape.known_near(Experiment, key))
+    return ConfigError(f"unknown key `{key}`", where=COMMAND_LINE, fix=fix)
+
+
+def _dangling(text: str, error: Exception, origin: Origin) -> Explained:
+    """An interpolation that leads nowhere."""
+    key = getattr(error, "full_key", None)
+    return ConfigError(f"`{key}`: {text}", where=origin.where(key)) if key else None
+
+
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "chat_template")
+
+
+def _chosen(group: str, choice: str, origin: Origin) -> str:
+    """Where a choice that is not there was made: Hydra tells the choice alone, so the files are searched for it."""
+    if any(override.split("=")[0].split("@")[0].lstrip("+") == group for override in origin.overrides):
+        return COMMAND_LINE
+    made = re.compile(rf"\b{re.escape(group)}(@\S*)?: *{re.escape(choice)}\b")
+    for file in (file for folder in (*origin.folders, CONF) for file in sorted(folder.rglob("*.yaml"))):
+        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        if number := next((number for number, line in lines if made.search(line)), 0):
+            return f"{origin.show(file)}:{number}"
+    return COMMAND_LINE
+
+
+def as_typed(key: str, value: str) -> str:
+    """key=value as one types it into a shell so that Hydra reads this very value."""
+    text = value if _is_read_as(f"{key}={value}", value) else quoted(value)
+    if re.fullmatch(r"[\w@%+=:./-]*", text, re.ASCII):
+        return f"{key}={text}"
+    return shlex.quote(f"{key}={text}") if set(text) & set('"$`\\!') else f'{key}="{text}"'
+
+
+def _is_read_as(override: str, value: str) -> bool:
+    parsed = _parse(override)
+    return parsed is not None and str(parsed.value()) == value
+
+
+def _parse(override: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        return None

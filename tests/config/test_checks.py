@@ -1,0 +1,97 @@
+"""Settings that cannot work together are refused by plan and run alike, in one line, before anything is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignment import cli
+from alignment.config.compose import compose
+from alignment.config.paths import CONF
+
+IMPOSSIBLE = {
+    "stage.compare.candidate=dop": "names `dop`, which `verdict` does not compare (did you mean `dpo`?)",
+    "stage.compare.baseline=strat": "names `strat`, which `verdict` does not compare (did you mean `start`?)",
+    "stage.compare.candidate=start": "`stage.compare.candidate` is the baseline, start (name two of: start, sft, dpo)",
+    "launcher=torchrun engine=single": "`engine.strategy` is single, which is one process, and `launcher.processes`",
+    "launcher=torchrun launcher.processes=16 engine=zero2": "`stage.sft.global_batch_size` is 8, too few for 16",
+    "engine=zero2 engine.offload=all": "`engine.offload` is all, which needs ZeRO-3, and `engine.strategy` is zero2",
+    "engine=ddp engine.offload=optimizer": "`engine.offload` is optimizer, which needs ZeRO, and",
+    "engine.offload=all": "`engine.offload` is all, which needs ZeRO, and `engine.strategy` is single",
+    "stage.sft.lora.dropout=0.1": "`stage.sft.lora.dropout` must be 0.0, got 0.1 (its masks would make results depend",
+    "stage.dpo.lora.dropout=0.1": "`stage.dpo.lora.dropout` must be 0.0, got 0.1 (its masks would make results depend",
+    "reward.terms.relevance.source=null": "`reward.terms.relevance.source` is null, and a relevance term needs",
+    "+reward.terms.kl={kind:sentiment,weight:1.0,source:null}": "`reward.terms.kl` has the name of another metric",
+    "stage.prepare_sft.dataset=null": "`stage.prepare_sft.dataset` is null, and `task` is sft (name one of: instr",
+    "~pipeline.nodes.pairs.inputs.data": "`stage.prepare_preference.dataset` is null, and `pairs` is given no pairs",
+    "stage.prepare_sft.dataset=instruction": "names `instruction`, which the data group lacks (did you mean `instruc",
+    "stage.prepare_sft.task=preference": "`stage.prepare_sft.task` is preference, and `data.instructions.format` is",
+    "stage.prepare_sft.max_prompt_length=81": "`stage.prepare_sft.max_prompt_length` is 81, more than the whole row's",
+    "stage.prepare_sft.max_length=40": "`stage.prepare_sft.max_prompt_length` is 56, more than the whole row's",
+    "stage.prepare_sft.splits.prompts=0": "`stage.prepare_sft.splits.prompts` is 0, and `samples` needs such rows",
+    "stage.prepare_sft.splits.heldout=0": "`stage.prepare_sft.splits.heldout` is 0, and `evaluate_start` needs such",
+    "+pipeline.nodes.pairs.inputs.heldout=samples": "names `samples`, which makes samples, not rows (nodes that make",
+    "pipeline.final=verdict": "`pipeline.final` names `verdict`, which makes a verdict, not a model",
+    "pipeline.nodes.dpo.inputs.model=rows": "names `rows`, which makes rows, not a model (nodes that make a model: st",
+    "pipeline.nodes.dpo.inputs.data=rows": "`stage.prepare_sft.task` is sft, and `dpo` trains on rows for preference",
+    "~pipeline.nodes.dpo.inputs.model": "`pipeline.nodes.dpo.inputs` lacks the role `model`",
+}
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("overrides", IMPOSSIBLE)
+def test_an_impossible_setting_is_one_line_and_leaves_nothing(
+    overrides: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ALIGNMENT_STORE", str(tmp_path / "store"))
+    assert cli.main([command, "experiment=quickstart", *overrides.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    where = in_conf("stage/prepare_preference.yaml", "dataset:") if "pairs.inputs.data" in overrides else "command line"
+    assert line.startswith(f"alignment: error: {where}: ")
+    assert IMPOSSIBLE[overrides] in line
+    assert not (tmp_path / "store").exists()
+
+
+def in_conf(file: str, beginning: str) -> str:
+    """How an error names the line of conf/ that begins so."""
+    lines = (CONF / file).read_text().splitlines()
+    return f"conf/{file}:{1 + next(i for i, line in enumerate(lines) if line.strip().startswith(beginning))}"
+
+
+def test_an_impossible_setting_of_a_file_names_the_file_and_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "experiment"
+    own.mkdir()
+    (own / "mine.yaml").write_text("# @package _global_\nstage:\n  compare:\n    seed: 1\n    candidate: dop\n")
+    assert cli.main(["plan", "--config-dir", str(tmp_path), "experiment=mine"]) == 2
+    assert f"error: {own / 'mine.yaml'}:5: `stage.compare.candidate` names `dop`" in capsys.readouterr().err
+
+
+def test_a_file_that_the_command_line_chooses_is_named_for_its_own_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "engine").mkdir()
+    text = (CONF / "engine" / "ddp.yaml").read_text()
+    (tmp_path / "engine" / "mine.yaml").write_text(text.replace("threads: null", "threads: 0"))
+    assert cli.main(["plan", "--config-dir", str(tmp_path), "engine=mine"]) == 2
+    line = len(text.splitlines())
+    assert f"{tmp_path / 'engine' / 'mine.yaml'}:{line}: `engine.threads`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "pipeline=sft stage.sft.max_steps=1 reward=sentiment",
+        "pipeline=dpo data.preferences.limit=100",
+        "launcher=torchrun launcher.processes=1",
+        "launcher=torchrun launcher.processes=8 engine=zero3 engine.offload=all",
+        "engine=zero1 engine.offload=optimizer",
+        "pipeline.final=sft",
+        "stage.prepare_sft.max_prompt_length=128",
+        "data=path data.instructions.source.path=rows.jsonl",
+    ],
+)
+def test_what_the_pipeline_does_not_use_and_what_is_possible_is_let_through(overrides: str) -> None:
+    compose(overrides.split())
