@@ -7,15 +7,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.utils import get_args
+from hydra._internal import hydra as internals
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import compose, explain
+from alignment.config.guard import refuse_code
 from alignment.config.paths import CONF
 from alignment.config.provenance import Origin
 from alignment.config.schema import Experiment
@@ -40,13 +44,29 @@ def aside() -> Iterator[None]:
         raise Aside(error) from error
 
 
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader. All that Hydra acts on is loaded here: callbacks, log handlers, sweepers, each job of a sweep."""
+
+    def load_configuration(self, *arguments: Any, **options: Any) -> DictConfig:
+        config = super().load_configuration(*arguments, **options)
+        with aside():
+            refuse_code(config)
+        return config
+
+    def load_sweep_config(self, *arguments: Any, **options: Any) -> DictConfig:
+        """Called for all jobs before the first one starts: a wrong setting of the last is not found hours later."""
+        config = super().load_sweep_config(*arguments, **options)
+        try:
+            compose.validate(config, config.hydra)
+        except ConfigError as error:
+            if not isinstance(error.__cause__, OmegaConfBaseException):  # such as ${hydra:job.num}: known to a job only
+                raise Aside(error) from error
+        return config
+
+
 def main(arguments: list[str], execute: Execute) -> int:
     """Let Hydra read the arguments; run the experiment they mean, or each job of a multirun in turn."""
-    if any(argument.startswith("--experimental-rerun") for argument in arguments):
-        raise ConfigError("--experimental-rerun is refused: it loads a pickle", fix="give the settings instead")
-    given = get_args(arguments)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing; main() prints
-    before, sys.argv = sys.argv, ["alignment run", *arguments]
+    given = _read(arguments)
     single: list[tuple[Experiment, list[str]]] = []
 
     def task(config: DictConfig) -> Any:
@@ -59,7 +79,8 @@ def main(arguments: list[str], execute: Execute) -> int:
         return None
 
     try:
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
+        with _hydra_as_ours(arguments):
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
     except Aside as passed:
         raise passed.error from passed.error.__cause__
     except explain.REFUSALS as error:
@@ -67,8 +88,35 @@ def main(arguments: list[str], execute: Execute) -> int:
         raise explain.refusal(error, Origin(tuple(given.overrides), folders)) from error
     except ValueError as error:  # a refusal of the arguments
         raise ConfigError(str(error), where="command line", fix="see alignment run --help") from error
-    finally:
-        sys.argv = before
     for experiment, overrides in single:
         execute(experiment, overrides)
     return 0
+
+
+@contextmanager
+def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
+    """Hydra reads these arguments, loads configs by our loader and raises its errors instead of printing them."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    theirs = sys.argv, internals.ConfigLoaderImpl
+    sys.argv, internals.ConfigLoaderImpl = ["alignment run", *arguments], Loader  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        sys.argv, internals.ConfigLoaderImpl = theirs  # type: ignore[misc]
+
+
+def _read(arguments: list[str]) -> Any:
+    """The arguments as Hydra reads them, abbreviations included. Raises ConfigError for flags that are refused."""
+
+    def error(message: str) -> NoReturn:
+        raise ConfigError(message, where="command line", fix="see alignment run --help")
+
+    parser = get_args_parser()
+    parser.error = error  # type: ignore[method-assign]
+    given = parser.parse_args(arguments)
+    if given.experimental_rerun is not None:
+        raise ConfigError("--experimental-rerun is refused: it loads a pickle", fix="give the settings instead")
+    if given.config_path is not None or given.config_name is not None:
+        what = "--config-path and --config-name are refused: the first config is conf/config.yaml"
+        raise ConfigError(what, fix="put yours into FOLDER/experiment/NAME.yaml: --config-dir FOLDER experiment=NAME")
+    return given

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from alignment.config import explain
 from alignment.config.checks import check
+from alignment.config.guard import refuse_code
 from alignment.config.paths import CONF
 from alignment.config.provenance import Origin
 from alignment.config.schema import Experiment
@@ -36,6 +37,7 @@ def compose(overrides: list[str], config_dirs: tuple[Path, ...] = ()) -> Experim
         raise explain.refusal(error, origin) from error
     finally:
         GlobalHydra.instance().clear()
+    refuse_code(config)
     return validate(config, config.hydra)
 
 

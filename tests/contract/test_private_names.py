@@ -1,4 +1,4 @@
-"""What the mixin leans on below the public surface of its libraries. An upgrade that moves one of these fails here."""
+"""What we lean on below the public surface of our libraries. An upgrade that moves one of these fails here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ import transformers
 import trl
 import trl.trainer.utils
 from accelerate.state import GradientState
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser, run_and_report
+from hydra.core.utils import run_job
+from hydra.plugins.sweeper import Sweeper
 from transformers.integrations import deepspeed as hf_deepspeed
 
 TRAINERS = (trl.SFTTrainer, trl.DPOTrainer)
@@ -88,3 +93,14 @@ def test_deepspeeds_table_of_kernels_can_be_told_to_skip_one() -> None:
 def test_torch_keeps_the_lock_of_a_kernel_build_open() -> None:
     source = inspect.getsource(torch.utils.file_baton.FileBaton.try_acquire)
     assert "self.fd = os.open(self.lock_file_path, os.O_CREAT | os.O_EXCL)" in source
+
+
+def test_hydra_loads_every_config_by_one_name_before_it_acts_on_it_and_catches_exceptions_only() -> None:
+    assert "ConfigLoaderImpl(" in inspect.getsource(Hydra.create_main_hydra2)
+    assert "self.config_loader.load_configuration(" in inspect.getsource(Hydra.compose_config)
+    assert "self.load_configuration(" in inspect.getsource(ConfigLoaderImpl.load_sweep_config)
+    assert "config_loader.load_sweep_config(" in inspect.getsource(Sweeper.validate_batch_is_legal)
+    for function in (run_job, run_and_report, Hydra.get_mode):
+        source = inspect.getsource(function)
+        assert "except Exception" in source and "except:" not in source and "BaseException:" not in source
+    assert get_args_parser().parse_args(["--exp", "x"]).experimental_rerun == "x"
