@@ -18,3 +18,15 @@ def test_the_group_that_started_us_is_not_the_stages_group(processes: int, monke
     given = environment(Job("sft", Path("x"), True, 3, 0), processes)
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(given)
     assert (given["LOCAL_MODEL"], given["OMP_NUM_THREADS"]) == ("/kept", "3")
+
+
+@pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "ACTIVE")])
+def test_how_threads_wait_is_the_users_to_say(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(other, raising=False)
+    job = Job("sft", Path("x"), True, 3, 0)
+    assert environment(job, 1)["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv(name, value)
+    given = environment(job, 1)
+    assert given[name] == value
+    assert name == "GOMP_SPINCOUNT" or "GOMP_SPINCOUNT" not in given
