@@ -106,7 +106,7 @@ def _require_parents(store: Store, order: dict[str, Any]) -> None:
 def _require_same_input(experiment: Experiment, context: StageContext, order: dict[str, Any]) -> None:
     """A file that was edited while the stage ran must not lie in the store under the digest of what it was before."""
     parents = {role: parent["key"] for role, parent in order["parents"].items()}
-    if digest(stage_identity(experiment, order["stage"], context.settings, parents)) != order["key"]:
+    if digest(stage_identity(experiment, context.settings, parents)) != order["key"]:
         raise InputError(
             "its data, model or packages changed while it ran: the result is of neither",
             where=f"stage {order['name']}",

@@ -146,6 +146,9 @@ def _engine(experiment: Experiment) -> Iterator[Fault]:
             ("engine.offload", "engine.strategy"),
             "engine=zero3, or engine.offload=optimizer",
         )
+    if experiment.engine.param_persistence_threshold is not None and strategy != "zero3":
+        key = "engine.param_persistence_threshold"
+        yield Fault(f"`{key}` is set, which ZeRO-3 alone knows, and {told}", (key, "engine.strategy"), "engine=zero3")
 
 
 def _train(use: Use) -> Iterator[Fault]:

@@ -39,7 +39,7 @@ def build(experiment: Experiment) -> list[Node]:
             node = declared[name]
             settings = experiment.stage[node.stage]
             parents = {role: visit(parent) for role, parent in node.inputs.items()}
-            identity = stage_identity(experiment, node.stage, settings, {r: p.key for r, p in parents.items()})
+            identity = stage_identity(experiment, settings, {role: parent.key for role, parent in parents.items()})
             built[name] = Node(name, node.stage, settings, parents, identity, digest(identity))
         return built[name]
 

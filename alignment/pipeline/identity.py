@@ -24,7 +24,7 @@ from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_fi
 FORMAT = 2  # raised when the meaning of the key itself changes
 
 
-def stage_identity(experiment: Experiment, stage: str, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:
+def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:
     """The identity of one node. parents: role -> key. Raises InputError when a file it needs is not there."""
     return {
         "format": FORMAT,

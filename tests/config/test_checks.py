@@ -18,6 +18,7 @@ IMPOSSIBLE = {
     "launcher=torchrun launcher.processes=16 engine=zero2": "`stage.sft.global_batch_size` is 8, too few for 16",
     "engine=zero2 engine.offload=all": "`engine.offload` is all, which needs ZeRO-3, and `engine.strategy` is zero2",
     "engine=ddp engine.offload=optimizer": "`engine.offload` is optimizer, which needs ZeRO, and",
+    "engine.param_persistence_threshold=0": "`engine.param_persistence_threshold` is set, which ZeRO-3 alone knows",
     "engine.offload=all": "`engine.offload` is all, which needs ZeRO, and `engine.strategy` is single",
     "stage.sft.lora.dropout=0.1": "`stage.sft.lora.dropout` must be 0.0, got 0.1 (its masks would make results depend",
     "stage.dpo.lora.dropout=0.1": "`stage.dpo.lora.dropout` must be 0.0, got 0.1 (its masks would make results depend",
