@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _converse(speakers)
     except AlignmentError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"alignment: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # while loading
         return 130

@@ -9,11 +9,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from alignment import __version__
-from alignment.errors import AlignmentError, ConfigError
+from alignment.errors import AlignmentError, ConfigError, MachineError, unusable
 
 EXIT_CODES = """\
 exit codes:
@@ -47,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if debug:
+            raise
+        print(f"alignment: error: {unusable(error)}", file=sys.stderr)
+        return MachineError.exit_code
     except Exception as error:
         if debug:
             raise
@@ -90,8 +96,13 @@ def _execute(experiment: Any, overrides: list[str]) -> float | None:
     prepared = runner.Run(experiment, command)
     terminal.announce(prepared.id, prepared.folder, runner.plan(prepared))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped in order, like Ctrl-C
-    with terminal.StageProgress() as observer:
-        runner.execute(prepared, observer)
+    try:
+        with terminal.StageProgress() as observer:
+            runner.execute(prepared, observer)
+    except (AlignmentError, KeyboardInterrupt):
+        with suppress(AlignmentError, OSError):  # what there is, and what failed; the cause itself comes first
+            terminal.show_report(page.write_report(prepared.folder, prepared.store.root))
+        raise
     report = page.write_report(prepared.folder, prepared.store.root)
     summary = gather.summarise(prepared.state, prepared.store.root)
     terminal.show_summary(summary, report)

@@ -48,6 +48,13 @@ class MachineError(AlignmentError):
     exit_code = 4
 
 
+def unusable(error: OSError) -> MachineError:
+    """A file or folder of ours (the store, the cache) that the system refuses, in words for people."""
+    where = str(error.filename) if error.filename is not None else None
+    fix = "check path and permissions; store=... and ALIGNMENT_CACHE say where results and the cache lie"
+    return MachineError(f"cannot be used: {error.strerror or error}", where=where, fix=fix)
+
+
 class TrainingError(AlignmentError):
     """Training went wrong in a way that makes its result worthless (NaN, a wrong reference model, ...)."""
 

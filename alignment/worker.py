@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import Experiment
-from alignment.errors import AlignmentError, InputError, MachineError
+from alignment.errors import AlignmentError, InputError, MachineError, unusable
 from alignment.files import canonical, digest, read_json
 from alignment.launchers.local import die_with_parent
 from alignment.pipeline.identity import code_digest, stage_identity
@@ -152,6 +152,8 @@ def _known(error: Exception, folder: Path) -> AlignmentError:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or re.search(NO_SPACE, str(error)):
         return MachineError("no space left on the disk", where=str(folder), fix="free some space, or set store=...")
+    if isinstance(error, OSError) and error.filename is not None:
+        return unusable(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return MachineError(
             "out of memory",

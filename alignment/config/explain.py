@@ -156,8 +156,22 @@ def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
         return None
     keys = [override.split("=")[0].lstrip("+~") for override in origin.overrides]
     key = next((key for key in keys if key.endswith(found[1])), found[1])
-    fix = _nearest(*shape.known_near(Experiment, key))
-    return ConfigError(f"unknown key `{key}`", where=COMMAND_LINE, fix=fix)
+    key, known = shape.known_near(Experiment, key)
+    if key.split(".")[-1] in known:
+        return ConfigError(f"`{key}` is not among the settings chosen", where=COMMAND_LINE, fix=_who_has(key))
+    return ConfigError(f"unknown key `{key}`", where=COMMAND_LINE, fix=_nearest(key, known))
+
+
+def _who_has(key: str) -> str:
+    """Which choice brings a key that is right, but not in this composition."""
+    group, _, rest = key.partition(".")
+    if group == "stage":  # a pipeline chooses its stages
+        group, wanted = "pipeline", f"/stage@stage.{rest.split('.')[0]}:"
+    else:
+        wanted = f"\n{rest.split('.')[0]}:"
+    files = sorted(file for file in (CONF / group).glob("*.yaml") if wanted in "\n" + file.read_text(encoding="utf-8"))
+    choices = ", ".join(f"{group}={file.stem}" for file in files)
+    return f"it comes with {choices}" if choices else "alignment run --cfg job shows those that are"
 
 
 def _dangling(text: str, error: Exception, origin: Origin) -> Explained:

@@ -44,11 +44,19 @@ def verdict(
     lowest = {name: comparison.difference(name, candidate, baseline).low for name in relevance}
     unshown = [name for name, low in lowest.items() if low < -limits.max_relevance_drop]
     reward = comparison.difference("reward", candidate, baseline)
-    gain = Gate("reward", reward.low > 0, f"its reward differs by {_show(reward, comparison)} from {baseline}'s")
+    gain = Gate(
+        "reward",
+        reward.low > 0,
+        f"its reward differs by {_show(reward, comparison)} from {baseline}'s (all above 0 asked)",
+    )
     others = [model for model in comparison.values if model not in (candidate, baseline)]
     versus = {model: comparison.difference("reward", candidate, model) for model in others}
     kept = [
-        Gate(f"reward_against_{model}", d.high >= 0, f"its reward differs by {_show(d, comparison)} from {model}'s")
+        Gate(
+            f"reward_against_{model}",
+            d.high >= 0,
+            f"its reward differs by {_show(d, comparison)} from {model}'s (not all below 0 asked)",
+        )
         for model, d in versus.items()
     ]
     if not all(gate.passed for gate in broken):

@@ -100,7 +100,7 @@ def content_digest(path: Path) -> str:
         files = model_files(path)
         if not files:
             fix = f"name one file, or a model folder: {', '.join(MODEL_FILES[:2])}"
-            raise InputError("the folder holds no files of a model", where=str(path), fix=fix)
+            raise InputError("is a folder without a model's files", where=str(path), fix=fix)
         return digest([[str(file.relative_to(path)), _file_digest(file)] for file in files])
     raise InputError("no such file or folder", where=str(path))
 

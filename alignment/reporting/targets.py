@@ -27,6 +27,8 @@ def run_folder(name: str, store: Path) -> Path:
 
 def models(target: str, store: Path, compare: bool) -> dict[str, Path]:
     """name -> model folder: the final model of a run, all its models with `compare`, or the folder given."""
+    if compare and not (Path(target) / "run.json").is_file() and Path(target).is_dir():
+        raise ConfigError("--compare needs a run: a model folder is one model", where=target, fix="leave out --compare")
     if (Path(target) / "config.json").is_file():
         return {Path(target).resolve().name: Path(target).resolve()}
     if (Path(target) / "model" / "config.json").is_file():

@@ -136,13 +136,21 @@ def summary_panel(summary: Row) -> Panel:
 
 def next_steps(summary: Row, report: Path | None) -> list[Text]:
     """Where the report and the model are, and the command that talks to it: lines to copy, so never wrapped."""
-    lines = [Text.assemble(("report       ", "dim"), near(report))] if report else []
+    lines = [_report_line(report)] if report else []
     if summary.get("model"):
         run = near(report.parent) if report else str(summary["run"])  # a folder is found whatever the store
         command = f"{program('alignment')} chat {shlex.quote(run)}"
         lines.append(Text.assemble(("final model  ", "dim"), near(Path(summary["model"]))))
         lines.append(Text.assemble(("talk to it   ", "dim"), (command, "bold")))
     return lines
+
+
+def _report_line(report: Path) -> Text:
+    return Text.assemble(("report       ", "dim"), near(report))
+
+
+def show_report(report: Path, console: Console | None = None) -> None:
+    (console or Console(highlight=False)).print(_report_line(report), soft_wrap=True)
 
 
 def announce(run: str, folder: Path, plan: list[Row], table: bool = False, console: Console | None = None) -> None:
@@ -301,13 +309,12 @@ class StageProgress:
         self.console.print(Text(line), soft_wrap=True)
 
 
-SHOWN = ("loss", "reward", "reward_mean", "stop_rate", "rows", "train", "pairs", "dropped")
+SHOWN = {"loss": "last loss", "reward": "reward", "reward_mean": "reward", "stop_rate": "stop rate", "rows": "rows"}
+SHOWN |= {"train": "train", "pairs": "pairs", "dropped": "dropped"}
 
 
 def main_facts(facts: Row, most: int = 4) -> str:
     """The few summary metrics of a stage that a person wants on its line."""
     known = [(name, words.finite(facts.get(name))) for name in SHOWN]
-    texts = [
-        f"{name.removesuffix('_mean').replace('_', ' ')} {value:.4g}" for name, value in known if value is not None
-    ]
+    texts = [f"{SHOWN[name]} {value:.4g}" for name, value in known if value is not None]
     return "  ".join(texts[:most])

@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_whole_model_is_one_line(case: str, model_folder: Fo
 SETTINGS: dict[str, tuple[type[AlignmentError], dict[str, Any], dict[str, Any], str]] = {
     "no template": (InputError, {"template": None}, {}, "the tokenizer has no chat template (set "),
     "unknown template": (
-        InputError, {}, {"chat_template": "instructions"},
+        ConfigError, {}, {"chat_template": "instructions"},
         "model.chat_template: no chat template 'instructions' (keep, a path that ends in .jinja, or one of: chatml, ",
     ),
     "unknown token": (

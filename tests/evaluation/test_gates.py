@@ -43,8 +43,8 @@ def test_a_sure_gain_with_relevance_and_stopping_kept_is_better() -> None:
     assert passed(found) == {"stop_rate": True, "relevance": True, "reward": True, "reward_against_sft": True}
     assert found["sentence"] == (
         "dpo is better than start and sft on 10 held-out prompts: "
-        "its reward differs by +0.50 (95% interval +0.50 to +0.50) from start's, "
-        "its reward differs by +0.30 (95% interval +0.30 to +0.30) from sft's, "
+        "its reward differs by +0.50 (95% interval +0.50 to +0.50) from start's (all above 0 asked), "
+        "its reward differs by +0.30 (95% interval +0.30 to +0.30) from sft's (not all below 0 asked), "
         "100% of its answers end by themselves (at least 90% asked), "
         "its relevance differs by +0.00 (95% interval +0.00 to +0.00) (at most 0.05 lower allowed)."
     )

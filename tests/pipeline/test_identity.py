@@ -206,7 +206,7 @@ def test_where_a_model_lies_is_not_in_its_key(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("to be filled")
-    with pytest.raises(InputError, match="the folder holds no files of a model") as caught:
+    with pytest.raises(InputError, match="is a folder without a model's files") as caught:
         content_digest(tmp_path)
     assert caught.value.where == str(tmp_path)
 

@@ -91,7 +91,7 @@ def test_where_nothing_can_move_lines_come_at_the_start_the_end_and_every_fiftee
         "… SFT  started (sft)",
         "  SFT  15/13  loss 1.732  241 tokens/s  0:28 elapsed  1:03 left",
         "  SFT  30/13  loss 1.732  241 tokens/s  0:28 elapsed  1:03 left",
-        f"✓ {'SFT':<16}{'done':<8}{'40.0 s':>12}  loss 1.69",
+        f"✓ {'SFT':<16}{'done':<8}{'40.0 s':>12}  last loss 1.69",
     ]
 
 

@@ -102,6 +102,11 @@ def test_the_first_loss_in_the_summary_is_that_of_the_first_step_whatever_is_log
     assert metrics(tmp_path)[0]["loss"] != pytest.approx(math.log(2), abs=1e-4), "the mean of five steps is another"
 
 
+def test_a_run_of_one_step_moves_the_model_though_it_warms_up(tmp_path: Path) -> None:
+    run(tmp_path, tiny.sft(max_steps=1, warmup_ratio=0.1))
+    assert metrics(tmp_path)[0]["learning_rate"] == pytest.approx(1e-3)
+
+
 def test_a_disk_without_room_for_the_model_is_said_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
