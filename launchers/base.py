@@ -52,6 +52,6 @@ def environment(job: Job, processes: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     kept = {name: value for name, value in os.environ.items() if name not in GROUP}
-    if "OMP_WAIT_POLICY" not in kept:  # threads that wait give way: a second busy program made training 20 times slower
+    if "OMP_WAIT_POLICY" not in kept:  # threads that wait give way, or a second busy program slows training ninefold
         kept.setdefault("GOMP_SPINCOUNT", "1000")
     return {**kept, **given}

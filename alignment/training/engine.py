@@ -120,9 +120,8 @@ def training_arguments(settings: Train, engine: Engine, steps: int, folder: Path
         "gradient_accumulation_steps": 1,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": SCHEDULES[settings.schedule],
-        "warmup_steps": min(
-            math.ceil(settings.warmup_ratio * steps), steps - 1
-        ),  # it begins at rate 0: never all steps
+        # It begins at rate 0, so it may never take all the steps.
+        "warmup_steps": min(math.ceil(settings.warmup_ratio * steps), steps - 1),
         "weight_decay": settings.weight_decay,
         "adam_beta1": settings.adam_beta1,
         "adam_beta2": settings.adam_beta2,
