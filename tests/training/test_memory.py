@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+from alignment.training import memory
+from alignment.training.memory import (
+    activation_bytes,
+    available_bytes,
+    checkpointed_bytes,
+    host_bytes,
+    needs_checkpointing,
+    state_bytes,
+)
+
+GB = 10**9
+
+
+def llama(size: int) -> Any:
+    return LlamaConfig(
+        hidden_size=64 * size, intermediate_size=176 * size, num_hidden_layers=2 + size, num_attention_heads=4 * size,
+        num_key_value_heads=2 * size, vocab_size=300, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def qwen2(size: int) -> Any:
+    return Qwen2Config(
+        hidden_size=112 * size, intermediate_size=608 * size, num_hidden_layers=2 + size, num_attention_heads=7 * size,
+        num_key_value_heads=size, vocab_size=300, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def gpt2(size: int) -> Any:
+    return GPT2Config(
+        n_embd=64 * size, n_layer=2 + size, n_head=4 * size, vocab_size=300, n_positions=1024, attn_pdrop=0.0,
+        resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+class Kept:
+    """Bytes of distinct storages that autograd keeps, parameters apart."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in self._own:
+            self._kept[place] = tensor  # held, so that its place is not taken by another
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+
+def measure(config: Any, tokens: int, precision: str, padded: bool = False) -> int:
+    """What a forward of the layers keeps. padded: the first token is masked, so that there is a mask at all."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    mask = torch.ones(1, tokens, dtype=torch.long)
+    mask[0, 0] = not padded
+    kept = Kept(model)
+    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor), cast:
+        model.base_model(input_ids=torch.ones(1, tokens, dtype=torch.long), attention_mask=mask, use_cache=False)
+    return kept.bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size, tokens", [(1, 300), (3, 700)])
+@pytest.mark.parametrize("family", [llama, qwen2, gpt2])
+def test_activations_are_what_autograd_keeps(family: Any, size: int, tokens: int, precision: Any) -> None:
+    config = family(size)
+    measured, estimated = measure(config, tokens, precision), activation_bytes(config, tokens, 0, precision)
+    assert 0.95 < estimated / measured < 1.2, (estimated, measured)
+
+
+def test_activations_under_a_mask_are_what_autograd_keeps() -> None:
+    tokens = 300
+    measured = measure(llama(3), tokens, "fp32", padded=True)
+    estimated = activation_bytes(llama(3), tokens, 0, "fp32")
+    assert 0.8 < estimated / measured < 1.2, (estimated, measured)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size, tokens", [(1, 300), (3, 700)])
+@pytest.mark.parametrize("family", [llama, qwen2, gpt2])
+def test_checkpointing_keeps_inputs_and_computes_one_layer_again(
+    family: Any, size: int, tokens: int, precision: Any
+) -> None:
+    """Most bytes alive that were made in forward and backward; gradients of weights and activations are among them."""
+    config = family(size)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # no gradients of weights; what is kept for them is kept for the inputs, too
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    embedded = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
+    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    with Alive() as alive:
+        with cast:
+            out = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        out.sum().backward()
+    estimated = checkpointed_bytes(config, tokens, 0, precision)
+    assert 0.8 < estimated / alive.most < 1.5, (estimated, alive.most)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operations make: now, and most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self._sizes = 0, 0, {}  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in tree_iter(args) if isinstance(tensor, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes and storage._cdata not in given:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata)
+        self.most = max(self.most, self.now)
+        return result
+
+    def _gone(self, storage: int) -> None:
+        self.now -= self._sizes.pop(storage, 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_head_takes_what_its_tiles_take(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl.kernels import chunked_logprob
+
+    scored, vocabulary, width = 512, 3000, 1024
+    monkeypatch.setattr(memory, "VOCABULARY_TILE", width)
+    config = LlamaConfig(hidden_size=64, vocab_size=vocabulary)
+    hidden = torch.randn(scored, 64, requires_grad=True)
+    weight = torch.randn(vocabulary, 64, requires_grad=True)
+    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    targets = torch.zeros(scored, dtype=torch.long)
+    with Alive() as alive:
+        with cast:
+            scores = chunked_logprob.ChunkedLogProbFunction.apply(
+                hidden, weight, None, targets, 1.0, width, None, 1.0, ("log_probs",)
+            )[0]
+        scores.sum().backward()
+    estimated = activation_bytes(config, 0, scored, precision) - activation_bytes(config, 0, 0, precision)
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == memory.TOKEN_TILE
+    assert 0.9 < estimated / alive.most < 1.2, (estimated, alive.most)
+
+
+def test_the_heads_tiles_are_those_of_trl() -> None:
+    from trl.trainer import utils
+
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == memory.VOCABULARY_TILE
+    config = llama(1)
+    most = activation_bytes(config, 0, memory.TOKEN_TILE, "fp32")
+    more = activation_bytes(config, 0, 2 * memory.TOKEN_TILE, "fp32")
+    assert more - most == memory.TOKEN_TILE * config.hidden_size * 4  # no more tiles, only the gradient of the hidden
+
+
+def test_on_a_gpu_the_tile_is_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = activation_bytes(llama(1), 0, 100, "fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpu = activation_bytes(llama(1), 0, 100, "fp32")
+    assert on_gpu == 100 * 32768 * 4 + (300 + 100) * 64 * 4
+    assert on_cpu - on_gpu == 7.25 * 100 * 300 * 4
+
+
+def test_the_state_is_shared_as_the_strategy_says() -> None:
+    def state(strategy: str, offload: str = "none", trainable: int = 80) -> int:
+        return state_bytes(80, trainable, strategy, 4, offload)
+
+    weights = gradients = 320
+    assert state("single") == 320 * 4
+    assert state("ddp") == 320 * 5
+    assert state("zero1") == weights + gradients + 320 * 3 // 4
+    assert state("zero2") == weights + 320 * 4 // 4
+    assert state("zero3") == 320 * 5 // 4
+    assert state("single", trainable=10) == weights + 3 * 40
+    assert state("zero1", "optimizer") == weights + gradients
+    assert state("zero2", "optimizer") == weights
+    assert state("zero3", "optimizer") == weights // 4
+    assert state("zero3", "all") == 0
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def test_room_is_what_the_tightest_of_machine_and_groups_leaves(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    write(proc, meminfo="MemTotal:  900 kB\nMemAvailable:  500 kB\n")
+    assert host_bytes(proc, groups) == 500 * 1024
+    write(proc / "self", cgroup="0::/job/step\n")
+    write(groups / "job" / "step", memory__max="max\n", memory__current="1000\n", memory__stat="")
+    assert host_bytes(proc, groups) == 500 * 1024
+    write(groups / "job", memory__max="9000\n", memory__current="7000\n", memory__stat="anon 1\ninactive_file 500\n")
+    assert host_bytes(proc, groups) == 2500  # the group above limits, its cache is given back
+    write(groups, memory__max="900\n", memory__current="1000\n", memory__stat="")
+    assert host_bytes(proc, groups) == 0
+
+
+def test_room_in_a_group_of_the_first_version(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    write(proc, meminfo="MemAvailable:  500 kB\n")
+    write(proc / "self", cgroup="3:cpu,cpuacct:/other\n2:memory:/job\n0::/\n")
+    write(groups / "memory", memory__limit_in_bytes=str(2**63 - 4096), memory__usage_in_bytes="5", memory__stat="")
+    assert host_bytes(proc, groups) == 500 * 1024
+    stat = "inactive_file 1\ntotal_inactive_file 30\n"
+    write(groups / "memory" / "job", memory__limit_in_bytes="900", memory__usage_in_bytes="100", memory__stat=stat)
+    assert host_bytes(proc, groups) == 830
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(memory, "host_bytes", lambda *_: 1200)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert available_bytes() == 1200
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_bytes() == 300
+    monkeypatch.undo()
+    assert available_bytes() > 0
+
+
+def decide(setting: Any, available: int, **changes: Any) -> tuple[bool, str]:
+    config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
+    shape: dict[str, Any] = {
+        "tokens": 4096, "scored": 1000, "precision": "fp32", "parameters": GB, "trainable": GB, "strategy": "single",
+        "world_size": 1, "offload": "none",
+    }  # fmt: skip
+    return needs_checkpointing(setting, config, available=available, **{**shape, **changes})
+
+
+def test_checkpointing_is_on_where_all_would_not_fit() -> None:
+    on, line = decide("auto", 30 * GB)
+    assert on and line.startswith("gradient checkpointing on (by itself): about 16.0 GB of weights")
+    assert "30.0 GB free" in line and "suffice" not in line and "\n" not in line
+    off, line = decide("auto", 100 * GB)
+    assert not off and line.startswith("gradient checkpointing off (by itself)")
+    assert decide("auto", 30 * GB, tokens=100)[0] is False
+    assert decide("auto", 10 * GB)[1].endswith("; memory may not suffice")
+
+
+def test_a_setting_is_obeyed() -> None:
+    on, line = decide(True, 1000 * GB)
+    assert on is True and line.startswith("gradient checkpointing on (as set)")
+    off, line = decide(False, 20 * GB)
+    assert off is False and line.endswith("memory may not suffice")
+
+
+def test_offloading_to_the_same_memory_frees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "20.0 GB of weights" in decide("auto", GB, strategy="zero3", offload="all")[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert " 0.0 GB of weights" in decide("auto", GB, strategy="zero3", offload="all")[1]
