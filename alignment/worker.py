@@ -60,6 +60,7 @@ def _run(folder: Path, order: dict[str, Any]) -> None:
         inputs={role: store.result(parent["key"]) for role, parent in order["parents"].items()},
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        shared=store.root,
     )
     _require_parents(store, order)
     stage = importlib.import_module(

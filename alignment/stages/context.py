@@ -22,6 +22,7 @@ class StageContext:
     folder: the private work folder; what lies in it when the function returns is the stage's result.
     inputs: role -> folder of the parent's committed result. settings: this stage's part of the experiment.
     rank, world_size: of this process; files are written by rank 0 unless the stage says otherwise.
+    shared: a folder that all runs of a store share, for what they may leave each other; None: nothing is shared.
     listeners: also told each row of metrics (tracking is one).
     """
 
@@ -34,6 +35,7 @@ class StageContext:
     inputs: dict[str, Path]
     rank: int = 0
     world_size: int = 1
+    shared: Path | None = None
     listeners: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0

@@ -19,7 +19,10 @@ def run(context: StageContext) -> dict[str, Any]:
     return train(context, sft_sizes, make_trainer)
 
 
-def make_trainer(settings: Sft, start: Path, arguments: dict[str, Any], **common: Any) -> SFT:
-    args = trl.SFTConfig(**arguments)  # before the model: under ZeRO-3 it is sharded while it is read
+def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> SFT:
+    settings: Sft = context.settings
+    args = trl.SFTConfig(
+        **arguments, router_aux_loss_coef=0.0
+    )  # before the model: under ZeRO-3 it is sharded while it is read
     model = load(start)
     return SFT(model=model, args=args, peft_config=lora_config(settings.lora, model), **common)

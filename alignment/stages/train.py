@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
@@ -16,15 +16,17 @@ from alignment.files import require_room
 from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
+from alignment.training.memory import attention_share
 from alignment.training.model import consolidate
+from alignment.training.rows import Sizes
 
 
 def train(
     context: StageContext,
-    sizes: Callable[[Any], tuple[list[int], list[int]]],
+    sizes: Callable[[Any], Sizes],
     make_trainer: Callable[..., Any],
 ) -> dict[str, Any]:
-    """sizes(rows) -> lengths and weights. make_trainer(settings, start, arguments, **what every trainer takes)."""
+    """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes)."""
     settings, setup = context.settings, context.experiment.engine
     start = context.inputs["model"] / "model"
     context.progress(0, 0, note="loading the model", force=True)
@@ -33,17 +35,21 @@ def train(
     rows = _rows(context.inputs["data"] / "train")
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
     check_end_of_turn(rows, tokenizer.eos_token_id)
-    lengths, weights = sizes(rows)
+    of_rows = sizes(rows)
     batches = GlobalBatches(
-        lengths=lengths,
-        weights=weights,
+        lengths=of_rows.lengths.tolist(),
+        weights=of_rows.weights.tolist(),
         global_batch_size=settings.global_batch_size,
         steps=count_steps(len(rows), settings.global_batch_size, settings.epochs, settings.max_steps),
         seed=settings.seed,
         world_size=context.world_size,
         tokens_per_micro_batch=setup.tokens_per_micro_batch,
+        quadratic=attention_share(AutoConfig.from_pretrained(start, local_files_only=True)),
     )
-    arguments = engine.training_arguments(settings, setup, batches.steps, context.folder)
+    checkpointing, why = engine.decide_checkpointing(settings, setup, start, context.world_size)
+    say = print if context.is_main else lambda line: None
+    say(why)
+    arguments = engine.training_arguments(settings, setup, batches.steps, context.folder, checkpointing)
 
     def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
         shown: dict[str, Any] = {name: metrics[name] for name in ("loss", "tokens_per_s") if name in metrics}
@@ -52,7 +58,15 @@ def train(
             context.log(step, metrics)
 
     trainer = make_trainer(
-        settings, start, arguments, batches=batches, on_step=on_step, train_dataset=rows, processing_class=tokenizer
+        context,
+        start,
+        arguments,
+        batches=batches,
+        widths=of_rows.widths.tolist(),
+        on_step=on_step,
+        say=say,
+        train_dataset=rows,
+        processing_class=tokenizer,
     )
     require_room(context.folder, 4 * sum(map(_size, trainer.model.parameters())))  # before training, not after it
     began = time.monotonic()

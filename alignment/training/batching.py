@@ -8,7 +8,7 @@ so all of them compute the same split without talking to each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,9 +28,12 @@ def count_steps(rows: int, global_batch_size: int, epochs: float, max_steps: int
 class GlobalBatches:
     """The batches of a run.
 
-    lengths: cost of each row in tokens of a padded forward: a micro-batch of rows R costs len(R) * max(lengths of R).
+    lengths: packed tokens of each row, a prompt that its answers share counted once.
     weights: what each row adds to the divisor of the loss: its trained tokens (SFT), or 1 a pair (DPO).
-    tokens_per_micro_batch: most tokens, padding included, of a micro-batch; a longer row is a micro-batch of its own.
+    widths: tokens of each row when padded; given where the forward pads, so that a micro-batch of rows R is
+    len(R) * max(widths of R) tokens. None where it packs: then it is the sum of their lengths.
+    tokens_per_micro_batch: most tokens of a micro-batch; a longer row is a micro-batch of its own.
+    quadratic: b / a of the time a*L + b*L^2 that a row of L tokens takes (attention against all else), 1 / tokens.
     """
 
     lengths: Sequence[int]
@@ -40,6 +43,8 @@ class GlobalBatches:
     seed: int
     world_size: int = 1
     tokens_per_micro_batch: int = 2048
+    widths: Sequence[int] | None = None
+    quadratic: float = 0.0
 
     def __post_init__(self) -> None:
         if self.global_batch_size < self.world_size:
@@ -57,60 +62,69 @@ class GlobalBatches:
 
     def weight(self, step: int) -> int:
         """The divisor of the step's loss: trained tokens or pairs of the whole global batch."""
-        return sum(self.weights[row] for row in self.rows(step))
+        return sum(int(self.weights[row]) for row in self.rows(step))
 
     def micro_batches(self, step: int) -> list[list[list[int]]]:
         """[process][micro-batch] -> row numbers; every process has the same number of micro-batches, none is empty."""
-        shares = self._shares(self.rows(step))
-        cuts = [self._cut(share) for share in shares]
+        return self.split(self.rows(step))
+
+    def split(self, rows: Sequence[int]) -> list[list[list[int]]]:
+        """The fewest micro-batches a process that keep to the budget; at least as many rows as processes."""
+        shares = _longest_first_to_the_lightest(rows, self._cost, self.world_size, even=True)
+        most = min(map(len, shares))
         # Only if the batch does not divide by the processes may the smallest share lack rows for the count needed;
         # then the others' micro-batches exceed the budget a little.
-        count = min(max(map(len, cuts)), min(map(len, shares)))
-        return [self._with_count(cut, count) for cut in cuts]
+        for count in range(min(most, self._fewest(shares)), most + 1):
+            split = [self._cut(share, count) for share in shares]
+            if all(
+                len(cut) == 1 or self.tokens(cut) <= self.tokens_per_micro_batch for share in split for cut in share
+            ):
+                break
+        return split
 
-    def _shares(self, rows: list[int]) -> list[list[int]]:
-        """Longest processing time first (Graham 1969): the longest row left goes to the process with the fewest tokens.
+    def tokens(self, rows: Sequence[int]) -> int:
+        """Tokens that a forward of these rows computes."""
+        if self.widths is not None:
+            return len(rows) * max(int(self.widths[row]) for row in rows)
+        return sum(int(self.lengths[row]) for row in rows)
 
-        Shares differ by at most one row, so that all can be cut into the same number of micro-batches.
-        """
-        least, larger = divmod(len(rows), self.world_size)
-        shares: list[list[int]] = [[] for _ in range(self.world_size)]
-        load = [0] * self.world_size
-        for row in self._longest_first(rows):
-            open_to = [r for r, share in enumerate(shares) if len(share) < least or (len(share) == least and larger)]
-            rank = min(open_to, key=lambda r: load[r])
-            larger -= len(shares[rank]) == least
-            shares[rank].append(row)
-            load[rank] += self.lengths[row]
-        return shares
+    def _fewest(self, shares: list[list[int]]) -> int:
+        """No fewer micro-batches than this can hold the largest share: where the search begins."""
+        most = max(sum(int(self.lengths[row]) for row in share) for share in shares)
+        return max(1, min(-(-most // self.tokens_per_micro_batch), min(map(len, shares))))
 
-    def _cut(self, share: list[int]) -> list[list[int]]:
-        """The fewest micro-batches within the budget; rows of like length together, so that little is padded."""
-        cut: list[list[int]] = []
-        for row in self._longest_first(share):
-            if cut and (len(cut[-1]) + 1) * self.lengths[cut[-1][0]] <= self.tokens_per_micro_batch:
-                cut[-1].append(row)
-            else:
-                cut.append([row])
-        return cut
+    def _cut(self, share: list[int], count: int) -> list[list[int]]:
+        """A share in `count` micro-batches of about equal time; padded rows beside those of like width."""
+        if self.widths is None:
+            return _longest_first_to_the_lightest(share, self._cost, count)
+        widest_first = sorted(share, key=lambda row: -self.widths[row])  # type: ignore[index]
+        return [list(map(int, part)) for part in np.array_split(np.array(widest_first), count)]
 
-    def _with_count(self, cut: list[list[int]], count: int) -> list[list[int]]:
-        """The same rows in `count` micro-batches: the dearest is halved, or the cheapest neighbours are joined."""
-        cut = [list(rows) for rows in cut]
-        while len(cut) < count:
-            at = max((i for i, rows in enumerate(cut) if len(rows) > 1), key=lambda i: self._cost(cut[i]))
-            half = (len(cut[at]) + 1) // 2
-            cut[at : at + 1] = [cut[at][:half], cut[at][half:]]
-        while len(cut) > count:
-            at = min(range(len(cut) - 1), key=lambda i: self._cost(cut[i] + cut[i + 1]))
-            cut[at : at + 2] = [cut[at] + cut[at + 1]]
-        return cut
+    def _cost(self, row: int) -> float:
+        length = float(self.lengths[row])
+        return length + self.quadratic * length * length
 
-    def _cost(self, rows: list[int]) -> int:
-        return len(rows) * max(self.lengths[row] for row in rows)
 
-    def _longest_first(self, rows: list[int]) -> list[int]:
-        return sorted(rows, key=lambda row: -self.lengths[row])
+def _longest_first_to_the_lightest(
+    rows: Sequence[int], cost: Callable[[int], float], count: int, even: bool = False
+) -> list[list[int]]:
+    """Longest processing time first (Graham 1969): the dearest row left goes to the bin with the least to do.
+
+    No bin stays empty (there are at least `count` rows). even: bins differ by at most one row, so that all of them can
+    be cut into equally many micro-batches.
+    """
+    least, larger = divmod(len(rows), count)
+    bins: list[list[int]] = [[] for _ in range(count)]
+    load = [0.0] * count
+    for row in sorted(rows, key=lambda row: -cost(row)):
+        may = range(count)
+        if even:
+            may = [at for at in may if len(bins[at]) < least or (len(bins[at]) == least and larger)]  # type: ignore[assignment]
+        lightest = min(may, key=lambda at: (load[at], len(bins[at])))
+        larger -= even and len(bins[lightest]) == least
+        bins[lightest].append(row)
+        load[lightest] += cost(row)
+    return bins
 
 
 @lru_cache(maxsize=4)

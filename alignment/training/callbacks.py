@@ -11,6 +11,16 @@ from transformers import TrainerCallback
 HIDDEN = {"epoch"}
 
 
+class Before(TrainerCallback):
+    """act() once, when model and engine are ready and no step was made."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._act()
+
+
 class Reporter(TrainerCallback):
     """on_step(step, total, metrics) after every optimiser step; metrics are there at logging steps and at the last."""
 

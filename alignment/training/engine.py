@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config.schema import Engine, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
+from alignment.training.memory import needs_checkpointing
+from alignment.training.model import count_parameters
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 # The schema's names for transformers' schedules; each warms up first.
@@ -110,8 +113,13 @@ def remove_stale_locks(kernels: Path) -> list[Path]:
     return stale
 
 
-def training_arguments(settings: Train, engine: Engine, steps: int, folder: Path) -> dict[str, Any]:
-    """Keyword arguments of a TRL config: the optimiser as the settings say, Trainer's own reporting and saving off."""
+def training_arguments(
+    settings: Train, engine: Engine, steps: int, folder: Path, checkpointing: bool = False
+) -> dict[str, Any]:
+    """Keyword arguments of a TRL config: the optimiser as the settings say, Trainer's own reporting and saving off.
+
+    checkpointing: engine.gradient_checkpointing, decided.
+    """
     on_gpu = torch.cuda.is_available()
     return {
         "output_dir": str(folder),
@@ -135,7 +143,7 @@ def training_arguments(settings: Train, engine: Engine, steps: int, folder: Path
         "use_cpu": not on_gpu,
         "ddp_backend": dist.get_backend() if dist.is_initialized() else None,
         "ddp_find_unused_parameters": False,
-        "activation_checkpointing": engine.gradient_checkpointing,
+        "activation_checkpointing": checkpointing,
         "deepspeed": deepspeed_config(engine, settings, on_gpu),
         "max_length": None,  # the rows are cut by nobody: too long ones were dropped, and counted, before
         "logging_steps": settings.log_every,
@@ -147,6 +155,28 @@ def training_arguments(settings: Train, engine: Engine, steps: int, folder: Path
         "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,
     }
+
+
+def decide_checkpointing(settings: Train, engine: Engine, start: Path, world_size: int) -> tuple[bool, str]:
+    """Whether to checkpoint, the same on every process, and why. start: folder of the model that will be loaded."""
+    parameters = count_parameters(start)
+    answer = [
+        needs_checkpointing(
+            engine.gradient_checkpointing,
+            AutoConfig.from_pretrained(start, local_files_only=True),
+            tokens=engine.tokens_per_micro_batch,
+            scored=engine.tokens_per_micro_batch,
+            precision=settings.precision,
+            parameters=parameters,
+            trainable=parameters if settings.lora is None else parameters // 50,  # adapters are about that small
+            strategy=engine.strategy,
+            world_size=world_size,
+            offload=engine.offload,
+        )
+    ]
+    if dist.is_initialized():  # free memory differs from process to process
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def deepspeed_config(engine: Engine, settings: Train, on_gpu: bool) -> dict[str, Any] | None:

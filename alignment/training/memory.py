@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from alignment.training.head import BLOCK_BYTES, KEPT_BYTES
+
 FP32, BF16 = 4, 2  # bytes
 USABLE = 0.8  # of what is free; the rest for gradients of activations, fragments, buffers of communication
 GIGABYTE = 1e9
-TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL's chunked head
-# fp32 tiles alive at once in the backward of that head where it runs in torch's operations instead of Triton's
-TORCH_TILES = 7.25
+TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL's chunked head, on CUDA
 # kept inputs of activations that transformers writes out in Python; those of torch keep one, the input
 KEPT_BY_ACTIVATION = {"gelu_new": 4, "gelu_fast": 4, "gelu_python": 4, "quick_gelu": 2}
 CGROUPS = (  # of a group: its limit, its use, and the line of memory.stat with the file cache it would give back
@@ -125,20 +125,28 @@ def _around(shape: _Shape) -> int:
 
 
 def _head(shape: _Shape, scored: int, precision: str) -> int:
-    """Most bytes of TRL's chunked head at once, which is in its backward: tiles, and the gradients it adds up in fp32.
+    """Most bytes of the head at once, which is in its backward: logits, and the gradients it adds up in fp32.
 
-    The tile is in the precision of the computation; with Triton nothing else is as large, without it torch's operations
-    make fp32 copies of it.
+    CUDA: TRL's kernel, whose tile is in the precision of the computation. CPU: training/head.py, which keeps the
+    probabilities, and has a block of logits in three forms.
     """
     if not scored:
         return 0
-    tile = min(scored, TOKEN_TILE) * VOCABULARY_TILE
-    used = min(scored, TOKEN_TILE) * min(shape.vocabulary, VOCABULARY_TILE)
-    size = FP32 if precision == "fp32" else BF16
-    copies = 0 if torch.cuda.is_available() else int(TORCH_TILES * FP32 * used)
     gradients = (shape.vocabulary + scored) * shape.hidden * FP32
-    cast = 0 if precision == "fp32" else min(shape.vocabulary, VOCABULARY_TILE) * shape.hidden * BF16
-    return tile * size + copies + cast + gradients
+    if torch.cuda.is_available():
+        tile = min(scored, TOKEN_TILE) * VOCABULARY_TILE
+        cast = 0 if precision == "fp32" else min(shape.vocabulary, VOCABULARY_TILE) * shape.hidden * BF16
+        return tile * (FP32 if precision == "fp32" else BF16) + cast + gradients
+    logits = scored * shape.vocabulary * FP32
+    return (logits if logits <= KEPT_BYTES else 0) + 3 * min(logits, BLOCK_BYTES) + gradients
+
+
+def attention_share(config: Any) -> float:
+    """b / a of the time a*L + b*L^2 of a row of L tokens, in 1 / tokens, from operations per token: 2 for each weight
+    of the layers, against 4 * (heads times their size) for each token seen, of which causally there are L / 2."""
+    shape = _shape(config)
+    weights = shape.hidden * (2 * shape.query + 2 * shape.key) + (3 if shape.gated else 2) * shape.hidden * shape.inner
+    return shape.query / weights
 
 
 def state_bytes(parameters: int, trainable: int, strategy: str, world_size: int, offload: str) -> int:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Metric:
-    """how: mean (a sum over units, divided by their number) | sum | max. by: the unit of a mean, rows | tokens."""
+    """how: mean (a sum over units by their number) | sum | max | min. by: the sum that a mean is divided by."""
 
-    how: Literal["mean", "sum", "max"]
+    how: Literal["mean", "sum", "max", "min"]
     by: str | None = None
 
 
@@ -29,6 +29,7 @@ METRICS: dict[str, Metric] = {
     "tokens": Metric("sum"),
     "input_tokens": Metric("sum"),
     "longest_row": Metric("max"),
+    "computed_share": Metric("mean", "input_tokens"),  # tokens that went through the model, of those the rows hold
     "mean_token_accuracy": PER_TOKEN,
     "entropy": PER_TOKEN,
     "kl": PER_TOKEN,
@@ -38,7 +39,15 @@ METRICS: dict[str, Metric] = {
     "rewards/accuracies": PER_ROW,
     "logps/chosen": PER_ROW,
     "logps/rejected": PER_ROW,
+    "accuracy": PER_ROW,
+    "margin": PER_ROW,
+    "mean_reward": PER_ROW,
+    "min_reward": Metric("min"),
+    "max_reward": Metric("max"),
 }
+EXTREME = {"max": torch.maximum, "min": torch.minimum}
+# A margin of fewer nats is rounding: before the first update every margin is zero, and no pair is right.
+NO_MARGIN = 1e-3
 
 
 class Meter:
@@ -48,12 +57,12 @@ class Meter:
         self._values: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """values: for a mean or a sum, the sum over the units of one micro-batch; for a max, its maximum."""
+        """values: for a mean or a sum, the sum over the units of one micro-batch; for max and min, its extreme."""
         for name, value in values.items():
             value = torch.as_tensor(value).detach().double()
             before = self._values.get(name)
             if before is not None:
-                value = torch.maximum(before, value) if METRICS[name].how == "max" else before + value
+                value = EXTREME.get(METRICS[name].how, torch.add)(before, value)
             self._values[name] = value
 
     def reduce(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -71,7 +80,7 @@ def combine(names: Iterable[str], values: Tensor) -> dict[str, float]:
     columns = dict(zip(names, values.unbind(1), strict=True))
     total: dict[str, float] = {}
     for name, column in columns.items():
-        total[name] = float(column.max() if METRICS[name].how == "max" else column.sum())
+        total[name] = float({"max": column.max, "min": column.min}.get(METRICS[name].how, column.sum)())
     divisors = {name: metric.by for name, metric in METRICS.items() if metric.how == "mean" and metric.by}
     return {name: value / max(total[divisors[name]], 1) if name in divisors else value for name, value in total.items()}
 
@@ -88,8 +97,10 @@ def token_sums(output: Any, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def pair_sums(policy: Any, reference: Any, labels: Tensor, beta: float) -> dict[str, Tensor]:
+def pair_sums(policy: Any, reference: Tensor, labels: Tensor, beta: float) -> dict[str, Tensor]:
     """Sums over the pairs of a scored micro-batch whose first half are the chosen rows, the second the rejected ones.
+
+    reference: its log-probs, [rows, width - 1] as the policy's.
 
     Rewards are the implicit ones of Rafailov et al. 2023 (arXiv:2305.18290, eq. 5), beta log(pi / pi_ref), in nats.
     kl: Schulman's k3 estimator (joschu.net/blog/kl-approx.html) a token, (w - 1) - log w with w = pi / pi_ref: for
@@ -97,7 +108,7 @@ def pair_sums(policy: Any, reference: Any, labels: Tensor, beta: float) -> dict[
     a token; of pairs from elsewhere a measure of drift, still >= 0 and 0 only where both agree. The KL of the model's
     own answers is measured by the evaluate stage.
     """
-    log_ratios = (policy.log_probs - reference.log_probs).double()  # [2 pairs, width - 1]
+    log_ratios = (policy.log_probs - reference).double()  # [2 pairs, width - 1]
     chosen_reward, rejected_reward = (beta * log_ratios.sum(1)).chunk(2)
     chosen_logp, rejected_logp = policy.log_probs.double().sum(1).chunk(2)
     return {
@@ -107,7 +118,46 @@ def pair_sums(policy: Any, reference: Any, labels: Tensor, beta: float) -> dict[
         "rewards/chosen": chosen_reward.sum(),
         "rewards/rejected": rejected_reward.sum(),
         "rewards/margins": (chosen_reward - rejected_reward).sum(),
-        "rewards/accuracies": (chosen_reward > rejected_reward).sum(),
+        "rewards/accuracies": (chosen_reward - rejected_reward > beta * NO_MARGIN).sum(),
         "logps/chosen": chosen_logp.sum(),
         "logps/rejected": rejected_logp.sum(),
     }
+
+
+def reward_sums(logits: Tensor) -> dict[str, Tensor]:
+    """Sums over the pairs of a reward model's micro-batch. logits: [2 pairs, 1], all chosen rows first."""
+    rewards = logits.detach().double().flatten()
+    chosen, rejected = rewards.chunk(2)
+    return {
+        "rows": logits.new_tensor(len(chosen)),
+        "accuracy": (chosen > rejected).sum(),
+        "margin": (chosen - rejected).sum(),
+        "mean_reward": (chosen + rejected).sum() / 2,
+        "min_reward": rewards.min(),
+        "max_reward": rewards.max(),
+    }
+
+
+class Unused:
+    """Stands for each number of TRL's own metrics, which are not ours: computing with it costs nothing, asks the device
+    for nothing, and comes to 0."""
+
+    def _same(self, *args: Any, **kwargs: Any) -> Unused:
+        return self
+
+    sum = mean = min = max = __getitem__ = __truediv__ = __mul__ = _same
+
+    def chunk(self, count: int, dim: int = 0) -> tuple[Unused, ...]:
+        return (self,) * count
+
+    def item(self) -> float:
+        return 0.0
+
+    def __floordiv__(self, other: Any) -> int:
+        return 0
+
+    def __gt__(self, other: Any) -> bool:
+        return False
+
+
+UNUSED = Unused()

@@ -32,6 +32,17 @@ def load(folder: Path) -> Any:
     return model
 
 
+def count_parameters(folder: Path) -> int:
+    """Weights in the files of a model folder, from their headers; tied ones count once."""
+    from safetensors import safe_open
+
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            count += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118
+    return count
+
+
 def lora_config(lora: Lora | None, model: Any) -> Any:
     """PEFT's configuration of the adapters, or None. Raises ConfigError for target modules the model does not have."""
     if lora is None:

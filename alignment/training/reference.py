@@ -20,7 +20,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -221,36 +221,43 @@ class ReferenceStore:
 
 
 @contextmanager
-def computing(store: ReferenceStore, waiting: Callable[[], None], every: float = 1.0) -> Iterator[None]:
+def computing(
+    store: ReferenceStore,
+    waiting: Callable[[], None],
+    every: float = 1.0,
+    ask: Callable[[Callable[[], bool]], bool] = lambda take: take(),
+) -> Iterator[None]:
     """Held by the one run that computes what the store lacks, so that a sweep started at once computes it once.
 
-    waiting: called once if another process holds it; then it is asked for again each `every` seconds. It only saves
-    work: nothing breaks where a file system has no locks, there everybody computes. The kernel drops a dead holder's.
+    waiting: called once if another process holds it; then it is asked for again each `every` seconds. ask(take): of
+    several processes of a run one takes it, and tells the others whether it could; they wait here and not in a
+    collective, which would give up. It only saves work: nothing breaks where a file system has no locks, there
+    everybody computes. The kernel drops a dead holder's.
     """
     store.prepare()
     with open(store.folder / "lock", "a", encoding="utf-8") as stream:
-        locked = _wait(stream.fileno(), waiting, every)
+        told = False
+        while not ask(lambda: _take(stream.fileno())):
+            if not told:
+                waiting()
+            told = True
+            time.sleep(every)
         try:
             yield
         finally:
-            if locked:  # closing is not enough: children made by fork have the file open too
+            with suppress(OSError):  # closing is not enough: children made by fork have the file open too
                 fcntl.flock(stream, fcntl.LOCK_UN)
 
 
-def _wait(handle: int, waiting: Callable[[], None], every: float) -> bool:
-    """Whether the lock was taken; False: the file system has none."""
-    told = False
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if not told:
-                waiting()
-                told = True
-            time.sleep(every)
-        except OSError:
-            return False
+def _take(handle: int) -> bool:
+    """False while another has it. Where the file system has no locks, everybody has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _keys(digests: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,18 @@ import pyarrow.compute as pc
 IGNORED = -100
 
 
-def sft_sizes(rows: Any) -> tuple[list[int], list[int]]:
-    """rows: a datasets.Dataset with input_ids, labels. Returns tokens and trained tokens of each row."""
+@dataclass(frozen=True)
+class Sizes:
+    """Of each row. lengths: tokens to compute when packed; widths: when padded beside rows no longer; weights: its part
+    in the divisor of the loss."""
+
+    lengths: np.ndarray
+    widths: np.ndarray
+    weights: np.ndarray
+
+
+def sft_sizes(rows: Any) -> Sizes:
+    """rows: a datasets.Dataset with input_ids, labels. A row weighs its trained tokens."""
     lengths, trained = [], []
     for table in _tables(rows):
         lengths.append(_lengths(table, "input_ids"))
@@ -23,16 +34,29 @@ def sft_sizes(rows: Any) -> tuple[list[int], list[int]]:
         # the first token of a row has no position before it to be predicted from
         first = np.where(counts > 0, np.append(marked, False)[firsts[:-1]], False)
         trained.append(before[firsts[1:]] - before[firsts[:-1]] - first)
-    return np.concatenate(lengths).tolist(), np.concatenate(trained).tolist()
+    return Sizes(np.concatenate(lengths), np.concatenate(lengths), np.concatenate(trained))
 
 
-def pair_sizes(rows: Any) -> tuple[list[int], list[int]]:
-    """rows: a datasets.Dataset with prompt_ids, chosen_ids, rejected_ids. Returns tokens of both sides, and 1s."""
-    lengths = []
+def pair_sizes(rows: Any) -> Sizes:
+    """rows: a datasets.Dataset with prompt_ids, chosen_ids, rejected_ids. A pair weighs 1; packed, it has its prompt
+    once, padded it has two rows as long as the longer one."""
+    lengths, widths = [], []
     for table in _tables(rows):
-        longer = np.maximum(_lengths(table, "chosen_ids"), _lengths(table, "rejected_ids"))
-        lengths.append(2 * (_lengths(table, "prompt_ids") + longer))
-    return np.concatenate(lengths).tolist(), [1] * len(rows)
+        prompt, chosen, rejected = (_lengths(table, f"{part}_ids") for part in ("prompt", "chosen", "rejected"))
+        lengths.append(prompt + chosen + rejected)
+        widths.append(2 * (prompt + np.maximum(chosen, rejected)))
+    return Sizes(np.concatenate(lengths), np.concatenate(widths), np.ones(len(rows), dtype=np.int64))
+
+
+def whole_pair_sizes(rows: Any) -> Sizes:
+    """rows: a datasets.Dataset with chosen_ids, rejected_ids, each with its prompt before it (reward models). How much
+    the two share is known only when they are collated: the length is that without sharing."""
+    lengths, widths = [], []
+    for table in _tables(rows):
+        chosen, rejected = _lengths(table, "chosen_ids"), _lengths(table, "rejected_ids")
+        lengths.append(chosen + rejected)
+        widths.append(2 * np.maximum(chosen, rejected))
+    return Sizes(np.concatenate(lengths), np.concatenate(widths), np.ones(len(rows), dtype=np.int64))
 
 
 def _tables(rows: Any) -> Any:

@@ -9,23 +9,29 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 import trl
+import trl.trainer.dpo_trainer as dpo_module
 import trl.trainer.utils as trl_utils
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
 from alignment.errors import TrainingError
+from alignment.training.attention import describe_backend
 from alignment.training.batching import GlobalBatches
-from alignment.training.callbacks import Reporter
-from alignment.training.metrics import Meter, pair_sums, token_sums
+from alignment.training.callbacks import Before, Reporter
+from alignment.training.metrics import UNUSED, Meter, pair_sums, reward_sums, token_sums
+from alignment.training.packing import pack
+from alignment.training.reference_pass import References
+from alignment.training.shared_prefix import differs, install, refusal
 
 _Trainer: Any = transformers.Trainer  # after the TRL trainer in the order of bases
 
@@ -39,22 +45,66 @@ NOT_FINITE = "lower learning_rate, or look at the data"
 FIRST_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 
 
+@dataclass(frozen=True)
+class Packing:
+    """on: compute packs, not padded rows. share: a beginning that rows share once. bucket: tokens that a pack is filled
+    up to a multiple of."""
+
+    on: bool = True
+    share: bool = True
+    bucket: int = 1
+
+
 class AlignedTrainer(_Trainer):
     """Mixin before a TRL trainer. An item of the loader is one optimiser step: this process's micro-batches."""
 
     loss_is_scaled_for_ga: Any = True  # compute_loss scales: Trainer must not divide again
+    branches = 1  # rows of one record, which begin alike
 
-    def __init__(self, *, batches: GlobalBatches, on_step: Callable[..., None], model: Any, **kwargs: Any) -> None:
-        """batches: rows of every step. on_step(step, total, metrics): after every step; between rows no metrics."""
-        self.batches = batches
+    def __init__(
+        self,
+        *,
+        batches: GlobalBatches,
+        widths: Sequence[int],
+        on_step: Callable[..., None],
+        model: Any,
+        packing: Packing = Packing(),
+        say: Callable[[str], None] = print,
+        **kwargs: Any,
+    ) -> None:
+        """batches: rows of every step. widths: their tokens when padded, for models that cannot be packed.
+
+        on_step(step, total, metrics): after every step; between rows of metrics these are empty. say: one line to
+        whoever reads the log.
+        """
+        self.batches, self.packing, self._widths, self.say = batches, packing, widths, say
         self._meter = Meter()
-        self._outputs: list[Any] = []  # what the forward of policy, then reference returned for this micro-batch
+        self._output: Any = None  # what the policy's forward returned for this micro-batch
         self._input_tokens = 0.0
         self._logged_at: float | None = None
         self.first_loss = math.nan
-        super().__init__(model=model, callbacks=[Reporter(on_step)], **kwargs)
+        super().__init__(model=model, callbacks=[Before(self._before_training), Reporter(on_step)], **kwargs)
         self.remove_callback(PrinterCallback)
         self.model.register_forward_hook(self._keep_output)
+        install(self._plain_model())
+
+    def _plain_model(self) -> Any:
+        """The transformers model inside adapters."""
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+    def _before_training(self) -> None:
+        """The engine is ready, no step was made: try whether this model can be packed."""
+        plain = self._plain_model()
+        reason = "packing is off" if not self.packing.on else refusal(plain.config)
+        precision = torch.bfloat16 if self.args.bf16 else torch.float32
+        if reason is None:
+            reason = differs(plain, self.model_wrapped, self.branches, precision)
+        if reason is None:
+            self.say(f"records are packed without padding; attention: {describe_backend(self.args.device, precision)}")
+        else:
+            self.say(f"rows are padded, not packed: {reason}")
+            self.packing = replace(self.packing, on=False)
+            self.batches = replace(self.batches, widths=self._widths)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -63,8 +113,32 @@ class AlignedTrainer(_Trainer):
         return dataset
 
     def get_train_dataloader(self) -> DataLoader:
-        steps = _Steps(self.train_dataset, self.data_collator, self.batches, self.args.process_index)
-        return DataLoader(steps, batch_size=None, shuffle=False, pin_memory=self.args.dataloader_pin_memory)
+        return DataLoader(_Steps(self), batch_size=None, shuffle=False, pin_memory=self.args.dataloader_pin_memory)
+
+    def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """The rows of these numbers as TRL's collator makes them, and their pack where the model can be packed."""
+        rows = self.data_collator([self.train_dataset[number] for number in numbers])
+        if self.packing.on:
+            labels = self._labels(rows)
+            rows["pack"] = pack(
+                rows["input_ids"],
+                rows["attention_mask"],
+                labels,
+                self.branches,
+                self.packing.share,
+                self.packing.bucket,
+            )
+        return rows
+
+    def _labels(self, rows: dict[str, Any]) -> Tensor:
+        """[rows, width]: the tokens that are scored, -100 elsewhere."""
+        raise NotImplementedError
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """To the device; Trainer would also round floating-point numbers to the precision of a DeepSpeed engine."""
+        kept = {name: value.to(self.args.device) for name, value in inputs.items() if name in ("pack", "reference")}
+        rest = {name: value for name, value in inputs.items() if name not in kept}
+        return {**super()._prepare_inputs(rest), **kept}
 
     # --- one optimiser step -------------------------------------------------------------------------------------------
 
@@ -73,7 +147,7 @@ class AlignedTrainer(_Trainer):
 
         Returns this process's part of the loss times the number of processes: their mean is the loss.
         """
-        micro_batches, divisor = inputs["micro_batches"], inputs["weight"]
+        micro_batches, self._divisor = inputs["micro_batches"], inputs["weight"]
         self._logged_at = self._logged_at or time.monotonic()
         self._step_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.current_gradient_accumulation_steps = len(micro_batches)
@@ -84,22 +158,22 @@ class AlignedTrainer(_Trainer):
                 self.accelerator.gradient_state._set_sync_gradients(self._last)
                 apart = nullcontext() if self._last or by_engine else self.accelerator.no_sync(model)
                 with apart:
-                    super().training_step(model, micro_batch, torch.tensor(divisor, device=self.args.device))
+                    super().training_step(model, micro_batch, torch.tensor(self._divisor, device=self.args.device))
         return self._step_loss.float()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        self._outputs.clear()
         with _labelled_positions_only():
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         loss = loss * self._scale(inputs, num_items_in_batch)
         self._step_loss += loss.detach().double()
         with torch.no_grad():
             attended = inputs["attention_mask"].sum(1)
-            self._meter.add({"input_tokens": attended.sum(), "longest_row": attended.max()})
+            computed = inputs["pack"].tokens if "pack" in inputs else inputs["input_ids"].numel()
+            self._meter.add({"input_tokens": attended.sum(), "longest_row": attended.max(), "computed_share": computed})
             self._meter.add(self._measure(inputs))
-        self._outputs.clear()
+        self._output = None
         if self._last:
             self._check_loss()
         return loss
@@ -109,7 +183,7 @@ class AlignedTrainer(_Trainer):
         raise NotImplementedError
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Sums for the meter, from self._outputs."""
+        """Sums for the meter, from self._output."""
         raise NotImplementedError
 
     def _check_loss(self) -> None:
@@ -140,14 +214,15 @@ class AlignedTrainer(_Trainer):
     # --- metrics ------------------------------------------------------------------------------------------------------
 
     def _keep_output(self, module: Any, arguments: Any, output: Any) -> None:
-        self._outputs.append(output)
+        self._output = output
 
     @contextmanager
     def _quiet_metrics(self) -> Iterator[None]:
-        """TRL gathers metrics in every micro-batch, which fails where processes hold unequal rows; ours take over."""
+        """TRL gathers metrics in every micro-batch, which fails where processes hold unequal rows, and waits for the
+        device a dozen times to print them; ours take over."""
         names = ("gather", "gather_for_metrics")
         for name in names:
-            setattr(self.accelerator, name, lambda value, *args, **kwargs: value)
+            setattr(self.accelerator, name, lambda value, *args, **kwargs: UNUSED)
         try:
             yield
         finally:
@@ -179,29 +254,60 @@ class SFT(AlignedTrainer, trl.SFTTrainer):
     Rows: input_ids, labels (-100 where nothing is trained).
     """
 
+    def _labels(self, rows: dict[str, Any]) -> Tensor:
+        return rows["labels"]
+
     def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
         return 1.0  # TRL divides by num_items_in_batch and multiplies by the number of processes
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        return token_sums(self._outputs[0], inputs["labels"])
+        return token_sums(self._output, inputs["labels"])
 
 
-class DPO(AlignedTrainer, trl.DPOTrainer):
-    """DPO and relatives, the mean over the pairs of the global batch. Rows: prompt_ids, chosen_ids, rejected_ids."""
+class _Pairs(AlignedTrainer):
+    """The mean over the pairs of the global batch; TRL returns that of the micro-batch."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if self.ref_model is not None:
-            self.ref_model.register_forward_hook(self._keep_output)
+    branches = 2
 
     def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
-        pairs = len(inputs["input_ids"]) // 2  # TRL returns their mean
-        return pairs * self.accelerator.num_processes / int(divisor)
+        return len(inputs["input_ids"]) // 2 * self.accelerator.num_processes / self._divisor
+
+
+class DPO(_Pairs, trl.DPOTrainer):
+    """DPO and relatives. Rows: prompt_ids, chosen_ids, rejected_ids.
+
+    The reference is the policy as training begins (with LoRA: its adapter off). Its log-probs are computed before the
+    first step and kept (training/reference_pass.py); no second model is held.
+    """
+
+    def __init__(self, *, references: References, **kwargs: Any) -> None:
+        self._references = references
+        with _nothing_hashed():
+            super().__init__(**kwargs)
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
+        return dataset  # TRL would go over all rows now, padded, and keep only sums
+
+    def _before_training(self) -> None:
+        super()._before_training()
+        self._references.complete(self)
+
+    def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
+        rows = super().collate(numbers)
+        rows["reference"] = self._references.spread(numbers, self._labels(rows))
+        return rows
+
+    def _labels(self, rows: dict[str, Any]) -> Tensor:
+        return rows["input_ids"].masked_fill(rows["completion_mask"] == 0, -100)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        chosen, rejected = inputs["reference"].sum(1).chunk(2)
+        return super().compute_loss(
+            model, {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, *args, **kwargs
+        )
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        policy, reference = self._outputs
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        return pair_sums(policy, reference, labels, self.beta)
+        return pair_sums(self._output, inputs["reference"], self._labels(inputs), self.beta)
 
     def _check_first_loss(self, loss: float) -> None:
         """Before the first update the policy is the reference: every margin is zero and the loss is known."""
@@ -215,19 +321,29 @@ class DPO(AlignedTrainer, trl.DPOTrainer):
             )
 
 
+class Reward(_Pairs, trl.RewardTrainer):
+    """Bradley-Terry on pairs. Rows: chosen_ids, rejected_ids, each with its prompt before it."""
+
+    def _labels(self, rows: dict[str, Any]) -> Tensor:
+        return torch.full_like(rows["input_ids"], -100)
+
+    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        return reward_sums(self._output.logits)
+
+
 class _Steps(torch.utils.data.Dataset):
     """Step number -> this process's micro-batches, collated, and the divisor of the step's loss."""
 
-    def __init__(self, rows: Any, collate: Callable[[list[Any]], dict[str, Tensor]], batches: GlobalBatches, rank: int):
-        self._rows, self._collate, self._batches, self._rank = rows, collate, batches, rank
+    def __init__(self, trainer: AlignedTrainer):
+        self._trainer = trainer  # whose batches may change once, before the first step
 
     def __len__(self) -> int:
-        return self._batches.steps
+        return self._trainer.batches.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        mine = self._batches.micro_batches(step)[self._rank]
-        micro_batches = [self._collate([self._rows[row] for row in micro_batch]) for micro_batch in mine]
-        return {"micro_batches": micro_batches, "weight": self._batches.weight(step)}
+        batches, rank = self._trainer.batches, self._trainer.args.process_index
+        micro_batches = [self._trainer.collate(rows) for rows in batches.micro_batches(step)[rank]]
+        return {"micro_batches": micro_batches, "weight": batches.weight(step)}
 
 
 @contextmanager
@@ -239,3 +355,14 @@ def _labelled_positions_only() -> Iterator[None]:
         yield
     finally:
         trl_utils._use_triton = stock
+
+
+@contextmanager
+def _nothing_hashed() -> Iterator[None]:
+    """TRL digests all weights to name its cache of reference sums, which is not used."""
+    stock = dpo_module.hash_module
+    dpo_module.hash_module = lambda module: ""
+    try:
+        yield
+    finally:
+        dpo_module.hash_module = stock

@@ -1,0 +1,237 @@
+"""Attention over a pack: every branch sees the beginning it shares with others, and itself.
+
+One function under the name PACKED in transformers' table of attention functions; the layout of the pack reaches every
+layer through the forward's keyword arguments, so it is there again when gradient checkpointing computes a layer anew.
+Which kernel does the work is decided by device, precision and what is installed:
+
+cpu     one scaled_dot_product_attention a segment
+flash   flash-attn's variable-length kernel (CUDA, bf16/fp16)
+varlen  PyTorch's own variable-length kernel (CUDA, bf16/fp16, no soft-capping)
+flex    flex_attention under torch.compile (CUDA, any precision)
+
+Soft-capping is Gemma-2's (arXiv:2408.00118, section 2): cap * tanh(scores / cap) before the mask.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from alignment.training.packing import Layout
+
+PACKED = "packed"
+WORDS = {
+    "cpu": "one scaled_dot_product_attention a record (CPU)",
+    "flash": "flash-attn's variable-length kernel",
+    "varlen": "PyTorch's variable-length kernel",
+    "flex": "flex_attention",
+}
+HALF = (torch.bfloat16, torch.float16)
+
+
+class NotPackable(Exception):
+    """The model asks of attention what a pack does not give."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of query @ key: times scale (None: dim ** -0.5), capped, seen through a window of so many tokens."""
+
+    scale: float | None
+    window: int | None
+    softcap: float | None
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query: [1, heads, N, dim]; key, value: [1, key heads, N, dim]. Returns [1, N, heads, dim] and no weights."""
+    if layout is None:
+        raise NotPackable("the model does not hand the layout of a pack to its attention layers")
+    wanted = {name for name in ("position_bias", "s_aux", "head_mask") if kwargs.get(name) is not None}
+    if dropout or wanted:
+        raise NotPackable(f"its attention uses {', '.join(sorted(wanted)) or 'dropout'}")
+    _windows_seen.append(sliding_window)
+    kernel = KERNELS[backend(query, softcap)]
+    return kernel(query, key, value, layout, Scores(scaling, sliding_window, softcap)), None
+
+
+_windows_seen: deque[int | None] = deque(maxlen=1024)  # of the last calls, for `windows_seen`
+
+
+@contextmanager
+def windows_seen() -> Iterator[list[int | None]]:
+    """Afterwards the list holds the sliding window of each call that was made meanwhile."""
+    seen: list[int | None] = []
+    _windows_seen.clear()
+    yield seen
+    seen.extend(_windows_seen)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)  # the layout is the mask
+
+
+def backend(query: Tensor, softcap: float | None = None) -> str:
+    """The kernel for queries like these: cpu | flash | varlen | flex."""
+    if query.device.type != "cuda":
+        return "cpu"
+    return cuda_backend(query.dtype, softcap is not None, _has_flash(), _has_varlen())
+
+
+def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel that will do the work, in words."""
+    return WORDS[backend(torch.empty(0, device=device, dtype=dtype))]
+
+
+def cuda_backend(dtype: torch.dtype, softcap: bool, has_flash: bool, has_varlen: bool) -> str:
+    if dtype in HALF and has_flash:
+        return "flash"
+    if dtype in HALF and has_varlen and not softcap:
+        return "varlen"
+    return "flex"
+
+
+@cache
+def _has_flash() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+@cache
+def _has_varlen() -> bool:
+    there = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return there and torch.cuda.get_device_capability() >= (8, 0)
+
+
+# --- cpu --------------------------------------------------------------------------------------------------------------
+
+
+def _by_segment(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores) -> Tensor:
+    out = []
+    for number, segment in enumerate(layout.segments):
+        own = slice(segment.start, segment.end)
+        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
+        if segment.prefix:
+            before = slice(segment.prefix_start, segment.prefix_end)
+            k, v = torch.cat([key[:, :, before], k], 2), torch.cat([value[:, :, before], v], 2)
+        window = scores.window if scores.window is not None and scores.window < segment.keys else None
+        if scores.softcap is not None:
+            out.append(_capped(q, k, v, layout.mask(number, window, q), scores))
+            continue
+        square = not segment.prefix and window is None  # the kernel's own causal mask will do
+        mask = None if square else layout.mask(number, window, q)
+        grouped = k.shape[1] != q.shape[1]
+        out.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=square, scale=scores.scale, enable_gqa=grouped
+            )
+        )
+    return torch.cat(out, 2).transpose(1, 2)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: Scores) -> Tensor:
+    """Attention with soft-capped scores, written out: no fused kernel of the CPU has them."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    assert how.softcap is not None
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if how.scale is None else how.scale)
+    scores = how.softcap * torch.tanh(scores / how.softcap) + mask
+    return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+
+
+# --- cuda: without a GPU, tests reach only what is computed here of lengths and masks, not the kernels ----------------
+
+
+def unpadded(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """-> query [N, heads, dim]; key, value [keys, key heads, dim], a branch's shared beginning before its own; firsts
+    of queries and of keys [segments + 1]."""
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    queries, keys, index = layout.lengths(query.device)
+    if layout.shares:
+        key, value = key.index_select(0, index), value.index_select(0, index)
+    return query, key, value, queries, keys
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v, queries, keys = unpadded(query, key, value, layout)
+    window = (-1, -1) if scores.window is None else (scores.window - 1, 0)
+    out = flash_attn_varlen_func(
+        q, k, v, queries, keys, *layout.longest,
+        softmax_scale=scores.scale, causal=True, window_size=window, softcap=scores.softcap or 0.0,
+    )  # fmt: skip
+    return out[None]
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v, queries, keys = unpadded(query, key, value, layout)
+    window = (-1, 0) if scores.window is None else (scores.window - 1, 0)
+    grouped = k.shape[1] != q.shape[1]
+    out = varlen_attn(
+        q, k, v, queries, keys, *layout.longest, scale=scores.scale, window_size=window, enable_gqa=grouped
+    )
+    return out[None]  # type: ignore[call-overload] # no aux was asked for
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores) -> Tensor:
+    return _flex_kernel(_compiled_flex(), query, key, value, layout, scores)
+
+
+def _flex_kernel(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
+) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    count, window = query.shape[2], scores.window
+    seen = layout.seen(query.device)
+    block_mask = layout.made(
+        ("block mask", window, query.device),
+        lambda: create_block_mask(
+            lambda batch, head, q, k: seen(q, k, window), None, None, count, count, device=query.device.type
+        ),
+    )
+    cap = scores.softcap
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)  # type: ignore[operator] # only called where there is one
+
+    grouped = key.shape[1] != query.shape[1]
+    out = attend(
+        query, key, value, score_mod=capped if cap else None, block_mask=block_mask, scale=scores.scale,
+        enable_gqa=grouped,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+KERNELS = {"cpu": _by_segment, "flash": _flash, "varlen": _varlen, "flex": _flex}

@@ -1,0 +1,211 @@
+"""Rows -> one packed row without padding, in which a prefix that rows share stands once.
+
+A micro-batch is a forest: each group of rows (SFT: one row; a pair: chosen and rejected; a group of answers to one
+prompt: all of them) has its common beginning once, and after it a branch a row. Attention lets a branch see the shared
+beginning and itself (training/attention.py), positions count from each row's own first token, so every token has the
+hidden state that it has when its row is computed alone.
+
+Made where rows are collated, on the CPU, so that the inner loop never waits for the device to learn a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Queries start..end of the pack see keys prefix_start..prefix_end, all of them, and their own, causally."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+
+    @property
+    def queries(self) -> int:
+        return self.end - self.start
+
+    @property
+    def prefix(self) -> int:
+        return self.prefix_end - self.prefix_start
+
+    @property
+    def keys(self) -> int:
+        return self.prefix + self.queries
+
+    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[queries, keys], added to the scores: 0 where a query sees a key, -inf elsewhere.
+
+        window: a query sees itself and the window - 1 tokens before it (Mistral, Gemma), or all before it if None.
+        """
+        query = torch.arange(self.prefix, self.keys, device=device)[:, None]
+        distance = query - torch.arange(self.keys, device=device)[None]
+        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+
+
+class Layout:
+    """Which token sees which: the segments of a pack, and what kernels want of them, made when first asked for."""
+
+    def __init__(self, segments: Sequence[Segment]):
+        self.segments = list(segments)
+        self._made: dict[Any, Any] = {}
+
+    def made(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes, once a pack and not once a layer."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """Most queries and most keys of a segment."""
+        return max(s.queries for s in self.segments), max(s.keys for s in self.segments)
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether any segment sees keys that are not its own."""
+        return any(segment.prefix for segment in self.segments)
+
+    def mask(self, number: int, window: int | None, like: Tensor) -> Tensor:
+        """The additive mask of a segment."""
+        name = (number, window, like.dtype, like.device)
+        return self.made(name, lambda: self.segments[number].mask(window, like.dtype, like.device))
+
+    def lengths(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """What variable-length kernels want: firsts of queries and of keys [segments + 1], int32, and which token of
+        the pack each key is [keys]. Queries are the pack itself; a segment's last query lines up with its last key.
+        """
+
+        def make() -> tuple[Tensor, ...]:
+            queries = torch.tensor([0] + [s.queries for s in self.segments]).cumsum(0).to(torch.int32)
+            keys = torch.tensor([0] + [s.keys for s in self.segments]).cumsum(0).to(torch.int32)
+            spans = [span for s in self.segments for span in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
+            index = torch.cat([torch.arange(*span) for span in spans])
+            return tuple(part.to(device, non_blocking=True) for part in (queries, keys, index))
+
+        return self.made(("lengths", device), make)
+
+    def seen(self, device: torch.device) -> Callable[[Tensor, Tensor, int | None], Tensor]:
+        """seen(q, k, window): whether token q of the pack sees token k, for flex_attention's masks."""
+
+        def make() -> tuple[Tensor, ...]:
+            columns = zip(*((s.start, s.prefix_start, s.prefix_end) for s in self.segments), strict=True)
+            counts = torch.tensor([s.queries for s in self.segments])
+            return tuple(torch.tensor(column).repeat_interleave(counts).to(device) for column in columns)
+
+        start, prefix_start, prefix_end = self.made(("spans", device), make)
+
+        def seen(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+            own = (k >= start[q]) & (k <= q)
+            before = (k >= prefix_start[q]) & (k < prefix_end[q])
+            if window is not None:
+                own = own & (q - k < window)
+                before = before & (q - start[q] + prefix_end[q] - k < window)
+            return own | before
+
+        return seen
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A packed micro-batch of R rows, N packed tokens, M scored tokens; W is the width that the rows have padded.
+
+    ids, positions: [1, N]. scored: [M], the token of the pack whose hidden state predicts targets [M]; cells: [M], the
+    place of each in the padded answer [R, W - 1], flattened. last: [R], the pack's place of each row's last token.
+    padded_tokens: R * W; row_tokens: the rows' own tokens, the shared ones counted in each row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    scored: Tensor
+    targets: Tensor
+    cells: Tensor
+    last: Tensor
+    shape: tuple[int, int]
+    row_tokens: int
+    layout: Layout = field(repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.shape[0] * (self.shape[1] + 1)
+
+    def to(self, device: torch.device) -> Pack:
+        names = ("ids", "positions", "scored", "targets", "cells", "last")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    def pin_memory(self) -> Pack:
+        names = ("ids", "positions", "scored", "targets", "cells", "last")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
+    def spread(self, values: Tensor) -> Tensor:
+        """values: [M], one a scored token -> [R, W - 1], 0 (False) elsewhere; gradients flow back."""
+        rows, width = self.shape
+        return values.new_zeros(rows * width).index_put((self.cells,), values).view(rows, width)
+
+
+def pack(
+    input_ids: Tensor, attention_mask: Tensor, labels: Tensor, branches: int = 1, share: bool = True, bucket: int = 1
+) -> Pack:
+    """input_ids, attention_mask, labels: [R, W], padded on the right, labels -100 where nothing is scored.
+
+    branches: rows of one prompt. They stand R / branches apart, as TRL's collators put them (all chosen rows, then all
+    rejected ones). share: compute the beginning that the rows of a group have in common once. bucket: fill the pack up
+    to a multiple of so many tokens, with tokens that nobody sees, so that a compiled model meets few shapes.
+    """
+    rows, width = input_ids.shape
+    lengths = attention_mask.sum(1).tolist()
+    groups = [[first + branch * (rows // branches) for branch in range(branches)] for first in range(rows // branches)]
+    place = torch.zeros(rows, width, dtype=torch.long)  # the pack's place of each token of the padded rows
+    ids, positions, segments, at = [], [], [], 0
+    for group in groups:
+        shared = _common(input_ids, group, lengths) if share and len(group) > 1 else 0
+        root = at
+        for number, row in enumerate(group):
+            begin = shared if number else 0  # the first row carries the shared beginning
+            own = lengths[row] - begin
+            ids.append(input_ids[row, begin : lengths[row]])
+            positions.append(torch.arange(begin, lengths[row]))
+            place[row, :begin] = torch.arange(root, root + begin)
+            place[row, begin : lengths[row]] = torch.arange(at, at + own)
+            if own:  # a row that begins another one has no branch of its own
+                segments.append(Segment(at, at + own, root, root + begin))
+            at += own
+    filler = -at % bucket
+    if filler:
+        ids.append(torch.zeros(filler, dtype=input_ids.dtype))
+        positions.append(torch.arange(filler))
+        segments.append(Segment(at, at + filler, at, at))
+    cells = (labels[:, 1:] != IGNORED).flatten().nonzero().flatten()
+    return Pack(
+        ids=torch.cat(ids)[None],
+        positions=torch.cat(positions)[None],
+        scored=place[:, :-1].flatten()[cells],
+        targets=labels[:, 1:].flatten()[cells],
+        cells=cells,
+        last=place[torch.arange(rows), torch.tensor(lengths) - 1],
+        shape=(rows, width - 1),
+        row_tokens=sum(lengths),
+        layout=Layout(segments),
+    )
+
+
+def _common(ids: Tensor, group: list[int], lengths: list[int]) -> int:
+    """Tokens that all rows of the group begin with."""
+    shortest = min(lengths[row] for row in group)
+    same = (ids[group, :shortest] == ids[group[0], :shortest]).all(0)
+    differ = (~same).nonzero()
+    return int(differ[0]) if len(differ) else shortest

@@ -1,0 +1,141 @@
+"""The reference's log-probs of the rows that a run will train on: computed once, before its first step, and kept.
+
+The reference of a run is its policy before the first update, so the engine that will train computes them: no second
+model is loaded, sharded or held. With a store, the rows that another run with the same start weights and precision has
+computed are read, and those computed here are there for the next: a sweep over beta, losses, rates or seeds pays once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, is_peft_model
+from torch import Tensor
+
+from alignment.training.reference import ReferenceStore, computing, row_digests
+
+BLOCK = 4096  # pairs whose log-probs are stored together: what a killed pass loses at most
+BUDGET = 2  # a forward without gradients may take so many times the tokens of a micro-batch
+
+
+class References:
+    """Row number -> log-probs of the reference, float32 [tokens of chosen + tokens of rejected], in nats.
+
+    store: None keeps them in memory, for this run alone. progress(step, total, note=...): what is shown meanwhile.
+    """
+
+    def __init__(
+        self,
+        store: ReferenceStore | None,
+        progress: Callable[..., None] = lambda *args, **facts: None,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self.store, self._progress, self._warn = store, progress, warn
+        self._computed: dict[int, np.ndarray] = {}
+        self._digests: np.ndarray | None = None
+
+    def spread(self, numbers: Sequence[int], labels: Tensor) -> Tensor:
+        """[2 pairs, width - 1]: log-probs of these pairs' labelled tokens, 0 elsewhere. labels: [2 pairs, width]."""
+        scored = labels[:, 1:] != -100
+        counts, pairs = scored.sum(1).tolist(), len(numbers)
+        rows = [self._of(number) for number in numbers]
+        for row, chosen, rejected in zip(rows, counts[:pairs], counts[pairs:], strict=True):
+            assert len(row) == chosen + rejected
+        flat = [row[:count] for row, count in zip(rows, counts[:pairs], strict=True)]
+        flat += [row[count:] for row, count in zip(rows, counts[:pairs], strict=True)]
+        values = torch.from_numpy(np.concatenate(flat))  # a copy: the store's are views of its files
+        return torch.zeros(scored.shape).masked_scatter(scored, values)
+
+    def _of(self, number: int) -> np.ndarray:
+        if self.store is None:
+            return self._computed[number]
+        assert self._digests is not None
+        return self.store[self._digests[number].tobytes()]
+
+    def complete(self, trainer: Any) -> None:
+        """Compute what is not yet there of the rows that this run will see. A collective: every process enters."""
+        needed = np.unique([row for step in range(trainer.batches.steps) for row in trainer.batches.rows(step)])
+        if self.store is None:
+            self._compute(trainer, needed)
+            return
+        store, self._digests = self.store, row_digests(trainer.train_dataset)
+        waiting = "another run computes this reference's log-probs: waiting for it"
+        with computing(store, lambda: trainer.say(waiting), ask=lambda take: _agreed(trainer, take)):
+            names = _agreed(trainer, lambda: store.segments(self._warn))  # others may add some meanwhile
+            store.open(names)
+            missing = needed[store.missing(self._digests[needed])]
+            if len(missing):
+                store.open([*names, *self._compute(trainer, missing)])
+        found = f"{len(needed) - len(missing)} of {len(needed)} pairs were in the store, {len(missing)} were computed"
+        trainer.say(f"reference log-probs: {found}")
+
+    def _compute(self, trainer: Any, rows: np.ndarray) -> list[str]:
+        """Returns the names of the segments that the processes wrote."""
+        names: list[str] = []
+        batches = replace(
+            trainer.batches, tokens_per_micro_batch=BUDGET * trainer.batches.tokens_per_micro_batch
+        )  # fmt: skip
+        rank, world = trainer.args.process_index, batches.world_size
+        for first in range(0, len(rows), BLOCK):
+            block = rows[first : first + BLOCK].tolist()
+            padded = block + block[:1] * max(0, world - len(block))  # every process must enter every forward
+            mine: dict[int, np.ndarray] = {}
+            micro_batches = batches.split(padded)[rank]
+            for number, numbers in enumerate(micro_batches, start=1):
+                mine.update(zip(numbers, score_pairs(trainer, numbers), strict=True))
+                done = first + len(block) * number / len(micro_batches)
+                self._progress(int(done), len(rows), note="reference log-probs")
+            if self.store is None:
+                for part in _gathered(trainer, mine):
+                    self._computed.update(part)
+            else:
+                assert self._digests is not None
+                names += _gathered(trainer, self.store.append(self._digests[list(mine)], list(mine.values())))
+        return names
+
+
+def _agreed(trainer: Any, answer: Callable[[], Any]) -> Any:
+    """What the main process answers, on every process."""
+    told = [answer() if trainer.accelerator.is_main_process else None]
+    broadcast_object_list(told, from_process=0)
+    return told[0]
+
+
+def _gathered(trainer: Any, mine: Any) -> list[Any]:
+    """What each process has, on every process."""
+    if trainer.accelerator.num_processes == 1:
+        return [mine]
+    parts: list[Any] = [None] * trainer.accelerator.num_processes
+    torch.distributed.all_gather_object(parts, mine)
+    return parts
+
+
+@torch.no_grad()
+def score_pairs(trainer: Any, numbers: Sequence[int]) -> list[np.ndarray]:
+    """Of each pair: log-probs of the chosen answer's tokens, then of the rejected one's, as the policy now gives them
+    with its adapters off."""
+    from alignment.training.trainers import AlignedTrainer
+
+    collated = AlignedTrainer.collate(trainer, numbers)
+    inputs = trainer._prepare_inputs(collated)
+    labels = trainer._labels(inputs)
+    how = {"pack": inputs["pack"], "measure": False} if "pack" in inputs else {}
+    engine, plain = trainer.model_wrapped, trainer.model
+    was_training = engine.training
+    engine.eval()
+    with plain.disable_adapter() if is_peft_model(plain) else nullcontext(), trainer.accelerator.autocast():
+        output = engine(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, use_cache=False,
+            fused_lm_head=True, **how,
+        )  # fmt: skip
+    engine.train(was_training)
+    scored = labels[:, 1:] != -100
+    flat = output.log_probs[scored].float().cpu().numpy()
+    rows = np.split(flat, np.cumsum(scored.sum(1).cpu().numpy())[:-1])
+    pairs = len(numbers)
+    return [np.concatenate([rows[pair], rows[pairs + pair]]) for pair in range(pairs)]
