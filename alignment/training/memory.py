@@ -128,7 +128,7 @@ def _head(shape: _Shape, scored: int, precision: str) -> int:
     """Most bytes of the head at once, which is in its backward: logits, and the gradients it adds up in fp32.
 
     CUDA: TRL's kernel, whose tile is in the precision of the computation. CPU: training/head.py, which keeps the
-    probabilities, and has a block of logits in three forms.
+    probabilities, and has a block of logits in three forms or, if it rounds, four.
     """
     if not scored:
         return 0
@@ -138,7 +138,8 @@ def _head(shape: _Shape, scored: int, precision: str) -> int:
         cast = 0 if precision == "fp32" else min(shape.vocabulary, VOCABULARY_TILE) * shape.hidden * BF16
         return tile * (FP32 if precision == "fp32" else BF16) + cast + gradients
     logits = scored * shape.vocabulary * FP32
-    return (logits if logits <= KEPT_BYTES else 0) + 3 * min(logits, BLOCK_BYTES) + gradients
+    copies, cast = (3, 0) if precision == "fp32" else (4, gradients // 2)
+    return (logits if logits <= KEPT_BYTES else 0) + copies * min(logits, BLOCK_BYTES) + cast + gradients
 
 
 def attention_share(config: Any) -> float:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alignment.training.metrics import METRICS, Meter, combine, pair_sums, token_sums
+from alignment.training.metrics import METRICS, UNUSED, Meter, combine, pair_sums, reward_sums, token_sums
 
 
 def test_metrics_of_uneven_processes_equal_those_of_one_process() -> None:
@@ -28,6 +28,43 @@ def test_metrics_of_uneven_processes_equal_those_of_one_process() -> None:
     both = b.reduce(lambda row: torch.cat([columns[0], row]))
     assert both == {"entropy": 2.5, "longest_row": 12, "rewards/chosen": 3, "rows": 4, "tokens": 12}
     assert both == one.reduce(lambda row: row)
+
+
+def test_extremes_and_shares_of_uneven_processes_equal_those_of_one_process() -> None:
+    """min and max are those of all; the computed share is (30 + 10) of (40 + 40) tokens, not (0.75 + 0.25) / 2 of rows
+    of unlike number."""
+    a, b = Meter(), Meter()
+    a.add({"min_reward": -2.0, "max_reward": 1.0, "input_tokens": 40, "computed_share": 30})
+    b.add({"min_reward": 0.5, "max_reward": 0.7, "input_tokens": 20, "computed_share": 5})
+    b.add({"min_reward": -1.0, "max_reward": 3.0, "input_tokens": 20, "computed_share": 5})
+    columns: list[torch.Tensor] = []
+    a.reduce(lambda row: columns.append(row) or row)
+    both = b.reduce(lambda row: torch.cat([columns[0], row]))
+    assert both == {"min_reward": -2, "max_reward": 3, "input_tokens": 80, "computed_share": 0.5}
+
+
+def test_reward_sums_of_two_pairs_by_hand() -> None:
+    """Rewards chosen 2, -1, rejected 0, 1: one of two right, margins 2 and -2, mean of all four 0.5 (two a pair)."""
+    sums = reward_sums(torch.tensor([[2.0], [-1.0], [0.0], [1.0]]))
+    expected = {"rows": 2, "accuracy": 1, "margin": 0, "mean_reward": 1, "min_reward": -1, "max_reward": 2}
+    assert {name: float(value) for name, value in sums.items()} == expected
+
+
+def test_a_margin_of_rounding_is_no_margin() -> None:
+    """Before the first update policy and reference agree to rounding: no pair counts as right."""
+    reference = torch.tensor([[-3.0], [-1.0]])
+    policy = SimpleNamespace(
+        log_probs=reference + torch.tensor([[1e-6], [-1e-6]]), is_top1=torch.ones(2, 1), entropy=torch.ones(2, 1)
+    )
+    labels = torch.tensor([[-100, 4], [-100, 5]])
+    assert pair_sums(policy, reference, labels, beta=0.1)["rewards/accuracies"] == 0
+    policy.log_probs = reference + torch.tensor([[1e-2], [-1e-2]])
+    assert pair_sums(policy, reference, labels, beta=0.1)["rewards/accuracies"] == 1
+
+
+def test_trls_own_metrics_come_to_zero_and_ask_the_device_for_nothing() -> None:
+    assert (UNUSED[:, -3:].chunk(2, dim=0)[1][torch.ones(2).bool()].sum() / UNUSED).mean().item() == 0
+    assert UNUSED.sum().item() // 1 == 0 and not UNUSED > 0
 
 
 def test_a_meter_starts_anew_after_a_row() -> None:
@@ -62,7 +99,7 @@ def test_pair_sums_of_one_pair_by_hand() -> None:
     rewards: 0.5 ln 2 and -0.5 ln 2, margin ln 2; k3 a token: w = 2: 2 - 1 - ln 2; w = 1/2: 1/2 - 1 + ln 2; sum 1/2.
     """
     ln2 = math.log(2)
-    reference = SimpleNamespace(log_probs=torch.tensor([[-3.0, -1.0], [-1.0, -2.0]]))
+    reference = torch.tensor([[-3.0, -1.0], [-1.0, -2.0]])
     policy = SimpleNamespace(
         log_probs=torch.tensor([[-3 + ln2, -1.0], [-1 - ln2, -2.0]]),
         is_top1=torch.ones(2, 2).bool(),

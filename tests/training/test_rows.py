@@ -2,7 +2,11 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from alignment.training.rows import pair_sizes, sft_sizes
+from alignment.training.rows import Sizes, pair_sizes, sft_sizes, whole_pair_sizes
+
+
+def of(sizes: Sizes) -> tuple[list[int], list[int], list[int]]:
+    return sizes.lengths.tolist(), sizes.widths.tolist(), sizes.weights.tolist()
 
 
 def test_sft_rows_weigh_their_trained_tokens() -> None:
@@ -13,15 +17,20 @@ def test_sft_rows_weigh_their_trained_tokens() -> None:
             {"input_ids": [9], "labels": [-100]},
         ]
     )
-    assert sft_sizes(rows) == ([4, 3, 1], [2, 2, 0])
-    assert sft_sizes(rows.select([2, 0])) == ([1, 4], [0, 2])
+    assert of(sft_sizes(rows)) == ([4, 3, 1], [4, 3, 1], [2, 2, 0])
+    assert of(sft_sizes(rows.select([2, 0]))) == ([1, 4], [1, 4], [0, 2])
 
 
-def test_pairs_cost_both_sides_padded_to_the_longer_and_weigh_one() -> None:
+def test_pairs_have_their_prompt_once_or_padded_both_sides_as_long_as_the_longer_and_weigh_one() -> None:
     rows = Dataset.from_list(
         [
             {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8, 9]},
             {"prompt_ids": [1], "chosen_ids": [4, 5], "rejected_ids": [6]},
         ]
     )
-    assert pair_sizes(rows) == ([14, 6], [1, 1])
+    assert of(pair_sizes(rows)) == ([9, 4], [14, 6], [1, 1])
+
+
+def test_whole_pairs_have_their_prompt_in_both_sides() -> None:
+    rows = Dataset.from_list([{"chosen_ids": [1, 2, 4, 5], "rejected_ids": [1, 2, 6]}])
+    assert of(whole_pair_sizes(rows)) == ([7], [8], [1])
