@@ -78,11 +78,11 @@ def train(
 
 
 def _summary(trainer: Any) -> dict[str, float]:
-    """The last row of metrics, the first loss beside it, and how much was trained."""
+    """The last row of metrics, what the trainer says of the whole run, and how much was trained."""
     history = trainer.state.log_history
     last = {name: value for name, value in history[-1].items() if name not in ("epoch", "step", "learning_rate")}
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    return {**last, "first_loss": trainer.first_loss, "trained_parameters": sum(map(_size, trained))}
+    return {**last, **trainer.facts(), "trained_parameters": sum(map(_size, trained))}
 
 
 def _size(parameter: Any) -> int:

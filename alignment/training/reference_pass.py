@@ -38,6 +38,7 @@ class References:
         self.store, self._progress, self._warn = store, progress, warn
         self._computed: dict[int, np.ndarray] = {}
         self._digests: np.ndarray | None = None
+        self.computed = 0  # pairs that this run had to compute
 
     def spread(self, numbers: Sequence[int], labels: Tensor) -> Tensor:
         """[2 pairs, width - 1]: log-probs of these pairs' labelled tokens, 0 elsewhere. labels: [2 pairs, width]."""
@@ -90,6 +91,7 @@ class References:
                 mine.update(zip(numbers, score_pairs(trainer, numbers), strict=True))
                 done = first + len(block) * number / len(micro_batches)
                 self._progress(int(done), len(rows), note="reference log-probs")
+            self.computed += len(block)
             if self.store is None:
                 for part in _gathered(trainer, mine):
                     self._computed.update(part)

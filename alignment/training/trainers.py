@@ -208,6 +208,10 @@ class AlignedTrainer(_Trainer):
             )
         return norm
 
+    def facts(self) -> dict[str, float]:
+        """Of the whole run, for its summary."""
+        return {"first_loss": self.first_loss}
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
@@ -296,6 +300,9 @@ class DPO(_Pairs, trl.DPOTrainer):
         rows = super().collate(numbers)
         rows["reference"] = self._references.spread(numbers, self._labels(rows))
         return rows
+
+    def facts(self) -> dict[str, float]:
+        return {**super().facts(), "reference_computed": self._references.computed}
 
     def _labels(self, rows: dict[str, Any]) -> Tensor:
         return rows["input_ids"].masked_fill(rows["completion_mask"] == 0, -100)

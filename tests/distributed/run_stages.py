@@ -28,6 +28,7 @@ def main(folder: Path) -> None:
         inputs = {"model": folder / "start", "data": folder / case["kind"]}
         stage = importlib.import_module(f"alignment.stages.{case['kind']}")
         context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size)
+        context.shared = folder
         summary = stage.run(context)
         if rank == 0:
             (context.folder / "summary.json").write_text(json.dumps({**summary, **seen}))

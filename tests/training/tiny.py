@@ -69,6 +69,8 @@ def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
     if not (folder / "start" / "model").exists():
         write_tiny_model(folder / "start" / "model")
     rows = sft_rows(count) if kind == "sft" else pair_rows(count)
+    if (folder / kind / "train").exists():
+        return {"model": folder / "start", "data": folder / kind}
     Dataset.from_list(rows).save_to_disk(folder / kind / "train")
     return {"model": folder / "start", "data": folder / kind}
 

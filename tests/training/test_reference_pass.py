@@ -1,0 +1,138 @@
+"""Reference log-probs of a run: computed once, found by the next, recomputed if damaged, never another model's."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import alignment.stages.dpo as dpo_stage
+from alignment.errors import TrainingError
+from alignment.training import reference_pass
+from alignment.training.reference import ReferenceStore, row_digests, weights_digest
+from tests.training import tiny
+
+ROWS = 40
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the pairs that were computed, in order."""
+    real, numbers = reference_pass.score_pairs, []
+
+    def counted(trainer: Any, given: Any) -> Any:
+        numbers.extend(given)
+        return real(trainer, given)
+
+    monkeypatch.setattr(reference_pass, "score_pairs", counted)
+    return numbers
+
+
+def run(folder: Path, name: str, shared: bool = True, **changes: Any) -> list[dict[str, float]]:
+    """The metrics of a DPO stage of 10 steps of 6 of 40 pairs."""
+    inputs = tiny.write_inputs(folder, "dpo", ROWS)
+    context = tiny.context(folder / name, inputs, tiny.dpo(**changes), tiny.engine())
+    context.shared = folder if shared else None
+    dpo_stage.run(context)
+    return [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(rows: list[dict[str, float]]) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted(folder.glob("reference/*/*.safetensors"))
+
+
+def test_a_second_run_with_another_beta_rate_loss_seed_or_adapter_computes_nothing(
+    tmp_path: Path, scored: list[int]
+) -> None:
+    first = run(tmp_path, "first")
+    assert sorted(scored) == list(range(ROWS)), "each pair once, though 10 steps of 6 see 20 of them twice"
+    for number, changes in enumerate(
+        ({"beta": 0.5}, {"learning_rate": 1e-4}, {"loss": "ipo"}, {"seed": 9}, {"lora": tiny.LORA})
+    ):
+        run(tmp_path, f"other{number}", **changes)
+    assert len(scored) == ROWS
+    assert losses(run(tmp_path, "again")) == losses(first), "the same numbers, bit for bit"
+
+
+def test_kept_log_probs_train_as_computed_ones_do(tmp_path: Path) -> None:
+    run(tmp_path, "fill", beta=0.5)
+    assert losses(run(tmp_path, "kept")) == losses(run(tmp_path, "computed", shared=False))
+
+
+def test_only_the_pairs_that_the_run_will_see_are_computed(tmp_path: Path, scored: list[int]) -> None:
+    run(tmp_path, "short", max_steps=2)
+    assert len(scored) == len(set(scored)) == 12
+    run(tmp_path, "long", max_steps=10)
+    assert sorted(scored) == list(range(ROWS)), "and the next run adds the others"
+
+
+def test_another_precision_is_another_reference(tmp_path: Path, scored: list[int]) -> None:
+    run(tmp_path, "fp32", max_steps=2)
+    run(tmp_path, "bf16", max_steps=2, precision="bf16")
+    assert len(scored) == 24 and len(list((tmp_path / "reference").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_file_is_noticed_and_its_rows_are_computed_again(
+    damage: str, tmp_path: Path, scored: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(tmp_path, "first")
+    (segment,) = segments(tmp_path)
+    content = bytearray(segment.read_bytes())
+    if damage == "flipped":
+        content[-10] ^= 1
+    segment.write_bytes(content if damage == "flipped" else content[:-100])
+    assert losses(run(tmp_path, "second")) == losses(first)
+    assert len(scored) == 2 * ROWS
+    assert re.search(r"warning: .*safetensors: the file is damaged.*computed again", capsys.readouterr().out)
+    assert "the file is damaged" in (tmp_path / "second" / "warnings.txt").read_text()
+
+
+def test_whole_files_with_another_models_numbers_stop_the_run_before_its_first_update(tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    inputs = tiny.write_inputs(tmp_path, "dpo", ROWS)
+    rows = load_from_disk(str(inputs["data"] / "train"))
+    weights = weights_digest(inputs["model"] / "model")
+    store = ReferenceStore(tmp_path / "reference", weights=weights, adapter=None, dtype="fp32")
+    random = np.random.default_rng(0)
+    lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
+    store.append(row_digests(rows), [-8 * random.random(length, dtype=np.float32) for length in lengths])
+    with pytest.raises(TrainingError, match="the reference is not the start model"):
+        run(tmp_path, "run")
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.training.test_reference_pass import run
+run(Path(sys.argv[1]), sys.argv[2], beta=float(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_runs_that_start_together_compute_each_pair_once(tmp_path: Path) -> None:
+    """Real processes, as the jobs of a sweep are."""
+    tiny.write_inputs(tmp_path, "dpo", ROWS)
+    together = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(tmp_path), f"run{beta}", str(beta)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        )
+        for beta in (0.1, 0.2, 0.3)
+    ]  # fmt: skip
+    texts = [process.communicate(timeout=240) for process in together]
+    assert all(process.returncode == 0 for process in together), texts
+    computed = [int(re.search(r"(\d+) were computed", out)[1]) for out, _ in texts]  # type: ignore[index]
+    assert sorted(computed) == [0, 0, ROWS], texts
+    assert len(segments(tmp_path)) == 1
