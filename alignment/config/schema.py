@@ -300,6 +300,7 @@ class Engine(Settings):
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3"] = execution()
     tokens_per_micro_batch: int = execution(gt=0)
     gradient_checkpointing: Literal["auto"] | bool = execution()
+    compile: bool = execution()
     offload: Literal["none", "optimizer", "all"] = execution()
     param_persistence_threshold: int | None = execution(ge=0)
     threads: int | None = execution(gt=0)

@@ -21,7 +21,7 @@ from alignment.config.schema import Experiment, Model, PathSource, Prepare, Stag
 from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 
-FORMAT = 2  # raised when the meaning of the key itself changes
+FORMAT = 3  # raised when the meaning of the key itself changes
 
 
 def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:

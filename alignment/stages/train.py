@@ -19,6 +19,7 @@ from alignment.training.batching import GlobalBatches, count_steps
 from alignment.training.memory import attention_share
 from alignment.training.model import consolidate
 from alignment.training.rows import Sizes
+from alignment.training.trainers import Packing
 
 
 def train(
@@ -65,6 +66,7 @@ def train(
         widths=of_rows.widths.tolist(),
         on_step=on_step,
         say=say,
+        packing=Packing(compile=setup.compile),
         train_dataset=rows,
         processing_class=tokenizer,
     )

@@ -53,6 +53,7 @@ class Scores:
     softcap: float | None
 
 
+@torch.compiler.disable  # the layout differs from pack to pack: a compiled one would be compiled for each
 def packed_attention(
     module: Any,
     query: Tensor,

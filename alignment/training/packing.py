@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+BUCKET = 256  # tokens: packs for a compiled model are filled up to a multiple of it
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from alignment.training.metrics import UNUSED
 from alignment.training.packing import Pack, pack
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+MOST_SHAPES = 64  # of packs that are compiled for; those beyond run uncompiled
 # How far apart packed and padded answers to the trial's rows may be in the mean, in nats (logits): rounding.
 TRIAL_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -102,6 +103,20 @@ class HeadScaling:
         factor = getattr(text, "logit_scale", None) or 1.0
         divisor = getattr(text, "logits_scaling", None) or 1.0
         return cls(factor / divisor, getattr(text, "final_logit_softcapping", None))
+
+
+def compile_layers(model: Any) -> None:
+    """torch.compile each decoder layer; attention stays as it is. Packs of whole buckets have few shapes.
+
+    All layers are of one class, so what is compiled for the first serves the others.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
+    count = model.config.get_text_config().num_hidden_layers
+    for group in model.modules():
+        if isinstance(group, torch.nn.ModuleList) and len(group) == count:
+            for layer in group:
+                layer.compile(dynamic=False)
+            return
 
 
 # --- trial ------------------------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from alignment.training.attention import describe_backend
 from alignment.training.batching import GlobalBatches
 from alignment.training.callbacks import Before, Reporter
 from alignment.training.metrics import UNUSED, Meter, pair_sums, reward_sums, token_sums
-from alignment.training.packing import pack
+from alignment.training.packing import BUCKET, pack
 from alignment.training.reference_pass import References
-from alignment.training.shared_prefix import differs, install, refusal
+from alignment.training.shared_prefix import compile_layers, differs, install, refusal
 
 _Trainer: Any = transformers.Trainer  # after the TRL trainer in the order of bases
 
@@ -47,12 +47,12 @@ FIRST_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 
 @dataclass(frozen=True)
 class Packing:
-    """on: compute packs, not padded rows. share: a beginning that rows share once. bucket: tokens that a pack is filled
-    up to a multiple of."""
+    """on: compute packs, not padded rows. share: a beginning that rows share once. compile: the layers, for packs that
+    are filled up to a multiple of BUCKET tokens."""
 
     on: bool = True
     share: bool = True
-    bucket: int = 1
+    compile: bool = False
 
 
 class AlignedTrainer(_Trainer):
@@ -101,6 +101,8 @@ class AlignedTrainer(_Trainer):
             reason = differs(plain, self.model_wrapped, self.branches, precision)
         if reason is None:
             self.say(f"records are packed without padding; attention: {describe_backend(self.args.device, precision)}")
+            if self.packing.compile:
+                compile_layers(plain)
         else:
             self.say(f"rows are padded, not packed: {reason}")
             self.packing = replace(self.packing, on=False)
@@ -126,7 +128,7 @@ class AlignedTrainer(_Trainer):
                 labels,
                 self.branches,
                 self.packing.share,
-                self.packing.bucket,
+                BUCKET if self.packing.compile else 1,
             )
         return rows
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import alignment.stages.dpo as dpo_stage
 import alignment.stages.sft as sft_stage
 from alignment.errors import AlignmentError, ConfigError, InputError, MachineError, TrainingError
-from alignment.training import engine, reference_pass
+from alignment.training import engine, memory, reference_pass
 from alignment.training.batching import GlobalBatches
 from tests.training import tiny
 
@@ -246,3 +246,31 @@ def test_rows_that_do_not_teach_to_stop_are_fatal_before_training(tmp_path: Path
     rows.map(lambda row: {"chosen_ids": row["chosen_ids"][:-1]}).save_to_disk(str(tmp_path / "bad" / "train"))
     with pytest.raises(InputError, match="end-of-turn token"):
         run(tmp_path, tiny.dpo(), inputs={**inputs, "data": tmp_path / "bad"})
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_plain_ones_do(tmp_path: Path) -> None:
+    """One shape of pack: every micro-batch is filled up to one bucket of 256 tokens."""
+    for name, compiled in (("plain", False), ("compiled", True)):
+        run(tmp_path / name, tiny.dpo(max_steps=3), tiny.engine(compile=compiled, tokens_per_micro_batch=256))
+    plain, compiled = metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in plain], abs=1e-5)
+    assert [row["computed_share"] for row in compiled] != [row["computed_share"] for row in plain]
+
+
+@pytest.mark.parametrize("setting", [True, "auto"])
+def test_gradient_checkpointing_changes_nothing_but_memory(setting: Any, tmp_path: Path, capsys: Any) -> None:
+    run(tmp_path / "off", tiny.dpo())
+    run(tmp_path / "on", tiny.dpo(), tiny.engine(gradient_checkpointing=setting))
+    off, on = metrics(tmp_path / "off"), metrics(tmp_path / "on")
+    assert [row["loss"] for row in on] == pytest.approx([row["loss"] for row in off], abs=1e-6)
+    said = "on (as set)" if setting is True else "off (by itself)"
+    assert f"gradient checkpointing {said}: about" in capsys.readouterr().out
+
+
+def test_checkpointing_by_itself_comes_on_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000)
+    run(tmp_path, tiny.sft(max_steps=1), tiny.engine(gradient_checkpointing="auto"))
+    assert "gradient checkpointing on (by itself)" in capsys.readouterr().out

@@ -31,8 +31,8 @@ def dpo(**changes: Any) -> Dpo:
 def engine(strategy: str = "single", **changes: Any) -> Engine:
     return Engine(
         **{
-            "strategy": strategy, "tokens_per_micro_batch": 120, "gradient_checkpointing": False, "offload": "none",
-            "param_persistence_threshold": 0, "threads": 1, **changes,
+            "strategy": strategy, "tokens_per_micro_batch": 120, "gradient_checkpointing": False, "compile": False,
+            "offload": "none", "param_persistence_threshold": 0, "threads": 1, **changes,
         }
     )  # fmt: skip
 
