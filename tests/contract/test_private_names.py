@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import accelerate
@@ -18,11 +19,12 @@ from hydra._internal.utils import get_args_parser, run_and_report
 from hydra.core.utils import run_job
 from hydra.plugins.sweeper import Sweeper
 from transformers.integrations import deepspeed as hf_deepspeed
+from trl.kernels import ChunkedLogProbFunction
 
-TRAINERS = (trl.SFTTrainer, trl.DPOTrainer)
+TRAINERS = (trl.SFTTrainer, trl.DPOTrainer, trl.RewardTrainer)
 METHODS = (
     "get_train_dataloader", "training_step", "compute_loss", "floating_point_ops", "log", "remove_callback",
-    "_prepare_dataset", "_get_grad_norm", "_send_telemetry",
+    "_prepare_dataset", "_prepare_inputs", "_get_grad_norm", "_send_telemetry",
 )  # fmt: skip
 
 
@@ -63,12 +65,44 @@ def test_sft_divides_by_the_count_it_is_given_and_multiplies_by_the_processes() 
     assert "steps = self.current_gradient_accumulation_steps" in source
 
 
-def test_dpo_returns_the_mean_over_pairs_and_scores_the_policy_before_the_reference() -> None:
+def test_dpo_returns_the_mean_over_pairs_and_takes_the_references_sums_from_the_inputs() -> None:
     source = inspect.getsource(trl.DPOTrainer._compute_loss)
     assert "loss += per_sequence_loss.mean() * loss_weight" in source
-    assert source.index("outputs = model(**model_kwargs") < source.index("ref_outputs = self.model(")
-    assert "ref_outputs = self.ref_model(**ref_model_kwargs, labels=labels, fused_lm_head=True)" in source
+    assert 'ref_chosen_logps, ref_rejected_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]' in source
+    assert '_non_model_keys = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}' in source
+    assert "chosen_mean_logits, rejected_mean_logits = outputs.mean_logits[:, -seq_len:].chunk(2, dim=0)" in source
     assert "1 / (2 * self.beta)) ** 2" in source and "torch.relu(1 - self.beta * delta_score)" in source
+
+
+def test_dpo_precomputes_through_one_method_after_digesting_the_weights_by_one_name() -> None:
+    source = inspect.getsource(trl.DPOTrainer.__init__)
+    assert "self.train_dataset = self._precompute_ref_logps(" in source
+    assert "hash_module(self.ref_model or self.model) if args.precompute_ref_log_probs else None" in source
+    assert "is_peft_model(self.model) or (args.precompute_ref_log_probs and not self.is_fsdp_enabled)" in source
+
+
+def test_rewards_are_the_logits_and_their_loss_a_mean_over_pairs() -> None:
+    source = inspect.getsource(trl.RewardTrainer.compute_loss)
+    assert "outputs = model(**inputs)" in source
+    assert "loss = -nn.functional.logsigmoid(rewards_chosen - rewards_rejected).mean()" in source
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3", "mixtral"])
+def test_layers_hand_unknown_keyword_arguments_to_the_attention_function(family: str) -> None:
+    source = inspect.getsource(importlib.import_module(f"transformers.models.{family}.modeling_{family}"))
+    call = source[source.index("= attention_interface(") :]
+    assert "**kwargs," in call[: call.index("\n        )\n")]
+
+
+def test_trls_kernel_takes_and_returns_what_the_head_says() -> None:
+    parameters = list(inspect.signature(ChunkedLogProbFunction.forward).parameters)
+    assert parameters == [
+        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+        "logit_scale", "outputs",
+    ]  # fmt: skip
+    returned = "return logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1"
+    assert returned in inspect.getsource(ChunkedLogProbFunction.forward)
+    assert callable(trl.trainer.utils.maybe_gather_lm_head_ctx)
 
 
 def test_the_fused_head_asks_one_name_whether_to_score_trained_positions_only() -> None:
