@@ -41,8 +41,7 @@ class Setting:
     precision: str
     folder: Path  # scratch, empty
     counter: Counter
-    micro_batch: int | None = None  # rows or pairs of one forward; None: the arm's own default
-    padding_free: bool = False
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of trl_tuned, by task, see group.Options
     beta: float = BETA
     state: dict[str, Any] | None = None
     shared: dict[str, Any] = field(default_factory=dict)  # lives as long as one sweep
@@ -134,14 +133,17 @@ def make_trl(task: str, tuned: bool, pairs: list[dict[str, list[int]]], setting:
     logged at each step; nothing saved or reported.
     """
     trainer_class, config_class = TRL[task]
-    arguments = {**_trl_arguments(setting, tuned), **({"beta": setting.beta} if task == "dpo" else {})}
+    options = setting.options.get(task, {}) if tuned else {}
+    arguments = _trl_arguments(setting, options.get("micro_batch", TRL_BATCH))
+    if task == "dpo":
+        arguments["beta"] = setting.beta
     attention = "sdpa"
     if tuned:
         arguments["gradient_checkpointing"] = False
         if task == "dpo":
             arguments["precompute_ref_log_probs"] = True
         if task == "sft":
-            arguments["padding_free"] = setting.padding_free
+            arguments["padding_free"] = options.get("padding_free", False)
         flash = setting.device == "cuda" and setting.precision == "bf16"  # the kernel has no fp32
         if flash and importlib.util.find_spec("flash_attn") is not None:
             attention = "flash_attention_2"
@@ -154,9 +156,9 @@ def make_trl(task: str, tuned: bool, pairs: list[dict[str, list[int]]], setting:
     return Job(trainer, before=getattr(trainer, "precompute_seconds", 0.0))
 
 
-def _trl_arguments(setting: Setting, tuned: bool) -> dict[str, Any]:
+def _trl_arguments(setting: Setting, micro_batch: int) -> dict[str, Any]:
     workload = setting.workload
-    micro = min(setting.micro_batch if tuned and setting.micro_batch else TRL_BATCH, workload.rows)
+    micro = min(micro_batch, workload.rows)
     if workload.rows % micro:
         raise Unavailable(f"a global batch of {workload.rows} is not a multiple of the micro-batch of {micro}")
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from bench.workloads import BETAS, SHAPES, SIZES, Workload, pairs, totals
+from bench.workloads import BETAS, Workload, pairs, totals
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,3 @@ class Clock:
         left, mine = self.left(), sum(units for key, units in self._left.items() if key[0] == group)
         total = sum(self._left.values())
         return None if left is None or not total else left * mine / total
-
-
-DEFAULT_LENGTHS = tuple(SHAPES)
-DEFAULT_SIZES = tuple(SIZES)

@@ -1,4 +1,4 @@
-"""One process of one arm. Orders come as lines of JSON on stdin, answers go to stdout; both in `Pool` of bench/pool.py.
+"""One process of one arm. Orders come as lines of JSON on stdin, answers go to stdout; the other side is bench/pool.py.
 
 It stays alive between orders, so that imports are paid once; while it waits for one it uses no CPU.
 """
@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,8 @@ import transformers
 import trl
 
 from bench.arms import Job, Setting, Unavailable, maker, weights
-from bench.measure import Counter, flop_counter, model_flops, peak, start_peak
+from bench.measure import Counter, flop_counter, model_flops, peak, peak_flops, start_peak
+from bench.plan import ARMS
 from bench.workloads import BETAS, SIZES, Workload, pairs, totals
 
 
@@ -37,9 +39,11 @@ class FirstStep(transformers.TrainerCallback):
 
 
 def hello(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     return {
         "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "device_name": name,
+        "peak_flops": peak_flops(name),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
     }
@@ -62,7 +66,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def run(arm: str, order: dict[str, Any], device: str) -> dict[str, Any]:
-    """One run of the arm; order is what bench/group.py's `order` makes."""
+    """One run of the arm; order is made by `order` in bench/group.py."""
     workload = Workload(**order["workload"])
     rows, counter = pairs(workload), Counter()
     before = start_peak(device)
@@ -70,7 +74,7 @@ def run(arm: str, order: dict[str, Any], device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, counting:
         setting = Setting(
             workload=workload, device=device, precision=order["precision"], folder=Path(folder), counter=counter,
-            micro_batch=order["micro_batch"], padding_free=order["padding_free"],
+            options=order["options"],
         )  # fmt: skip
         if workload.task == "sweep":
             result = sweep(arm, rows, setting)
@@ -78,17 +82,19 @@ def run(arm: str, order: dict[str, Any], device: str) -> dict[str, Any]:
             result = train(maker(arm)(workload.task, rows, setting))
     result.update(peak_bytes=peak(device), start_bytes=before, **counter.to_json())
     if order["flops"]:
-        needed = model_flops(SIZES[workload.size], totals(workload.task, rows), workload.task)
-        result["executed_flops"], result["model_flops"] = counting.get_total_flops(), needed  # type: ignore[union-attr]
+        assert not isinstance(counting, nullcontext)
+        result["executed_flops"], result["model_flops"] = counting.get_total_flops(), needed_flops(workload, rows)
     return result
+
+
+def needed_flops(workload: Workload, rows: list[dict[str, list[int]]]) -> float:
+    """The sweep's are those of its separate runs."""
+    parts = ["sft", "dpo"] * len(BETAS) if workload.task == "sweep" else [workload.task]
+    return sum(model_flops(SIZES[workload.size], totals(part, rows), part) for part in parts)
 
 
 def sweep(arm: str, rows: list[dict[str, list[int]]], setting: Setting) -> dict[str, Any]:
     """SFT and DPO for each beta: TRL's with an SFT run a beta, ours with one. Losses: SFT's and DPO's, beta by beta."""
-    from dataclasses import replace
-
-    from bench.plan import ARMS
-
     make, parts, losses = maker(arm), [], []
     sft, state = None, None
     for beta in BETAS:
