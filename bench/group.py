@@ -118,7 +118,7 @@ def measure(session: Session, number: int, group: Group) -> dict[str, Any]:
 
 
 def warm_up(session: Session, arm: str, group: Group, options: Options) -> dict[str, Any]:
-    """An untimed fp32 run that counts FLOPs: one step; all where a store must be filled or, on a GPU, losses compared."""
+    """An untimed fp32 run that counts FLOPs: one step, or all to fill a store or, on a GPU, to compare losses."""
     whole = arm in WARM or session.on_gpu
     workload = group.workload if whole else replace(group.workload, steps=1)
     if arm in WARM:  # the first fills the store, the one that is counted finds it

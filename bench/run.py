@@ -99,7 +99,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     if options.smoke:
-        options.tasks, options.lengths, options.ablations = ("dpo", "sft"), ("hh",), ()
+        options.tasks = ("dpo", "sft") if options.tasks == TASKS else options.tasks
+        options.lengths, options.ablations = ("hh",), ()
         options.size, options.pairs, options.steps, options.repeats = "tiny", 4, 2, 2
     for name, known in (("tasks", TASKS), ("lengths", SHAPES), ("ablations", SHAPES), ("arms", ARMS)):
         unknown = set(getattr(options, name) or ()) - set(known)
