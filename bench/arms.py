@@ -67,12 +67,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def make_model(task: str, setting: Setting, attention: str = "sdpa") -> Any:
     """The start model in fp32, the same numbers in every arm: its weights follow from the seed."""
     size = SIZES[setting.workload.size]
-    config = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
-        max_position_embeddings=size.positions, tie_word_embeddings=False, num_labels=1,
-        pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None, attn_implementation=attention,
-    )  # fmt: skip
+    numbers: dict[str, Any] = {
+        "vocab_size": size.vocabulary, "hidden_size": size.hidden, "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "num_key_value_heads": size.heads,
+        "max_position_embeddings": size.positions, "tie_word_embeddings": False, "num_labels": 1,
+        "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "attn_implementation": attention,
+    }  # fmt: skip
+    config = LlamaConfig(**numbers)
     torch.manual_seed(setting.workload.seed)
     with torch.device(setting.device):
         model = LlamaForSequenceClassification(config) if task == "reward" else LlamaForCausalLM(config)

@@ -12,6 +12,7 @@ from bench.pool import Pool, WorkerError
 from bench.summary import BF16_TOLERANCE, LOSS_TOLERANCE, arm_summary, group_summary, loss_difference
 from bench.workloads import Workload
 
+FEWEST_REPEATS = 3
 Options = dict[str, dict[str, Any]]  # dpo | sft | reward -> micro_batch, padding_free
 
 
@@ -24,6 +25,7 @@ class Session:
     say: Callable[[str], None]
     machine: dict[str, Any]
     peak: float | None = None
+    limit: float = math.inf  # seconds, after which a group ends with the repeats it has, if they are enough
     best: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -106,6 +108,9 @@ def measure(session: Session, number: int, group: Group) -> dict[str, Any]:
             else:
                 missing[arm] = "failed: " + str(answer.get("error") or answer.get("unavailable"))
         session.say(f"  repeat {repeat + 1} of {group.repeats}")
+        if session.clock.seconds() > session.limit and repeat + 1 >= FEWEST_REPEATS:
+            break
+    group = replace(group, repeats=max(map(len, runs.values()), default=0))
     arms = {
         arm: arm_summary(
             runs[arm], warm[arm], group, difference(session, arm, group, warm, runs), LOSS_TOLERANCE, session.peak

@@ -14,7 +14,9 @@ from bench.pool import ROOT, Pool
 from bench.report import text_table, write_docs, write_results
 from bench.workloads import SHAPES, SIZES, TASKS
 
-LENGTHS = ("hh", "ultrafeedback", "tldr", "equal")  # what matters most first: the last may be left out
+# What matters most first: the last may be left out.
+FIRST = ("dpo", "sweep", "sft", "reward")
+LENGTHS = ("hh", "ultrafeedback", "tldr", "equal")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +42,7 @@ def run(
     plan: list[Group], pool: Pool, machine: dict[str, Any], options: argparse.Namespace, size: str, out: Path
 ) -> dict[str, Any]:
     clock = Clock(plan)
-    session = Session(pool, clock, say, machine, machine.get("peak_flops"))
+    session = Session(pool, clock, say, machine, machine.get("peak_flops"), 60 * options.minutes)
     results: dict[str, Any] = {
         "machine": machine,
         "settings": {
@@ -82,7 +84,7 @@ def exit_code(results: dict[str, Any]) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     listed: dict[str, Any] = {"type": lambda text: tuple(text.split(",")), "metavar": "A,B"}
-    parser.add_argument("--tasks", default=TASKS, help=f"of {', '.join(TASKS)}", **listed)
+    parser.add_argument("--tasks", default=FIRST, help=f"of {', '.join(TASKS)}", **listed)
     parser.add_argument("--lengths", default=LENGTHS, help=f"of {', '.join(LENGTHS)}", **listed)
     parser.add_argument("--arms", default=None, help=f"of {', '.join(ARMS)}", **listed)
     parser.add_argument("--ablations", default=("hh",), help="lengths on which pieces are switched off", **listed)
@@ -99,7 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     if options.smoke:
-        options.tasks = ("dpo", "sft") if options.tasks == TASKS else options.tasks
+        options.tasks = ("dpo", "sft") if options.tasks == FIRST else options.tasks
         options.lengths, options.ablations = ("hh",), ()
         options.size, options.pairs, options.steps, options.repeats = "tiny", 4, 2, 2
     for name, known in (("tasks", TASKS), ("lengths", SHAPES), ("ablations", SHAPES), ("arms", ARMS)):

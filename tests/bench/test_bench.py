@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bench import measure, plan, report, run, summary
 from bench.group import Session
@@ -94,6 +95,45 @@ def test_model_flops_by_hand() -> None:
     assert measure.peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and measure.peak_flops("Something") is None
 
 
+class Body(torch.nn.Module):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return input_ids
+
+
+def test_flops_and_positions_of_what_ran_are_counted() -> None:
+    query = torch.ones(1, 1, 8, 4, requires_grad=True)
+    with measure.flop_counter() as flops:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert flops.get_total_flops() == 2 * (2 * 8 * 8 * 4)  # two products of [8, 4] by [4, 8] and [8, 8] by [8, 4]
+    model = torch.nn.Module()
+    model.base_model = Body()
+    counter = measure.Counter()
+    counter.watch(model)
+    with torch.no_grad():
+        model.base_model(torch.ones(2, 5), attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
+    model.base_model(torch.ones(2, 5))
+    assert counter.to_json() == {
+        "positions": {"policy": 10, "reference": 10}, "attended": {"policy": 10, "reference": 8},
+    }  # fmt: skip
+
+
+def test_a_piece_that_cannot_be_switched_off_is_said(tmp_path: Path) -> None:
+    from bench.arms import Setting, Unavailable, make_ours
+
+    setting = Setting(DPO.workload, "cpu", "fp32", tmp_path, measure.Counter())
+    with pytest.raises(Unavailable, match="no_such_piece"):
+        make_ours("dpo", frozenset({"no_such_piece"}), pairs(DPO.workload), setting)
+
+
+def test_the_peak_of_memory_starts_anew() -> None:
+    assert measure.start_peak("cpu") > 0
+    block = np.ones(20_000_000)  # 160 MB
+    high = measure.peak("cpu")
+    del block
+    assert measure.start_peak("cpu") < high - 100e6
+    assert measure.peak("cpu") < high - 100e6
+
+
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +193,7 @@ class Workers:
         self.asked: list[str] = []
 
     def ask(self, arm: str, order: dict[str, Any]) -> dict[str, Any]:
-        if order["flops"] or arm == "trl_tuned" and order["workload"]["steps"] == 1:
+        if order["flops"] or order["workload"]["steps"] == 1:
             losses = (0.7,)
         else:
             self.asked.append(arm)
