@@ -73,12 +73,14 @@ def groups(
 ) -> list[Group]:  # fmt: skip
     """Groups in the order of what matters most. The sweep runs on the first lengths, half the steps, >= 3 repeats.
 
+    Never one step only, for DPO's first loss is log 2 whatever the trainer does: there would be nothing to compare.
+
     ablations: lengths on which ours also runs with each piece off. arms: only these, where they apply.
     """
     made = []
     for task in tasks:
         for shape in lengths[:1] if task == "sweep" else lengths:
-            count = max(1, steps // 2) if task == "sweep" else steps
+            count = max(2, steps // 2) if task == "sweep" else steps
             workload = Workload(task=task, lengths=shape, size=size, rows=rows, steps=count)
             chosen = tuple(
                 name

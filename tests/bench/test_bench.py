@@ -224,7 +224,7 @@ def test_a_group_is_interleaved_tunes_trl_and_refuses_the_arm_whose_losses_diffe
 def test_pieces_are_switched_off_on_the_lengths_asked_for_and_the_sweep_runs_once() -> None:
     made = plan.groups(("dpo", "sweep"), ("hh", "equal"), None, ("hh",), "tiny", 4, 2, 5)
     assert [(g.workload.task, g.workload.lengths, g.workload.steps, g.repeats) for g in made] == [
-        ("dpo", "hh", 2, 5), ("dpo", "equal", 2, 5), ("sweep", "hh", 1, 3),
+        ("dpo", "hh", 2, 5), ("dpo", "equal", 2, 5), ("sweep", "hh", 2, 3),
     ]  # fmt: skip
     assert "ours_no_sharing" in made[0].arms and made[1].arms == ("trl_default", "trl_tuned", "ours")
     assert made[2].arms == ("trl_tuned", "ours")
