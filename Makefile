@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Where there is no GPU: PyTorch's CPU build, a tenth of the size. It is looked for here and wherever pip is told to look.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check browser clean help
+.PHONY: demo test check bench browser clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,10 +19,13 @@ test: check browser  ## all tests, after the checks
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)  ## ruff, mypy and the architecture's contracts
-	$(BIN)/ruff check alignment launchers tests
-	$(BIN)/ruff format --check alignment launchers tests
+	$(BIN)/ruff check alignment bench launchers tests
+	$(BIN)/ruff format --check alignment bench launchers tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## TRL's trainers against ours: speed and memory, into docs/performance.md; at most an hour
+	$(BIN)/python -m bench
 
 browser:         # headless Chromium for the report's test; without it, and without root, that test is skipped
 	@command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \

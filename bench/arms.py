@@ -1,0 +1,258 @@
+"""The arms: TRL as it comes, TRL tuned, ours, and ours with a piece off. Runs inside a worker.
+
+All arms start from the same weights, see the same rows in the same global batches and use AdamW at the same constant
+rate, clipping gradients at 1. `make_ours` is the one place that knows our trainers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from bench.measure import Counter
+from bench.plan import ARMS
+from bench.workloads import BETA, EOS, PAD, SIZES, Workload, rows_for
+
+LEARNING_RATE = 1e-4
+TRL_BATCH = 8  # per_device_train_batch_size of TrainingArguments, which TRL keeps
+
+
+class Unavailable(Exception):
+    """This arm cannot run here; the text says why."""
+
+
+@dataclass
+class Setting:
+    """What one training run is given. state: weights to start from instead of the seed's (the sweep's second stage)."""
+
+    workload: Workload
+    device: str
+    precision: str
+    folder: Path  # scratch, empty
+    counter: Counter
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of trl_tuned, by task, see group.Options
+    beta: float = BETA
+    state: dict[str, Any] | None = None
+    shared: dict[str, Any] = field(default_factory=dict)  # lives as long as one sweep
+
+
+@dataclass
+class Job:
+    """A trainer ready to train. before: seconds of measured work that its construction had to contain."""
+
+    trainer: Any
+    before: float = 0.0
+
+
+# --- what all arms share ----------------------------------------------------------------------------------------------
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Only its padding and end tokens are looked at: rows are token ids already."""
+    words = Tokenizer(models.WordLevel({"<pad>": PAD, "<eos>": EOS, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def make_model(task: str, setting: Setting, attention: str = "sdpa") -> Any:
+    """The start model in fp32, the same numbers in every arm: its weights follow from the seed."""
+    size = SIZES[setting.workload.size]
+    numbers: dict[str, Any] = {
+        "vocab_size": size.vocabulary, "hidden_size": size.hidden, "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "num_key_value_heads": size.heads,
+        "max_position_embeddings": size.positions, "tie_word_embeddings": False, "num_labels": 1,
+        "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "attn_implementation": attention,
+    }  # fmt: skip
+    config = LlamaConfig(**numbers)
+    torch.manual_seed(setting.workload.seed)
+    with torch.device(setting.device):
+        model = LlamaForSequenceClassification(config) if task == "reward" else LlamaForCausalLM(config)
+    if setting.state is not None:
+        model.load_state_dict(setting.state)
+    setting.counter.watch(model)
+    return model
+
+
+def weights(trainer: Any) -> dict[str, Any]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+# --- TRL --------------------------------------------------------------------------------------------------------------
+
+
+class _Prepared:
+    """Before a TRL trainer: the rows are token ids already, and nothing is told to anybody."""
+
+    def _prepare_dataset(self, dataset: Any, *arguments: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
+class TrlSFT(_Prepared, trl.SFTTrainer):
+    pass
+
+
+class TrlReward(_Prepared, trl.RewardTrainer):
+    pass
+
+
+class TrlDPO(_Prepared, trl.DPOTrainer):
+    precompute_seconds = 0.0
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL's own, timed; a new fingerprint each time, or the second repeat would find the first one's file."""
+        dataset._fingerprint = uuid.uuid4().hex
+        began = time.monotonic()
+        dataset = super()._precompute_ref_logps(dataset, name, batch_size)
+        self.precompute_seconds += time.monotonic() - began
+        return dataset
+
+
+TRL: dict[str, tuple[Any, Any]] = {
+    "dpo": (TrlDPO, trl.DPOConfig),
+    "sft": (TrlSFT, trl.SFTConfig),
+    "reward": (TrlReward, trl.RewardConfig),
+}
+
+
+def make_trl(task: str, tuned: bool, pairs: list[dict[str, list[int]]], setting: Setting) -> Job:
+    """TRL with its defaults but for what equal work needs, or tuned.
+
+    Equal work: the global batch (by accumulation), the steps, the rate, rows in the order given, no row cut, the loss
+    logged at each step; nothing saved or reported.
+    """
+    trainer_class, config_class = TRL[task]
+    options = setting.options.get(task, {}) if tuned else {}
+    arguments = _trl_arguments(setting, options.get("micro_batch", TRL_BATCH))
+    if task == "dpo":
+        arguments["beta"] = setting.beta
+    attention = "sdpa"
+    if tuned:
+        arguments["gradient_checkpointing"] = False
+        if task == "dpo":
+            arguments["precompute_ref_log_probs"] = True
+        if task == "sft":
+            arguments["padding_free"] = options.get("padding_free", False)
+        flash = setting.device == "cuda" and setting.precision == "bf16"  # the kernel has no fp32
+        if flash and importlib.util.find_spec("flash_attn") is not None:
+            attention = "flash_attention_2"
+    model = make_model(task, setting, attention)
+    extra = {"ref_model": make_model(task, setting, attention)} if task == "dpo" and not tuned else {}
+    trainer = trainer_class(
+        model=model, args=config_class(**arguments), processing_class=tokenizer(),
+        train_dataset=Dataset.from_list(rows_for(task, pairs)), **extra,
+    )  # fmt: skip
+    return Job(trainer, before=getattr(trainer, "precompute_seconds", 0.0))
+
+
+def _trl_arguments(setting: Setting, micro_batch: int) -> dict[str, Any]:
+    workload = setting.workload
+    micro = min(micro_batch, workload.rows)
+    if workload.rows % micro:
+        raise Unavailable(f"a global batch of {workload.rows} is not a multiple of the micro-batch of {micro}")
+    return {
+        "output_dir": str(setting.folder),
+        "max_steps": workload.steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": workload.rows // micro,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "max_length": None,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "bf16": setting.precision == "bf16",
+        "use_cpu": setting.device == "cpu",
+        "dataloader_pin_memory": setting.device == "cuda",
+        "seed": workload.seed,
+    }
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def make_ours(task: str, pieces: frozenset[str], pairs: list[dict[str, list[int]]], setting: Setting) -> Job:
+    """Our trainer with `pieces` off (names in plan.ARMS). Raises Unavailable for what our trainers do not have.
+
+    setting.shared is one dict for all the runs of a sweep: the place of what they share.
+    """
+    from alignment.training import engine, rows, trainers
+    from alignment.training.batching import GlobalBatches
+
+    if task == "reward":
+        raise Unavailable("there is no reward trainer of ours")
+    if pieces:
+        raise Unavailable(f"our trainers cannot switch off: {', '.join(sorted(pieces))}")
+    settings, setup = _our_settings(task, setting)
+    engine.start(setup, world_size=1)
+    dataset = Dataset.from_list(rows_for(task, pairs))
+    lengths, divisors = (rows.sft_sizes if task == "sft" else rows.pair_sizes)(dataset)
+
+    def batches_of(lengths: list[int], divisors: list[int]) -> GlobalBatches:
+        return GlobalBatches(
+            lengths=lengths, weights=divisors, global_batch_size=setting.workload.rows, steps=setting.workload.steps,
+            seed=setting.workload.seed, tokens_per_micro_batch=setup.tokens_per_micro_batch,
+        )  # fmt: skip
+
+    # Ours take the rows in an order drawn from the seed: put them where that order finds them in the common one.
+    drawn = batches_of(lengths, divisors)
+    order = [row for step in range(setting.workload.steps) for row in drawn.rows(step)]
+    place = sorted(range(len(order)), key=order.__getitem__)  # place[row] is when it is drawn
+    common: dict[str, Any] = {
+        "batches": batches_of([lengths[at] for at in place], [divisors[at] for at in place]),
+        "on_step": lambda step, total, metrics: None,
+        "train_dataset": dataset.select(place).flatten_indices(),
+        "processing_class": tokenizer(),
+        "model": make_model(task, setting),
+    }
+    arguments = engine.training_arguments(settings, setup, setting.workload.steps, setting.folder)
+    if task == "sft":
+        return Job(trainers.SFT(args=trl.SFTConfig(**arguments), **common))
+    config = trl.DPOConfig(**arguments, loss_type=["sigmoid"], beta=setting.beta, disable_dropout=True)
+    return Job(trainers.DPO(args=config, ref_model=make_model(task, setting), **common))
+
+
+def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
+    """The stage's and the engine's settings: conf/engine/single.yaml, and TRL's optimiser."""
+    from alignment.config.schema import Dpo, Engine, Sft
+
+    common: dict[str, Any] = {
+        "global_batch_size": setting.workload.rows, "epochs": 1.0, "max_steps": setting.workload.steps,
+        "learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0,
+        "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
+        "precision": setting.precision, "lora": None, "seed": setting.workload.seed, "log_every": 1,
+    }  # fmt: skip
+    setup = Engine(
+        strategy="single", tokens_per_micro_batch=2048, gradient_checkpointing=False, offload="none",
+        param_persistence_threshold=None, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if task == "sft":
+        return Sft(kind="sft", **common), setup
+    return Dpo(kind="dpo", loss="sigmoid", beta=setting.beta, **common), setup
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+Make = Callable[[str, list[dict[str, list[int]]], Setting], Job]
+
+
+def maker(name: str) -> Make:
+    """(task dpo|sft|reward, pairs, setting) -> the arm's job."""
+    arm = ARMS[name]
+    if arm.ours:
+        return lambda task, pairs, setting: make_ours(task, arm.pieces_off, pairs, setting)
+    return lambda task, pairs, setting: make_trl(task, arm.tuned, pairs, setting)

@@ -1,0 +1,129 @@
+"""results.json, the tables of docs/performance.md and the plot beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.plan import ARMS
+from bench.plot import svg
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+NOT_MEASURED = "Not measured yet."
+PLOT = "performance.svg"
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Written anew after each group, so that an interrupted run keeps what it measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".part")
+    fresh.write_text(json.dumps(results, indent=1) + "\n")
+    fresh.replace(path)
+
+
+def write_docs(folder: Path, results: dict[str, Any]) -> None:
+    """folder: with performance.md, whose text between the markers is replaced; a page without them is an error."""
+    page = folder / "performance.md"
+    page.write_text(between_markers(page.read_text(), tables(results)))
+    (folder / PLOT).write_text(svg(results["groups"]))
+
+
+def between_markers(page: str, inside: str) -> str:
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"the page must have {BEGIN} and after it {END}, once each")
+    before, after = page[: page.index(BEGIN)], page[page.index(END) + len(END) :]
+    return f"{before}{BEGIN}\n{inside.strip()}\n{END}{after}"
+
+
+def tables(results: dict[str, Any]) -> str:
+    if not results["groups"]:
+        return NOT_MEASURED
+    parts = [_machine(results), _ratio_table(results["ratios"])]
+    for group in results["groups"]:
+        parts.append(f"#### {group['task']}, {group['lengths']} lengths\n\n{arm_table(group)}")
+    if results["not_measured"]:
+        parts.append("Not measured, for want of time: " + ", ".join(results["not_measured"]) + ".")
+    return "\n\n".join(parts)
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    name = machine["device_name"] if machine["device"] == "cuda" else f"CPU, {machine['threads']} threads"
+    versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
+    size = results["settings"]["size"]
+    return f"Measured on: {name}; {versions}; model `{size}`; {results['minutes']:.0f} minutes.\n\n![Speed]({PLOT})"
+
+
+def _ratio_table(ratios: list[dict[str, Any]]) -> str:
+    if not ratios:
+        return "No ratio between ours and TRL's: an arm is missing or was refused."
+    lines = [
+        "| task | lengths | against | speedup (of medians) | lowest to highest repeat | peak memory, ours / theirs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in ratios:
+        extremes = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
+        lines.append(
+            f"| {row['task']} | {row['lengths']} | {row['against']} "
+            f"| {row['speedup']:.2f} | {extremes} | {row['memory']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def arm_table(group: dict[str, Any]) -> str:
+    """The arms of one group; a refused arm's row says why, and has no speed."""
+    with_mfu = any("mfu" in row for row in group["arms"].values())
+    unit = "rows/s" if group["task"] == "sft" else "pairs/s"
+    heads = [
+        "arm", "s a repeat (low to high)", unit, "tokens/s", "first step s", "padding", "sharing",
+        "peak GB (over start)", "executed / model FLOPs", *(["MFU", "executed"] if with_mfu else []), "loss difference",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for arm, row in group["arms"].items():
+        lines.append("| " + " | ".join(_cells(arm, row, with_mfu)) + " |")
+    for arm, reason in group["missing"].items():
+        lines.append(f"| {arm} | {reason} |" + " |" * (len(heads) - 2))
+    notes = [f"{group['repeats']} repeats of {group['steps']} steps of {group['rows']}."]
+    for task, found in group["tuned"].items():
+        free = ", padding-free" if found["padding_free"] else ""
+        notes.append(f"TRL tuned ({task}): micro-batch {found['micro_batch']}{free}.")
+    return "\n".join(lines) + "\n\n" + " ".join(notes)
+
+
+def _cells(arm: str, row: dict[str, Any], with_mfu: bool) -> list[str]:
+    memory = f"{row['peak_bytes']['median'] / 1e9:.2f}"
+    over = f"({(row['peak_bytes']['median'] - row['start_bytes']['median']) / 1e9:.2f})"
+    ratios = [f"{row['padding_ratio']:.2f}", f"{row['sharing_ratio']:.2f}", f"{memory} {over}"]
+    difference = "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}"
+    if row["refused"]:
+        return [arm, row["refused"], "", "", "", *ratios, "", *(["", ""] if with_mfu else []), difference]
+    time = row["time"]
+    speeds = [
+        f"{time['median']:.2f} ({time['low']:.2f} to {time['high']:.2f})",
+        f"{row['rows_per_s']:.3g}", f"{row['tokens_per_s']:.0f}", f"{row['first_step_s']['median']:.2f}",
+    ]  # fmt: skip
+    use = []
+    if with_mfu:
+        use = [f"{row[name]:.1%}" if name in row else "" for name in ("mfu", "executed_utilisation")]
+    return [arm, *speeds, *ratios, f"{row['executed_over_model_flops']:.2f}", *use, difference]
+
+
+def text_table(group: dict[str, Any]) -> str:
+    """For the terminal."""
+    lines = [f"{group['task']} {group['lengths']}"]
+    for arm in ARMS:
+        row = group["arms"].get(arm)
+        if row is None:
+            continue
+        memory = row["peak_bytes"]["median"] / 1e9
+        said = row["refused"] or (
+            f"{row['time']['median']:8.2f} s  {row['rows_per_s']:8.3g} rows/s  {row['tokens_per_s']:8.0f} tokens/s"
+        )
+        within = "" if row["refused"] else f"losses within {row['loss_difference']:.1e}"
+        lines.append(f"  {arm:20s} {said}  {memory:5.2f} GB  {within}")
+    for row in group["ratios"]:
+        lines.append(
+            f"  against {row['against']}: {row['speedup']:.2f} times as fast, {row['memory']:.2f} of the memory"
+        )
+    return "\n".join(lines)

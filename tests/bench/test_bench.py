@@ -1,0 +1,299 @@
+"""The benchmark's arithmetic, its refusals and its pages by hand-derived numbers; the driver once, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import measure, plan, report, run, summary
+from bench.group import Session
+from bench.group import measure as measure_group
+from bench.plot import svg
+from bench.pool import ROOT
+from bench.workloads import SHAPES, Size, Totals, Workload, draw_lengths, pairs, rows_for, totals
+
+DPO = plan.Group(Workload("dpo", "hh", "tiny", rows=2, steps=1), ("trl_default", "trl_tuned", "ours"), repeats=3)
+
+
+def answer(seconds: float, peak: int = 100, losses: tuple[float, ...] = (0.7,), attended: int = 40) -> dict[str, Any]:
+    """A worker's; 60 positions of the policy."""
+    return {
+        "seconds": seconds, "first_step_seconds": seconds / 2, "losses": list(losses), "peak_bytes": peak,
+        "start_bytes": 10, "positions": {"policy": 60, "reference": 0}, "attended": {"policy": attended},
+    }  # fmt: skip
+
+
+def summarised(seconds: list[float], peak: int = 100, difference: float = 0.0) -> dict[str, Any]:
+    warm = {"model_flops": 200.0, "executed_flops": 500.0, "steps": 1}
+    runs = [answer(value, peak) for value in seconds]
+    return summary.arm_summary(runs, warm, DPO, difference, summary.LOSS_TOLERANCE, peak=1000.0)
+
+
+def measured(difference: float = 0.0) -> dict[str, Any]:
+    """Results with one group."""
+    arms = {
+        "trl_default": summarised([8.0, 10.0, 30.0], peak=400),
+        "trl_tuned": summarised([4.0, 6.0, 5.0], peak=200),
+        "ours": summarised([2.0, 2.5, 3.0], peak=100, difference=difference),
+    }
+    found = {"dpo": {"micro_batch": 2, "padding_free": False, "tried": []}}
+    group = {**summary.group_summary(DPO, arms, found), "missing": {"ours_warm": "<not> there"}}
+    return {
+        "machine": {"device": "cpu", "device_name": "CPU", "threads": 2, "versions": {"trl": "1.16"}},
+        "settings": {"size": "tiny"}, "minutes": 1.0, "ratios": group["ratios"], "groups": [group], "not_measured": [],
+    }  # fmt: skip
+
+
+# --- workloads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", SHAPES)
+def test_lengths_are_the_same_for_the_same_seed_and_inside_the_limits(lengths: str) -> None:
+    drawn = draw_lengths(lengths, 200, seed=3)
+    assert (drawn == draw_lengths(lengths, 200, seed=3)).all()
+    assert drawn.min() >= 5 and drawn.max() <= 700
+    if lengths == "equal":
+        assert (drawn == [16, 240, 240]).all()
+    else:
+        assert (drawn != draw_lengths(lengths, 200, seed=4)).any()
+
+
+def test_lengths_have_the_medians_of_their_shapes() -> None:
+    hh, tldr = np.median(draw_lengths("hh", 4000, 0), 0), np.median(draw_lengths("tldr", 4000, 0), 0)
+    assert hh == pytest.approx([math.exp(4.8), math.exp(4.0), math.exp(4.0)], rel=0.06)
+    assert tldr == pytest.approx([350, 38, 35], rel=0.03)
+
+
+def test_rows_in_the_columns_of_each_trainer_and_their_totals() -> None:
+    pair = {"prompt_ids": [4, 5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}
+    assert rows_for("sft", [pair]) == [{"input_ids": [4, 5, 6, 7, 8], "labels": [-100, -100, -100, 7, 8]}]
+    assert rows_for("reward", [pair]) == [{"chosen_ids": [4, 5, 6, 7, 8], "rejected_ids": [4, 5, 6, 9]}]
+    assert totals("dpo", [pair]) == Totals(rows=1, tokens=9, scored=3, squares=25 + 16)
+    assert totals("sft", [pair]) == Totals(rows=1, tokens=5, scored=2, squares=25)
+    assert totals("reward", [pair]) == Totals(rows=1, tokens=9, scored=2, squares=25 + 16)
+    workload = Workload("dpo", "hh", "cpu", rows=2, steps=2)
+    assert pairs(workload) == pairs(workload) and len(pairs(workload)) == 4
+
+
+def test_model_flops_by_hand() -> None:
+    size = Size(vocabulary=10, hidden=2, intermediate=3, layers=1, heads=1)
+    assert size.body_parameters() == 4 * 4 + 3 * 2 * 3  # 34
+    needed = 6 * 34 * 9 + 6 * 2 * 10 * 3 + 12 * 1 * 2 * 41 / 2
+    work = Totals(rows=1, tokens=9, scored=3, squares=41)
+    assert measure.model_flops(size, work, "sft") == needed
+    assert measure.model_flops(size, work, "dpo") == pytest.approx(needed * 4 / 3)
+    assert measure.peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and measure.peak_flops("Something") is None
+
+
+class Body(torch.nn.Module):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return input_ids
+
+
+def test_flops_and_positions_of_what_ran_are_counted() -> None:
+    query = torch.ones(1, 1, 8, 4, requires_grad=True)
+    with measure.flop_counter() as flops:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert flops.get_total_flops() == 2 * (2 * 8 * 8 * 4)  # two products of [8, 4] by [4, 8] and [8, 8] by [8, 4]
+    model = torch.nn.Module()
+    model.base_model = Body()
+    counter = measure.Counter()
+    counter.watch(model)
+    with torch.no_grad():
+        model.base_model(torch.ones(2, 5), attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
+    model.base_model(torch.ones(2, 5))
+    assert counter.to_json() == {
+        "positions": {"policy": 10, "reference": 10}, "attended": {"policy": 10, "reference": 8},
+    }  # fmt: skip
+
+
+def test_a_piece_that_cannot_be_switched_off_is_said(tmp_path: Path) -> None:
+    from bench.arms import Setting, Unavailable, make_ours
+
+    setting = Setting(DPO.workload, "cpu", "fp32", tmp_path, measure.Counter())
+    with pytest.raises(Unavailable, match="no_such_piece"):
+        make_ours("dpo", frozenset({"no_such_piece"}), pairs(DPO.workload), setting)
+
+
+def test_the_peak_of_memory_starts_anew() -> None:
+    assert measure.start_peak("cpu") > 0
+    block = np.ones(20_000_000)  # 160 MB
+    high = measure.peak("cpu")
+    del block
+    assert measure.start_peak("cpu") < high - 100e6
+    assert measure.peak("cpu") < high - 100e6
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_of_medians_and_their_spread_is_round_by_round() -> None:
+    default, tuned = measured()["ratios"]
+    assert (default["task"], default["lengths"], default["against"]) == ("dpo", "hh", "trl_default")
+    assert default["speedup"] == pytest.approx(10 / 2.5)
+    assert (default["speedup_low"], default["speedup_high"]) == pytest.approx((8 / 2, 30 / 3))
+    assert default["memory"] == pytest.approx(100 / 400)
+    assert (tuned["speedup"], tuned["memory"]) == pytest.approx((5 / 2.5, 100 / 200))
+
+
+def test_an_arms_row_by_hand() -> None:
+    row = summarised([4.0, 2.0, 3.0])
+    needed = summary.work(DPO)
+    assert row["time"] == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert row["rows_per_s"] == pytest.approx(2 / 3) and row["tokens_per_s"] == pytest.approx(needed.tokens / 3)
+    assert (row["padding_ratio"], row["sharing_ratio"]) == pytest.approx((60 / 40, needed.tokens / 40))
+    assert row["executed_over_model_flops"] == 2.5
+    assert (row["mfu"], row["executed_utilisation"]) == pytest.approx((200 / 3 / 1000, 500 / 3 / 1000))
+
+
+def test_the_sweeps_work_is_that_of_eight_runs_of_sft_and_dpo() -> None:
+    group = plan.Group(Workload("sweep", "hh", "tiny", rows=2, steps=1), ("trl_tuned", "ours"), repeats=3)
+    rows = pairs(group.workload)
+    assert summary.work(group).tokens == 8 * (totals("dpo", rows).tokens + totals("sft", rows).tokens)
+    assert group.reference == "trl_tuned" and DPO.reference == "trl_default"
+
+
+def test_losses_that_differ_leave_no_speed_and_exit_code_1() -> None:
+    assert summary.loss_difference([0.7, 0.6], [0.7, 0.6002]) == pytest.approx(2e-4)
+    assert summary.loss_difference([0.7], [0.7, 0.6]) == math.inf
+    assert summary.loss_difference([0.7, math.nan], [0.7, 0.6]) == math.inf
+    results = measured(difference=2e-4)
+    ours = results["groups"][0]["arms"]["ours"]
+    assert ours["refused"] == "losses differ by 2.0e-04"
+    assert not {"seconds", "time", "rows_per_s", "tokens_per_s"} & ours.keys()
+    assert results["ratios"] == [] and run.exit_code(results) == 1
+    line = next(line for line in report.tables(results).splitlines() if line.startswith("| ours |"))
+    assert "losses differ by 2.0e-04" in line and " s " not in line
+    assert run.exit_code(measured()) == 0
+    assert summarised([1.0], difference=math.inf)["refused"] == "losses cannot be compared"
+
+
+def test_a_failed_arm_is_exit_code_1_and_a_group_left_out_2() -> None:
+    results = measured()
+    results["not_measured"] = ["reward hh"]
+    assert run.exit_code(results) == 2
+    results["groups"][0]["missing"]["ours_warm"] = "failed: no memory"
+    assert run.exit_code(results) == 1
+
+
+class Workers:
+    """In place of bench.pool.Pool: ours' third loss is another one, ours_warm does not exist."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def ask(self, arm: str, order: dict[str, Any]) -> dict[str, Any]:
+        if order["flops"] or order["workload"]["steps"] == 1:
+            losses = (0.7,)
+        else:
+            self.asked.append(arm)
+            losses = (0.7, 0.6, 0.5003 if arm == "ours" else 0.5)
+        if arm == "ours_warm":
+            return {"unavailable": "no store"}
+        micro_batch = order["options"].get("dpo", {}).get("micro_batch", 0)
+        return {**answer(3.0 - micro_batch / 8, losses=losses), "model_flops": 2.0, "executed_flops": 4.0}
+
+
+def test_a_group_is_interleaved_tunes_trl_and_refuses_the_arm_whose_losses_differ() -> None:
+    arms = ("trl_default", "trl_tuned", "ours", "ours_warm")
+    group = plan.Group(Workload("dpo", "hh", "tiny", rows=8, steps=3), arms, repeats=2)
+    workers = Workers()
+    session = Session(workers, plan.Clock([group]), lambda words: None, {"device": "cpu"})  # type: ignore[arg-type]
+    made = measure_group(session, 0, group)
+    assert [arm for arm in workers.asked if arm != "ours_warm"] == ["trl_default", "trl_tuned", "ours"] * 2
+    assert made["missing"] == {"ours_warm": "no store"}
+    tuned = made["tuned"]["dpo"]
+    assert tuned["micro_batch"] == 8 and [one["micro_batch"] for one in tuned["tried"]] == [1, 2, 4, 8]
+    assert made["arms"]["ours"]["refused"] == "losses differ by 3.0e-04" and made["ratios"] == []
+    assert made["arms"]["trl_tuned"]["refused"] is None and made["arms"]["trl_tuned"]["loss_difference"] == 0
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_switched_off_on_the_lengths_asked_for_and_the_sweep_runs_once() -> None:
+    made = plan.groups(("dpo", "sweep"), ("hh", "equal"), None, ("hh",), "tiny", 4, 2, 5)
+    assert [(g.workload.task, g.workload.lengths, g.workload.steps, g.repeats) for g in made] == [
+        ("dpo", "hh", 2, 5), ("dpo", "equal", 2, 5), ("sweep", "hh", 2, 3),
+    ]  # fmt: skip
+    assert "ours_no_sharing" in made[0].arms and made[1].arms == ("trl_default", "trl_tuned", "ours")
+    assert made[2].arms == ("trl_tuned", "ours")
+
+
+def test_the_time_left_is_what_the_past_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan.groups(("dpo",), ("hh", "equal"), ("ours",), (), "tiny", 4, 1, 3)
+    clock = plan.Clock(made)
+    monkeypatch.setattr(clock, "seconds", lambda: 10.0)
+    assert clock.left() is None
+    first, second = made[0].units("ours", 1), made[1].units("ours", 1)
+    clock.done(0)
+    assert clock.left() == pytest.approx(10 * second / first) == clock.left_of(1)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plot_is_well_formed_and_has_a_bar_for_each_arm_with_a_speed() -> None:
+    root = ElementTree.fromstring(svg(measured()["groups"]))
+    assert len(root.findall(".//{*}title")) == 3
+    refused = ElementTree.fromstring(svg(measured(difference=1.0)["groups"]))
+    assert len(refused.findall(".//{*}title")) == 2
+    ElementTree.fromstring(svg([]))
+
+
+def test_the_tables_replace_what_is_between_the_markers_only(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write_docs(tmp_path, measured())
+    once = page.read_text()
+    assert once.startswith(f"before\n{report.BEGIN}\n") and once.endswith(f"\n{report.END}\nafter\n")
+    assert "old" not in once and "| dpo | hh | trl_default | 4.00 | 4.00 to 10.00 | 0.25 |" in once
+    report.write_docs(tmp_path, measured())
+    assert page.read_text() == once and (tmp_path / report.PLOT).exists()
+    with pytest.raises(ValueError, match="once each"):
+        report.between_markers("no markers", "x")
+
+
+def test_every_line_of_a_table_has_as_many_cells_as_its_head() -> None:
+    for difference in (0.0, 1.0, math.inf):
+        lines = report.arm_table(measured(difference)["groups"][0]).split("\n\n")[0].splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_repositorys_page_has_the_markers() -> None:
+    report.between_markers((ROOT / "docs" / "performance.md").read_text(), report.NOT_MEASURED)
+
+
+# --- all together -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_driver_measures_trl_and_ours_and_their_losses_agree(tmp_path: Path) -> None:
+    (tmp_path / "performance.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "bench", "--smoke", "--tasks", "dpo", "--arms", "trl_default,ours"),
+            *("--out", str(tmp_path), "--docs", str(tmp_path)),
+        ],
+        cwd=ROOT, env={**os.environ, "BENCH_DEVICE": "cpu"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    (group,) = results["groups"]
+    assert group["task"] == "dpo" and group["missing"] == {} and list(group["arms"]) == ["trl_default", "ours"]
+    for row in group["arms"].values():
+        assert len(row["seconds"]) == 2 and row["loss_difference"] <= 1e-5 and row["peak_bytes"]["median"] > 0
+        assert row["sharing_ratio"] >= 1 and row["padding_ratio"] >= 1 and row["executed_over_model_flops"] > 1
+    (ratio,) = results["ratios"]
+    assert ratio["against"] == "trl_default" and ratio["speedup"] > 0
+    assert "| dpo | hh | trl_default |" in (tmp_path / "performance.md").read_text()
