@@ -7,6 +7,7 @@ rate, clipping gradients at 1. `make_ours` is the one place that knows our train
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -188,42 +189,81 @@ def _trl_arguments(setting: Setting, micro_batch: int) -> dict[str, Any]:
 def make_ours(task: str, pieces: frozenset[str], pairs: list[dict[str, list[int]]], setting: Setting) -> Job:
     """Our trainer with `pieces` off (names in plan.ARMS). Raises Unavailable for what our trainers do not have.
 
-    setting.shared is one dict for all the runs of a sweep: the place of what they share.
+    The reference store lies in the run's own folder, so each run pays for its reference pass, and a sweep for one.
     """
-    from alignment.training import engine, rows, trainers
-    from alignment.training.batching import GlobalBatches
+    from alignment.training import engine
+    from alignment.training.trainers import DPO, SFT, Packing, Reward
 
-    if task == "reward":
-        raise Unavailable("there is no reward trainer of ours")
-    if pieces:
+    if pieces - {"sharing", "packing", "head", "reference_pass"}:
         raise Unavailable(f"our trainers cannot switch off: {', '.join(sorted(pieces))}")
     settings, setup = _our_settings(task, setting)
     engine.start(setup, world_size=1)
+    arguments = engine.training_arguments(settings, setup, setting.workload.steps, setting.folder)
+    model = make_model(task, setting)
+    common = {
+        **_our_rows(task, pairs, setting, setup, model.config),
+        "on_step": lambda step, total, metrics: None,
+        "processing_class": tokenizer(),
+        "model": model,
+        "packing": Packing(on="packing" not in pieces, share="sharing" not in pieces),
+    }
+    _choose_head(ours="head" not in pieces)
+    if task == "sft":
+        return Job(SFT(args=trl.SFTConfig(**arguments), **common))
+    if task == "reward":
+        return Job(Reward(args=trl.RewardConfig(**arguments), **common))
+    config = trl.DPOConfig(**arguments, beta=setting.beta, disable_dropout=True, precompute_ref_log_probs=True)
+    kept = WARM_STORE if "reference_pass" in pieces else setting.folder / "reference"
+    return Job(DPO(args=config, references=_references(kept, setting), **common))
+
+
+WARM_STORE = Path(tempfile.mkdtemp(prefix="bench-reference-"))  # of this process, for the arm that finds it full
+
+
+def _references(folder: Path, setting: Setting) -> Any:
+    from alignment.training.reference import ReferenceStore
+    from alignment.training.reference_pass import References
+
+    # The rows differ between workloads and are in the store's keys; weights here are one of two kinds.
+    weights = "seed" if setting.state is None else "sft"
+    dtype = "bf16" if setting.precision == "bf16" else "fp32"
+    return References(ReferenceStore(folder, weights=weights, adapter=None, dtype=dtype))
+
+
+def _choose_head(ours: bool) -> None:
+    """Ours, or TRL's kernel for the same positions."""
+    from alignment.training import head, shared_prefix
+
+    shared_prefix.score_tokens = head.score_tokens if ours else head.score_tokens_by_trl
+
+
+def _our_rows(
+    task: str, pairs: list[dict[str, list[int]]], setting: Setting, setup: Any, config: Any
+) -> dict[str, Any]:
+    """Rows, batches and widths. Ours take the rows in an order drawn from the seed: put them where that order finds
+    them in the common one."""
+    from alignment.training import rows
+    from alignment.training.batching import GlobalBatches
+    from alignment.training.memory import attention_share
+
     dataset = Dataset.from_list(rows_for(task, pairs))
-    lengths, divisors = (rows.sft_sizes if task == "sft" else rows.pair_sizes)(dataset)
+    sizes = {"sft": rows.sft_sizes, "dpo": rows.pair_sizes, "reward": rows.whole_pair_sizes}[task](dataset)
 
     def batches_of(lengths: list[int], divisors: list[int]) -> GlobalBatches:
         return GlobalBatches(
             lengths=lengths, weights=divisors, global_batch_size=setting.workload.rows, steps=setting.workload.steps,
             seed=setting.workload.seed, tokens_per_micro_batch=setup.tokens_per_micro_batch,
+            quadratic=attention_share(config),
         )  # fmt: skip
 
-    # Ours take the rows in an order drawn from the seed: put them where that order finds them in the common one.
-    drawn = batches_of(lengths, divisors)
+    drawn = batches_of(sizes.lengths.tolist(), sizes.weights.tolist())
     order = [row for step in range(setting.workload.steps) for row in drawn.rows(step)]
     place = sorted(range(len(order)), key=order.__getitem__)  # place[row] is when it is drawn
-    common: dict[str, Any] = {
-        "batches": batches_of([lengths[at] for at in place], [divisors[at] for at in place]),
-        "on_step": lambda step, total, metrics: None,
+    return {
+        "batches": batches_of(sizes.lengths[place].tolist(), sizes.weights[place].tolist()),
+        "widths": sizes.widths[place].tolist(),
         "train_dataset": dataset.select(place).flatten_indices(),
-        "processing_class": tokenizer(),
-        "model": make_model(task, setting),
     }
-    arguments = engine.training_arguments(settings, setup, setting.workload.steps, setting.folder)
-    if task == "sft":
-        return Job(trainers.SFT(args=trl.SFTConfig(**arguments), **common))
-    config = trl.DPOConfig(**arguments, loss_type=["sigmoid"], beta=setting.beta, disable_dropout=True)
-    return Job(trainers.DPO(args=config, ref_model=make_model(task, setting), **common))
 
 
 def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
@@ -237,7 +277,7 @@ def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
         "precision": setting.precision, "lora": None, "seed": setting.workload.seed, "log_every": 1,
     }  # fmt: skip
     setup = Engine(
-        strategy="single", tokens_per_micro_batch=2048, gradient_checkpointing=False, offload="none",
+        strategy="single", tokens_per_micro_batch=2048, gradient_checkpointing="auto", compile=False, offload="none",
         param_persistence_threshold=None, threads=torch.get_num_threads(),
     )  # fmt: skip
     if task == "sft":

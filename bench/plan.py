@@ -35,9 +35,8 @@ ARMS: dict[str, Arm] = {
     "ours": Arm("ours", (*ALL, "sweep"), ours=True),
     "ours_no_sharing": _without("sharing", "ours, every answer with its own prompt", "dpo", "reward"),
     "ours_no_packing": _without("packing", "ours, rows padded instead of packed", *ALL),
-    "ours_no_store": _without("store", "ours, reference computed in every step, not stored", "dpo"),
     "ours_warm": _without("reference_pass", "ours, reference found in the store", "dpo"),
-    "ours_all_positions": _without("trained_positions", "ours, head scores all positions", "dpo", "sft"),
+    "ours_trl_head": _without("head", "ours, TRL's kernel for the head", "dpo", "sft"),
 }
 # Arms for which the store must be full before the first repeat.
 WARM = {"ours_warm"}

@@ -135,7 +135,7 @@ def training_arguments(
         "adam_beta2": settings.adam_beta2,
         "adam_epsilon": settings.adam_epsilon,
         "max_grad_norm": settings.max_grad_norm,
-        "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
+        "optim": "adamw_torch_fused",
         "seed": settings.seed,
         "data_seed": settings.seed,
         "bf16": settings.precision == "bf16",

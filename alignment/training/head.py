@@ -36,6 +36,19 @@ def score_tokens(
     """
     if hidden.device.type == "cpu" and softcap is None and bias is None:
         return _TiledLogProbs.apply(hidden, weight, targets, factor, measure)
+    return score_tokens_by_trl(hidden, weight, bias, targets, factor, softcap, measure)
+
+
+def score_tokens_by_trl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    factor: float = 1.0,
+    softcap: float | None = None,
+    measure: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As score_tokens, by TRL's chunked kernel (Triton on CUDA)."""
     outputs = ("log_probs", "entropy", "is_top1") if measure else ("log_probs",)
     log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
         hidden, weight, bias, targets, 1.0, VOCABULARY_TILE, softcap, factor, outputs
