@@ -76,7 +76,7 @@ def places_of(rows: Sequence[Sequence[int]], branches: int, share: bool = True, 
 
 
 def test_two_groups_of_two_rows_have_their_beginnings_once() -> None:
-    """Group 0: rows 0, 2 = (5 6 7 8), (5 6 9); group 1: rows 1, 3 = (4 3), (4 8 2 1): those of a group stand R / 2 apart.
+    """Group 0: rows 0, 2 = (5 6 7 8), (5 6 9); group 1: rows 1, 3 = (4 3), (4 8 2 1): a group stands R / 2 apart.
 
     Pack: 5 6 7 8 | 9 | 4 3 | 8 2 1: ten of thirteen tokens. Row 2 sees 5 6 (places 0-2) and its 9 (4); row 3 sees the 4
     at 5 and its own 7-10. Scored are all tokens but each row's first; hidden states that predict them stand at
