@@ -91,7 +91,8 @@ def _classify(model: Any, pack: Pack) -> SequenceClassifierOutputWithPast:
 
 @dataclass(frozen=True)
 class HeadScaling:
-    """What becomes of logits: times factor (Cohere, Granite), then softcap * tanh(logits / softcap) (Gemma)."""
+    """What becomes of logits: times factor (Cohere, Granite, HyperCLOVA X), then softcap * tanh(logits / softcap)
+    (Gemma)."""
 
     factor: float
     softcap: float | None
@@ -100,8 +101,9 @@ class HeadScaling:
     def of(cls, config: Any) -> HeadScaling:
         text = config.get_text_config()
         factor = getattr(text, "logit_scale", None) or 1.0
-        divisor = getattr(text, "logits_scaling", None) or 1.0
-        return cls(factor / divisor, getattr(text, "final_logit_softcapping", None))
+        scaling = getattr(text, "logits_scaling", None) or 1.0
+        factor = factor * scaling if text.model_type == "hyperclovax" else factor / scaling
+        return cls(factor, getattr(text, "final_logit_softcapping", None))
 
 
 # --- trial ------------------------------------------------------------------------------------------------------------
