@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.trainer.utils import add_fused_lm_head
 
 from alignment.training.packing import Pack, pack
@@ -42,6 +42,7 @@ PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", SMALL),
     "mixtral": ("mixtral", {**SMALL, **EXPERTS}),
     "cohere": ("cohere", {**SMALL, "logit_scale": 0.25}),
+    "hyperclovax": ("hyperclovax", {**SMALL, "logits_scaling": 0.25}),
     "granite": ("granite", {**SMALL, "logits_scaling": 4.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
 }  # fmt: skip
 
@@ -58,6 +59,12 @@ def make(architecture: str, settings: dict[str, Any], scale: float = 8.0) -> Any
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
+
+
+def make_classifier(pad: int = 0) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **{**SMALL, "pad_token_id": pad}, num_labels=1)
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def packing_model(name: str) -> Any:

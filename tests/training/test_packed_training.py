@@ -32,4 +32,13 @@ def test_losses_are_those_of_stock_trl(name: str, kind: str, tmp_path: Path, tin
     assert len(ours) == len(stock) == 20 and abs(ours[0] - ours[-1]) > 0.05, "it learns"
     assert ours == pytest.approx(stock, abs=1e-4)
     assert ("rows are padded, not packed" in said[0]) == (name == "gpt_neo")
-    print("APART", name, kind, max(abs(a-b) for a,b in zip(ours, stock)), ours[0], ours[-1], said)
+
+
+def test_losses_of_a_reward_model_are_those_of_stock_trl(tmp_path: Path, tiny_model: Path) -> None:
+    model = models.make_classifier()
+    said: list[str] = []
+    ours = trainers.losses(trainers.ours("reward", model, tmp_path / "ours", tiny_model, say=said.append))
+    stock = trainers.losses(trainers.stock("reward", model, tmp_path / "stock", tiny_model))
+    assert len(ours) == len(stock) == 20 and abs(ours[0] - ours[-1]) > 0.05, "it learns"
+    assert ours == pytest.approx(stock, abs=1e-4)
+    assert said[0].startswith("records are packed without padding")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from alignment.training import shared_prefix
 from alignment.training.attention import PACKED
@@ -185,9 +184,7 @@ def test_nothing_scored_is_a_loss_of_zero_with_a_gradient_of_zero() -> None:
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_classifier_gives_what_padded_rows_give(share: bool) -> None:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **models.SMALL, num_labels=1)
-    model, batch = AutoModelForSequenceClassification.from_config(config), models.rows(2)
+    model, batch = models.make_classifier(), models.rows(2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
@@ -219,9 +216,7 @@ def test_the_trial_finds_nothing_wrong_with_models_that_pack(name: str, branches
 @pytest.mark.parametrize("pad", [0, 5, 259])
 def test_the_trial_finds_nothing_wrong_with_a_classifier(pad: int) -> None:
     """Padded, it finds the end of a row by the padding token: the trial's rows must be filled with that."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **{**models.SMALL, "pad_token_id": pad}, num_labels=1)
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = models.make_classifier(pad)
     install(model)
     assert differs(model, model, 2, torch.float32) is None
 

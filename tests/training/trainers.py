@@ -17,7 +17,13 @@ from alignment.training.reference_pass import References
 from alignment.training.rows import pair_sizes, sft_sizes, whole_pair_sizes
 from alignment.training.trainers import DPO, SFT, Packing, Reward
 from tests.training import tiny
-from tests.training.test_stages import StockDPO, StockSFT
+from tests.training.test_stages import Sequential, StockDPO, StockSFT
+
+
+class StockReward(Sequential, trl.RewardTrainer):
+    def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:
+        return dataset
+
 
 ROWS = {
     "sft": lambda: tiny.sft_rows(),
@@ -26,6 +32,7 @@ ROWS = {
         {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in tiny.pair_rows()
     ],
 }
+PACKED = Packing()
 SIZES = {"sft": sft_sizes, "dpo": pair_sizes, "reward": whole_pair_sizes}
 
 
@@ -52,7 +59,7 @@ def batches_of(kind: str, rows: Dataset, steps: int, budget: int) -> GlobalBatch
 
 def ours(
     kind: str, model: Any, folder: Path, tokenizer: Path, steps: int = 20, budget: int = 120,
-    packing: Packing = Packing(), say: Callable[[str], None] = print,
+    packing: Packing = PACKED, say: Callable[[str], None] = print,
 ) -> Any:  # fmt: skip
     rows = Dataset.from_list(ROWS[kind]())
     common = {
@@ -76,8 +83,8 @@ def stock(kind: str, model: Any, folder: Path, tokenizer: Path, steps: int = 20)
         "model": copy.deepcopy(model), "train_dataset": rows, "args": args,
         "processing_class": AutoTokenizer.from_pretrained(tokenizer),
     }  # fmt: skip
-    if kind == "sft":
-        return StockSFT(**common)
+    if kind != "dpo":
+        return {"sft": StockSFT, "reward": StockReward}[kind](**common)
     return StockDPO(ref_model=copy.deepcopy(model), **common)
 
 
