@@ -70,7 +70,7 @@ def test_what_waits_is_counted() -> None:
     with Count() as mode:
         numbers[numbers > 1].sum().item()
         numbers[numbers > 2] = 0
-        numbers[numbers] += int(numbers[0])
+        numbers[torch.tensor([1, 2])] += int(numbers[0])
     assert mode.calls == {"index": 1, "index_put_": 1, "_local_scalar_dense": 2}
 
 
