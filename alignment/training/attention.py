@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from alignment.training.packing import Layout
 
@@ -90,8 +89,9 @@ def windows_seen() -> Iterator[list[int | None]]:
     seen.extend(_windows_seen)
 
 
+# Without a mask function of the same name transformers makes no mask - the layout is the mask - and does not look at
+# the positions for packed rows, for which it would wait for the device.
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)  # the layout is the mask
 
 
 def backend(query: Tensor, softcap: float | None = None) -> str:

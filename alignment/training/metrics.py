@@ -70,7 +70,11 @@ class Meter:
         if not self._values:
             return {}
         names = sorted(self._values)
-        all_values = gather(torch.stack([self._values[name] for name in names])[None]).cpu()
+        device = max((value.device for value in self._values.values()), key=lambda device: device.type != "cpu")
+        row = torch.stack(
+            [self._values[name].to(device) for name in names]
+        )  # counts known to the CPU stay there till now
+        all_values = gather(row[None]).cpu()
         self._values = {}
         return combine(names, all_values)
 
@@ -85,7 +89,7 @@ def combine(names: Iterable[str], values: Tensor) -> dict[str, float]:
     return {name: value / max(total[divisors[name]], 1) if name in divisors else value for name, value in total.items()}
 
 
-def token_sums(output: Any, labels: Tensor) -> dict[str, Tensor]:
+def token_sums(output: Any, labels: Tensor) -> dict[str, Tensor | float]:
     """Sums over the trained tokens of a scored micro-batch.
 
     output: per-token fields [rows, width - 1], zero where nothing is trained; labels: [rows, width], -100 off.
@@ -97,7 +101,7 @@ def token_sums(output: Any, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def pair_sums(policy: Any, reference: Tensor, labels: Tensor, beta: float) -> dict[str, Tensor]:
+def pair_sums(policy: Any, reference: Tensor, labels: Tensor, beta: float) -> dict[str, Tensor | float]:
     """Sums over the pairs of a scored micro-batch whose first half are the chosen rows, the second the rejected ones.
 
     reference: its log-probs, [rows, width - 1] as the policy's.
@@ -112,7 +116,7 @@ def pair_sums(policy: Any, reference: Tensor, labels: Tensor, beta: float) -> di
     chosen_reward, rejected_reward = (beta * log_ratios.sum(1)).chunk(2)
     chosen_logp, rejected_logp = policy.log_probs.double().sum(1).chunk(2)
     return {
-        "rows": labels.new_tensor(len(labels) // 2),
+        "rows": len(labels) // 2,
         **token_sums(policy, labels),
         "kl": (torch.expm1(log_ratios) - log_ratios).sum(),
         "rewards/chosen": chosen_reward.sum(),
@@ -124,12 +128,12 @@ def pair_sums(policy: Any, reference: Tensor, labels: Tensor, beta: float) -> di
     }
 
 
-def reward_sums(logits: Tensor) -> dict[str, Tensor]:
+def reward_sums(logits: Tensor) -> dict[str, Tensor | float]:
     """Sums over the pairs of a reward model's micro-batch. logits: [2 pairs, 1], all chosen rows first."""
     rewards = logits.detach().double().flatten()
     chosen, rejected = rewards.chunk(2)
     return {
-        "rows": logits.new_tensor(len(chosen)),
+        "rows": len(chosen),
         "accuracy": (chosen > rejected).sum(),
         "margin": (chosen - rejected).sum(),
         "mean_reward": (chosen + rejected).sum() / 2,

@@ -92,7 +92,8 @@ def _classify(model: Any, pack: Pack) -> SequenceClassifierOutputWithPast:
 
 @dataclass(frozen=True)
 class HeadScaling:
-    """What becomes of logits: times factor (Cohere, Granite), then softcap * tanh(logits / softcap) (Gemma)."""
+    """What becomes of logits: times factor (Cohere, Granite, HyperCLOVA X), then softcap * tanh(logits / softcap)
+    (Gemma)."""
 
     factor: float
     softcap: float | None
@@ -101,8 +102,9 @@ class HeadScaling:
     def of(cls, config: Any) -> HeadScaling:
         text = config.get_text_config()
         factor = getattr(text, "logit_scale", None) or 1.0
-        divisor = getattr(text, "logits_scaling", None) or 1.0
-        return cls(factor / divisor, getattr(text, "final_logit_softcapping", None))
+        scaling = getattr(text, "logits_scaling", None) or 1.0
+        factor = factor * scaling if text.model_type == "hyperclovax" else factor / scaling
+        return cls(factor, getattr(text, "final_logit_softcapping", None))
 
 
 def compile_layers(model: Any) -> None:
@@ -122,8 +124,11 @@ def compile_layers(model: Any) -> None:
 # --- trial ------------------------------------------------------------------------------------------------------------
 
 
-def trial_rows(vocabulary: int, device: torch.device, branches: int) -> tuple[dict[str, Tensor], Pack]:
-    """A few rows, padded and packed: four rows of unlike length; as two groups, they begin alike."""
+def trial_rows(vocabulary: int, device: torch.device, branches: int, pad: int = 0) -> tuple[dict[str, Tensor], Pack]:
+    """A few rows, padded and packed: four rows of unlike length; as two groups, they begin alike.
+
+    pad: the token that fills rows up, and is nowhere in them: padded, a classifier finds the ends of its rows by it.
+    """
     lengths, shared = (23, 11, 17, 14), (9, 5)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (4, max(lengths)), generator=generator)
@@ -131,6 +136,7 @@ def trial_rows(vocabulary: int, device: torch.device, branches: int) -> tuple[di
     if branches == 2:
         for first, count in enumerate(shared):
             ids[first + 2, :count] = ids[first, :count]
+    ids = ids.masked_fill(ids == pad, (pad + 1) % vocabulary).masked_fill(mask == 0, pad)
     labels = ids.masked_fill(mask == 0, -100)
     rows = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {name: value.to(device) for name, value in rows.items()}, pack(ids, mask, labels, branches).to(device)
@@ -145,7 +151,8 @@ def differs(model: Any, engine: Any, branches: int, dtype: torch.dtype) -> str |
     """
     answer = "logits" if hasattr(model, "score") else "log_probs"
     text = model.config.get_text_config()
-    rows, packed = trial_rows(text.vocab_size, next(model.parameters()).device, branches)
+    pad = getattr(text, "pad_token_id", None) or 0
+    rows, packed = trial_rows(text.vocab_size, next(model.parameters()).device, branches, pad)
     if answer == "logits":
         rows.pop("labels")
     else:

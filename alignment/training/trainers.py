@@ -152,6 +152,7 @@ class AlignedTrainer(_Trainer):
         micro_batches, self._divisor = inputs["micro_batches"], inputs["weight"]
         self._logged_at = self._logged_at or time.monotonic()
         self._step_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        divisor = torch.tensor(self._divisor, device=self.args.device)  # once: the copy waits for the device
         self.current_gradient_accumulation_steps = len(micro_batches)
         by_engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         with self._quiet_metrics():
@@ -160,7 +161,7 @@ class AlignedTrainer(_Trainer):
                 self.accelerator.gradient_state._set_sync_gradients(self._last)
                 apart = nullcontext() if self._last or by_engine else self.accelerator.no_sync(model)
                 with apart:
-                    super().training_step(model, micro_batch, torch.tensor(self._divisor, device=self.args.device))
+                    super().training_step(model, micro_batch, divisor)
         return self._step_loss.float()
 
     def compute_loss(
@@ -184,7 +185,7 @@ class AlignedTrainer(_Trainer):
         """From the loss that TRL returns to (this micro-batch's sum) * processes / (divisor of the global batch)."""
         raise NotImplementedError
 
-    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         """Sums for the meter, from self._output."""
         raise NotImplementedError
 
@@ -266,7 +267,7 @@ class SFT(AlignedTrainer, trl.SFTTrainer):
     def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
         return 1.0  # TRL divides by num_items_in_batch and multiplies by the number of processes
 
-    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         return token_sums(self._output, inputs["labels"])
 
 
@@ -315,7 +316,7 @@ class DPO(_Pairs, trl.DPOTrainer):
             model, {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, *args, **kwargs
         )
 
-    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         return pair_sums(self._output, inputs["reference"], self._labels(inputs), self.beta)
 
     def _check_first_loss(self, loss: float) -> None:
@@ -336,7 +337,7 @@ class Reward(_Pairs, trl.RewardTrainer):
     def _labels(self, rows: dict[str, Any]) -> Tensor:
         return torch.full_like(rows["input_ids"], -100)
 
-    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         return reward_sums(self._output.logits)
 
 

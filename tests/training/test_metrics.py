@@ -76,6 +76,19 @@ def test_a_meter_starts_anew_after_a_row() -> None:
     assert meter.reduce(lambda row: row) == {}
 
 
+def test_counts_that_the_cpu_knows_meet_the_sums_on_the_device_once_a_row() -> None:
+    """The "meta" device stands for a GPU: it holds no numbers, but refuses to meet the CPU's as one does."""
+    meter, devices = Meter(), []
+    for _ in range(2):
+        meter.add({"rows": 2, "tokens": torch.ones((), device="meta"), "longest_row": torch.ones((), device="meta")})
+
+    def gather(row: torch.Tensor) -> torch.Tensor:
+        devices.append(row.device.type)
+        return torch.zeros(row.shape)
+
+    assert meter.reduce(gather).keys() == {"rows", "tokens", "longest_row"} and devices == ["meta"]
+
+
 def test_every_mean_names_a_unit_that_is_summed() -> None:
     assert all(METRICS[metric.by].how == "sum" for metric in METRICS.values() if metric.how == "mean" and metric.by)
 
