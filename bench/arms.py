@@ -26,6 +26,7 @@ from bench.plan import ARMS
 from bench.workloads import BETA, EOS, PAD, SIZES, Workload, rows_for
 
 LEARNING_RATE = 1e-4
+OUR_TOKENS = {"cpu": 512, "cuda": 16_384}  # what engine.tokens_per_micro_batch=auto comes to with these models
 TRL_BATCH = 8  # per_device_train_batch_size of TrainingArguments, which TRL keeps
 
 
@@ -277,7 +278,8 @@ def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
         "precision": setting.precision, "lora": None, "seed": setting.workload.seed, "log_every": 1,
     }  # fmt: skip
     setup = Engine(
-        strategy="single", tokens_per_micro_batch=2048, gradient_checkpointing="auto", compile=False, offload="none",
+        strategy="single", tokens_per_micro_batch=OUR_TOKENS[setting.device], gradient_checkpointing="auto",
+        compile=False, offload="none",
         param_persistence_threshold=None, threads=torch.get_num_threads(),
     )  # fmt: skip
     if task == "sft":

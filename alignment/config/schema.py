@@ -298,7 +298,7 @@ class Engine(Settings):
     """How training is spread over processes. Nothing here can change a result beyond rounding."""
 
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3"] = execution()
-    tokens_per_micro_batch: int = execution(gt=0)
+    tokens_per_micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = execution()
     gradient_checkpointing: Literal["auto"] | bool = execution()
     compile: bool = execution()
     offload: Literal["none", "optimizer", "all"] = execution()

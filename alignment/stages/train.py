@@ -36,6 +36,9 @@ def train(
     rows = _rows(context.inputs["data"] / "train")
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
     check_end_of_turn(rows, tokenizer.eos_token_id)
+    choice = engine.choose(settings, setup, start, context.world_size)
+    say = print if context.is_main else lambda line: None
+    say(choice.why)
     of_rows = sizes(rows)
     batches = GlobalBatches(
         lengths=of_rows.lengths.tolist(),
@@ -44,13 +47,10 @@ def train(
         steps=count_steps(len(rows), settings.global_batch_size, settings.epochs, settings.max_steps),
         seed=settings.seed,
         world_size=context.world_size,
-        tokens_per_micro_batch=setup.tokens_per_micro_batch,
+        tokens_per_micro_batch=choice.tokens_per_micro_batch,
         quadratic=attention_share(AutoConfig.from_pretrained(start, local_files_only=True)),
     )
-    checkpointing, why = engine.decide_checkpointing(settings, setup, start, context.world_size)
-    say = print if context.is_main else lambda line: None
-    say(why)
-    arguments = engine.training_arguments(settings, setup, batches.steps, context.folder, checkpointing)
+    arguments = engine.training_arguments(settings, setup, batches.steps, context.folder, choice.checkpointing)
 
     def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
         shown: dict[str, Any] = {name: metrics[name] for name in ("loss", "tokens_per_s") if name in metrics}

@@ -12,7 +12,7 @@ import os
 import socket
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from alignment.config.schema import Engine, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
-from alignment.training.memory import needs_checkpointing
+from alignment.training.memory import available_bytes, needs_checkpointing
 from alignment.training.model import count_parameters
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -157,23 +157,46 @@ def training_arguments(
     }
 
 
-def decide_checkpointing(settings: Train, engine: Engine, start: Path, world_size: int) -> tuple[bool, str]:
-    """Whether to checkpoint, the same on every process, and why. start: folder of the model that will be loaded."""
-    parameters = count_parameters(start)
-    answer = [
-        needs_checkpointing(
+class Choice(NamedTuple):
+    """What `auto` came to. why: a line for the log."""
+
+    tokens_per_micro_batch: int
+    checkpointing: bool
+    why: str
+
+
+# A micro-batch of more tokens makes a step of a CPU no faster (docs/performance.md) and takes more memory; on a GPU the
+# largest of these is taken that fits without gradient checkpointing.
+CPU_TOKENS = 512
+GPU_TOKENS = (16_384, 8192, 4096, 2048)
+
+
+def choose(settings: Train, engine: Engine, start: Path, world_size: int) -> Choice:
+    """Tokens of a micro-batch and gradient checkpointing, the same on every process. start: the model's folder."""
+    parameters, available = count_parameters(start), available_bytes()
+    config = AutoConfig.from_pretrained(start, local_files_only=True)
+
+    def choice(tokens: int) -> Choice:
+        on, why = needs_checkpointing(
             engine.gradient_checkpointing,
-            AutoConfig.from_pretrained(start, local_files_only=True),
-            tokens=engine.tokens_per_micro_batch,
-            scored=engine.tokens_per_micro_batch,
+            config,
+            tokens=tokens,
+            scored=tokens,
             precision=settings.precision,
             parameters=parameters,
             trainable=parameters if settings.lora is None else parameters // 50,  # adapters are about that small
             strategy=engine.strategy,
             world_size=world_size,
             offload=engine.offload,
+            available=available,
         )
-    ]
+        return Choice(tokens, on, f"{tokens} tokens a micro-batch; {why}")
+
+    if engine.tokens_per_micro_batch != "auto":
+        candidates = [choice(engine.tokens_per_micro_batch)]
+    else:
+        candidates = [choice(tokens) for tokens in (GPU_TOKENS if torch.cuda.is_available() else (CPU_TOKENS,))]
+    answer = [next((one for one in candidates if not one.checkpointing), candidates[-1])]
     if dist.is_initialized():  # free memory differs from process to process
         dist.broadcast_object_list(answer, src=0)
     return answer[0]
