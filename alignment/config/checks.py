@@ -149,6 +149,12 @@ def _engine(experiment: Experiment) -> Iterator[Fault]:
     if experiment.engine.param_persistence_threshold is not None and strategy != "zero3":
         key = "engine.param_persistence_threshold"
         yield Fault(f"`{key}` is set, which ZeRO-3 alone knows, and {told}", (key, "engine.strategy"), "engine=zero3")
+    if experiment.engine.compile and strategy == "zero3":  # whose hooks gather weights inside what would be compiled
+        yield Fault(
+            f"`engine.compile` is true, and {told}, which gathers weights layer by layer",
+            ("engine.compile", "engine.strategy"),
+            "engine.compile=false, or engine=zero2",
+        )
 
 
 def _train(use: Use) -> Iterator[Fault]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os.path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 SHA256 = r"^[0-9a-f]{64}$"
@@ -304,6 +304,16 @@ class Engine(Settings):
     offload: Literal["none", "optimizer", "all"] = execution()
     param_persistence_threshold: int | None = execution(ge=0)
     threads: int | None = execution(gt=0)
+
+    @field_validator("tokens_per_micro_batch", "gradient_checkpointing", mode="wrap")
+    @classmethod
+    def _or_auto(cls, value: Any, validate: Any, info: ValidationInfo) -> Any:
+        """One fault where a union would tell one for each of its sides."""
+        try:
+            return validate(value)
+        except ValueError:
+            other = ", true or false" if info.field_name == "gradient_checkpointing" else " or a whole number above 0"
+            raise PydanticCustomError("or_auto", "must be auto{other}", {"other": other}) from None
 
 
 class LocalLauncher(Settings):

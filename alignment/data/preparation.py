@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import write_json, write_jsonl
 
+ROWS_PER_WORKER = 2000  # fewer are tokenised before a second process is ready
+CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
 HELD_OUT = "its first prompt is held out for evaluation"
 
@@ -68,10 +73,10 @@ def prepare(
     if (form == "preference") != (settings.task == "preference"):
         what = f"rows of the format {form!r} cannot be prepared for the task {settings.task!r}"
         raise InputError(what, where=rows[0].file, fix="preference needs rows with chosen and rejected, sft the others")
-    tally, seen, fit, ids = Tally(), _Seen(), [], _ids(rows)
-    for number, row in enumerate(rows, start=1):
+    tally, seen, fit = Tally(), _Seen(), []
+    for number, (row, made) in enumerate(zip(rows, _tokenised(rows, form, chat), strict=True), start=1):
         try:
-            example = _example(row, ids[number - 1], form, chat, settings, seen)
+            example = _fit(row, made, settings, seen)
             if example.opening in heldout:
                 raise Drop(HELD_OUT)
             fit.append(example)
@@ -115,9 +120,46 @@ class _Seen:
         self.keys.add(here)
 
 
-def _example(row: Row, name: str, form: str, chat: Chat, settings: Prepare, seen: _Seen) -> Example:
-    """Raises InputError (malformed) or Drop (unfit)."""
-    made = _preference(row, name, form, chat) if form == "preference" else _conversation(row, name, form, chat)
+def _tokenised(rows: Sequence[Row], form: str, chat: Chat) -> Iterator[Example | Drop]:
+    """Each row tokenised, or why it is unfit, in order; by several processes if there is enough to do.
+
+    Raises InputError at the first malformed row.
+    """
+    named = list(zip(rows, _ids(rows), strict=True))
+    workers = min(len(os.sched_getaffinity(0)), len(rows) // ROWS_PER_WORKER)
+    if workers < 2:
+        yield from (_example(row, name, form, chat) for row, name in named)
+        return
+    # Forked children have rows and tokenizer already; no process group, and none of torch's threads, is here yet.
+    with ProcessPoolExecutor(workers, get_context("fork"), _become_worker, (form, chat)) as pool:
+        yield from pool.map(_work, named, chunksize=CHUNK)
+
+
+def _become_worker(form: str, chat: Chat) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: they share the cores already
+    global _worker
+    _worker = (form, chat)
+
+
+_worker: tuple[str, Chat]
+
+
+def _work(named: tuple[Row, str]) -> Example | Drop:
+    return _example(*named, *_worker)
+
+
+def _example(row: Row, name: str, form: str, chat: Chat) -> Example | Drop:
+    """Raises InputError for a malformed row."""
+    try:
+        return _preference(row, name, form, chat) if form == "preference" else _conversation(row, name, form, chat)
+    except Drop as drop:
+        return drop
+
+
+def _fit(row: Row, made: Example | Drop, settings: Prepare, seen: _Seen) -> Example:
+    """Raises InputError (over-long, if that is an error) or Drop (unfit)."""
+    if isinstance(made, Drop):
+        raise made
     over = None
     if made.prompt_tokens > settings.max_prompt_length:
         over = f"prompt of {made.prompt_tokens} tokens", "prompt longer than max_prompt_length"

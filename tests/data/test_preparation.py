@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
 from alignment.config.schema import Prepare, Splits
+from alignment.data import preparation
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
 from alignment.data.preparation import Prepared, prepare
@@ -166,3 +168,30 @@ def test_rows_keep_their_own_ids_only_if_they_tell_them_apart(chat: Chat) -> Non
     assert sorted(example.id for example in own.parts["train"]) == ["x", "y"]
     shared = run(chat, [{**qa("q", "a"), "id": "x"}, {**qa("r", "a"), "id": "x"}])
     assert sorted(example.id for example in shared.parts["train"]) == ["1", "2"]
+
+
+def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [qa(f"question {number % 70}", "a" * (number % 45)) for number in range(90)]
+    alone = run(chat, values, heldout=5, prompts=5)
+    monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 20)
+    monkeypatch.setattr(preparation, "CHUNK", 7)
+    monkeypatch.setattr(preparation, "_example", seen_by(os.getpid(), preparation._example))
+    several = run(chat, values, heldout=5, prompts=5)
+    assert several.tally.counts == alone.tally.counts and several.fit == alone.fit
+    assert {name: [e.columns for e in part] for name, part in several.parts.items()} == {
+        name: [e.columns for e in part] for name, part in alone.parts.items()
+    }
+    values[50] = {"prompt": 7, "completion": "a"}
+    values[80] = {"prompt": None, "completion": "a"}
+    with pytest.raises(InputError, match=r"rows.jsonl:51: "):
+        run(chat, values)
+
+
+def seen_by(parent: int, example: Any) -> Any:
+    """Fails where the parent does the work itself."""
+
+    def checked(*arguments: Any) -> Any:
+        assert os.getpid() != parent
+        return example(*arguments)
+
+    return checked

@@ -65,7 +65,7 @@ def other(field: Any, value: Any) -> list[Any]:
     if isinstance(value, float):
         return [*found, value * 0.5 + 0.01, value * 0.9]
     if isinstance(value, str):
-        return [*found, *NAMES.get(value, []), "f" * 64, value + "x", True]
+        return [*found, *NAMES.get(value, []), "f" * 64, value + "x", True, 7]
     return [
         *found,
         7,

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import alignment.stages.dpo as dpo_stage
 import alignment.stages.sft as sft_stage
 from alignment.errors import AlignmentError, ConfigError, InputError, MachineError, TrainingError
-from alignment.training import engine, memory, reference_pass
+from alignment.training import engine, reference_pass
 from alignment.training.batching import GlobalBatches
 from tests.training import tiny
 
@@ -271,6 +271,6 @@ def test_gradient_checkpointing_changes_nothing_but_memory(setting: Any, tmp_pat
 def test_checkpointing_by_itself_comes_on_where_memory_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(engine, "available_bytes", lambda: 1_000_000)
     run(tmp_path, tiny.sft(max_steps=1), tiny.engine(gradient_checkpointing="auto"))
     assert "gradient checkpointing on (by itself)" in capsys.readouterr().out
