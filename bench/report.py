@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import startup
 from bench.plan import ARMS
 from bench.plot import svg
 
@@ -37,11 +38,14 @@ def between_markers(page: str, inside: str) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-    if not results["groups"]:
+    if not results["groups"] and not results.get("startup"):
         return NOT_MEASURED
     parts = [_machine(results), _ratio_table(results["ratios"])]
     for group in results["groups"]:
         parts.append(f"#### {group['task']}, {group['lengths']} lengths\n\n{arm_table(group)}")
+    if results.get("startup"):
+        head = "#### From launch to the first step, seconds, median (low to high)"
+        parts.append(f"{head}\n\n{startup.table(results['startup'])}")
     if results["not_measured"]:
         parts.append("Not measured, for want of time: " + ", ".join(results["not_measured"]) + ".")
     return "\n\n".join(parts)

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench import startup
 from bench.group import Session, measure
 from bench.plan import ARMS, Clock, Group, groups
 from bench.pool import ROOT, Pool
@@ -15,7 +16,7 @@ from bench.report import text_table, write_docs, write_results
 from bench.workloads import SHAPES, SIZES, TASKS
 
 # What matters most first: the last may be left out.
-FIRST = ("dpo", "sweep", "sft", "reward")
+FIRST = ("dpo", "sweep", "sft", "reward", "startup")
 LENGTHS = ("hh", "ultrafeedback", "tldr", "equal")
 
 
@@ -27,10 +28,16 @@ def main(argv: list[str] | None = None) -> int:
         machine = pool.ask(options.arms[0] if options.arms else "trl_default", {"kind": "hello"})
         size = options.size or ("gpu" if machine["device"] == "cuda" else "cpu")
         plan = groups(
-            options.tasks, options.lengths, options.arms, options.ablations, size,
-            options.pairs, options.steps, options.repeats,
+            tuple(task for task in options.tasks if task != "startup"), options.lengths, options.arms,
+            options.ablations, size, options.pairs, options.steps, options.repeats,
         )  # fmt: skip
         results = run(plan, pool, machine, options, size, out)
+        if "startup" in options.tasks:
+            say("launch to first step")
+            results["startup"] = startup.measure(
+                options.logs or Path(logs), options.repeats, "bf16" if machine["device"] == "cuda" else "fp32", say
+            )
+            write_results(out, results)
     if docs is not None:
         write_docs(docs, results)
         say(f"wrote {docs / 'performance.md'}")
@@ -84,7 +91,7 @@ def exit_code(results: dict[str, Any]) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     listed: dict[str, Any] = {"type": lambda text: tuple(text.split(",")), "metavar": "A,B"}
-    parser.add_argument("--tasks", default=FIRST, help=f"of {', '.join(TASKS)}", **listed)
+    parser.add_argument("--tasks", default=FIRST, help=f"of {', '.join((*TASKS, 'startup'))}", **listed)
     parser.add_argument("--lengths", default=LENGTHS, help=f"of {', '.join(LENGTHS)}", **listed)
     parser.add_argument("--arms", default=None, help=f"of {', '.join(ARMS)}", **listed)
     parser.add_argument("--ablations", default=("hh",), help="lengths on which pieces are switched off", **listed)
@@ -106,7 +113,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.tasks = ("dpo", "sft") if options.tasks == FIRST else options.tasks
         options.lengths, options.ablations = ("hh",), ()
         options.size, options.pairs, options.steps, options.repeats = "tiny", 4, 2, 2
-    for name, known in (("tasks", TASKS), ("lengths", SHAPES), ("ablations", SHAPES), ("arms", ARMS)):
+    for name, known in (("tasks", (*TASKS, "startup")), ("lengths", SHAPES), ("ablations", SHAPES), ("arms", ARMS)):
         unknown = set(getattr(options, name) or ()) - set(known)
         if unknown:
             parser.error(f"--{name}: unknown {', '.join(sorted(unknown))}")

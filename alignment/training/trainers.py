@@ -10,6 +10,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,7 +116,8 @@ class AlignedTrainer(_Trainer):
         return dataset
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(_Steps(self), batch_size=None, shuffle=False, pin_memory=self.args.dataloader_pin_memory)
+        steps = _Steps(self, ahead=self.args.device.type != "cpu")
+        return DataLoader(steps, batch_size=None, shuffle=False, pin_memory=self.args.dataloader_pin_memory)
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The rows of these numbers as TRL's collator makes them, and their pack where the model can be packed."""
@@ -342,15 +344,27 @@ class Reward(_Pairs, trl.RewardTrainer):
 
 
 class _Steps(torch.utils.data.Dataset):
-    """Step number -> this process's micro-batches, collated, and the divisor of the step's loss."""
+    """Step number -> this process's micro-batches, collated, and the divisor of the step's loss.
 
-    def __init__(self, trainer: AlignedTrainer):
+    ahead: while a step is computed a thread makes the next one, so that a GPU does not wait for it.
+    """
+
+    def __init__(self, trainer: AlignedTrainer, ahead: bool):
         self._trainer = trainer  # whose batches may change once, before the first step
+        self._thread = ThreadPoolExecutor(1, "collate") if ahead else None
+        self._coming: dict[int, Future[dict[str, Any]]] = {}
 
     def __len__(self) -> int:
         return self._trainer.batches.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
+        coming = self._coming.pop(step, None)
+        item = coming.result() if coming else self._make(step)
+        if self._thread and step + 1 < len(self):
+            self._coming = {step + 1: self._thread.submit(self._make, step + 1)}
+        return item
+
+    def _make(self, step: int) -> dict[str, Any]:
         batches, rank = self._trainer.batches, self._trainer.args.process_index
         micro_batches = [self._trainer.collate(rows) for rows in batches.micro_batches(step)[rank]]
         return {"micro_batches": micro_batches, "weight": batches.weight(step)}

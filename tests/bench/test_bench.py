@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import measure, plan, report, run, summary
+from bench import measure, plan, report, run, startup, summary
 from bench.group import Session
 from bench.group import measure as measure_group
 from bench.plot import svg
@@ -297,3 +297,14 @@ def test_the_driver_measures_trl_and_ours_and_their_losses_agree(tmp_path: Path)
     (ratio,) = results["ratios"]
     assert ratio["against"] == "trl_default" and ratio["speedup"] > 0
     assert "| dpo | hh | trl_default |" in (tmp_path / "performance.md").read_text()
+
+
+def test_start_up_is_a_table_of_medians() -> None:
+    rows = [
+        {"task": task, "arm": arm, "seconds": {"median": 6.0 + n, "low": 5.5, "high": 9.0}}
+        for task in startup.TASKS
+        for n, arm in enumerate(startup.ARMS)
+    ]
+    lines = startup.table(rows).splitlines()
+    assert lines[0] == "| task | trl_default | trl_tuned | ours |"
+    assert lines[2].startswith("| sft | 6.00 (5.50 to 9.00) | 7.00 (") and len(lines) == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import alignment.stages.dpo as dpo_stage
 import alignment.stages.sft as sft_stage
 from alignment.errors import AlignmentError, ConfigError, InputError, MachineError, TrainingError
-from alignment.training import engine, reference_pass
+from alignment.training import engine, reference_pass, trainers
 from alignment.training.batching import GlobalBatches
 from tests.training import tiny
 
@@ -256,6 +257,31 @@ def test_compiled_layers_train_as_plain_ones_do(tmp_path: Path) -> None:
     plain, compiled = metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")
     assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in plain], abs=1e-5)
     assert [row["computed_share"] for row in compiled] != [row["computed_share"] for row in plain]
+
+
+def test_steps_made_ahead_by_a_thread_are_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. A fault while a step is made surfaces at that step."""
+    run(tmp_path / "plain", tiny.dpo())
+    monkeypatch.setattr(trainers._Steps, "__init__", partialmethod(made_ahead, trainers._Steps.__init__))
+    run(tmp_path / "ahead", tiny.dpo())
+    for left, right in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "ahead"), strict=True):
+        assert {**left, "time": 0, "tokens_per_s": 0} == {**right, "time": 0, "tokens_per_s": 0}
+
+    def broken(self: Any, step: int) -> Any:
+        if step == 4:
+            raise RuntimeError("a fault in the thread")
+        return made(self, step)
+
+    made = trainers._Steps._make
+    monkeypatch.setattr(trainers._Steps, "_make", broken)
+    with pytest.raises(RuntimeError, match="a fault in the thread"):
+        run(tmp_path / "broken", tiny.dpo())
+    assert [row["step"] for row in metrics(tmp_path / "broken")] == [1, 2, 3, 4]
+
+
+def made_ahead(self: Any, real: Any, trainer: Any, ahead: bool) -> None:
+    assert not ahead, "on a CPU they are not"
+    real(self, trainer, True)
 
 
 @pytest.mark.parametrize("setting", [True, "auto"])
