@@ -227,7 +227,7 @@ def _references(folder: Path, setting: Setting) -> Any:
 
     # The rows differ between workloads and are in the store's keys; weights here are one of two kinds.
     weights = "seed" if setting.state is None else "sft"
-    dtype = "bf16" if setting.precision == "bf16" else "fp32"
+    dtype = "bf16-autocast" if setting.precision == "bf16" else "fp32"
     return References(ReferenceStore(folder, weights=weights, adapter=None, dtype=dtype))
 
 

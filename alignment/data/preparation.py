@@ -20,7 +20,7 @@ from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import write_json, write_jsonl
 
-ROWS_PER_WORKER = 2000  # fewer are tokenised before a second process is ready
+ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
 HELD_OUT = "its first prompt is held out for evaluation"
@@ -130,8 +130,8 @@ def _tokenised(rows: Sequence[Row], form: str, chat: Chat) -> Iterator[Example |
     if workers < 2:
         yield from (_example(row, name, form, chat) for row, name in named)
         return
-    # Forked children have rows and tokenizer already; no process group, and none of torch's threads, is here yet.
-    with ProcessPoolExecutor(workers, get_context("fork"), _become_worker, (form, chat)) as pool:
+    # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever.
+    with ProcessPoolExecutor(workers, get_context("forkserver"), _become_worker, (form, chat)) as pool:
         yield from pool.map(_work, named, chunksize=CHUNK)
 
 

@@ -10,6 +10,7 @@ import trl
 from alignment.config.schema import Dpo
 from alignment.stages.context import StageContext
 from alignment.stages.train import train
+from alignment.training import engine
 from alignment.training.model import load, lora_config
 from alignment.training.reference import ReferenceStore, weights_digest
 from alignment.training.reference_pass import References
@@ -50,5 +51,11 @@ def _store(context: StageContext, start: Path) -> ReferenceStore | None:
         context.shared / "reference",
         weights=weights_digest(start),
         adapter=None,  # the reference is the start model itself: adapters are off
-        dtype=context.settings.precision,
+        dtype=_dtype(context),
     )
+
+
+def _dtype(context: StageContext) -> str:
+    if context.settings.precision == "fp32":
+        return "fp32"
+    return "bf16-weights" if context.experiment.engine.strategy in engine.ZERO_STAGE else "bf16-autocast"

@@ -36,10 +36,10 @@ def train(
     rows = _rows(context.inputs["data"] / "train")
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
     check_end_of_turn(rows, tokenizer.eos_token_id)
-    choice = engine.choose(settings, setup, start, context.world_size)
+    of_rows = sizes(rows)
+    choice = engine.choose(settings, setup, start, context.world_size, int(of_rows.lengths.max()))
     say = print if context.is_main else lambda line: None
     say(choice.why)
-    of_rows = sizes(rows)
     batches = GlobalBatches(
         lengths=of_rows.lengths.tolist(),
         weights=of_rows.weights.tolist(),

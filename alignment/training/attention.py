@@ -116,7 +116,11 @@ def cuda_backend(dtype: torch.dtype, softcap: bool, has_flash: bool, has_varlen:
 
 @cache
 def _has_flash() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception:  # absent, or built for another PyTorch
+        return False
+    return True
 
 
 @cache

@@ -7,6 +7,7 @@ so all of them compute the same split without talking to each other.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,13 +75,13 @@ class GlobalBatches:
         most = min(map(len, shares))
         # Only if the batch does not divide by the processes may the smallest share lack rows for the count needed;
         # then the others' micro-batches exceed the budget a little.
-        for count in range(min(most, self._fewest(shares)), most + 1):
+        count = self._fewest(shares)
+        while True:
             split = [self._cut(share, count) for share in shares]
-            if all(
-                len(cut) == 1 or self.tokens(cut) <= self.tokens_per_micro_batch for share in split for cut in share
-            ):
-                break
-        return split
+            cuts = (cut for share in split for cut in share)
+            if count == most or all(len(cut) == 1 or self.tokens(cut) <= self.tokens_per_micro_batch for cut in cuts):
+                return split
+            count = min(most, count + 1 + count // 50)  # of many a few more than needed: trying each would take long
 
     def tokens(self, rows: Sequence[int]) -> int:
         """Tokens that a forward of these rows computes."""
@@ -90,8 +91,11 @@ class GlobalBatches:
 
     def _fewest(self, shares: list[list[int]]) -> int:
         """No fewer micro-batches than this can hold the largest share: where the search begins."""
-        most = max(sum(int(self.lengths[row]) for row in share) for share in shares)
-        return max(1, min(-(-most // self.tokens_per_micro_batch), min(map(len, shares))))
+        budget, needed = self.tokens_per_micro_batch, 1
+        for share in shares:
+            alone = sum(2 * int(self.lengths[row]) > budget for row in share)  # no two of these fit together
+            needed = max(needed, alone, -(-sum(int(self.lengths[row]) for row in share) // budget))
+        return min(needed, min(map(len, shares)))
 
     def _cut(self, share: list[int], count: int) -> list[list[int]]:
         """A share in `count` micro-batches of about equal time; padded rows beside those of like width."""
@@ -115,15 +119,15 @@ def _longest_first_to_the_lightest(
     """
     least, larger = divmod(len(rows), count)
     bins: list[list[int]] = [[] for _ in range(count)]
-    load = [0.0] * count
+    lightest_first = [(0.0, 0, at) for at in range(count)]  # load, rows, bin: a heap
     for row in sorted(rows, key=lambda row: -cost(row)):
-        may = range(count)
-        if even:
-            may = [at for at in may if len(bins[at]) < least or (len(bins[at]) == least and larger)]  # type: ignore[assignment]
-        lightest = min(may, key=lambda at: (load[at], len(bins[at])))
-        larger -= even and len(bins[lightest]) == least
-        bins[lightest].append(row)
-        load[lightest] += cost(row)
+        while True:
+            load, filled, at = heapq.heappop(lightest_first)
+            if not even or filled < least or (filled == least and larger):
+                break  # a bin that is full does not come back
+        larger -= even and filled == least
+        bins[at].append(row)
+        heapq.heappush(lightest_first, (load + cost(row), filled + 1, at))
     return bins
 
 

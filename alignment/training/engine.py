@@ -144,6 +144,8 @@ def training_arguments(
         "ddp_backend": dist.get_backend() if dist.is_initialized() else None,
         "ddp_find_unused_parameters": False,
         "activation_checkpointing": checkpointing,
+        # TRL asks for it with adapters under ZeRO-3, by a name that Trainer no longer reads
+        "activation_checkpointing_kwargs": {"use_reentrant": bool(settings.lora and engine.strategy == "zero3")},
         "deepspeed": deepspeed_config(engine, settings, on_gpu),
         "max_length": None,  # the rows are cut by nobody: too long ones were dropped, and counted, before
         "logging_steps": settings.log_every,
@@ -171,17 +173,20 @@ CPU_TOKENS = 512
 GPU_TOKENS = (16_384, 8192, 4096, 2048)
 
 
-def choose(settings: Train, engine: Engine, start: Path, world_size: int) -> Choice:
-    """Tokens of a micro-batch and gradient checkpointing, the same on every process. start: the model's folder."""
+def choose(settings: Train, engine: Engine, start: Path, world_size: int, longest: int) -> Choice:
+    """Tokens of a micro-batch and gradient checkpointing, the same on every process.
+
+    start: the model's folder. longest: tokens of the longest record, which may be a micro-batch of its own.
+    """
     parameters, available = count_parameters(start), available_bytes()
     config = AutoConfig.from_pretrained(start, local_files_only=True)
 
-    def choice(tokens: int) -> Choice:
-        on, why = needs_checkpointing(
+    def choice(tokens: int) -> tuple[Choice, bool, bool]:
+        on, why, fits = needs_checkpointing(
             engine.gradient_checkpointing,
             config,
-            tokens=tokens,
-            scored=tokens,
+            tokens=max(tokens, longest),
+            scored=max(tokens, longest),
             precision=settings.precision,
             parameters=parameters,
             trainable=parameters if settings.lora is None else parameters // 50,  # adapters are about that small
@@ -190,13 +195,16 @@ def choose(settings: Train, engine: Engine, start: Path, world_size: int) -> Cho
             offload=engine.offload,
             available=available,
         )
-        return Choice(tokens, on, f"{tokens} tokens a micro-batch; {why}")
+        return Choice(tokens, on, f"{tokens} tokens a micro-batch; {why}"), on, fits
 
     if engine.tokens_per_micro_batch != "auto":
         candidates = [choice(engine.tokens_per_micro_batch)]
     else:
         candidates = [choice(tokens) for tokens in (GPU_TOKENS if torch.cuda.is_available() else (CPU_TOKENS,))]
-    answer = [next((one for one in candidates if not one.checkpointing), candidates[-1])]
+    fitting = [one for one in candidates if one[2]]
+    by_itself = engine.gradient_checkpointing == "auto"  # rather fewer tokens than computing twice
+    best = next((one for one in fitting if not (by_itself and one[1])), (fitting or candidates[-1:])[0])
+    answer = [best[0]]
     if dist.is_initialized():  # free memory differs from process to process
         dist.broadcast_object_list(answer, src=0)
     return answer[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 BLOCK_BYTES = 64 << 20  # of logits: what one matrix product makes; smaller ones reread the weight too often
 TILE_BYTES = 2 << 20  # of logits: what softmax and its like pass over while it is in the cache
@@ -94,6 +95,20 @@ class _TiledLogProbs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         hidden, weight, targets, kept = ctx.saved_tensors
         to_hidden = torch.zeros(hidden.shape) if ctx.needs_input_grad[0] else None
+        with maybe_gather_lm_head_ctx(weight, None):  # type: ignore[arg-type] # no bias. ZeRO-3 has put the weight away since the forward
+            to_weight = _TiledLogProbs._add_up(ctx, gradient, hidden, weight, targets, kept, to_hidden)
+        return (
+            None if to_hidden is None else to_hidden.to(hidden.dtype),
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def _add_up(
+        ctx: Any, gradient: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, kept: Any, to_hidden: Any
+    ) -> Any:
         to_weight = torch.zeros(weight.shape) if ctx.needs_input_grad[1] else None
         states, rows = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         for block in spans(0, len(hidden), len(weight), BLOCK_BYTES):
@@ -108,13 +123,7 @@ class _TiledLogProbs(torch.autograd.Function):
                 to_hidden[block] = (slopes @ rows).float()
             if to_weight is not None:
                 to_weight.addmm_(slopes.t().float(), states[block].float())
-        return (
-            None if to_hidden is None else to_hidden.to(hidden.dtype),
-            None if to_weight is None else to_weight.to(weight.dtype),
-            None,
-            None,
-            None,
-        )
+        return to_weight
 
 
 def spans(first: int, last: int, vocabulary: int, size: int) -> list[slice]:

@@ -234,8 +234,8 @@ def needs_checkpointing(
     world_size: int,
     offload: str,
     available: int | None = None,
-) -> tuple[bool, str]:
-    """Whether to compute activations again in the backward pass, and a line for the log that says why.
+) -> tuple[bool, str, bool]:
+    """Whether to compute activations again in the backward pass, a line for the log that says why, and whether it fits.
 
     setting: True and False are obeyed; "auto" is on if state and activations exceed 0.8 of `available`, by default what
     available_bytes says now. Processes may see different room: let one decide for all. The others: see above.
@@ -254,6 +254,5 @@ def needs_checkpointing(
     )
     who = "by itself" if setting == "auto" else "as set"
     line = f"gradient checkpointing {'on' if on else 'off'} ({who}): {figures}"
-    if state + (few if on else kept) > room:
-        line += "; memory may not suffice"
-    return on, line
+    fits = state + (few if on else kept) <= room
+    return on, line if fits else f"{line}; memory may not suffice", fits

@@ -21,6 +21,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +29,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from safetensors.numpy import save
 
 from alignment.errors import InputError, TrainingError
 from alignment.files import digest, model_files, near, read_json, sha256, write_json
 
-FORMAT = 1
+FORMAT = 1  # raised when the computation or the files change
+DTYPES = ("fp32", "bf16-autocast", "bf16-weights")  # DeepSpeed keeps weights and residuals in bf16, autocast does not
 DIGEST_BYTES = 32
 FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SEGMENT = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -104,13 +107,14 @@ class _Segment(NamedTuple):
 class ReferenceStore:
     """The log-probabilities of one reference: weights, adapter and the type they are computed in.
 
-    weights, adapter: digests in hex, None without an adapter. dtype: fp32 or bf16. Nothing is read or written yet.
+    weights, adapter: digests in hex, None without an adapter. dtype: of DTYPES. What computes them, the libraries and
+    the kind of device, is in the key too. Nothing is read or written yet.
     """
 
     def __init__(self, root: Path, *, weights: str, adapter: str | None, dtype: str):
-        if dtype not in ("fp32", "bf16"):
-            raise ValueError(f"dtype is fp32 or bf16, not {dtype}")
-        self._key = {"format": FORMAT, "weights": weights, "adapter": adapter, "dtype": dtype}
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype}")
+        self._key = {"format": FORMAT, "weights": weights, "adapter": adapter, "dtype": dtype, **_computed_by()}
         self.folder = root / digest(self._key)[:16]
         self.open([])
 
@@ -220,6 +224,11 @@ class ReferenceStore:
                 continue
 
 
+def _computed_by() -> dict[str, str]:
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    return {**versions, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+
+
 @contextmanager
 def computing(
     store: ReferenceStore,
@@ -234,7 +243,7 @@ def computing(
     collective, which would give up. It only saves work: nothing breaks where a file system has no locks, there
     everybody computes. The kernel drops a dead holder's.
     """
-    store.prepare()
+    ask(lambda: _prepared(store))
     with open(store.folder / "lock", "a", encoding="utf-8") as stream:
         told = False
         while not ask(lambda: _take(stream.fileno())):
@@ -247,6 +256,11 @@ def computing(
         finally:
             with suppress(OSError):  # closing is not enough: children made by fork have the file open too
                 fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+def _prepared(store: ReferenceStore) -> bool:
+    store.prepare()
+    return True
 
 
 def _take(handle: int) -> bool:

@@ -17,9 +17,10 @@ import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import Tensor
 
+from alignment.errors import TrainingError
 from alignment.training.reference import ReferenceStore, computing, row_digests
 
-BLOCK = 4096  # pairs whose log-probs are stored together: what a killed pass loses at most
+BLOCK = 1024  # pairs whose log-probs are stored together: what a killed pass loses at most
 BUDGET = 2  # a forward without gradients may take so many times the tokens of a micro-batch
 
 
@@ -45,8 +46,10 @@ class References:
         scored = labels[:, 1:] != -100
         counts, pairs = scored.sum(1).tolist(), len(numbers)
         rows = [self._of(number) for number in numbers]
-        for row, chosen, rejected in zip(rows, counts[:pairs], counts[pairs:], strict=True):
-            assert len(row) == chosen + rejected
+        for number, row, chosen, rejected in zip(numbers, rows, counts[:pairs], counts[pairs:], strict=True):
+            if len(row) != chosen + rejected:
+                what = f"pair {number} has {chosen + rejected} tokens to score, {len(row)} reference log-probs are kept"
+                raise TrainingError(what, where=str(self.store and self.store.folder), fix="delete that folder")
         flat = [row[:count] for row, count in zip(rows, counts[:pairs], strict=True)]
         flat += [row[count:] for row, count in zip(rows, counts[:pairs], strict=True)]
         values = torch.from_numpy(np.concatenate(flat))  # a copy: the store's are views of its files
@@ -93,11 +96,11 @@ class References:
                 self._progress(int(done), len(rows), note="reference log-probs")
             self.computed += len(block)
             if self.store is None:
-                for part in _gathered(trainer, mine):
+                for part in gathered(trainer, mine):
                     self._computed.update(part)
             else:
                 assert self._digests is not None
-                names += _gathered(trainer, self.store.append(self._digests[list(mine)], list(mine.values())))
+                names += gathered(trainer, self.store.append(self._digests[list(mine)], list(mine.values())))
         return names
 
 
@@ -108,7 +111,7 @@ def _agreed(trainer: Any, answer: Callable[[], Any]) -> Any:
     return told[0]
 
 
-def _gathered(trainer: Any, mine: Any) -> list[Any]:
+def gathered(trainer: Any, mine: Any) -> list[Any]:
     """What each process has, on every process."""
     if trainer.accelerator.num_processes == 1:
         return [mine]

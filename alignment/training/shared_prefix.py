@@ -35,7 +35,7 @@ def refusal(config: Any) -> str | None:
     text = config.get_text_config()
     layers = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
     if layers - PACKABLE_LAYERS:
-        return f"its {', '.join(sorted(layers - PACKABLE_LAYERS))} layers carry a state from token to token"
+        return f"its {', '.join(sorted(layers - PACKABLE_LAYERS))} layers are of a kind that packs do not know"
     if getattr(text, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     if getattr(text, "attention_chunk_size", None):

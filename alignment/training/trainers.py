@@ -31,7 +31,7 @@ from alignment.training.batching import GlobalBatches
 from alignment.training.callbacks import Before, Reporter
 from alignment.training.metrics import UNUSED, Meter, pair_sums, reward_sums, token_sums
 from alignment.training.packing import BUCKET, pack
-from alignment.training.reference_pass import References
+from alignment.training.reference_pass import References, gathered
 from alignment.training.shared_prefix import compile_layers, differs, install, refusal
 
 _Trainer: Any = transformers.Trainer  # after the TRL trainer in the order of bases
@@ -100,6 +100,7 @@ class AlignedTrainer(_Trainer):
         precision = torch.bfloat16 if self.args.bf16 else torch.float32
         if reason is None:
             reason = differs(plain, self.model_wrapped, self.branches, precision)
+        reason = next((one for one in gathered(self, reason) if one), None)  # one that cannot, and nobody does
         if reason is None:
             self.say(f"records are packed without padding; attention: {describe_backend(self.args.device, precision)}")
             if self.packing.compile:
@@ -313,13 +314,13 @@ class DPO(_Pairs, trl.DPOTrainer):
         return rows["input_ids"].masked_fill(rows["completion_mask"] == 0, -100)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        chosen, rejected = inputs["reference"].sum(1).chunk(2)
-        return super().compute_loss(
-            model, {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, *args, **kwargs
-        )
+        inputs = dict(inputs)
+        self._reference = inputs.pop("reference")  # not for the model
+        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self._reference.sum(1).chunk(2)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
-        return pair_sums(self._output, inputs["reference"], self._labels(inputs), self.beta)
+        return pair_sums(self._output, self._reference, self._labels(inputs), self.beta)
 
     def _check_first_loss(self, loss: float) -> None:
         """Before the first update the policy is the reference: every margin is zero and the loss is known."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -175,7 +174,7 @@ def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.M
     alone = run(chat, values, heldout=5, prompts=5)
     monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 20)
     monkeypatch.setattr(preparation, "CHUNK", 7)
-    monkeypatch.setattr(preparation, "_example", seen_by(os.getpid(), preparation._example))
+    monkeypatch.setattr(preparation, "_conversation", None)  # here; the workers have their own
     several = run(chat, values, heldout=5, prompts=5)
     assert several.tally.counts == alone.tally.counts and several.fit == alone.fit
     assert {name: [e.columns for e in part] for name, part in several.parts.items()} == {
@@ -185,13 +184,3 @@ def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.M
     values[80] = {"prompt": None, "completion": "a"}
     with pytest.raises(InputError, match=r"rows.jsonl:51: "):
         run(chat, values)
-
-
-def seen_by(parent: int, example: Any) -> Any:
-    """Fails where the parent does the work itself."""
-
-    def checked(*arguments: Any) -> Any:
-        assert os.getpid() != parent
-        return example(*arguments)
-
-    return checked

@@ -32,6 +32,8 @@ CASES = {
     "dpo_zero2_lora": ("dpo", "zero2", {"lora": True}, {}),
     "dpo_zero3_lora": ("dpo", "zero3", {"lora": True}, {}),
     "sft_zero3_checkpointing": ("sft", "zero3", {}, {"gradient_checkpointing": True, "tokens_per_micro_batch": 60}),
+    "dpo_zero3_lora_checkpointing": ("dpo", "zero3", {"lora": True}, {"gradient_checkpointing": True}),
+    "dpo_ddp_lora": ("dpo", "ddp", {"lora": True}, {}),
     "sft_zero2_offload": ("sft", "zero2", {}, {"offload": "optimizer"}),
     "sft_uneven": ("sft", "zero2", {"global_batch_size": 5}, {}),
 }
@@ -119,7 +121,7 @@ def test_four_ranks_train_as_one_process_does(name: str, four: Path, alone: Any)
 def test_all_ranks_write_reference_log_probs_and_a_second_run_reads_them(together: Path) -> None:
     """dpo_zero2 follows dpo_ddp over the same pairs, in the same process group."""
     written = {path.name for path in together.glob("reference/*/*.safetensors")}
-    assert len(written) == 2 * len(list(together.glob("reference/*"))), "one file a rank, fp32 and bf16"
+    assert len(written) == 2 * len(list(together.glob("reference/*"))) == 4, "one file a rank, fp32 and bf16"
     for name, computed in (("dpo_ddp", 40), ("dpo_zero1", 0), ("dpo_zero2", 0), ("dpo_zero3", 0), ("bf16", 40)):
         assert json.loads((together / name / "summary.json").read_text())["reference_computed"] == computed, name
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from alignment.training import head, memory
+from alignment.training import engine, head, memory
 from alignment.training.memory import (
     activation_bytes,
     attention_share,
@@ -21,6 +21,7 @@ from alignment.training.memory import (
     needs_checkpointing,
     state_bytes,
 )
+from tests.training import tiny
 
 GB = 10**9
 
@@ -234,7 +235,7 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     assert available_bytes() > 0
 
 
-def decide(setting: Any, available: int, **changes: Any) -> tuple[bool, str]:
+def decide(setting: Any, available: int, **changes: Any) -> tuple[bool, str, bool]:
     config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
     shape: dict[str, Any] = {
         "tokens": 4096, "scored": 1000, "precision": "fp32", "parameters": GB, "trainable": GB, "strategy": "single",
@@ -244,19 +245,19 @@ def decide(setting: Any, available: int, **changes: Any) -> tuple[bool, str]:
 
 
 def test_checkpointing_is_on_where_all_would_not_fit() -> None:
-    on, line = decide("auto", 30 * GB)
+    on, line, _ = decide("auto", 30 * GB)
     assert on and line.startswith("gradient checkpointing on (by itself): about 16.0 GB of weights")
     assert "30.0 GB free" in line and "suffice" not in line and "\n" not in line
-    off, line = decide("auto", 100 * GB)
+    off, line, _ = decide("auto", 100 * GB)
     assert not off and line.startswith("gradient checkpointing off (by itself)")
     assert decide("auto", 30 * GB, tokens=100)[0] is False
     assert decide("auto", 10 * GB)[1].endswith("; memory may not suffice")
 
 
 def test_a_setting_is_obeyed() -> None:
-    on, line = decide(True, 1000 * GB)
+    on, line, _ = decide(True, 1000 * GB)
     assert on is True and line.startswith("gradient checkpointing on (as set)")
-    off, line = decide(False, 20 * GB)
+    off, line, _ = decide(False, 20 * GB)
     assert off is False and line.endswith("memory may not suffice")
 
 
@@ -265,3 +266,35 @@ def test_offloading_to_the_same_memory_frees_nothing(monkeypatch: pytest.MonkeyP
     assert "20.0 GB of weights" in decide("auto", GB, strategy="zero3", offload="all")[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert " 0.0 GB of weights" in decide("auto", GB, strategy="zero3", offload="all")[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "free", "tokens", "checkpointing"),
+    [
+        ("auto", 100 * GB, 16_384, False), ("auto", 15 * GB, 8192, False), ("auto", 2.5 * GB, 8192, True),
+        (False, 100 * GB, 16_384, False), (False, 15 * GB, 8192, False), (True, 100 * GB, 16_384, True),
+        (False, GB, 2048, False), (True, GB, 2048, True),
+    ],
+)  # fmt: skip
+def test_as_many_tokens_as_fit_and_checkpointing_only_where_none_do(
+    setting: Any, free: int, tokens: int, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, for a model of 16 layers, hidden size 512: 14.7 GB of activations for 16,384 tokens."""
+    config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8)
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engine, "available_bytes", lambda: free)
+    monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
+    settings = tiny.sft()
+    setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing=setting)
+    choice = engine.choose(settings, setup, tmp_path, 1, longest=700)
+    assert (choice.tokens_per_micro_batch, choice.checkpointing) == (tokens, checkpointing), choice.why
+
+
+def test_a_record_longer_than_the_budget_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16).save_pretrained(tmp_path)
+    monkeypatch.setattr(engine, "available_bytes", lambda: 4 * GB)
+    monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
+    setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing="auto")
+    short, long = (engine.choose(tiny.sft(), setup, tmp_path, 1, longest=length) for length in (400, 8000))
+    assert not short.checkpointing and long.checkpointing

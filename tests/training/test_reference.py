@@ -150,7 +150,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
 
 
 def test_references_do_not_mix(tmp_path: Path) -> None:
-    changes: list[dict[str, Any]] = [{}, {"weights": "cd" * 32}, {"adapter": "ab" * 32}, {"dtype": "bf16"}]
+    changes: list[dict[str, Any]] = [{}, {"weights": "cd" * 32}, {"adapter": "ab" * 32}, {"dtype": "bf16-autocast"}]
     assert len({ReferenceStore(tmp_path, **{**KEY, **change}).folder for change in changes}) == 4
     with pytest.raises(ValueError):
         ReferenceStore(tmp_path, **{**KEY, "dtype": "float32"})
@@ -343,7 +343,7 @@ def test_the_lock_is_waited_for_and_dropped_by_a_killed_holder(tmp_path: Path) -
 
 
 def test_the_lock_is_free_again_after_an_error_and_for_other_references(tmp_path: Path) -> None:
-    store, other = ReferenceStore(tmp_path, **KEY), ReferenceStore(tmp_path, **{**KEY, "dtype": "bf16"})
+    store, other = ReferenceStore(tmp_path, **KEY), ReferenceStore(tmp_path, **{**KEY, "dtype": "bf16-autocast"})
 
     def waiting() -> None:
         raise AssertionError("nobody holds it")
