@@ -224,11 +224,11 @@ def test_the_trial_finds_nothing_wrong_with_a_classifier(pad: int) -> None:
 UNPACKABLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "mamba": ("mamba", {
         "vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4,
-    }, "layers carry a state from token to token"),
+    }, "layers are of a kind that packs do not know"),
     "jamba": ("jamba", {
         **models.SMALL, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
         "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4,
-    }, "layers carry a state from token to token"),
+    }, "layers are of a kind that packs do not know"),
     "bloom": ("bloom", {"vocab_size": 260, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "packed it answers"),
     "gpt_neo": ("gpt_neo", {
         "vocab_size": 260, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 7,
@@ -262,8 +262,8 @@ def test_models_that_do_not_pack_say_why_in_one_line_and_go_on_as_before(name: s
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (SimpleNamespace(layer_types=["full_attention", "linear_attention"]), "its linear_attention layers carry"),
-        (SimpleNamespace(layer_types=["sliding_attention", "conv"]), "its conv layers carry"),
+        (SimpleNamespace(layer_types=["full_attention", "linear_attention"]), "its linear_attention layers are of a kind"),
+        (SimpleNamespace(layer_types=["sliding_attention", "conv"]), "its conv layers are of a kind"),
         (SimpleNamespace(is_encoder_decoder=True), "it is an encoder-decoder"),
         (SimpleNamespace(attention_chunk_size=8), "its attention is cut into chunks"),
         (SimpleNamespace(layer_types=["full_attention", "sliding_attention"], attention_chunk_size=None), None),
