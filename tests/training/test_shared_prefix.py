@@ -262,7 +262,10 @@ def test_models_that_do_not_pack_say_why_in_one_line_and_go_on_as_before(name: s
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (SimpleNamespace(layer_types=["full_attention", "linear_attention"]), "its linear_attention layers are of a kind"),
+        (
+            SimpleNamespace(layer_types=["full_attention", "linear_attention"]),
+            "its linear_attention layers are of a kind",
+        ),
         (SimpleNamespace(layer_types=["sliding_attention", "conv"]), "its conv layers are of a kind"),
         (SimpleNamespace(is_encoder_decoder=True), "it is an encoder-decoder"),
         (SimpleNamespace(attention_chunk_size=8), "its attention is cut into chunks"),
