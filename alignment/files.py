@@ -32,6 +32,15 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     os.replace(aside, path)
 
 
+def fsync(path: Path) -> None:
+    """To the disk: a file's bytes, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", durable=durable)
 

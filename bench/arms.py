@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ class Setting:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of trl_tuned, by task, see group.Options
     beta: float = BETA
     state: dict[str, Any] | None = None
-    shared: dict[str, Any] = field(default_factory=dict)  # lives as long as one sweep
 
 
 @dataclass
@@ -235,7 +235,7 @@ def _choose_head(ours: bool) -> None:
     """Ours, or TRL's kernel for the same positions."""
     from alignment.training import head, shared_prefix
 
-    shared_prefix.score_tokens = head.score_tokens if ours else head.score_tokens_by_trl
+    shared_prefix.score_tokens = head.score_tokens if ours else partial(head.score_tokens, trl=True)
 
 
 def _our_rows(

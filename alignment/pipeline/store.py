@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from alignment.errors import MachineError
-from alignment.files import read_json, sha256
+from alignment.files import fsync, read_json, sha256
 
 # W&B's files and the log may still grow or go while a result is committed; they are not what the result is.
 VOLATILE = ("wandb/", "log.txt/", "progress.json/")
@@ -74,17 +74,17 @@ class Store:
             if path.is_dir():
                 folders.append(path)
             else:
-                _fsync(path)
+                fsync(path)
                 files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         (folder / "record.json").write_text(json.dumps({**record, "files": files}, indent=1) + "\n", encoding="utf-8")
-        _fsync(folder / "record.json")
+        fsync(folder / "record.json")
         for path in reversed(folders):  # the names in them, the work folder's last
-            _fsync(path)
+            fsync(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():  # damaged, else its record would have been found
             os.replace(place, place.with_name(f"{place.name}.damaged-{time.time_ns()}"))
         os.rename(folder, place)
-        _fsync(place.parent)
+        fsync(place.parent)
         return place
 
     def lock(self, key: str) -> Lock:
@@ -173,11 +173,3 @@ class Lock:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,8 +21,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> SFT:
     settings: Sft = context.settings
-    args = trl.SFTConfig(
-        **arguments, router_aux_loss_coef=0.0
-    )  # before the model: under ZeRO-3 it is sharded while it is read
+    # Before the model: under ZeRO-3 it is sharded while it is read.
+    args = trl.SFTConfig(**arguments, router_aux_loss_coef=0.0)
     model = load(start)
     return SFT(model=model, args=args, peft_config=lora_config(settings.lora, model), **common)

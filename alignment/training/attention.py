@@ -73,6 +73,9 @@ def packed_attention(
     if dropout or wanted:
         raise NotPackable(f"its attention uses {', '.join(sorted(wanted)) or 'dropout'}")
     _windows_seen.append(sliding_window)
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have left queries and keys in fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     kernel = KERNELS[backend(query, softcap)]
     return kernel(query, key, value, layout, Scores(scaling, sliding_window, softcap)), None
 

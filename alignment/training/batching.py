@@ -70,7 +70,10 @@ class GlobalBatches:
         return self.split(self.rows(step))
 
     def split(self, rows: Sequence[int]) -> list[list[list[int]]]:
-        """The fewest micro-batches a process that keep to the budget; at least as many rows as processes."""
+        """The fewest micro-batches a process that keep to the budget, or of very many a few more.
+
+        rows: at least as many as there are processes.
+        """
         shares = _longest_first_to_the_lightest(rows, self._cost, self.world_size, even=True)
         most = min(map(len, shares))
         # Only if the batch does not divide by the processes may the smallest share lack rows for the count needed;

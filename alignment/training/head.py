@@ -28,28 +28,16 @@ def score_tokens(
     factor: float = 1.0,
     softcap: float | None = None,
     measure: bool = True,
+    trl: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """hidden: [M, hidden size], weight: [V, hidden size], bias: [V], targets: [M].
 
     logits = softcap * tanh(factor * (hidden @ weight.T + bias) / softcap), without the cap if softcap is None.
     Returns log-probs of the targets [M] in nats, and, if `measure`, entropy [M] in nats (without a gradient) and
-    whether the target is the most probable token [M]; else None twice.
+    whether the target is the most probable token [M]; else None twice. trl: by TRL's kernel, wherever it is.
     """
-    if hidden.device.type == "cpu" and softcap is None and bias is None:
+    if hidden.device.type == "cpu" and softcap is None and bias is None and not trl:
         return _TiledLogProbs.apply(hidden, weight, targets, factor, measure)
-    return score_tokens_by_trl(hidden, weight, bias, targets, factor, softcap, measure)
-
-
-def score_tokens_by_trl(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    factor: float = 1.0,
-    softcap: float | None = None,
-    measure: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As score_tokens, by TRL's chunked kernel (Triton on CUDA)."""
     outputs = ("log_probs", "entropy", "is_top1") if measure else ("log_probs",)
     log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
         hidden, weight, bias, targets, 1.0, VOCABULARY_TILE, softcap, factor, outputs

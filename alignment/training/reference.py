@@ -33,7 +33,7 @@ import torch
 from safetensors.numpy import save
 
 from alignment.errors import InputError, TrainingError
-from alignment.files import digest, model_files, near, read_json, sha256, write_json
+from alignment.files import digest, fsync, model_files, near, read_json, sha256, write_json
 
 FORMAT = 1  # raised when the computation or the files change
 DTYPES = ("fp32", "bf16-autocast", "bf16-weights")  # DeepSpeed keeps weights and residuals in bf16, autocast does not
@@ -207,7 +207,7 @@ class ReferenceStore:
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        _fsync(self.folder)
+        fsync(self.folder)
         return name
 
     def prepare(self) -> None:
@@ -315,11 +315,3 @@ def _tensor(data: np.ndarray, entry: dict[str, Any], kind: str, dtype: str) -> n
         raise ValueError(f"{entry['dtype']} instead of {kind}")
     first, last = entry["data_offsets"]
     return data[first:last].view(np.dtype(dtype)).reshape(entry["shape"])
-
-
-def _fsync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

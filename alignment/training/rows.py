@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-IGNORED = -100
+from alignment.training.packing import IGNORED
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from alignment.training import attention
 from alignment.training.attention import (
     PACKED,
     NotPackable,
@@ -226,3 +227,18 @@ def test_transformers_knows_the_function_by_its_name() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     assert ALL_ATTENTION_FUNCTIONS[PACKED] is packed_attention
+
+
+def test_under_autocast_the_kernel_gets_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As rotary embeddings leave them: queries and keys in fp32, values in bf16."""
+    given: list[torch.dtype] = []
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+        given.extend((query.dtype, key.dtype, value.dtype))
+        return query
+
+    monkeypatch.setitem(attention.KERNELS, "cpu", kernel)
+    query, layout = torch.zeros(1, 2, 4, 8), Layout([Segment(0, 4, 0, 0)])
+    with torch.autocast("cpu", torch.bfloat16):
+        attention.packed_attention(None, query, query, query.bfloat16(), None, layout=layout)
+    assert given == [torch.bfloat16] * 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,12 +17,7 @@ COUNT, SIZE, VOCABULARY = 70, 24, 97
 SIXTEEN_ROWS = 16 * VOCABULARY * 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(count: int = COUNT, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:

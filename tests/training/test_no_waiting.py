@@ -8,7 +8,6 @@ must be read, also where an index is a mask.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,7 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def is_mask(index: Any) -> bool:

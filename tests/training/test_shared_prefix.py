@@ -4,7 +4,6 @@ that cannot be packed, which are computed padded."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +19,7 @@ from tests.training import models
 ARCHITECTURES = pytest.mark.parametrize("name", list(models.PACKABLE))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the same numbers -------------------------------------------------------------------------------------------------
