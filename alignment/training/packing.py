@@ -123,6 +123,7 @@ class Pack:
 
     ids, positions: [1, N]. scored: [M], the token of the pack whose hidden state predicts targets [M]; cells: [M], the
     place of each in the padded answer [R, W - 1], flattened. last: [R], the pack's place of each row's last token.
+    read: [K], the places, each once, of which an answer is made: those of scored and last.
     padded_tokens: R * W; row_tokens: the rows' own tokens, the shared ones counted in each row.
     """
 
@@ -132,6 +133,7 @@ class Pack:
     targets: Tensor
     cells: Tensor
     last: Tensor
+    read: Tensor
     shape: tuple[int, int]
     row_tokens: int
     layout: Layout = field(repr=False)
@@ -145,11 +147,11 @@ class Pack:
         return self.shape[0] * (self.shape[1] + 1)
 
     def to(self, device: torch.device) -> Pack:
-        names = ("ids", "positions", "scored", "targets", "cells", "last")
+        names = ("ids", "positions", "scored", "targets", "cells", "last", "read")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     def pin_memory(self) -> Pack:
-        names = ("ids", "positions", "scored", "targets", "cells", "last")
+        names = ("ids", "positions", "scored", "targets", "cells", "last", "read")
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
     def spread(self, values: Tensor) -> Tensor:
@@ -191,13 +193,16 @@ def pack(
         positions.append(torch.arange(filler))
         segments.append(Segment(at, at + filler, at, at))
     cells = (labels[:, 1:] != IGNORED).flatten().nonzero().flatten()
+    scored = place[:, :-1].flatten()[cells]
+    last = place[torch.arange(rows), torch.tensor(lengths) - 1]
     return Pack(
         ids=torch.cat(ids)[None],
         positions=torch.cat(positions)[None],
-        scored=place[:, :-1].flatten()[cells],
+        scored=scored,
         targets=labels[:, 1:].flatten()[cells],
         cells=cells,
-        last=place[torch.arange(rows), torch.tensor(lengths) - 1],
+        last=last,
+        read=torch.cat([scored, last]).unique(),
         shape=(rows, width - 1),
         row_tokens=sum(lengths),
         layout=Layout(segments),

@@ -21,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from alignment.training.attention import PACKED, windows_seen
 from alignment.training.head import score_tokens
+from alignment.training.last_layer import narrow
 from alignment.training.metrics import UNUSED
 from alignment.training.packing import Pack, pack
 
@@ -54,12 +55,18 @@ def install(model: Any) -> None:
         return _classify(self, pack) if classifies else _score(self, pack, kwargs.get("measure", True))
 
     model.forward = types.MethodType(forward, model)
+    narrow(model)
 
 
 def _hidden(model: Any, pack: Pack) -> Tensor:
     """[N, hidden]: the last hidden states of the pack's tokens."""
     output = model.base_model(
-        input_ids=pack.ids, attention_mask=None, position_ids=pack.positions, use_cache=False, layout=pack.layout
+        input_ids=pack.ids,
+        attention_mask=None,
+        position_ids=pack.positions,
+        use_cache=False,
+        layout=pack.layout,
+        read=pack.read,
     )
     return output.last_hidden_state[0]
 
