@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from alignment.training.packing import Layout
+from alignment.training.packing import Layout, Segment
 
 PACKED = "packed"
 WORDS = {
@@ -45,11 +45,15 @@ class NotPackable(Exception):
 
 @dataclass(frozen=True)
 class Scores:
-    """What becomes of query @ key: times scale (None: dim ** -0.5), capped, seen through a window of so many tokens."""
+    """What becomes of query @ key: times scale (None: dim ** -0.5), capped, seen through a window of so many tokens.
+
+    narrow: answers of the queries before each segment's `first` are not read; a kernel may leave them out.
+    """
 
     scale: float | None
     window: int | None
     softcap: float | None
+    narrow: bool = False
 
 
 @torch.compiler.disable  # the layout differs from pack to pack: a compiled one would be compiled for each
@@ -64,6 +68,7 @@ def packed_attention(
     layout: Layout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    narrow: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query: [1, heads, N, dim]; key, value: [1, key heads, N, dim]. Returns [1, N, heads, dim] and no weights."""
@@ -77,7 +82,7 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     kernel = KERNELS[backend(query, softcap)]
-    return kernel(query, key, value, layout, Scores(scaling, sliding_window, softcap)), None
+    return kernel(query, key, value, layout, Scores(scaling, sliding_window, softcap, narrow)), None
 
 
 _windows_seen: deque[int | None] = deque(maxlen=1024)  # of the last calls, for `windows_seen`
@@ -136,26 +141,37 @@ def _has_varlen() -> bool:
 
 
 def _by_segment(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores) -> Tensor:
+    """Cut once, for the backward pass of a cut is one cat, that of many slices fills many tensors with zeros."""
+    sizes, spans = layout.pieces
+    keys, values = key.split(sizes, 2), value.split(sizes, 2)
+    unread = [segment.unread(scores.narrow) for segment in layout.segments]
+    bounds = [(skip, s.end - s.start - skip) for s, skip in zip(layout.segments, unread, strict=True)]
+    queries = query.split([size for pair in bounds for size in pair], 2)
     out = []
-    for number, segment in enumerate(layout.segments):
-        own = slice(segment.start, segment.end)
-        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
-        if segment.prefix:
-            before = slice(segment.prefix_start, segment.prefix_end)
-            k, v = torch.cat([key[:, :, before], k], 2), torch.cat([value[:, :, before], v], 2)
-        window = scores.window if scores.window is not None and scores.window < segment.keys else None
-        if scores.softcap is not None:
-            out.append(_capped(q, k, v, layout.mask(number, window, q), scores))
-            continue
-        square = not segment.prefix and window is None  # the kernel's own causal mask will do
-        mask = None if square else layout.mask(number, window, q)
-        grouped = k.shape[1] != q.shape[1]
-        out.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=square, scale=scores.scale, enable_gqa=grouped
-            )
-        )
+    for number, (segment, (prefix, own)) in enumerate(zip(layout.segments, spans, strict=True)):
+        if unread[number]:
+            out.append(value.new_zeros(*query.shape[:2], unread[number], value.shape[3]))
+        q = queries[2 * number + 1]
+        if q.shape[2]:
+            k, v = (_joined(parts[prefix] + parts[own]) for parts in (keys, values))
+            out.append(_segment(q, k, v, layout, number, segment, scores))
     return torch.cat(out, 2).transpose(1, 2)
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _segment(q: Tensor, k: Tensor, v: Tensor, layout: Layout, number: int, segment: Segment, scores: Scores) -> Tensor:
+    window = scores.window if scores.window is not None and scores.window < segment.keys else None
+    if scores.softcap is not None:
+        return _capped(q, k, v, layout.mask(number, window, q, scores.narrow), scores)
+    square = q.shape[2] == k.shape[2] and window is None  # the kernel's own causal mask will do
+    mask = None if square else layout.mask(number, window, q, scores.narrow)
+    grouped = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=square, scale=scores.scale, enable_gqa=grouped
+    )
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: Scores) -> Tensor:

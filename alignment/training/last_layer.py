@@ -1,7 +1,8 @@
 """After the last attention nothing passes from token to token: what comes then is computed where an answer is read.
 
-The MLP of the last layer is the larger part of it. Of a pack, only the tokens whose hidden state is scored (or, for a
-classifier, the last of each row) go through it; the others' hidden states end without it, and nobody reads them.
+In the last layer all tokens of a pack need keys and values. Queries, the output's projection and the MLP are needed by
+those alone whose hidden state is scored (or, for a classifier, is the last of its row). The others' hidden states end
+without them, and nobody reads these.
 """
 
 from __future__ import annotations
@@ -13,32 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ON_READ_TOKENS = ("self_attn.q_proj", "self_attn.o_proj", "mlp")  # where a layer has modules of these names
+
 
 def narrow(model: Any) -> None:
-    """Teach the last layer of a transformers model to take `read`, [tokens] (indices), from its forward's arguments.
+    """Teach the last layer of a transformers model to take `read` from its forward's arguments, [K] places in the pack.
 
-    A model whose layers have no `mlp`, or that does not hand its arguments on to them, computes all as before.
+    A model whose layers have none of these modules, or do not get the arguments, computes all as before.
     """
     layers = [
         module for module in model.base_model.modules() if isinstance(getattr(module, "mlp", None), torch.nn.Module)
     ]
     if not layers:
         return
-    last, mlp = layers[-1], layers[-1].mlp
-    stock = mlp.forward
-    reads: list[Tensor | None] = [None]
+    read: list[Tensor | None] = [None]
 
-    def remember(module: Any, arguments: Any, kwargs: dict[str, Any]) -> None:  # also when checkpointing calls it again
-        reads[0] = kwargs.get("read")
+    def remember(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # also when checkpointing calls the layer anew
+        read[0] = kwargs.get("read")
+        return args, {**kwargs, "narrow": read[0] is not None}
 
-    @functools.wraps(type(mlp).forward)
+    layers[-1].register_forward_pre_hook(remember, with_kwargs=True)
+    for name, module in layers[-1].named_modules():
+        if name in ON_READ_TOKENS:
+            module.forward = types.MethodType(_on_read_tokens(module, read), module)
+
+
+def _on_read_tokens(module: Any, read: list[Tensor | None]) -> Any:
+    stock = module.forward
+
+    @functools.wraps(type(module).forward)
     @torch.compiler.disable  # how many are read differs from pack to pack
     def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        read = reads[0]
-        if read is None:
+        if read[0] is None:
             return stock(hidden, *args, **kwargs)
-        some = stock(hidden.index_select(1, read), *args, **kwargs)
-        return some.new_zeros(*hidden.shape[:2], some.shape[-1]).index_copy(1, read, some)
+        some = stock(hidden.index_select(1, read[0]), *args, **kwargs)
+        return some.new_zeros(*hidden.shape[:2], some.shape[-1]).index_copy(1, read[0], some)
 
-    last.register_forward_pre_hook(remember, with_kwargs=True)
-    mlp.forward = types.MethodType(forward, mlp)
+    return forward

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,16 +25,16 @@ BUCKET = 256  # tokens: packs for a compiled model are filled up to a multiple o
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries start..end of the pack see keys prefix_start..prefix_end, all of them, and their own, causally."""
+    """Queries start..end of the pack see keys prefix_start..prefix_end, all of them, and their own, causally.
+
+    first: no answer is made of the queries before it, so the last layer need not compute them; -1 stands for start.
+    """
 
     start: int
     end: int
     prefix_start: int
     prefix_end: int
-
-    @property
-    def queries(self) -> int:
-        return self.end - self.start
+    first: int = -1
 
     @property
     def prefix(self) -> int:
@@ -41,14 +42,18 @@ class Segment:
 
     @property
     def keys(self) -> int:
-        return self.prefix + self.queries
+        return self.prefix + self.end - self.start
 
-    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def unread(self, narrow: bool) -> int:
+        """Queries at its beginning that are left out."""
+        return self.first - self.start if narrow and self.first >= 0 else 0
+
+    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device, narrow: bool = False) -> Tensor:
         """[queries, keys], added to the scores: 0 where a query sees a key, -inf elsewhere.
 
         window: a query sees itself and the window - 1 tokens before it (Mistral, Gemma), or all before it if None.
         """
-        query = torch.arange(self.prefix, self.keys, device=device)[:, None]
+        query = torch.arange(self.prefix + self.unread(narrow), self.keys, device=device)[:, None]
         distance = query - torch.arange(self.keys, device=device)[None]
         seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
@@ -70,17 +75,27 @@ class Layout:
     @cached_property
     def longest(self) -> tuple[int, int]:
         """Most queries and most keys of a segment."""
-        return max(s.queries for s in self.segments), max(s.keys for s in self.segments)
+        return max(s.end - s.start for s in self.segments), max(s.keys for s in self.segments)
 
     @cached_property
     def shares(self) -> bool:
         """Whether any segment sees keys that are not its own."""
         return any(segment.prefix for segment in self.segments)
 
-    def mask(self, number: int, window: int | None, like: Tensor) -> Tensor:
+    @cached_property
+    def pieces(self) -> tuple[list[int], list[tuple[slice, slice]]]:
+        """The pack cut wherever a segment or a prefix begins or ends: tokens of each piece; and of each segment which
+        pieces are its prefix, and which itself."""
+        ends = [(s.start, s.end, s.prefix_start, s.prefix_end) for s in self.segments]
+        cuts = sorted({0, *(cut for bounds in ends for cut in bounds)})
+        at = {cut: number for number, cut in enumerate(cuts)}
+        spans = [(slice(at[p0], at[p1]), slice(at[start], at[end])) for start, end, p0, p1 in ends]
+        return [after - before for before, after in pairwise(cuts)], spans
+
+    def mask(self, number: int, window: int | None, like: Tensor, narrow: bool = False) -> Tensor:
         """The additive mask of a segment."""
-        name = (number, window, like.dtype, like.device)
-        return self.made(name, lambda: self.segments[number].mask(window, like.dtype, like.device))
+        name = (number, window, like.dtype, like.device, narrow)
+        return self.made(name, lambda: self.segments[number].mask(window, like.dtype, like.device, narrow))
 
     def lengths(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """What variable-length kernels want: firsts of queries and of keys [segments + 1], int32, and which token of
@@ -88,7 +103,7 @@ class Layout:
         """
 
         def make() -> tuple[Tensor, ...]:
-            queries = torch.tensor([0] + [s.queries for s in self.segments]).cumsum(0).to(torch.int32)
+            queries = torch.tensor([0] + [s.end - s.start for s in self.segments]).cumsum(0).to(torch.int32)
             keys = torch.tensor([0] + [s.keys for s in self.segments]).cumsum(0).to(torch.int32)
             spans = [span for s in self.segments for span in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
             index = torch.cat([torch.arange(*span) for span in spans])
@@ -101,7 +116,7 @@ class Layout:
 
         def make() -> tuple[Tensor, ...]:
             columns = zip(*((s.start, s.prefix_start, s.prefix_end) for s in self.segments), strict=True)
-            counts = torch.tensor([s.queries for s in self.segments])
+            counts = torch.tensor([s.end - s.start for s in self.segments])
             return tuple(torch.tensor(column).repeat_interleave(counts).to(device) for column in columns)
 
         start, prefix_start, prefix_end = self.made(("spans", device), make)
@@ -195,6 +210,7 @@ def pack(
     cells = (labels[:, 1:] != IGNORED).flatten().nonzero().flatten()
     scored = place[:, :-1].flatten()[cells]
     last = place[torch.arange(rows), torch.tensor(lengths) - 1]
+    read = torch.cat([scored, last]).unique()
     return Pack(
         ids=torch.cat(ids)[None],
         positions=torch.cat(positions)[None],
@@ -202,11 +218,18 @@ def pack(
         targets=labels[:, 1:].flatten()[cells],
         cells=cells,
         last=last,
-        read=torch.cat([scored, last]).unique(),
+        read=read,
         shape=(rows, width - 1),
         row_tokens=sum(lengths),
-        layout=Layout(segments),
+        layout=Layout(_first_reads(segments, read)),
     )
+
+
+def _first_reads(segments: list[Segment], read: Tensor) -> list[Segment]:
+    """read: the places of which answers are made, in order."""
+    places = torch.cat([read, torch.tensor([segments[-1].end])])
+    after = places[torch.searchsorted(read, torch.tensor([s.start for s in segments]))].tolist()
+    return [replace(segment, first=min(first, segment.end)) for segment, first in zip(segments, after, strict=True)]
 
 
 def _common(ids: Tensor, group: list[int], lengths: list[int]) -> int:

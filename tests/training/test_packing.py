@@ -166,7 +166,7 @@ def test_a_segments_mask_by_hand() -> None:
     """Two keys before, three queries: query 0 stands at distance 2 1 0 of keys 0 1 2. Through a window of 2 tokens each
     sees itself and the one before it."""
     segment = Segment(7, 10, 2, 4)
-    assert (segment.queries, segment.prefix, segment.keys) == (3, 2, 5)
+    assert (segment.end - segment.start, segment.prefix, segment.keys) == (3, 2, 5)
     no = float("-inf")
     whole = segment.mask(None, torch.float32, CPU)
     assert whole.tolist() == [[0, 0, 0, no, no], [0, 0, 0, 0, no], [0, 0, 0, 0, 0]]
