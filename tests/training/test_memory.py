@@ -21,6 +21,7 @@ from alignment.training.memory import (
     needs_checkpointing,
     state_bytes,
 )
+from alignment.training.reference_pass import BUDGET
 from tests.training import tiny
 
 GB = 10**9
@@ -298,3 +299,20 @@ def test_a_record_longer_than_the_budget_counts(tmp_path: Path, monkeypatch: pyt
     setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing="auto")
     short, long = (engine.choose(tiny.sft(), setup, tmp_path, 1, longest=length) for length in (400, 8000))
     assert not short.checkpointing and long.checkpointing
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", [llama, qwen2, gpt2])
+def test_the_reference_pass_takes_less_than_a_step(family: Any, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most bytes alive in a forward without gradients over BUDGET times the tokens, with two layers, the fewest."""
+    config, tokens = family(3), 500
+    config.num_hidden_layers = 2
+    for module in (head, memory):  # several blocks of logits, as large heads have
+        monkeypatch.setattr(module, "BLOCK_BYTES", tokens * config.vocab_size)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids = torch.ones(1, BUDGET * tokens, dtype=torch.long)
+    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    with Alive() as alive, torch.no_grad(), cast:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        head.score_tokens(hidden, model.get_output_embeddings().weight, None, ids[0], measure=False)
+    assert tokens * config.hidden_size * 4 < alive.most < activation_bytes(config, tokens, tokens, precision)
