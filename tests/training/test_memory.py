@@ -303,7 +303,7 @@ def test_a_record_longer_than_the_budget_counts(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", [llama, qwen2, gpt2])
-def test_the_reference_pass_takes_less_than_a_step(family: Any, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_pass_takes_less_than_a_step(family: Any, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most bytes alive in a forward without gradients over BUDGET times the tokens, with two layers, the fewest."""
     config, tokens = family(3), 500
     config.num_hidden_layers = 2
