@@ -16,6 +16,21 @@ from alignment.pipeline.store import WARNINGS
 
 
 @dataclass
+class _Count:
+    """Steps to a total, and when the first one that was told of was there."""
+
+    total: int
+    first: int
+    began: float
+    last: int = 0
+
+    def left(self, now: float) -> float | None:
+        """Seconds, if the other steps take as long as those since the first."""
+        done = self.last - self.first
+        return (now - self.began) / done * (self.total - self.last) if done else None
+
+
+@dataclass
 class StageContext:
     """One stage in one process group.
 
@@ -39,6 +54,7 @@ class StageContext:
     listeners: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0
+    _count: _Count | None = None
 
     @property
     def is_main(self) -> bool:
@@ -47,14 +63,18 @@ class StageContext:
     def progress(self, step: int, total: int, *, force: bool = False, **facts: Any) -> None:
         """Say how far the stage is: facts are few and shown (loss=..., tokens_per_s=..., note="...").
 
-        Cheap enough to be called at every step: the file is written at most five times a second.
+        Cheap enough to be called at every step: the file is written at most five times a second. Another total, or a
+        step before the last one, begins another count: what is left of it is not reckoned from what came before.
         """
         now = time.monotonic()
+        if self._count is None or total != self._count.total or step < self._count.last:
+            self._count = _Count(total, step, now)
+        self._count.last = step
         if not self.is_main or (now - self._shown < 0.2 and step < total and not force):
             return
         self._shown = now
         elapsed = now - self._started
-        left = elapsed / step * (total - step) if step else None
+        left = self._count.left(now)
         write_json(
             self.folder / "progress.json",
             {"step": step, "total": total, "elapsed_s": elapsed, "left_s": left, "at": time.time(), **facts},

@@ -37,7 +37,8 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
     check_end_of_turn(rows, tokenizer.eos_token_id)
     of_rows = sizes(rows)
-    choice = engine.choose(settings, setup, start, context.world_size, int(of_rows.lengths.max()))
+    config = AutoConfig.from_pretrained(start, local_files_only=True)
+    choice = engine.choose(settings, setup, start, config, context.world_size, int(of_rows.lengths.max()))
     say = print if context.is_main else lambda line: None
     say(choice.why)
     batches = GlobalBatches(
@@ -48,7 +49,7 @@ def train(
         seed=settings.seed,
         world_size=context.world_size,
         tokens_per_micro_batch=choice.tokens_per_micro_batch,
-        quadratic=attention_share(AutoConfig.from_pretrained(start, local_files_only=True)),
+        quadratic=attention_share(config),
     )
     arguments = engine.training_arguments(settings, setup, batches.steps, context.folder, choice.checkpointing)
 

@@ -232,11 +232,10 @@ def _flex_kernel(
 
     count, window = query.shape[2], scores.window
     seen = layout.seen(query.device)
+    make = _compiled_block_mask() if query.device.type == "cuda" else create_block_mask
     block_mask = layout.made(
         ("block mask", window, query.device),
-        lambda: create_block_mask(
-            lambda batch, head, q, k: seen(q, k, window), None, None, count, count, device=query.device.type
-        ),
+        lambda: make(lambda batch, head, q, k: seen(q, k, window), None, None, count, count, device=query.device.type),
     )
     cap = scores.softcap
 
@@ -256,6 +255,14 @@ def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def _compiled_block_mask() -> Callable[..., Any]:
+    """Compiled, it is found block by block; as it stands, from a mask of all tokens by all tokens."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=True)
 
 
 KERNELS = {"cpu": _by_segment, "flash": _flash, "varlen": _varlen, "flex": _flex}

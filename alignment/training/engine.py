@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config.schema import Engine, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
-from alignment.training.memory import available_bytes, needs_checkpointing
+from alignment.training.memory import Load, adapter_parameters, available_bytes, needs_checkpointing
 from alignment.training.model import count_parameters
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -173,28 +172,23 @@ CPU_TOKENS = 512
 GPU_TOKENS = (16_384, 8192, 4096, 2048)
 
 
-def choose(settings: Train, engine: Engine, start: Path, world_size: int, longest: int) -> Choice:
+def choose(settings: Train, engine: Engine, start: Path, config: Any, world_size: int, longest: int) -> Choice:
     """Tokens of a micro-batch and gradient checkpointing, the same on every process.
 
-    start: the model's folder. longest: tokens of the longest record, which may be a micro-batch of its own.
+    start: the model's folder; config: what it says of the model. longest: tokens of the longest record, which may be a
+    micro-batch of its own.
     """
-    parameters, available = count_parameters(start), available_bytes()
-    config = AutoConfig.from_pretrained(start, local_files_only=True)
+    available, parameters = available_bytes(), count_parameters(start)
+    trainable = parameters
+    if settings.lora is not None:
+        trainable = adapter_parameters(config, settings.lora.rank, settings.lora.target_modules)
+        parameters += trainable
 
     def choice(tokens: int) -> tuple[Choice, bool, bool]:
-        on, why, fits = needs_checkpointing(
-            engine.gradient_checkpointing,
-            config,
-            tokens=max(tokens, longest),
-            scored=max(tokens, longest),
-            precision=settings.precision,
-            parameters=parameters,
-            trainable=parameters if settings.lora is None else parameters // 50,  # adapters are about that small
-            strategy=engine.strategy,
-            world_size=world_size,
-            offload=engine.offload,
-            available=available,
+        load = Load(
+            max(tokens, longest), settings.precision, parameters, trainable, engine.strategy, world_size, engine.offload
         )
+        on, why, fits = needs_checkpointing(engine.gradient_checkpointing, config, load, available)
         return Choice(tokens, on, f"{tokens} tokens a micro-batch; {why}"), on, fits
 
     if engine.tokens_per_micro_batch != "auto":

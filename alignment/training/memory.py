@@ -79,8 +79,10 @@ def activation_bytes(config: Any, tokens: int, scored: int, precision: Literal["
     MLP             4ie with a gate (gate, activation, up, product), 2ie without; more for a GELU written in Python
 
     Under bf16 every layer also keeps its weights as autocast has cast them. Once, not per layer: the final norm, and
-    the rotations' cosines and sines. Not counted: a mask of tokens^2 that a kernel may build,
-    further norms inside a layer (Qwen3 keeps a tenth more than this says, Gemma 3 a third), experts beyond one MLP.
+    the rotations' cosines and sines. Not counted: masks of tokens^2, which padded rows have, and on the CPU those
+    segments of a pack that share a beginning, slide or cap (on CUDA packs have none: flex_attention's is of blocks of
+    tokens, and is made without the other); further norms inside a layer (Qwen3 keeps a tenth more than this says,
+    Gemma 3 a third), experts beyond one MLP.
     """
     shape = _shape(config)
     layers = shape.layers * (tokens * _layer(shape, precision) + _cast_weights(shape, precision))
@@ -148,6 +150,21 @@ def attention_share(config: Any) -> float:
     shape = _shape(config)
     weights = shape.hidden * (2 * shape.query + 2 * shape.key) + (3 if shape.gated else 2) * shape.hidden * shape.inner
     return shape.query / weights
+
+
+def adapter_parameters(config: Any, rank: int, targets: str | list[str]) -> int:
+    """Weights of adapters of this rank, rank * (inputs + outputs) each, on these linear layers of all decoder layers.
+
+    targets: "all-linear", or names. The names are those of Llama; with another among them, all linear layers are
+    counted, which are no fewer.
+    """
+    shape = _shape(config)
+    queries, keys, up = shape.hidden + shape.query, shape.hidden + shape.key, shape.hidden + shape.inner
+    sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries, "up_proj": up, "down_proj": up}
+    if shape.gated:
+        sizes["gate_proj"] = up
+    names = {targets} if isinstance(targets, str) else set(targets)
+    return shape.layers * rank * sum(sizes[name] for name in (names if names <= sizes.keys() else sizes))
 
 
 def state_bytes(parameters: int, trainable: int, strategy: str, world_size: int, offload: str) -> int:
@@ -221,31 +238,30 @@ def _room(group: Path) -> float:
     return float("inf")
 
 
+class Load(NamedTuple):
+    """What a process has to hold. tokens: of a micro-batch, all of them scored; the others: see state_bytes."""
+
+    tokens: int
+    precision: Literal["fp32", "bf16"]
+    parameters: int
+    trainable: int
+    strategy: str = "single"
+    world_size: int = 1
+    offload: str = "none"
+
+
 def needs_checkpointing(
-    setting: bool | Literal["auto"],
-    config: Any,
-    *,
-    tokens: int,
-    scored: int,
-    precision: Literal["fp32", "bf16"],
-    parameters: int,
-    trainable: int,
-    strategy: str,
-    world_size: int,
-    offload: str,
-    available: int | None = None,
+    setting: bool | Literal["auto"], config: Any, load: Load, available: int
 ) -> tuple[bool, str, bool]:
     """Whether to compute activations again in the backward pass, a line for the log that says why, and whether it fits.
 
-    setting: True and False are obeyed; "auto" is on if state and activations exceed 0.8 of `available`, by default what
-    available_bytes says now. Processes may see different room: let one decide for all. The others: see above.
+    setting: True and False are obeyed; "auto" is on if state and activations exceed 0.8 of `available` bytes, which
+    available_bytes tells. Processes may see different room: let one decide for all.
     """
-    available = available_bytes() if available is None else available
-    if not torch.cuda.is_available():
-        offload = "none"  # from the host's memory to the host's memory
-    state = state_bytes(parameters, trainable, strategy, world_size, offload)
-    kept = activation_bytes(config, tokens, scored, precision)
-    few = checkpointed_bytes(config, tokens, scored, precision)
+    offload = load.offload if torch.cuda.is_available() else "none"  # from the host's memory to the host's memory
+    state = state_bytes(load.parameters, load.trainable, load.strategy, load.world_size, offload)
+    kept = activation_bytes(config, load.tokens, load.tokens, load.precision)
+    few = checkpointed_bytes(config, load.tokens, load.tokens, load.precision)
     room = USABLE * available
     on = state + kept > room if setting == "auto" else setting
     figures = (

@@ -49,13 +49,16 @@ def lora_config(lora: Lora | None, model: Any) -> Any:
         return None
     from peft import LoraConfig, TaskType
 
-    _check_targets(lora.target_modules, model)
+    targets = lora.target_modules
+    _check_targets(targets, model)
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]  # PEFT takes a text for a pattern
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type] # any number will do: it is divided by the rank
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=targets,
     )
 
 

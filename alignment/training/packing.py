@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,12 +59,56 @@ class Segment:
         return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
+class Indices(NamedTuple):
+    """What a GPU's kernels want of S segments of N tokens in all, which see K keys in all.
+
+    queries, keys: [S + 1] int32, firsts of each segment's. seen: [K], which token of the pack a key is. start,
+    prefix_start, prefix_end: [N], those of each token's segment.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    seen: Tensor
+    start: Tensor
+    prefix_start: Tensor
+    prefix_end: Tensor
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Indices:
+        counts = [s.end - s.start for s in segments], [s.keys for s in segments]
+        firsts = [torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in counts]
+        spans = [span for s in segments for span in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
+        columns = zip(*((s.start, s.prefix_start, s.prefix_end) for s in segments), strict=True)
+        each = [torch.tensor(column).repeat_interleave(torch.tensor(counts[0])) for column in columns]
+        return cls._make([*firsts, torch.cat([torch.arange(*span) for span in spans]), *each])
+
+    def to(self, device: torch.device) -> Indices:
+        return Indices._make(part.to(device, non_blocking=True) for part in self)
+
+
 class Layout:
     """Which token sees which: the segments of a pack, and what kernels want of them, made when first asked for."""
 
-    def __init__(self, segments: Sequence[Segment]):
+    def __init__(self, segments: Sequence[Segment], indices: Indices | None = None):
+        """indices: those of a pack on its way to a GPU; a CPU's kernel wants none."""
         self.segments = list(segments)
+        self._indices = indices
         self._made: dict[Any, Any] = {}
+
+    def indices(self, device: torch.device) -> Indices:
+        """On this device, where they are if the pack was brought there."""
+        if self._indices is None or self._indices.seen.device != device:
+            self._indices = (self._indices or Indices.of(self.segments)).to(device)
+        return self._indices
+
+    def to(self, device: torch.device) -> Layout:
+        if device.type == "cpu":
+            return self
+        return Layout(self.segments, (self._indices or Indices.of(self.segments)).to(device))
+
+    def pin_memory(self) -> Layout:
+        """Where rows are collated: copies from other memory would stop the inner loop at the first layer."""
+        return Layout(self.segments, Indices._make(part.pin_memory() for part in Indices.of(self.segments)))
 
     def made(self, name: Any, make: Callable[[], Any]) -> Any:
         """What `make` makes, once a pack and not once a layer."""
@@ -102,24 +146,12 @@ class Layout:
         the pack each key is [keys]. Queries are the pack itself; a segment's last query lines up with its last key.
         """
 
-        def make() -> tuple[Tensor, ...]:
-            queries = torch.tensor([0] + [s.end - s.start for s in self.segments]).cumsum(0).to(torch.int32)
-            keys = torch.tensor([0] + [s.keys for s in self.segments]).cumsum(0).to(torch.int32)
-            spans = [span for s in self.segments for span in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
-            index = torch.cat([torch.arange(*span) for span in spans])
-            return tuple(part.to(device, non_blocking=True) for part in (queries, keys, index))
-
-        return self.made(("lengths", device), make)
+        return self.indices(device)[:3]
 
     def seen(self, device: torch.device) -> Callable[[Tensor, Tensor, int | None], Tensor]:
         """seen(q, k, window): whether token q of the pack sees token k, for flex_attention's masks."""
 
-        def make() -> tuple[Tensor, ...]:
-            columns = zip(*((s.start, s.prefix_start, s.prefix_end) for s in self.segments), strict=True)
-            counts = torch.tensor([s.end - s.start for s in self.segments])
-            return tuple(torch.tensor(column).repeat_interleave(counts).to(device) for column in columns)
-
-        start, prefix_start, prefix_end = self.made(("spans", device), make)
+        *_, start, prefix_start, prefix_end = self.indices(device)
 
         def seen(q: Tensor, k: Tensor, window: int | None) -> Tensor:
             own = (k >= start[q]) & (k <= q)
@@ -139,7 +171,6 @@ class Pack:
     ids, positions: [1, N]. scored: [M], the token of the pack whose hidden state predicts targets [M]; cells: [M], the
     place of each in the padded answer [R, W - 1], flattened. last: [R], the pack's place of each row's last token.
     read: [K], the places, each once, of which an answer is made: those of scored and last.
-    padded_tokens: R * W; row_tokens: the rows' own tokens, the shared ones counted in each row.
     """
 
     ids: Tensor
@@ -150,24 +181,22 @@ class Pack:
     last: Tensor
     read: Tensor
     shape: tuple[int, int]
-    row_tokens: int
     layout: Layout = field(repr=False)
 
     @property
     def tokens(self) -> int:
         return self.ids.shape[1]
 
-    @property
-    def padded_tokens(self) -> int:
-        return self.shape[0] * (self.shape[1] + 1)
-
     def to(self, device: torch.device) -> Pack:
-        names = ("ids", "positions", "scored", "targets", "cells", "last", "read")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True), self.layout.to(device))
 
     def pin_memory(self) -> Pack:
+        return self._moved(Tensor.pin_memory, self.layout.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor], layout: Layout) -> Pack:
         names = ("ids", "positions", "scored", "targets", "cells", "last", "read")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        moved: dict[str, Any] = {name: move(getattr(self, name)) for name in names}
+        return replace(self, layout=layout, **moved)
 
     def spread(self, values: Tensor) -> Tensor:
         """values: [M], one a scored token -> [R, W - 1], 0 (False) elsewhere; gradients flow back."""
@@ -220,7 +249,6 @@ def pack(
         last=last,
         read=read,
         shape=(rows, width - 1),
-        row_tokens=sum(lengths),
         layout=Layout(_first_reads(segments, read)),
     )
 

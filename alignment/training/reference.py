@@ -75,8 +75,9 @@ def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 def weights_digest(folder: Path) -> str:
     """SHA-256 (hex) of a model folder: config.json and the *.safetensors files, names and contents.
 
-    A result of the store has the hashes of its files in the record beside it, and a file is not read again if it has
-    the size written there. Raises InputError if there are no weights.
+    A result of the store has the hashes of its files in the record beside it, written after them: they are not read
+    again if they have the sizes written there and none is newer than the record. Raises InputError if there are no
+    weights.
     """
     files = [file for file in model_files(folder) if file.suffix == ".safetensors" or file.name == "config.json"]
     if not any(file.suffix == ".safetensors" for file in files):
@@ -86,11 +87,17 @@ def weights_digest(folder: Path) -> str:
 
 
 def _recorded(folder: Path, files: list[Path]) -> dict[str, str]:
-    """name -> sha256 of record.json beside the folder, if all files are in it with their sizes; else nothing."""
+    """name -> sha256 of record.json beside the folder, if all files are in it with their sizes and none is newer than
+    it, as an edited one is; else nothing."""
+    record = folder.parent / "record.json"
     try:
-        record = read_json(folder.parent / "record.json")["files"]
-        entries = {file.name: record[f"{folder.name}/{file.name}"] for file in files}
-        whole = all(entries[file.name]["bytes"] == file.stat().st_size for file in files)
+        recorded, written = read_json(record)["files"], record.stat().st_mtime_ns
+        entries = {file.name: recorded[f"{folder.name}/{file.name}"] for file in files}
+        facts = {file.name: file.stat() for file in files}
+        whole = all(
+            facts[name].st_size == entry["bytes"] and facts[name].st_mtime_ns <= written
+            for name, entry in entries.items()
+        )
         return {name: str(entry["sha256"]) for name, entry in entries.items()} if whole else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -8,20 +8,22 @@ computed are read, and those computed here are there for the next: a sweep over 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from alignment.errors import TrainingError
 from alignment.training.reference import ReferenceStore, computing, row_digests
 
 BLOCK = 1024  # pairs whose log-probs are stored together: what a killed pass loses at most
-BUDGET = 2  # a forward without gradients may take so many times the tokens of a micro-batch
+# A forward without gradients may take so many times the tokens of a micro-batch: one layer's activations and a block of
+# logits at a time are less than what autograd keeps of two layers and the head's gradients. Where a step checkpoints it
+# keeps no more than one layer's itself, and the pass takes as many tokens as a step.
+BUDGET = 2
 
 
 class References:
@@ -81,9 +83,8 @@ class References:
     def _compute(self, trainer: Any, rows: np.ndarray) -> list[str]:
         """Returns the names of the segments that the processes wrote."""
         names: list[str] = []
-        batches = replace(
-            trainer.batches, tokens_per_micro_batch=BUDGET * trainer.batches.tokens_per_micro_batch
-        )  # fmt: skip
+        times = 1 if trainer.args.activation_checkpointing else BUDGET
+        batches = replace(trainer.batches, tokens_per_micro_batch=times * trainer.batches.tokens_per_micro_batch)
         rank, world = trainer.args.process_index, batches.world_size
         for first in range(0, len(rows), BLOCK):
             block = rows[first : first + BLOCK].tolist()
@@ -91,7 +92,7 @@ class References:
             mine: dict[int, np.ndarray] = {}
             micro_batches = batches.split(padded)[rank]
             for number, numbers in enumerate(micro_batches, start=1):
-                mine.update(zip(numbers, score_pairs(trainer, numbers), strict=True))
+                mine.update(zip(numbers, trainer.score(numbers), strict=True))
                 done = first + len(block) * number / len(micro_batches)
                 self._progress(int(done), len(rows), note="reference log-probs")
             self.computed += len(block)
@@ -118,29 +119,3 @@ def gathered(trainer: Any, mine: Any) -> list[Any]:
     parts: list[Any] = [None] * trainer.accelerator.num_processes
     torch.distributed.all_gather_object(parts, mine)
     return parts
-
-
-@torch.no_grad()
-def score_pairs(trainer: Any, numbers: Sequence[int]) -> list[np.ndarray]:
-    """Of each pair: log-probs of the chosen answer's tokens, then of the rejected one's, as the policy now gives them
-    with its adapters off."""
-    from alignment.training.trainers import AlignedTrainer
-
-    collated = AlignedTrainer.collate(trainer, numbers)
-    inputs = trainer._prepare_inputs(collated)
-    labels = trainer._labels(inputs)
-    how = {"pack": inputs["pack"], "measure": False} if "pack" in inputs else {}
-    engine, plain = trainer.model_wrapped, trainer.model
-    was_training = engine.training
-    engine.eval()
-    with plain.disable_adapter() if is_peft_model(plain) else nullcontext(), trainer.accelerator.autocast():
-        output = engine(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, use_cache=False,
-            fused_lm_head=True, **how,
-        )  # fmt: skip
-    engine.train(was_training)
-    scored = labels[:, 1:] != -100
-    flat = output.log_probs[scored].float().cpu().numpy()
-    rows = np.split(flat, np.cumsum(scored.sum(1).cpu().numpy())[:-1])
-    pairs = len(numbers)
-    return [np.concatenate([rows[pair], rows[pairs + pair]]) for pair in range(pairs)]

@@ -1,6 +1,7 @@
 """Stages that train, one after the other in one process group: python -m tests.distributed.run_stages <folder>.
 
-folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>.
+folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>. engine
+may have "padded": nothing is packed.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import importlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
 import alignment.stages.train as train
+from alignment.training.trainers import Packing
+from tests.distributed import bare
 from tests.training import tiny
 
 
@@ -23,13 +27,17 @@ def main(folder: Path) -> None:
     train.consolidate = observed(train.consolidate)
     for case in json.loads((folder / "plan.json").read_text()):
         lora = tiny.LORA if case["settings"].pop("lora", False) else None
-        settings = getattr(tiny, case["kind"])(lora=lora, **case["settings"])
+        kind, padded = case["kind"], case["engine"].pop("padded", False)
+        settings = getattr(tiny, "sft" if kind in bare.KINDS else kind)(lora=lora, **case["settings"])
         setup = tiny.engine(case["strategy"], **case["engine"])
-        inputs = {"model": folder / "start", "data": folder / case["kind"]}
-        stage = importlib.import_module(f"alignment.stages.{case['kind']}")
+        inputs = {"model": folder / "start", "data": folder / kind}
         context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size)
-        context.shared = folder
-        summary = stage.run(context)
+        context.shared = None if padded else folder  # what others computed packed is not read
+        train.Packing = partial(Packing, on=not padded)
+        if kind in bare.KINDS:
+            summary = bare.run(kind, context)
+        else:
+            summary = importlib.import_module(f"alignment.stages.{kind}").run(context)
         if rank == 0:
             (context.folder / "summary.json").write_text(json.dumps({**summary, **seen}))
         AcceleratorState._reset_state(reset_partial_state=True)  # one stage a process is the rule; here several follow

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import bare
 from tests.training import tiny
 
 pytestmark = pytest.mark.slow
@@ -42,6 +43,13 @@ FOUR = {
     "dpo_ddp": ("dpo", "ddp", {}, {"tokens_per_micro_batch": 60}),
     "dpo_zero3": ("dpo", "zero3", {}, {}),
 }
+# Padded, against one process that packs; and what no stage does (tests/distributed/bare.py).
+OTHERS = {
+    "sft_padded": ("sft", "ddp", {}, {"padded": True}),
+    "dpo_padded": ("dpo", "ddp", {}, {"padded": True}),
+    "reward": ("reward", "ddp", {}, {"tokens_per_micro_batch": 60}),
+    "unlabelled": ("unlabelled", "ddp", {}, {"tokens_per_micro_batch": 1}),
+}
 IGNORED = {"step", "time", "tokens_per_s"}
 
 
@@ -65,7 +73,7 @@ def run_stages(folder: Path, launcher: tuple[str, ...], cases: dict[str, tuple[s
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
-    run_stages(folder, TORCHRUN, {**CASES, "bf16": ("dpo", "zero2", {"precision": "bf16"}, {})})
+    run_stages(folder, TORCHRUN, {**CASES, **OTHERS, "bf16": ("dpo", "zero2", {"precision": "bf16"}, {})})
     return folder
 
 
@@ -78,12 +86,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
         name = f"{kind}{sorted(changes.items())}".replace(" ", "")
         if name not in done:
             lora = tiny.LORA if changes.get("lora") else None
-            settings = getattr(tiny, kind)(**{**changes, "lora": lora})
+            stage = "sft" if kind in bare.KINDS else kind
+            settings = getattr(tiny, stage)(**{**changes, "lora": lora})
             context = tiny.context(
-                folder / str(len(done)), tiny.write_inputs(folder, kind), settings,
+                folder / str(len(done)), tiny.write_inputs(folder, stage), settings,
                 tiny.engine("single", tokens_per_micro_batch=250),
             )  # fmt: skip
-            importlib.import_module(f"alignment.stages.{kind}").run(context)
+            if kind in bare.KINDS:
+                bare.run(kind, context)
+            else:
+                importlib.import_module(f"alignment.stages.{kind}").run(context)
             done[name] = context.folder
         return done[name]
 
@@ -95,9 +107,9 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
 
 
 def weights_of(folder: Path) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
+    from safetensors.torch import load_file
 
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +125,23 @@ def test_losses_metrics_and_weights_equal_those_of_one_process(name: str, togeth
     require_equal(alone(kind, changes), together / name, together / "start")
 
 
+@pytest.mark.parametrize("name", ["sft_padded", "dpo_padded"])
+def test_padded_rows_on_two_ranks_train_as_one_process_that_packs(name: str, together: Path, alone: Any) -> None:
+    assert rows_of(together / name)[0]["computed_share"] > 1, "padding was computed"
+    require_equal(alone(OTHERS[name][0], {}), together / name, together / "start", IGNORED | {"computed_share"})
+
+
+def test_a_reward_model_on_two_ranks_is_that_of_one_process(together: Path, alone: Any) -> None:
+    require_equal(alone("reward", {}), together / "reward", together / "reward" / "start", steps=bare.STEPS)
+
+
+def test_a_process_without_a_labelled_token_does_its_part(together: Path, alone: Any) -> None:
+    for step in range(bare.STEPS):
+        assert bare.labels_by_process(step)[step % 2] == 0 < bare.labels_by_process(step)[1 - step % 2]
+    found = together / "unlabelled"
+    require_equal(alone("unlabelled", {}), found, found / "start", steps=bare.STEPS)
+
+
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_train_as_one_process_does(name: str, four: Path, alone: Any) -> None:
     require_equal(alone(FOUR[name][0], {}), four / name, four / "start")
@@ -126,13 +155,13 @@ def test_all_ranks_write_reference_log_probs_and_a_second_run_reads_them(togethe
         assert json.loads((together / name / "summary.json").read_text())["reference_computed"] == computed, name
 
 
-def require_equal(one: Path, several: Path, start_folder: Path) -> None:
+def require_equal(one: Path, several: Path, start_folder: Path, ignored: set[str] = IGNORED, steps: int = 10) -> None:
     """Folders of the same stage on one process and on several."""
     expected, found = rows_of(one), rows_of(several)
-    assert [row["step"] for row in found] == list(range(1, 11))
+    assert [row["step"] for row in found] == list(range(1, steps + 1))
     for left, right in zip(expected, found, strict=True):
         assert left.keys() == right.keys()
-        for metric in left.keys() - IGNORED:
+        for metric in left.keys() - ignored:
             assert right[metric] == pytest.approx(left[metric], abs=TOLERANCE, rel=TOLERANCE), (metric, left["step"])
     start, trained, model = (weights_of(folder / "model") for folder in (start_folder, one, several))
     assert max(float((model[key] - trained[key]).abs().max()) for key in trained) <= TOLERANCE

@@ -1,5 +1,5 @@
-"""Attention over packs against attention written out. No GPU is needed: the CUDA kernels themselves are not run here,
-only what is handed to them, read by the rules that their documentation states."""
+"""Attention over packs against attention written out. Without a GPU the CUDA kernels themselves are not run, only what
+is handed to them, read by the rules that their documentation states."""
 
 from __future__ import annotations
 
@@ -178,6 +178,42 @@ def test_flex_attention_is_the_same_attention(how: Scores) -> None:
     with torch.no_grad():
         got = _flex_kernel(flex_attention, *given, layout, how)
         torch.testing.assert_close(got, _by_segment(*given, layout, how), rtol=0, atol=1e-5)
+
+
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: the CUDA kernels themselves were never run where there is none"
+)
+
+
+@needs_cuda
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        ("flash", torch.bfloat16),
+        ("varlen", torch.bfloat16),
+        ("flex", torch.bfloat16),
+        ("flex", torch.float32),
+    ],
+)
+def test_a_cuda_kernel_over_a_pack_is_dense_masked_attention(kernel: str, dtype: torch.dtype, how: Scores) -> None:
+    """Values and gradients, against attention written out in float64; four heads of 64 to two of keys."""
+    if kernel == "flash" and not attention._has_flash():
+        pytest.skip("flash-attn is not installed")
+    if kernel == "varlen" and (how.softcap is not None or not attention._has_varlen()):
+        pytest.skip("PyTorch's variable-length kernel has no soft-capping, or does not know this GPU")
+    cuda, dim = torch.device("cuda"), 64
+    how = Scores(dim**-0.5 if how.scale is None else how.scale, how.window, how.softcap)
+    given = [torch.randn(1, n, TOKENS, dim, device=cuda, dtype=dtype, requires_grad=True) for n in (4, 2, 2)]
+    exact = [part.detach().double().requires_grad_() for part in given]
+    got = attention.KERNELS[kernel](*given, Layout(SEGMENTS).to(cuda), how)
+    wanted = written_out(*exact, visible(how.window).to(cuda), how)
+    within = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(got.double(), wanted, **within)
+    weights = torch.linspace(-1, 1, wanted.numel(), dtype=torch.float64, device=cuda).view(wanted.shape)
+    mine = torch.autograd.grad((got.double() * weights).sum(), given)
+    for own, dense in zip(mine, torch.autograd.grad((wanted * weights).sum(), exact), strict=True):
+        torch.testing.assert_close(own.double(), dense, **within)
 
 
 @pytest.mark.parametrize(

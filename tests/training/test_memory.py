@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from alignment.training import engine, head, memory
 from alignment.training.memory import (
+    Load,
     activation_bytes,
+    adapter_parameters,
     attention_share,
     available_bytes,
     checkpointed_bytes,
@@ -21,6 +24,7 @@ from alignment.training.memory import (
     needs_checkpointing,
     state_bytes,
 )
+from alignment.training.reference_pass import BUDGET
 from tests.training import tiny
 
 GB = 10**9
@@ -237,11 +241,8 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
 
 def decide(setting: Any, available: int, **changes: Any) -> tuple[bool, str, bool]:
     config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
-    shape: dict[str, Any] = {
-        "tokens": 4096, "scored": 1000, "precision": "fp32", "parameters": GB, "trainable": GB, "strategy": "single",
-        "world_size": 1, "offload": "none",
-    }  # fmt: skip
-    return needs_checkpointing(setting, config, available=available, **{**shape, **changes})
+    load = Load(tokens=4096, precision="fp32", parameters=GB, trainable=GB)._replace(**changes)
+    return needs_checkpointing(setting, config, load, available)
 
 
 def test_checkpointing_is_on_where_all_would_not_fit() -> None:
@@ -281,20 +282,67 @@ def test_as_many_tokens_as_fit_and_checkpointing_only_where_none_do(
 ) -> None:
     """On a GPU, for a model of 16 layers, hidden size 512: 14.7 GB of activations for 16,384 tokens."""
     config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8)
-    config.save_pretrained(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(engine, "available_bytes", lambda: free)
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
     settings = tiny.sft()
     setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing=setting)
-    choice = engine.choose(settings, setup, tmp_path, 1, longest=700)
+    choice = engine.choose(settings, setup, tmp_path, config, 1, longest=700)
     assert (choice.tokens_per_micro_batch, choice.checkpointing) == (tokens, checkpointing), choice.why
 
 
 def test_a_record_longer_than_the_budget_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16).save_pretrained(tmp_path)
+    config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
     monkeypatch.setattr(engine, "available_bytes", lambda: 4 * GB)
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
     setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing="auto")
-    short, long = (engine.choose(tiny.sft(), setup, tmp_path, 1, longest=length) for length in (400, 8000))
+    short, long = (engine.choose(tiny.sft(), setup, tmp_path, config, 1, longest=length) for length in (400, 8000))
     assert not short.checkpointing and long.checkpointing
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", [llama, qwen2, gpt2])
+def test_a_reference_pass_takes_less_than_a_step(family: Any, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most bytes alive in a forward without gradients over BUDGET times the tokens, with two layers, the fewest."""
+    config, tokens = family(3), 500
+    config.num_hidden_layers = 2
+    for module in (head, memory):  # several blocks of logits, as large heads have
+        monkeypatch.setattr(module, "BLOCK_BYTES", tokens * config.vocab_size)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids = torch.ones(1, BUDGET * tokens, dtype=torch.long)
+    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    with Alive() as alive, torch.no_grad(), cast:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        head.score_tokens(hidden, model.get_output_embeddings().weight, None, ids[0], measure=False)
+    assert tokens * config.hidden_size * 4 < alive.most < activation_bytes(config, tokens, tokens, precision)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "v_proj"], ["gate_proj", "down_proj", "k_proj", "o_proj"]]
+)
+@pytest.mark.parametrize("family", [llama, qwen2])
+def test_adapters_are_as_large_as_pefts(family: Any, targets: Any) -> None:
+    assert adapter_parameters(family(1), 3, targets) == trainable(family(1), targets)
+
+
+def test_adapters_on_layers_of_other_names_are_not_larger_than_all() -> None:
+    assert adapter_parameters(llama(1), 3, ["q_proj", "qkv_proj"]) == adapter_parameters(llama(1), 3, "all-linear")
+    for targets in ("all-linear", ["c_attn"], ["c_proj"]):
+        assert trainable(gpt2(1), targets) <= adapter_parameters(gpt2(1), 3, targets)
+
+
+def trainable(config: Any, targets: Any) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    adapted = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=3, target_modules=targets))
+    return int(adapted.get_nb_trainable_parameters()[0])
+
+
+def test_adapters_need_less_than_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """250 million parameters of 4 bytes, or of 16 with gradient and moments; rank 4 on 16 layers adds 0.01 GB."""
+    config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8)
+    monkeypatch.setattr(engine, "available_bytes", lambda: 100 * GB)
+    monkeypatch.setattr(engine, "count_parameters", lambda folder: 250_000_000)
+    why = engine.choose(tiny.sft(lora=tiny.LORA), tiny.engine(), tmp_path, config, 1, longest=10).why
+    assert "about 1.0 GB of weights" in why
+    assert "about 4.0 GB of weights" in engine.choose(tiny.sft(), tiny.engine(), tmp_path, config, 1, longest=10).why

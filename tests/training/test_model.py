@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignment.config.schema import Lora
 from alignment.errors import TrainingError
-from alignment.training.model import check_whole, load
+from alignment.training.model import check_whole, load, lora_config
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -40,3 +41,16 @@ def test_a_model_in_training_has_no_dropout_and_keeps_its_configuration(kind: st
 def test_weights_that_are_not_whole_are_never_written(weights: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         check_whole(weights)
+
+
+@pytest.mark.parametrize(("targets", "adapters"), [("q_proj", 1), (["q_proj", "v_proj"], 2), ("all-linear", 7)])
+def test_one_target_may_be_named_without_a_list(targets: str | list[str], adapters: int) -> None:
+    """PEFT takes a text other than all-linear for a pattern over whole paths, and finds nothing."""
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    lora = Lora(rank=2, alpha=4.0, dropout=0.0, target_modules=targets)
+    adapted = get_peft_model(model, lora_config(lora, model))
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == adapters

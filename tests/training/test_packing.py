@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.training.packing import Layout, Pack, Segment, pack
+from alignment.training.packing import Indices, Layout, Pack, Segment, pack
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 def padded(rows: Sequence[Sequence[int]], unscored: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ def test_two_groups_of_two_rows_have_their_beginnings_once() -> None:
     assert packed.targets.tolist() == [6, 7, 8, 3, 6, 9, 8, 2, 1]
     assert packed.cells.tolist() == [0, 1, 2, 3, 6, 7, 9, 10, 11]
     assert packed.last.tolist() == [3, 6, 4, 9]
-    assert (packed.shape, packed.row_tokens, packed.tokens, packed.padded_tokens) == ((4, 3), 13, 10, 16)
+    assert (packed.shape, packed.tokens) == ((4, 3), 10)
     assert packed.layout.longest == (4, 4) and packed.layout.shares
 
 
@@ -138,7 +138,7 @@ def test_a_bucket_is_filled_with_tokens_that_nobody_sees_and_nothing_scores() ->
     packed = pack(*padded([(5, 6, 7), (8, 9)]), bucket=4)
     assert packed.ids.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]] and packed.positions[0, 5:].tolist() == [0, 1, 2]
     assert segments(packed)[-1] == (5, 8, 5, 5)
-    assert max(packed.scored.tolist()) < 5 and packed.row_tokens == 5
+    assert max(packed.scored.tolist()) < 5
     visible = seen(packed.layout, 8)
     assert not visible[:5, 5:].any() and not visible[5:, :5].any()
     assert pack(*padded([(5, 6, 7, 8), (8, 9, 5, 6)]), bucket=4).tokens == 8
@@ -181,6 +181,31 @@ def test_lengths_for_variable_length_kernels_by_hand() -> None:
     assert queries.tolist() == [0, 4, 5] and keys.tolist() == [0, 4, 7]
     assert index.tolist() == [0, 1, 2, 3, 0, 1, 4]
     assert queries.dtype == keys.dtype == torch.int32
+
+
+def test_what_kernels_on_a_gpu_want_travels_with_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made where rows are collated, pinned, and brought over with the pack; the first layer copies nothing."""
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
+    made = pack(*padded([(5, 6, 7, 8), (5, 6, 9)]), branches=2)
+    there = made.pin_memory().to(META)
+    assert (
+        len(pinned) == 6 + len(Indices._fields) and there.ids.device == there.layout.indices(META).seen.device == META
+    )
+    monkeypatch.setattr(Tensor, "to", None)  # a copy now would fail
+    assert there.layout.lengths(META) == there.layout.indices(META)[:3]
+    there.layout.seen(META)
+
+
+def test_a_pack_that_stays_on_the_cpu_makes_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Indices, "of", None)
+    made = pack(*padded([(5, 6, 7, 8), (5, 6, 9)]), branches=2)
+    assert made.to(CPU).layout is made.layout
+
+
+def test_a_pack_that_was_not_pinned_takes_it_along_too() -> None:
+    moved = pack(*padded([(5, 6, 7, 8), (5, 6, 9)]), branches=2).to(META).layout
+    assert moved.indices(META) is moved.indices(META) and moved.indices(META).start.device == META
 
 
 def forest(seed: int, branches: int) -> list[list[int]]:

@@ -16,6 +16,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from alignment.errors import InputError, TrainingError
 from alignment.files import read_json, sha256, write_json
+from alignment.pipeline.store import Store
+from alignment.training import reference
 from alignment.training.reference import FIELDS, ReferenceStore, computing, row_digests, weights_digest
 from tests.training.tiny import pair_rows
 
@@ -106,7 +108,7 @@ def test_the_digest_of_weights_follows_names_and_contents(tmp_path: Path) -> Non
     assert weights_digest(model) != first
 
 
-def test_recorded_hashes_are_taken_if_all_sizes_match(tmp_path: Path) -> None:
+def test_recorded_hashes_are_taken_if_all_sizes_match_and_no_file_is_newer(tmp_path: Path) -> None:
     model, names = tmp_path / "model", ("config.json", "model.safetensors")
     model.mkdir()
     for name in names:
@@ -118,11 +120,34 @@ def test_recorded_hashes_are_taken_if_all_sizes_match(tmp_path: Path) -> None:
     files["model/model.safetensors"]["sha256"] = "0" * 64  # tells whether it was the record that was believed
     write_json(tmp_path / "record.json", {"files": files})
     assert weights_digest(model) != honest
+    later = (tmp_path / "record.json").stat().st_mtime_ns + 1
+    os.utime(model / "config.json", ns=(later, later))
+    assert weights_digest(model) == honest, "a file newer than the record may have been edited"
+    os.utime(model / "config.json", ns=(later - 1, later - 1))
+    assert weights_digest(model) != honest
     files["model/model.safetensors"]["bytes"] = 6
     write_json(tmp_path / "record.json", {"files": files})
     assert weights_digest(model) == honest
     write_json(tmp_path / "record.json", {"files": ["nonsense"]})
     assert weights_digest(model) == honest
+
+
+def test_a_result_of_the_store_is_not_hashed_again_until_a_file_of_it_is_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    model = store.begin("ab" * 32) / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_bytes(b"12345")
+    model = store.commit("ab" * 32, {"key": "ab" * 32}) / "model"
+    read: list[str] = []
+    monkeypatch.setattr(reference, "sha256", lambda path: read.append(path.name) or sha256(path))
+    first = weights_digest(model)
+    assert not read
+    time.sleep(0.02)  # longer than the clock of files ticks
+    (model / "model.safetensors").write_bytes(b"12346")
+    assert weights_digest(model) != first and read == ["config.json", "model.safetensors"]
 
 
 # --- the store --------------------------------------------------------------------------------------------------------

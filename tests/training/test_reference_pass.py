@@ -14,8 +14,8 @@ import pytest
 
 import alignment.stages.dpo as dpo_stage
 from alignment.errors import TrainingError
-from alignment.training import reference_pass
 from alignment.training.reference import ReferenceStore, row_digests, weights_digest
+from alignment.training.trainers import DPO
 from tests.training import tiny
 
 ROWS = 40
@@ -24,14 +24,32 @@ ROWS = 40
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the pairs that were computed, in order."""
-    real, numbers = reference_pass.score_pairs, []
+    real, numbers = DPO.score, []
 
     def counted(trainer: Any, given: Any) -> Any:
         numbers.extend(given)
         return real(trainer, given)
 
-    monkeypatch.setattr(reference_pass, "score_pairs", counted)
+    monkeypatch.setattr(DPO, "score", counted)
     return numbers
+
+
+@pytest.mark.parametrize(("checkpointing", "most"), [(False, 240), (True, 120)])
+def test_the_pass_takes_twice_the_tokens_of_a_step_unless_that_keeps_little_itself(
+    checkpointing: bool, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs have 10 to 73 tokens: of 40 pairs some micro-batch fills more than half of the budget."""
+    real, sizes = DPO.score, []
+
+    def sized(trainer: Any, given: Any) -> Any:
+        sizes.append(trainer.batches.tokens(given))
+        return real(trainer, given)
+
+    monkeypatch.setattr(DPO, "score", sized)
+    inputs = tiny.write_inputs(tmp_path, "dpo", ROWS)
+    setup = tiny.engine(tokens_per_micro_batch=120, gradient_checkpointing=checkpointing)
+    dpo_stage.run(tiny.context(tmp_path / "out", inputs, tiny.dpo(), setup))
+    assert most / 2 < max(sizes) <= most
 
 
 def run(folder: Path, name: str, shared: bool = True, **changes: Any) -> list[dict[str, float]]:

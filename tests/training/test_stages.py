@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import alignment.stages.dpo as dpo_stage
 import alignment.stages.sft as sft_stage
 from alignment.errors import AlignmentError, ConfigError, InputError, MachineError, TrainingError
-from alignment.training import engine, reference_pass, trainers
+from alignment.training import engine
 from alignment.training.batching import GlobalBatches
+from alignment.training.steps import Steps
+from alignment.training.trainers import DPO, AlignedTrainer
 from tests.training import tiny
 
 STAGES = {"sft": sft_stage, "dpo": dpo_stage}
@@ -143,18 +146,17 @@ def test_the_first_dpo_loss_in_bf16_is_within_its_tolerance(tmp_path: Path) -> N
     assert summary["first_loss"] == pytest.approx(math.log(2), abs=5e-3)
 
 
+@pytest.mark.parametrize(("precision", "off", "said"), [("fp32", 5e-4, "0.000[45]"), ("bf16", 0.1, r"0\.(09\d*|1)")])
 def test_a_reference_that_is_not_the_start_model_is_fatal_before_the_first_update(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, off: float, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log-probs kept for these rows are another model's: from 0 to 9 nats too high along a row."""
-    real = reference_pass.score_pairs
-    monkeypatch.setattr(
-        reference_pass,
-        "score_pairs",
-        lambda *given: [row + np.linspace(0, 9, len(row), dtype=np.float32) for row in real(*given)],
-    )
-    with pytest.raises(TrainingError, match="the reference is not the start model: the first loss is"):
-        run(tmp_path, tiny.dpo())
+    """The log-probs kept are a little too low at every other token and too high at the others. With beta 0.01 the loss
+    does not show it."""
+    real, wave = DPO.score, np.resize(np.float32([off, -off]), 99)
+    monkeypatch.setattr(DPO, "score", lambda *given: [row + wave[: len(row)] for row in real(*given)])
+    message = f"the reference is not the start model: before the first update .* {said} nats a token apart"
+    with pytest.raises(TrainingError, match=message):
+        run(tmp_path, tiny.dpo(precision=precision, beta=0.01))
     assert not (tmp_path / "out" / "metrics.jsonl").exists() and not (tmp_path / "out" / "model").exists()
 
 
@@ -262,7 +264,7 @@ def test_compiled_layers_train_as_plain_ones_do(tmp_path: Path) -> None:
 def test_steps_made_ahead_by_a_thread_are_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU. A fault while a step is made surfaces at that step."""
     run(tmp_path / "plain", tiny.dpo())
-    monkeypatch.setattr(trainers._Steps, "__init__", partialmethod(made_ahead, trainers._Steps.__init__))
+    monkeypatch.setattr(Steps, "__init__", partialmethod(made_ahead, Steps.__init__))
     run(tmp_path / "ahead", tiny.dpo())
     for left, right in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "ahead"), strict=True):
         assert {**left, "time": 0, "tokens_per_s": 0} == {**right, "time": 0, "tokens_per_s": 0}
@@ -272,16 +274,17 @@ def test_steps_made_ahead_by_a_thread_are_the_same_steps(tmp_path: Path, monkeyp
             raise RuntimeError("a fault in the thread")
         return made(self, step)
 
-    made = trainers._Steps._make
-    monkeypatch.setattr(trainers._Steps, "_make", broken)
+    made = AlignedTrainer.make_step
+    monkeypatch.setattr(AlignedTrainer, "make_step", broken)
     with pytest.raises(RuntimeError, match="a fault in the thread"):
         run(tmp_path / "broken", tiny.dpo())
     assert [row["step"] for row in metrics(tmp_path / "broken")] == [1, 2, 3, 4]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("collate")]
 
 
-def made_ahead(self: Any, real: Any, trainer: Any, ahead: bool) -> None:
+def made_ahead(self: Any, real: Any, make: Any, count: int, ahead: bool) -> None:
     assert not ahead, "on a CPU they are not"
-    real(self, trainer, True)
+    real(self, make, count, True)
 
 
 @pytest.mark.parametrize("setting", [True, "auto"])

@@ -49,21 +49,22 @@ def settings(kind: str) -> Any:
     return tiny.sft() if kind == "sft" else tiny.dpo()
 
 
-def batches_of(kind: str, rows: Dataset, steps: int, budget: int) -> GlobalBatches:
+def batches_of(kind: str, rows: Dataset, steps: int, budget: int, world_size: int = 1) -> GlobalBatches:
     sizes = SIZES[kind](rows)
     return GlobalBatches(
         sizes.lengths.tolist(), sizes.weights.tolist(), settings(kind).global_batch_size, steps, seed=3,
-        tokens_per_micro_batch=budget,
+        world_size=world_size, tokens_per_micro_batch=budget,
     )  # fmt: skip
 
 
 def ours(
     kind: str, model: Any, folder: Path, tokenizer: Path, steps: int = 20, budget: int = 120,
-    packing: Packing = PACKED, say: Callable[[str], None] = print,
+    packing: Packing = PACKED, say: Callable[[str], None] = print, world_size: int = 1, rows: Any = None,
 ) -> Any:  # fmt: skip
-    rows = Dataset.from_list(ROWS[kind]())
+    rows = Dataset.from_list(rows or ROWS[kind]())
+    batches = batches_of(kind, rows, steps, budget, world_size)
     common = {
-        "model": copy.deepcopy(model), "train_dataset": rows, "batches": batches_of(kind, rows, steps, budget),
+        "model": copy.deepcopy(model), "train_dataset": rows, "batches": batches,
         "widths": SIZES[kind](rows).widths.tolist(), "processing_class": AutoTokenizer.from_pretrained(tokenizer),
         "on_step": lambda *given: None, "packing": packing, "say": say,
     }  # fmt: skip
