@@ -23,12 +23,10 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from bench.measure import Counter
-from bench.plan import ARMS
-from bench.workloads import BETA, EOS, PAD, SIZES, Workload, rows_for
+from bench.plan import ARMS, TRL_BATCH
+from bench.workloads import BETA, EOS, LEARNING_RATE, PAD, SIZES, Workload, rows_for
 
-LEARNING_RATE = 1e-4
 OUR_TOKENS = {"cpu": 512, "cuda": 16_384}  # what engine.tokens_per_micro_batch=auto comes to with these models
-TRL_BATCH = 8  # per_device_train_batch_size of TrainingArguments, which TRL keeps
 
 
 class Unavailable(Exception):
@@ -46,6 +44,7 @@ class Setting:
     counter: Counter
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of trl_tuned, by task, see group.Options
     beta: float = BETA
+    learning_rate: float = LEARNING_RATE
     state: dict[str, Any] | None = None
 
 
@@ -169,7 +168,7 @@ def _trl_arguments(setting: Setting, micro_batch: int) -> dict[str, Any]:
         "max_steps": workload.steps,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": workload.rows // micro,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": setting.learning_rate,
         "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",
         "max_length": None,
@@ -273,7 +272,7 @@ def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
 
     common: dict[str, Any] = {
         "global_batch_size": setting.workload.rows, "epochs": 1.0, "max_steps": setting.workload.steps,
-        "learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0,
+        "learning_rate": setting.learning_rate, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0,
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "precision": setting.precision, "lora": None, "seed": setting.workload.seed, "log_every": 1,
     }  # fmt: skip

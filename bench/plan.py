@@ -5,19 +5,25 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from bench.workloads import BETAS, Workload, pairs, totals
+from bench.workloads import BETAS, Workload, pairs, rows_for, totals
+
+TRL_BATCH = 8  # per_device_train_batch_size of TrainingArguments, which TRL keeps
+ABLATION_REPEATS = 3  # of an arm with a piece off: it explains a number, it is not one of those compared
+# Of the tiny model's loss curves: as many rows as make every arm accumulate, and a rate at which losses move.
+CURVE_ROWS, CURVE_STEPS, CURVE_RATE = 16, 20, 1e-3
+SWEEP_REPEATS = 3  # one is 16 of TRL's runs
 
 
 @dataclass(frozen=True)
 class Arm:
-    """weight: a first guess of its time as a multiple of ours, for the estimate only."""
+    """weight: its time a token as a multiple of TRL's tuned, roughly, for the estimate only."""
 
     meaning: str
     tasks: tuple[str, ...]
     ours: bool = False
     tuned: bool = False
     pieces_off: frozenset[str] = frozenset()
-    weight: float = 1.0
+    weight: float = 0.6
 
     @property
     def ablation(self) -> bool:
@@ -25,16 +31,16 @@ class Arm:
 
 
 def _without(piece: str, meaning: str, *tasks: str) -> Arm:
-    return Arm(meaning, tasks, ours=True, pieces_off=frozenset({piece}))
+    return Arm(meaning, tasks, ours=True, pieces_off=frozenset({piece}), weight=0.7)
 
 
 ALL = ("dpo", "sft", "reward")
 ARMS: dict[str, Arm] = {
-    "trl_default": Arm("TRL as it comes", ALL, weight=4.0),
-    "trl_tuned": Arm("TRL tuned", (*ALL, "sweep"), tuned=True, weight=2.0),
+    "trl_default": Arm("TRL as it comes", ALL, weight=1.1),
+    "trl_tuned": Arm("TRL tuned", (*ALL, "sweep"), tuned=True, weight=1.0),
     "ours": Arm("ours", (*ALL, "sweep"), ours=True),
-    "ours_no_sharing": _without("sharing", "ours, every answer with its own prompt", "dpo", "reward"),
-    "ours_no_packing": _without("packing", "ours, rows padded instead of packed", *ALL),
+    "ours_no_sharing": _without("sharing", "ours, every answer with its own prompt", "dpo"),
+    "ours_no_packing": _without("packing", "ours, rows padded instead of packed", "dpo", "sft"),
     "ours_warm": _without("reference_pass", "ours, reference found in the store", "dpo"),
     "ours_trl_head": _without("head", "ours, TRL's kernel for the head", "dpo", "sft"),
 }
@@ -55,22 +61,36 @@ class Group:
         """The arm whose losses the others must have."""
         return "trl_default" if "trl_default" in self.arms else self.arms[0]
 
+    def repeats_of(self, arm: str) -> int:
+        return min(self.repeats, ABLATION_REPEATS) if ARMS[arm].ablation else self.repeats
+
     def units(self, arm: str, runs: float) -> float:
-        """Size of `runs` runs of an arm, to be multiplied by a time: tokens times the arm's weight."""
-        workload = self.workload
-        times = 1.0
-        if workload.task == "sweep":  # every beta is a DPO run; TRL's have their SFT each
-            times = len(BETAS)
-        tokens = totals("dpo" if workload.task == "sweep" else workload.task, pairs(workload)).tokens
-        reference = 1.3 if workload.task in ("dpo", "sweep") else 1.0
-        return runs * times * tokens * reference * ARMS[arm].weight
+        """Size of `runs` runs of an arm, to be multiplied by a time: the arm's weight times what `_cost` says."""
+        padded = arm == "trl_default"
+        if self.workload.task != "sweep":
+            return runs * ARMS[arm].weight * _cost(self.workload, self.workload.task, padded)
+        sft, dpo = (_cost(self.workload, task, padded) for task in ("sft", "dpo"))
+        return runs * ARMS[arm].weight * (len(BETAS) * dpo + (1 if ARMS[arm].ours else len(BETAS)) * sft)
+
+
+def _cost(workload: Workload, task: str, padded: bool) -> float:
+    """Tokens; padded: as TRL's defaults pad them. A third more for DPO's reference."""
+    rows = pairs(workload)
+    tokens = totals(task, rows).tokens
+    if padded:
+        whole = rows_for("sft" if task == "sft" else "reward", rows)  # DPO's pairs as reward's: each with its prompt
+        longest = [max(map(len, row.values())) for row in whole]
+        batch, sides = min(TRL_BATCH, workload.rows), 1 if task == "sft" else 2
+        tokens = sum(max(longest[at : at + batch]) * batch * sides for at in range(0, len(rows), batch))
+    return tokens * 4 / 3 if task == "dpo" else tokens
 
 
 def groups(
     tasks: tuple[str, ...], lengths: tuple[str, ...], arms: tuple[str, ...] | None, ablations: tuple[str, ...],
     size: str, rows: int, steps: int, repeats: int,
 ) -> list[Group]:  # fmt: skip
-    """Groups in the order of what matters most. The sweep runs on the first lengths, half the steps, >= 3 repeats.
+    """Groups in the order of what matters most: the last, for which time may not suffice, are sft's and reward's on
+    `equal` lengths. The sweep runs on the first lengths, half the steps, 3 repeats at most.
 
     Never one step only, for DPO's first loss is log 2 whatever the trainer does: there would be nothing to compare.
 
@@ -87,8 +107,10 @@ def groups(
                 if task in arm.tasks and (shape in ablations or not arm.ablation) and (arms is None or name in arms)
             )
             if chosen:
-                made.append(Group(workload, chosen, min(repeats, 3) if task == "sweep" else repeats))
-    return made
+                made.append(Group(workload, chosen, min(repeats, SWEEP_REPEATS) if task == "sweep" else repeats))
+    return sorted(
+        made, key=lambda group: group.workload.lengths == "equal" and group.workload.task in ("sft", "reward")
+    )
 
 
 def micro_batches(rows: int) -> list[int]:
@@ -96,20 +118,25 @@ def micro_batches(rows: int) -> list[int]:
 
 
 class Clock:
-    """Estimates the time left from what was done so far: each unit is taken to cost what the past ones did."""
+    """Estimates the time left from what was done so far: each unit is taken to cost what the past ones did.
 
-    def __init__(self, plan: list[Group]) -> None:
+    reserved: seconds of what comes after the groups. guess: seconds a unit before any was done, if anything is known.
+    """
+
+    def __init__(self, plan: list[Group], reserved: float = 0.0, guess: float | None = None) -> None:
         self._left = {(i, arm): self._of(group, arm) for i, group in enumerate(plan) for arm in group.arms}
         self._all = sum(self._left.values())
+        self.reserved, self._guess = reserved, guess
         self.started = time.monotonic()
 
     @staticmethod
     def _of(group: Group, arm: str) -> float:
         steps = group.workload.steps
-        trials = 1 / steps  # the warm-up is one step
-        if ARMS[arm].tuned and group.workload.task != "sweep":
-            trials += (2 if group.workload.task == "sft" else 1) * len(micro_batches(group.workload.rows)) / steps
-        return group.units(arm, group.repeats + trials)
+        trials = 0.0 if group.workload.task == "sweep" else 1 / steps  # the warm-up is one step
+        if ARMS[arm].tuned and group.workload.task != "sweep":  # see group.find_best
+            candidates = (2 if group.workload.task == "sft" else 1) * len(micro_batches(group.workload.rows))
+            trials += (candidates + 3) / steps
+        return group.units(arm, group.repeats_of(arm) + trials)
 
     def done(self, group: int, arm: str | None = None, share: float = 1.0) -> None:
         """share: of what is left of the arm in this group (of all its arms without one)."""
@@ -121,12 +148,14 @@ class Clock:
         return time.monotonic() - self.started
 
     def left(self) -> float | None:
-        """Seconds, or None before anything was done."""
-        left = sum(self._left.values())
-        done = self._all - left
-        return None if done <= 0 else self.seconds() * left / done
+        """Seconds with those reserved, or None while nothing is known."""
+        groups = self._groups(sum(self._left.values()))
+        return None if groups is None else groups + self.reserved
 
     def left_of(self, group: int) -> float | None:
-        left, mine = self.left(), sum(units for key, units in self._left.items() if key[0] == group)
-        total = sum(self._left.values())
-        return None if left is None or not total else left * mine / total
+        return self._groups(sum(units for key, units in self._left.items() if key[0] == group))
+
+    def _groups(self, units: float) -> float | None:
+        done = self._all - sum(self._left.values())
+        rate = self.seconds() / done if done > 0 else self._guess
+        return None if rate is None else units * rate

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import startup
-from bench.plan import ARMS
+from bench.plan import ARMS, CURVE_STEPS
 from bench.plot import svg
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -47,7 +47,7 @@ def tables(results: dict[str, Any]) -> str:
         head = "#### From launch to the first step, seconds, median (low to high)"
         parts.append(f"{head}\n\n{startup.table(results['startup'])}")
     if results["not_measured"]:
-        parts.append("Not measured, for want of time: " + ", ".join(results["not_measured"]) + ".")
+        parts.append("Not measured: " + ", ".join(results["not_measured"]) + ".")
     return "\n\n".join(parts)
 
 
@@ -82,6 +82,7 @@ def arm_table(group: dict[str, Any]) -> str:
     heads = [
         "arm", "s a repeat (low to high)", unit, "tokens/s", "first step s", "padding", "sharing",
         "peak GB (over start)", "executed / model FLOPs", *(["MFU", "executed"] if with_mfu else []), "loss difference",
+        f"in {CURVE_STEPS} steps",
     ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for arm, row in group["arms"].items():
@@ -89,6 +90,8 @@ def arm_table(group: dict[str, Any]) -> str:
     for arm, reason in group["missing"].items():
         lines.append(f"| {arm} | {reason} |" + " |" * (len(heads) - 2))
     notes = [f"{group['repeats']} repeats of {group['steps']} steps of {group['rows']}."]
+    if any(ARMS[arm].ablation for arm in group["arms"]):
+        notes.append(f"Arms with a piece off: {group['repeats_of_ablations']} repeats.")
     for task, found in group["tuned"].items():
         free = ", padding-free" if found["padding_free"] else ""
         notes.append(f"TRL tuned ({task}): micro-batch {found['micro_batch']}{free}.")
@@ -99,9 +102,10 @@ def _cells(arm: str, row: dict[str, Any], with_mfu: bool) -> list[str]:
     memory = f"{row['peak_bytes']['median'] / 1e9:.2f}"
     over = f"({(row['peak_bytes']['median'] - row['start_bytes']['median']) / 1e9:.2f})"
     ratios = [f"{row['padding_ratio']:.2f}", f"{row['sharing_ratio']:.2f}", f"{memory} {over}"]
-    difference = "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}"
+    differences = [row[name] for name in ("loss_difference", "curve_difference")]
+    apart = ["" if difference is None else f"{difference:.1e}" for difference in differences]
     if row["refused"]:
-        return [arm, row["refused"], "", "", "", *ratios, "", *(["", ""] if with_mfu else []), difference]
+        return [arm, row["refused"], "", "", "", *ratios, "", *(["", ""] if with_mfu else []), *apart]
     time = row["time"]
     speeds = [
         f"{time['median']:.2f} ({time['low']:.2f} to {time['high']:.2f})",
@@ -110,7 +114,8 @@ def _cells(arm: str, row: dict[str, Any], with_mfu: bool) -> list[str]:
     use = []
     if with_mfu:
         use = [f"{row[name]:.1%}" if name in row else "" for name in ("mfu", "executed_utilisation")]
-    return [arm, *speeds, *ratios, f"{row['executed_over_model_flops']:.2f}", *use, difference]
+    executed = f"{row['executed_over_model_flops']:.2f}" if "executed_over_model_flops" in row else ""
+    return [arm, *speeds, *ratios, executed, *use, *apart]
 
 
 def text_table(group: dict[str, Any]) -> str:

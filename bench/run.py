@@ -18,69 +18,100 @@ from bench.workloads import SHAPES, SIZES, TASKS
 # What matters most first: the last may be left out.
 FIRST = ("dpo", "sweep", "sft", "reward", "startup")
 LENGTHS = ("hh", "ultrafeedback", "tldr", "equal")
+SECONDS_A_UNIT = {"cpu": 5.9e-4}  # of plan.Clock: the 28 minutes that DPO's groups took on two cores, over their units
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 if an arm's losses differ or an arm failed; 2 if groups were left out for want of time."""
+    """Exit code 0; 1 if an arm's losses differ or an arm failed; 2 if groups were left out for want of time; 130 if
+    interrupted. Whatever was measured until then is in the results and the docs."""
     options = parse(argv)
     out, docs = _targets(options)
-    with tempfile.TemporaryDirectory(prefix="bench-") as logs, Pool(options.logs or Path(logs)) as pool:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, Pool(options.logs or Path(folder)) as pool:
         machine = pool.ask(options.arms[0] if options.arms else "trl_default", {"kind": "hello"})
         size = options.size or ("gpu" if machine["device"] == "cuda" else "cpu")
         plan = groups(
             tuple(task for task in options.tasks if task != "startup"), options.lengths, options.arms,
             options.ablations, size, options.pairs, options.steps, options.repeats,
         )  # fmt: skip
-        results = run(plan, pool, machine, options, size, out)
-        if "startup" in options.tasks:
-            say("launch to first step")
-            results["startup"] = startup.measure(
-                options.logs or Path(logs), options.repeats, "bf16" if machine["device"] == "cuda" else "fp32", say
-            )
-            write_results(out, results)
-    if docs is not None:
-        write_docs(docs, results)
-        say(f"wrote {docs / 'performance.md'}")
-    say(f"wrote {out}")
+        results = {
+            "machine": machine,
+            "settings": {
+                "size": size, "rows": options.pairs, "steps": options.steps, "repeats": options.repeats,
+                "tasks": options.tasks, "lengths": options.lengths,
+            },
+            "minutes": 0.0, "ratios": [], "groups": [],
+            "not_measured": [_name(group) for group in plan] + ["startup"] * ("startup" in options.tasks),
+        }  # fmt: skip
+        try:
+            run(plan, pool, results, options, out)
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 130
+        finally:
+            finish(results, out, docs)
     return exit_code(results)
 
 
-def run(
-    plan: list[Group], pool: Pool, machine: dict[str, Any], options: argparse.Namespace, size: str, out: Path
-) -> dict[str, Any]:
-    clock = Clock(plan)
-    session = Session(pool, clock, say, machine, machine.get("peak_flops"), 60 * options.minutes)
-    results: dict[str, Any] = {
-        "machine": machine,
-        "settings": {
-            "size": size, "rows": options.pairs, "steps": options.steps, "repeats": options.repeats,
-            "tasks": options.tasks, "lengths": options.lengths,
-        },
-        "minutes": 0.0, "ratios": [], "groups": [], "not_measured": [],
-    }  # fmt: skip
+def finish(results: dict[str, Any], out: Path, docs: Path | None) -> None:
+    """The docs keep what they have where nothing was measured."""
+    write_results(out, results)
+    say(f"wrote {out}")
+    if docs is not None and (results["groups"] or results.get("startup")):
+        write_docs(docs, results)
+        say(f"wrote {docs / 'performance.md'}")
+
+
+def run(plan: list[Group], pool: Pool, results: dict[str, Any], options: argparse.Namespace, out: Path) -> None:
+    """Fills the results in, and writes them after each group."""
+    machine, limit = results["machine"], 60 * options.minutes
+    with_startup = "startup" in options.tasks
+    clock = Clock(
+        plan,
+        startup.reserved(options.repeats) if with_startup else 0.0,
+        SECONDS_A_UNIT.get(results["settings"]["size"]),
+    )
+    session = Session(pool, clock, say, machine, machine.get("peak_flops"), limit - clock.reserved)
+    say_left(clock)
     for number, group in enumerate(plan):
-        name = f"{group.workload.task} {group.workload.lengths}"
         needed = clock.left_of(number)
-        if needed is not None and clock.seconds() + needed > 60 * options.minutes:
-            say(f"{name}: not measured, it would take about {needed / 60:.0f} min and the limit is {options.minutes:g}")
-            results["not_measured"].append(name)
+        if needed is not None and clock.seconds() + needed > session.limit:
+            say(f"{_name(group)}: left out, it would take about {needed / 60:.0f} min of {options.minutes:g} in all")
             clock.done(number)
             continue
-        say(f"{name}: {', '.join(group.arms)}")
+        say(f"{_name(group)}: {', '.join(group.arms)}")
         measured = measure(session, number, group)
         results["groups"].append(measured)
         results["ratios"] += measured["ratios"]
-        results["minutes"] = clock.seconds() / 60
-        write_results(out, results)
+        _measured(results, _name(group), clock, out)
         say(text_table(measured))
-        left = clock.left()
-        if left is not None:
-            say(f"{clock.seconds() / 60:.1f} min gone, about {left / 60:.0f} min left")
+        say_left(clock)
+    if with_startup and clock.seconds() + clock.reserved <= limit:
+        say("launch to first step")
+        precision = "bf16" if machine["device"] == "cuda" else "fp32"
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            results["startup"] = startup.measure(options.logs or Path(folder), options.repeats, precision, say)
+        _measured(results, "startup", clock, out)
+
+
+def _measured(results: dict[str, Any], name: str, clock: Clock, out: Path) -> None:
+    results["not_measured"].remove(name)
+    results["minutes"] = clock.seconds() / 60
     write_results(out, results)
-    return results
+
+
+def _name(group: Group) -> str:
+    return f"{group.workload.task} {group.workload.lengths}"
+
+
+def say_left(clock: Clock) -> None:
+    left = clock.left()
+    if left is not None:
+        say(f"{clock.seconds() / 60:.1f} min gone, about {left / 60:.0f} min left")
 
 
 def exit_code(results: dict[str, Any]) -> int:
+    if any("failed" in row for row in results.get("startup", [])):
+        return 1
     for group in results["groups"]:
         refused = [row["refused"] for row in group["arms"].values() if row["refused"]]
         if refused or any(reason.startswith("failed") for reason in group["missing"].values()):

@@ -11,28 +11,44 @@ from pathlib import Path
 from typing import Any
 
 from bench.group import order
-from bench.pool import Pool
+from bench.pool import Pool, WorkerError
 from bench.summary import spread
 from bench.workloads import Workload
 
 ARMS = ("trl_default", "trl_tuned", "ours")
 TASKS = ("sft", "dpo")
+REPEATS = 3  # at most
+LAUNCH_SECONDS = 8.0  # of one process on two cores, for the estimate only
 OPTIONS = {task: {"micro_batch": 4, "padding_free": False} for task in TASKS}
 
 
+def reserved(repeats: int) -> float:
+    """Seconds that `measure` will take, roughly."""
+    return (min(repeats, REPEATS) + 1) * len(TASKS) * len(ARMS) * LAUNCH_SECONDS
+
+
 def measure(logs: Path, repeats: int, precision: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rows {task, arm, seconds: {median, low, high}}: a new process each time, arms in turn, one untimed round."""
+    """Rows {task, arm, seconds: {median, low, high}}: a new process each time, arms in turn, one untimed round.
+
+    An arm that fails has `failed`, the reason, in place of seconds.
+    """
     rows = []
     for task in TASKS:
         seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        for repeat in range(repeats + 1):
-            for arm in ARMS:
-                taken = launch(logs, arm, task, precision)
+        failed: dict[str, str] = {}
+        for repeat in range(min(repeats, REPEATS) + 1):
+            for arm in [arm for arm in ARMS if arm not in failed]:
+                try:
+                    taken = launch(logs, arm, task, precision)
+                except (RuntimeError, WorkerError) as error:
+                    failed[arm] = f"failed: {error}"
+                    continue
                 if repeat:  # the first round fills the file cache
                     seconds[arm].append(taken)
         for arm in ARMS:
-            rows.append({"task": task, "arm": arm, "seconds": spread(seconds[arm])})
-            say(f"  launch to first step, {task}, {arm}: {rows[-1]['seconds']['median']:.2f} s")
+            result = {"failed": failed[arm]} if arm in failed else {"seconds": spread(seconds[arm])}
+            rows.append({"task": task, "arm": arm, **result})
+            say(f"  launch to first step, {task}, {arm}: {cell(rows[-1])} s")
     return rows
 
 
@@ -44,15 +60,19 @@ def launch(logs: Path, arm: str, task: str, precision: str) -> float:
         answer = pool.ask(arm, order(workload, OPTIONS, precision))
         taken = time.monotonic() - began
     if "seconds" not in answer:
-        raise RuntimeError(f"{arm}: {answer}")
+        raise RuntimeError(str(answer.get("error") or answer.get("unavailable")))
     return taken
+
+
+def cell(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return str(row["failed"])
+    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["seconds"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| task | " + " | ".join(ARMS) + " |", "|---|" + "---|" * len(ARMS)]
     for task in TASKS:
-        cells = [row["seconds"] for arm in ARMS for row in rows if (row["task"], row["arm"]) == (task, arm)]
-        lines.append(
-            f"| {task} | " + " | ".join(f"{c['median']:.2f} ({c['low']:.2f} to {c['high']:.2f})" for c in cells) + " |"
-        )
+        cells = [cell(row) for arm in ARMS for row in rows if (row["task"], row["arm"]) == (task, arm)]
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

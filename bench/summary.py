@@ -7,7 +7,7 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from bench.plan import ARMS, Group
+from bench.plan import ABLATION_REPEATS, ARMS, Group
 from bench.workloads import BETAS, SIZES, Totals, pairs, totals
 
 LOSS_TOLERANCE = 1e-4  # of two loss curves in fp32, at any step
@@ -41,29 +41,30 @@ def work(group: Group) -> Totals:
 
 def arm_summary(
     runs: list[dict[str, Any]], warm_up: dict[str, Any], group: Group, difference: float, tolerance: float,
-    peak: float | None = None,
+    peak: float | None = None, curve_difference: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A row of the tables. No speed is in it where the losses differ: `refused` says so instead.
 
-    runs: the answers of the repeats. warm_up: the answer with FLOPs. peak: the device's FLOP/s.
+    runs: the answers of the repeats. warm_up: the answer with FLOPs, or one without. peak: the device's FLOP/s.
+    difference: of the runs' losses; curve_difference: of the tiny model's, None where there is no such curve.
     """
     needed = work(group)
     policy = {name: runs[0][name]["policy"] for name in ("positions", "attended")}
     row: dict[str, Any] = {
         "loss_difference": difference if math.isfinite(difference) else None,
+        "curve_difference": curve_difference if curve_difference is None or math.isfinite(curve_difference) else None,
         "padding_ratio": policy["positions"] / max(policy["attended"], 1),
         "sharing_ratio": needed.tokens / max(policy["attended"], 1),
         "peak_bytes": spread([run["peak_bytes"] for run in runs]),
         "start_bytes": spread([run["start_bytes"] for run in runs]),
         "refused": None,
     }
-    if not math.isfinite(difference):
-        return {**row, "refused": "losses cannot be compared"}
-    if difference > tolerance:
-        return {**row, "refused": f"losses differ by {difference:.1e}"}
+    for what, apart in (("losses", difference), ("loss curves", curve_difference or 0.0)):
+        if not math.isfinite(apart):
+            return {**row, "refused": f"{what} cannot be compared"}
+        if apart > tolerance:
+            return {**row, "refused": f"{what} differ by {apart:.1e}"}
     seconds = spread([run["seconds"] for run in runs])
-    flops = warm_up["model_flops"] * (group.workload.steps / max(warm_up["steps"], 1))
-    executed = warm_up["executed_flops"] / warm_up["model_flops"]
     row.update(
         seconds=[run["seconds"] for run in runs],
         time=seconds,
@@ -72,14 +73,21 @@ def arm_summary(
         rows_per_s_high=needed.rows / seconds["low"],
         tokens_per_s=needed.tokens / seconds["median"],
         first_step_s=spread([run["first_step_seconds"] for run in runs]),
-        executed_over_model_flops=executed,
-        model_flops_per_s=flops / seconds["median"],
-        executed_flops_per_s=flops * executed / seconds["median"],
     )
-    if peak:
-        row["mfu"] = row["model_flops_per_s"] / peak
-        row["executed_utilisation"] = row["executed_flops_per_s"] / peak
+    if "model_flops" in warm_up:
+        row.update(_flops(warm_up, group.workload.steps, seconds["median"], peak))
     return row
+
+
+def _flops(warm_up: dict[str, Any], steps: int, seconds: float, peak: float | None) -> dict[str, float]:
+    speed = warm_up["model_flops"] * (steps / max(warm_up["steps"], 1)) / seconds
+    executed = warm_up["executed_flops"] / warm_up["model_flops"]
+    found = {
+        "executed_over_model_flops": executed, "model_flops_per_s": speed, "executed_flops_per_s": speed * executed,
+    }  # fmt: skip
+    if peak:
+        found |= {"mfu": speed / peak, "executed_utilisation": speed * executed / peak}
+    return found
 
 
 def ratios(group: Group, arms: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -113,6 +121,7 @@ def group_summary(group: Group, arms: dict[str, dict[str, Any]], options: dict[s
     return {
         **group.workload.to_json(),
         "repeats": group.repeats,
+        "repeats_of_ablations": min(group.repeats, ABLATION_REPEATS),
         "rows_a_repeat": needed.rows,
         "tokens_a_repeat": needed.tokens,
         "body_parameters": size.body_parameters(),

@@ -74,7 +74,7 @@ def run(arm: str, order: dict[str, Any], device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, counting:
         setting = Setting(
             workload=workload, device=device, precision=order["precision"], folder=Path(folder), counter=counter,
-            options=order["options"],
+            options=order["options"], learning_rate=order["learning_rate"],
         )  # fmt: skip
         if workload.task == "sweep":
             result = sweep(arm, rows, setting)

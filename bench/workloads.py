@@ -16,6 +16,7 @@ PAD, EOS = 0, 1
 IGNORED = -100
 BETAS = (0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 BETA = 0.1
+LEARNING_RATE = 1e-4
 
 # Drawn in tokens: (distribution, its two parameters) of prompt, chosen and rejected answer. Lognormal parameters are
 # those of the logarithm. `equal` is the case in which sharing a prompt and packing rows have nothing to gain.

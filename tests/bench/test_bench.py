@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench import measure, plan, report, run, startup, summary
-from bench.group import Session
+from bench.group import Session, find_best
 from bench.group import measure as measure_group
 from bench.plot import svg
 from bench.pool import ROOT
@@ -33,10 +33,10 @@ def answer(seconds: float, peak: int = 100, losses: tuple[float, ...] = (0.7,), 
     }  # fmt: skip
 
 
-def summarised(seconds: list[float], peak: int = 100, difference: float = 0.0) -> dict[str, Any]:
+def summarised(seconds: list[float], peak: int = 100, difference: float = 0.0, curve: float = 0.0) -> dict[str, Any]:
     warm = {"model_flops": 200.0, "executed_flops": 500.0, "steps": 1}
     runs = [answer(value, peak) for value in seconds]
-    return summary.arm_summary(runs, warm, DPO, difference, summary.LOSS_TOLERANCE, peak=1000.0)
+    return summary.arm_summary(runs, warm, DPO, difference, summary.LOSS_TOLERANCE, 1000.0, curve)
 
 
 def measured(difference: float = 0.0) -> dict[str, Any]:
@@ -175,6 +175,8 @@ def test_losses_that_differ_leave_no_speed_and_exit_code_1() -> None:
     line = next(line for line in report.tables(results).splitlines() if line.startswith("| ours |"))
     assert "losses differ by 2.0e-04" in line and " s " not in line
     assert run.exit_code(measured()) == 0
+    assert summarised([1.0], curve=2e-4)["refused"] == "loss curves differ by 2.0e-04"
+    assert summarised([1.0], curve=math.inf)["refused"] == "loss curves cannot be compared"
     assert summarised([1.0], difference=math.inf)["refused"] == "losses cannot be compared"
 
 
@@ -191,8 +193,19 @@ class Workers:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.rates: set[float] = set()
+        self.tuned_apart = 0.0
+        self.times: dict[int, list[float]] = {}
+
+    def time(self, order: dict[str, Any]) -> dict[str, Any]:
+        return answer(self.times[order["options"]["dpo"]["micro_batch"]].pop(0))
 
     def ask(self, arm: str, order: dict[str, Any]) -> dict[str, Any]:
+        if order["workload"]["size"] == "cpu":
+            return self.time(order)
+        if order["workload"]["steps"] == plan.CURVE_STEPS:
+            self.rates.add(order["learning_rate"])
+            return answer(1.0, losses=(0.7, 0.6) if arm != "trl_tuned" else (0.7, 0.6 + self.tuned_apart))
         if order["flops"] or order["workload"]["steps"] == 1:
             losses = (0.7,)
         else:
@@ -215,7 +228,29 @@ def test_a_group_is_interleaved_tunes_trl_and_refuses_the_arm_whose_losses_diffe
     tuned = made["tuned"]["dpo"]
     assert tuned["micro_batch"] == 8 and [one["micro_batch"] for one in tuned["tried"]] == [1, 2, 4, 8]
     assert made["arms"]["ours"]["refused"] == "losses differ by 3.0e-04" and made["ratios"] == []
+    assert workers.rates == {plan.CURVE_RATE} and made["arms"]["ours"]["curve_difference"] == 0
+    workers.tuned_apart = 5e-4
+    again = measure_group(session, 0, group)
+    assert again["arms"]["trl_tuned"]["refused"] == "loss curves differ by 5.0e-04"
     assert made["arms"]["trl_tuned"]["refused"] is None and made["arms"]["trl_tuned"]["loss_difference"] == 0
+
+
+def best(times: dict[int, list[float]]) -> dict[str, Any]:
+    workers = Workers()
+    workers.times = times
+    workload = Workload("dpo", "hh", "cpu", rows=8, steps=2)
+    session = Session(workers, plan.Clock([]), lambda words: None, {"device": "cpu"})  # type: ignore[arg-type]
+    found = find_best(session, workload)
+    assert not any(times.values()), "candidates that were foreseen and not tried"
+    return found
+
+
+def test_trls_first_trial_is_not_timed_and_the_best_two_are_timed_thrice() -> None:
+    found = best({1: [9.0, 2.0, 2.0, 2.2], 2: [1.9, 2.4, 2.5], 4: [2.6]})  # 8 is not tried, 4 is hopeless
+    assert found["micro_batch"] == 1
+    assert [(one["micro_batch"], one["seconds"]) for one in found["tried"]] == [(1, 2.0), (2, 2.4), (4, 2.6)]
+    alone = best({1: [9.0, 2.0], 2: [3.0]})  # nothing near enough to be timed again
+    assert alone["micro_batch"] == 1 and len(alone["tried"]) == 2
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------
@@ -238,6 +273,62 @@ def test_the_time_left_is_what_the_past_says(monkeypatch: pytest.MonkeyPatch) ->
     first, second = made[0].units("ours", 1), made[1].units("ours", 1)
     clock.done(0)
     assert clock.left() == pytest.approx(10 * second / first) == clock.left_of(1)
+    clock.reserved = 100.0
+    assert clock.left() == pytest.approx(100 + 10 * second / first)
+    guessed = plan.Clock(made, guess=2.0)
+    assert guessed.left() == pytest.approx(2 * (first + second) * 4)  # 3 repeats and a warm-up
+
+
+def test_arms_with_a_piece_off_repeat_thrice_and_equal_rows_come_last() -> None:
+    made = plan.groups(("sft", "reward"), ("hh", "equal"), None, ("hh",), "tiny", 4, 2, 5)
+    names = [(group.workload.task, group.workload.lengths) for group in made]
+    assert names == [("sft", "hh"), ("reward", "hh"), ("sft", "equal"), ("reward", "equal")]
+    assert [made[0].repeats_of(arm) for arm in ("trl_default", "ours", "ours_no_packing")] == [5, 5, 3]
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path, error: BaseException) -> None:
+    """The driver, whose second group raises."""
+    machine = measured()["machine"]
+    made = iter(measured()["groups"])
+
+    def group(*arguments: Any) -> dict[str, Any]:
+        for one in made:
+            return one
+        raise error
+
+    monkeypatch.setattr(run, "measure", group)
+    monkeypatch.setattr(run.Pool, "ask", lambda self, arm, order: machine)
+    (folder / "performance.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    arguments = ["--tasks", "dpo,startup", "--lengths", "hh,equal", "--size", "tiny", "--out", str(folder)]
+    try:
+        assert run.main([*arguments, "--docs", str(folder)]) == 130
+    finally:
+        assert "| dpo | hh | trl_default |" in (folder / "performance.md").read_text()
+        assert json.loads((folder / "results.json").read_text())["not_measured"] == ["dpo equal", "startup"]
+
+
+def test_what_was_measured_before_an_interruption_or_an_error_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interrupted(monkeypatch, tmp_path, KeyboardInterrupt())
+    with pytest.raises(ArithmeticError):
+        interrupted(monkeypatch, tmp_path, ArithmeticError())
+
+
+def test_an_arm_that_cannot_start_leaves_the_others_their_start_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def launch(logs: Path, arm: str, task: str, precision: str) -> float:
+        if arm == "ours":
+            raise RuntimeError("no memory")
+        return 6.0
+
+    monkeypatch.setattr(startup, "launch", launch)
+    rows = startup.measure(tmp_path, 5, "fp32", lambda words: None)
+    assert startup.table(rows).splitlines()[2] == (
+        "| sft | 6.00 (6.00 to 6.00) | 6.00 (6.00 to 6.00) | failed: no memory |"
+    )
+    assert run.exit_code({"groups": [], "not_measured": [], "startup": rows}) == 1
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -292,7 +383,12 @@ def test_the_driver_measures_trl_and_ours_and_their_losses_agree(tmp_path: Path)
     (group,) = results["groups"]
     assert group["task"] == "dpo" and group["missing"] == {} and list(group["arms"]) == ["trl_default", "ours"]
     for row in group["arms"].values():
-        assert len(row["seconds"]) == 2 and row["loss_difference"] <= 1e-5 and row["peak_bytes"]["median"] > 0
+        assert (
+            len(row["seconds"]) == 2
+            and row["loss_difference"] <= 1e-5
+            and row["curve_difference"] <= 1e-5
+            and row["peak_bytes"]["median"] > 0
+        )
         assert row["sharing_ratio"] >= 1 and row["padding_ratio"] >= 1 and row["executed_over_model_flops"] > 1
     (ratio,) = results["ratios"]
     assert ratio["against"] == "trl_default" and ratio["speedup"] > 0
