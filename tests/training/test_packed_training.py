@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.training import models, trainers
-from tests.training.test_shared_prefix import UNPACKABLE
+from tests.training.test_trial import UNPACKABLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
