@@ -1,6 +1,7 @@
 """Stages that train, one after the other in one process group: python -m tests.distributed.run_stages <folder>.
 
 folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>.
+The setting "start" names the start model's folder beside the results.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState
 
 import alignment.stages.train as train
+import alignment.training.trainers as trainers
 from tests.training import tiny
 
 
 def main(folder: Path) -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    train.consolidate = observed(train.consolidate)
+    train.consolidate, trainers.trial = observed(train.consolidate), watched(trainers.trial)
     for case in json.loads((folder / "plan.json").read_text()):
         lora = tiny.LORA if case["settings"].pop("lora", False) else None
+        start = case["settings"].pop("start", "start")
         settings = getattr(tiny, case["kind"])(lora=lora, **case["settings"])
         setup = tiny.engine(case["strategy"], **case["engine"])
-        inputs = {"model": folder / "start", "data": folder / case["kind"]}
+        inputs = {"model": folder / start, "data": folder / case["kind"]}
         stage = importlib.import_module(f"alignment.stages.{case['kind']}")
         context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size)
         context.shared = folder
@@ -47,6 +50,18 @@ def observed(consolidate: Any) -> Any:
         seen.update(parameters=len(held), empty_parameters=held.count(0))
         seen.update(distributed_type=str(trainer.accelerator.distributed_type))
         consolidate(trainer, *arguments)
+
+    return wrapped
+
+
+def watched(trial: Any) -> Any:
+    """Note how many parameters the engine still holds gathered after the trial, whatever came of it."""
+
+    def wrapped(model: Any, *arguments: Any) -> Any:
+        found = trial(model, *arguments)
+        active = [getattr(parameter, "ds_active_sub_modules", ()) for parameter in model.parameters()]
+        seen.update(active_after_trial=sum(map(bool, active)))
+        return found
 
     return wrapped
 
