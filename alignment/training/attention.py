@@ -15,12 +15,11 @@ Soft-capping is Gemma-2's (arXiv:2408.00118, section 2): cap * tanh(scores / cap
 from __future__ import annotations
 
 import importlib.util
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,29 +71,60 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query: [1, heads, N, dim]; key, value: [1, key heads, N, dim]. Returns [1, N, heads, dim] and no weights."""
+    try:
+        layout = _packable(layout, dropout, kwargs)
+        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have left queries and keys in fp32
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        kernel = backend(query, softcap)
+        out = KERNELS[kernel](query, key, value, layout, Scores(scaling, sliding_window, softcap, narrow))
+    except Exception as error:
+        if _seen is None:
+            raise
+        _seen.errors.append(error)
+        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    if _seen is not None:
+        _seen.calls.append(Call(sliding_window, kernel))
+    return out, None
+
+
+def _packable(layout: Layout | None, dropout: float, asked: dict[str, Any]) -> Layout:
     if layout is None:
         raise NotPackable("the model does not hand the layout of a pack to its attention layers")
-    wanted = {name for name in ("position_bias", "s_aux", "head_mask") if kwargs.get(name) is not None}
+    wanted = {name for name in ("position_bias", "s_aux", "head_mask") if asked.get(name) is not None}
     if dropout or wanted:
         raise NotPackable(f"its attention uses {', '.join(sorted(wanted)) or 'dropout'}")
-    _windows_seen.append(sliding_window)
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have left queries and keys in fp32
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    kernel = KERNELS[backend(query, softcap)]
-    return kernel(query, key, value, layout, Scores(scaling, sliding_window, softcap, narrow)), None
+    return layout
 
 
-_windows_seen: deque[int | None] = deque(maxlen=1024)  # of the last calls, for `windows_seen`
+class Call(NamedTuple):
+    """What one layer asked for, and which kernel computed it."""
+
+    window: int | None
+    kernel: str
+
+
+@dataclass
+class Seen:
+    """The calls of a time, in their order, and what those that failed would have raised."""
+
+    calls: list[Call] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+
+
+_seen: Seen | None = None  # while `calls_seen` looks on
 
 
 @contextmanager
-def windows_seen() -> Iterator[list[int | None]]:
-    """Afterwards the list holds the sliding window of each call that was made meanwhile."""
-    seen: list[int | None] = []
-    _windows_seen.clear()
-    yield seen
-    seen.extend(_windows_seen)
+def calls_seen() -> Iterator[Seen]:
+    """Meanwhile calls are noted, and one that fails is noted and answered by zeros: an exception in the middle of a
+    forward would leave the parameters that ZeRO-3 has gathered for the layer where they are."""
+    global _seen
+    _seen = seen = Seen()
+    try:
+        yield seen
+    finally:
+        _seen = None
 
 
 # Without a mask function of the same name transformers makes no mask - the layout is the mask - and does not look at
@@ -107,11 +137,6 @@ def backend(query: Tensor, softcap: float | None = None) -> str:
     if query.device.type != "cuda":
         return "cpu"
     return cuda_backend(query.dtype, softcap is not None, _has_flash(), _has_varlen())
-
-
-def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel that will do the work, in words."""
-    return WORDS[backend(torch.empty(0, device=device, dtype=dtype))]
 
 
 def cuda_backend(dtype: torch.dtype, softcap: bool, has_flash: bool, has_varlen: bool) -> str:

@@ -17,24 +17,19 @@ from torch import Tensor
 ON_READ_TOKENS = ("self_attn.q_proj", "self_attn.o_proj", "mlp")  # where a layer has modules of these names
 
 
-def narrow(model: Any) -> None:
-    """Teach the last layer of a transformers model to take `read` from its forward's arguments, [K] places in the pack.
+def narrow(layer: torch.nn.Module) -> None:
+    """Teach a decoder's last layer to take `read` from its forward's arguments, [K] places in the pack.
 
-    A model whose layers have none of these modules, or do not get the arguments, computes all as before.
+    A layer that has none of these modules, or is not given the argument, computes all as before.
     """
-    layers = [
-        module for module in model.base_model.modules() if isinstance(getattr(module, "mlp", None), torch.nn.Module)
-    ]
-    if not layers:
-        return
     read: list[Tensor | None] = [None]
 
     def remember(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # also when checkpointing calls the layer anew
         read[0] = kwargs.get("read")
-        return args, {**kwargs, "narrow": read[0] is not None}
+        return None if read[0] is None else (args, {**kwargs, "narrow": True})
 
-    layers[-1].register_forward_pre_hook(remember, with_kwargs=True)
-    for name, module in layers[-1].named_modules():
+    layer.register_forward_pre_hook(remember, with_kwargs=True)
+    for name, module in layer.named_modules():
         if name in ON_READ_TOKENS:
             module.forward = types.MethodType(_on_read_tokens(module, read), module)
 

@@ -26,14 +26,15 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
 from alignment.errors import TrainingError
-from alignment.training.attention import describe_backend
+from alignment.training.attention import PACKED
 from alignment.training.batching import GlobalBatches
 from alignment.training.callbacks import Before, Reporter
 from alignment.training.metrics import UNUSED, Meter, pair_sums, reward_sums, token_sums
 from alignment.training.packing import BUCKET, IGNORED, pack
 from alignment.training.reference_pass import References, gathered
-from alignment.training.shared_prefix import compile_layers, differs, install, refusal
+from alignment.training.shared_prefix import compile_layers, install
 from alignment.training.steps import Steps
+from alignment.training.trial import refusal, trial
 
 _Trainer: Any = transformers.Trainer  # after the TRL trainer in the order of bases
 
@@ -94,20 +95,24 @@ class AlignedTrainer(_Trainer):
 
     def _before_training(self) -> None:
         """The engine is ready, no step was made: try whether this model can be packed."""
-        plain = self._plain_model()
-        reason = "packing is off" if not self.packing.on else refusal(plain.config)
-        precision = torch.bfloat16 if self.args.bf16 else torch.float32
+        plain, attention = self._plain_model(), ""
+        longest = max(self._widths) // self.branches
+        reason = "packing is off" if not self.packing.on else refusal(plain.config, longest)
         if reason is None:
-            reason = differs(plain, self.model_wrapped, self.branches, precision)
+            precision = torch.bfloat16 if self.args.bf16 else torch.float32
+            reason, attention = trial(plain, self.model_wrapped, self.branches, precision, self.args.device)
         reason = next((one for one in gathered(self, reason) if one), None)  # one that cannot, and nobody does
-        if reason is None:
-            self.say(f"records are packed without padding; attention: {describe_backend(self.args.device, precision)}")
-            if self.packing.compile:
-                compile_layers(plain)
-        else:
+        if reason is not None:
             self.say(f"rows are padded, not packed: {reason}")
-            self.packing = replace(self.packing, on=False)
+            if self.packing.compile:
+                self.say("engine.compile is ignored: only packs are compiled for")
+            self.packing = replace(self.packing, on=False, compile=False)
             self.batches = replace(self.batches, widths=self._widths)
+            return
+        plain.set_attn_implementation(PACKED)
+        self.say(f"records are packed without padding; attention: {attention}")
+        if self.packing.compile and not compile_layers(plain):
+            self.say("engine.compile is ignored: no layers were found in this model")
 
     # --- data ---------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Stages that train, one after the other in one process group: python -m tests.distributed.run_stages <folder>.
 
 folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>. engine
-may have "padded": nothing is packed.
+may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState
 
 import alignment.stages.train as train
+import alignment.training.trainers as trainers
 from alignment.training.trainers import Packing
 from tests.distributed import bare
 from tests.training import tiny
@@ -24,13 +25,14 @@ from tests.training import tiny
 
 def main(folder: Path) -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    train.consolidate = observed(train.consolidate)
+    train.consolidate, trainers.trial = observed(train.consolidate), watched(trainers.trial)
     for case in json.loads((folder / "plan.json").read_text()):
         lora = tiny.LORA if case["settings"].pop("lora", False) else None
+        start = case["settings"].pop("start", "start")
         kind, padded = case["kind"], case["engine"].pop("padded", False)
         settings = getattr(tiny, "sft" if kind in bare.KINDS else kind)(lora=lora, **case["settings"])
         setup = tiny.engine(case["strategy"], **case["engine"])
-        inputs = {"model": folder / "start", "data": folder / kind}
+        inputs = {"model": folder / start, "data": folder / kind}
         context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size)
         context.shared = None if padded else folder  # what others computed packed is not read
         train.Packing = partial(Packing, on=not padded)
@@ -55,6 +57,18 @@ def observed(consolidate: Any) -> Any:
         seen.update(parameters=len(held), empty_parameters=held.count(0))
         seen.update(distributed_type=str(trainer.accelerator.distributed_type))
         consolidate(trainer, *arguments)
+
+    return wrapped
+
+
+def watched(trial: Any) -> Any:
+    """Note how many parameters the engine still holds gathered after the trial, whatever came of it."""
+
+    def wrapped(model: Any, *arguments: Any) -> Any:
+        found = trial(model, *arguments)
+        active = [getattr(parameter, "ds_active_sub_modules", ()) for parameter in model.parameters()]
+        seen.update(active_after_trial=sum(map(bool, active)))
+        return found
 
     return wrapped
 

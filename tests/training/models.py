@@ -61,9 +61,9 @@ def make(architecture: str, settings: dict[str, Any], scale: float = 8.0) -> Any
     return model
 
 
-def make_classifier(pad: int = 0) -> Any:
+def make_classifier(pad: int = 0, **settings: Any) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **{**SMALL, "pad_token_id": pad}, num_labels=1)
+    config = AutoConfig.for_model("llama", **{**SMALL, **settings, "pad_token_id": pad}, num_labels=1)
     return AutoModelForSequenceClassification.from_config(config)
 
 

@@ -13,14 +13,15 @@ from torch.nn.attention.flex_attention import flex_attention
 from alignment.training import attention
 from alignment.training.attention import (
     PACKED,
+    Call,
     NotPackable,
     Scores,
     _by_segment,
     _flex_kernel,
+    calls_seen,
     cuda_backend,
     packed_attention,
     unpadded,
-    windows_seen,
 )
 from alignment.training.packing import Layout, Segment
 
@@ -249,14 +250,24 @@ def test_what_a_pack_does_not_give_is_refused(asked: dict[str, Any], said: str) 
         packed_attention(None, *inputs((4, 4), torch.float32), None, **named)
 
 
-def test_windows_are_those_of_the_calls_made_meanwhile() -> None:
+def test_calls_are_those_made_meanwhile() -> None:
     given, layout = inputs((4, 4), torch.float32), Layout(SEGMENTS)
     packed_attention(None, *given, None, layout=layout, sliding_window=9)
-    with windows_seen() as windows:
+    with calls_seen() as seen:
         for window in (None, 3):
             packed_attention(None, *given, None, layout=layout, sliding_window=window)
     packed_attention(None, *given, None, layout=layout, sliding_window=9)
-    assert windows == [None, 3]
+    assert seen.calls == [Call(None, "cpu"), Call(3, "cpu")] and not seen.errors
+
+
+def test_meanwhile_a_call_that_fails_is_noted_and_answered_by_zeros() -> None:
+    query, key, value = inputs((4, 2), torch.float32)
+    with calls_seen() as seen:
+        answer, _ = packed_attention(None, query, key, value[..., :5], None, layout=None)
+    assert answer.shape == (1, TOKENS, 4, 5) and not answer.any()
+    assert [type(error) for error in seen.errors] == [NotPackable] and not seen.calls
+    with pytest.raises(NotPackable):
+        packed_attention(None, query, key, value, None, layout=None)
 
 
 def test_transformers_knows_the_function_by_its_name() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from alignment.training.trainers import Packing
 from tests.training import models, trainers
-from tests.training.test_shared_prefix import UNPACKABLE
+from tests.training.test_trial import ROTARY, UNPACKABLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,3 +35,51 @@ def test_losses_of_a_reward_model_are_those_of_stock_trl(tmp_path: Path, tiny_mo
     assert len(ours) == len(stock) == 20 and abs(ours[0] - ours[-1]) > 0.05, "it learns"
     assert ours == pytest.approx(stock, abs=1e-4)
     assert said[0].startswith("records are packed without padding")
+
+
+PADDED = "rows are padded, not packed: "
+
+
+def test_what_is_compiled_for_packs_is_not_for_padded_rows(tmp_path: Path, tiny_model: Path) -> None:
+    architecture, settings, reason = UNPACKABLE["gpt_oss"]
+    said: list[str] = []
+    packing = Packing(compile=True)
+    trainer = trainers.ours(
+        "sft", models.make(architecture, settings), tmp_path, tiny_model, steps=1, packing=packing, say=said.append
+    )
+    trainers.losses(trainer)
+    assert said == [PADDED + reason, "engine.compile is ignored: only packs are compiled for"]
+    assert trainer.packing == Packing(on=False)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+def test_the_longest_row_decides_about_rotary_frequencies(kind: str, tmp_path: Path, tiny_model: Path) -> None:
+    """A row of a pair, not the pair."""
+    rows = {
+        "sft": lambda row: [row["input_ids"]],
+        "dpo": lambda row: [row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")],
+        "reward": lambda row: [row["chosen_ids"], row["rejected_ids"]],
+    }[kind]
+    longest = max(len(one) for row in trainers.ROWS[kind]() for one in rows(row))
+    architecture, settings, _ = ROTARY["dynamic"]
+    for window in (longest - 1, longest):
+        settings = {**settings, "max_position_embeddings": window}
+        model = (
+            models.make_classifier(**{k: v for k, v in settings.items() if k != "pad_token_id"})
+            if kind == "reward"
+            else models.make(architecture, settings)
+        )
+        said: list[str] = []
+        trainers.losses(trainers.ours(kind, model, tmp_path / str(window), tiny_model, steps=1, say=said.append))
+        assert said[0].startswith(PADDED + "its rotary") == (window < longest), said
+
+
+def test_where_one_process_cannot_pack_nobody_attends_to_packs(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one can, and must be left as it was: padded rows come without a layout."""
+    monkeypatch.setattr("alignment.training.trainers.gathered", lambda trainer, mine: [mine, "out of memory"])
+    said: list[str] = []
+    trainer = trainers.ours("sft", models.make(*models.PACKABLE["llama"]), tmp_path, tiny_model, 1, say=said.append)
+    trainers.losses(trainer)
+    assert said == [PADDED + "out of memory"]

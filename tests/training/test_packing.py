@@ -190,7 +190,7 @@ def test_what_kernels_on_a_gpu_want_travels_with_the_pack(monkeypatch: pytest.Mo
     made = pack(*padded([(5, 6, 7, 8), (5, 6, 9)]), branches=2)
     there = made.pin_memory().to(META)
     assert (
-        len(pinned) == 6 + len(Indices._fields) and there.ids.device == there.layout.indices(META).seen.device == META
+        len(pinned) == 7 + len(Indices._fields) and there.ids.device == there.layout.indices(META).seen.device == META
     )
     monkeypatch.setattr(Tensor, "to", None)  # a copy now would fail
     assert there.layout.lengths(META) == there.layout.indices(META)[:3]

@@ -1,19 +1,16 @@
-"""Packs of many architectures against their padded rows: the same log-probs, the same gradients, no leak; and models
-that cannot be packed, which are computed padded."""
+"""Packs of many architectures against their padded rows: the same log-probs, the same gradients, no leak."""
 
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from alignment.training import shared_prefix
 from alignment.training.attention import PACKED
 from alignment.training.packing import Layout, Segment
-from alignment.training.shared_prefix import differs, install, refusal
+from alignment.training.shared_prefix import HeadScaling, compile_layers, decoder_layers, install
 from tests.training import models
 
 ARCHITECTURES = pytest.mark.parametrize("name", list(models.PACKABLE))
@@ -195,108 +192,84 @@ def test_a_classifier_gives_what_padded_rows_give(share: bool) -> None:
     assert models.apart(got, wanted) <= 1e-4
 
 
-# --- what the trial finds ---------------------------------------------------------------------------------------------
+# --- the head's scale -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("branches", [1, 2])
-@ARCHITECTURES
-def test_the_trial_finds_nothing_wrong_with_models_that_pack(name: str, branches: int) -> None:
-    model = models.packing_model(name)
-    assert refusal(model.config) is None
-    assert differs(model, model, branches, torch.float32) is None
-    assert model.config._attn_implementation == PACKED
-
-
-@pytest.mark.parametrize("pad", [0, 5, 259])
-def test_the_trial_finds_nothing_wrong_with_a_classifier(pad: int) -> None:
-    """Padded, it finds the end of a row by the padding token: the trial's rows must be filled with that."""
-    model = models.make_classifier(pad)
-    install(model)
-    assert differs(model, model, 2, torch.float32) is None
-
-
-UNPACKABLE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mamba": ("mamba", {
-        "vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4,
-    }, "layers are of a kind that packs do not know"),
-    "jamba": ("jamba", {
-        **models.SMALL, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
-        "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4,
-    }, "layers are of a kind that packs do not know"),
-    "bloom": ("bloom", {"vocab_size": 260, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "packed it answers"),
-    "gpt_neo": ("gpt_neo", {
-        "vocab_size": 260, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 7,
-        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128, "bos_token_id": 1,
-        "eos_token_id": 1,
-    }, "packed it answers"),
-    "gpt_oss": ("gpt_oss", {
-        **models.SMALL, "head_dim": 8, "sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2,
-    }, "its attention uses s_aux"),
-    "stablelm": ("stablelm", models.SMALL, "does not hand the layout of a pack to its attention"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", list(UNPACKABLE))
-def test_models_that_do_not_pack_say_why_in_one_line_and_go_on_as_before(name: str) -> None:
-    """Layers with a state (Mamba, Jamba), attention outside transformers' table (Bloom, GPT-Neo), sinks (gpt-oss), a
-    layer that keeps keyword arguments to itself (StableLM)."""
-    architecture, settings, said = UNPACKABLE[name]
-    model, batch = models.ready(models.make(architecture, settings)), models.rows(2)
-    attention = model.config._attn_implementation
+@pytest.mark.parametrize("name", ["cohere", "granite", "hyperclovax", "gemma2"])
+def test_log_probs_are_those_of_the_models_own_logits(name: str) -> None:
+    """Of the model as transformers ships it, which knows nothing of TRL's head."""
+    model, batch = models.packing_model(name), models.rows(1)
     with torch.no_grad():
-        before = model(**batch, use_cache=False, fused_lm_head=True).log_probs
-    reasons = refusal(model.config), differs(model, model, 2, torch.float32)
-    found = reasons[0] or reasons[1]
-    assert found and said in found and "\n" not in found and reasons[1]
-    assert model.config._attn_implementation == attention
-    with torch.no_grad():
-        assert torch.equal(model(**batch, use_cache=False, fused_lm_head=True).log_probs, before)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        model.set_attn_implementation(PACKED)
+        got = model(pack=models.packed(batch, 1)).log_probs
+    labels = batch["labels"][:, 1:]
+    wanted = torch.log_softmax(logits[:, :-1], -1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(got, wanted.masked_fill(labels == -100, 0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    "fields",
     [
-        (
-            SimpleNamespace(layer_types=["full_attention", "linear_attention"]),
-            "its linear_attention layers are of a kind",
-        ),
-        (SimpleNamespace(layer_types=["sliding_attention", "conv"]), "its conv layers are of a kind"),
-        (SimpleNamespace(is_encoder_decoder=True), "it is an encoder-decoder"),
-        (SimpleNamespace(attention_chunk_size=8), "its attention is cut into chunks"),
-        (SimpleNamespace(layer_types=["full_attention", "sliding_attention"], attention_chunk_size=None), None),
+        {}, {"logit_scale": 0.25}, {"logit_scale": 0.0}, {"logit_scale": None, "output_multiplier": 3.0},
+        {"lm_head_multiplier": 0.5}, {"output_multiplier": 2.0, "lm_head_multiplier": 0.5}, {"logits_scaling": 4.0},
+        {"logit_scale": 0.5, "logits_scaling": 4.0}, {"model_type": "hyperclovax", "logits_scaling": 4.0},
+        {"logit_scale": 2.0, "final_logit_softcapping": 30.0},
     ],
-)
-def test_configurations_of_models_that_never_pack_are_known(config: Any, said: str | None) -> None:
-    config.get_text_config = lambda: config
-    reason = refusal(config)
-    assert reason is None if said is None else said in str(reason)
+    ids=str,
+)  # fmt: skip
+def test_scale_and_cap_are_those_that_trl_hands_to_its_kernel(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl.trainer.utils as trl_utils
+
+    class Asked(Exception):
+        pass
+
+    def kernel(*given: Any) -> Any:
+        raise Asked(*given[6:8])
+
+    model, batch = models.make(*models.PACKABLE["llama"]), models.rows(1)
+    for field, value in fields.items():
+        (setattr if field != "model_type" else object.__setattr__)(model.config, field, value)
+    trl_utils.add_fused_lm_head(model)
+    monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", kernel)
+    with pytest.raises(Asked) as asked:
+        model(**batch, fused_lm_head=True)
+    ours = HeadScaling.of(model.config)
+    assert (ours.softcap, ours.factor) == asked.value.args
 
 
-def test_a_window_that_does_not_reach_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4096 tokens: the trial's rows are too short to show it; the calls do."""
-    import transformers.models.mistral.modeling_mistral as mistral
-
-    architecture, settings = models.PACKABLE["mistral"]
-    wide = {**settings, "sliding_window": 4096}
-    whole = models.ready(models.make(architecture, wide))
-    assert differs(whole, whole, 2, torch.float32) is None
-    stock = mistral.MistralAttention.forward
-
-    def deaf(self: Any, *given: Any, **named: Any) -> Any:
-        kept, self.config.sliding_window = self.config.sliding_window, None
-        try:
-            return stock(self, *given, **named)
-        finally:
-            self.config.sliding_window = kept
-
-    monkeypatch.setattr(mistral.MistralAttention, "forward", deaf)
-    model = models.ready(models.make(architecture, wide))
-    attention = model.config._attn_implementation
-    assert differs(model, model, 2, torch.float32) == "its sliding window of 4096 tokens does not reach its attention"
-    assert model.config._attn_implementation == attention
+# --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def test_layers_that_attend_elsewhere_are_noticed() -> None:
-    config = SimpleNamespace(num_hidden_layers=3, sliding_window=None)
-    assert shared_prefix._overlooked([None, None], config) == ("2 of its 3 layers attend through transformers' table")
-    assert shared_prefix._overlooked([None] * 3, config) is None
+@ARCHITECTURES
+def test_the_layers_are_found_by_what_they_are(name: str) -> None:
+    model = models.make(*models.PACKABLE[name])
+    layers = decoder_layers(model)
+    assert len(layers) == model.config.num_hidden_layers and len({type(layer) for layer in layers}) == 1
+    assert [part for part in model.modules() if part in layers] == layers, "in their order"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_are_compiled_also_under_checkpointing(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's front end alone: what it makes of a layer is run as it stands."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, given: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    stock = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **how: stock(call, **how, backend=backend))
+    torch._dynamo.reset()
+    model, pack = models.packing_model("llama"), models.packed(models.rows(2), 2, bucket=64)
+    model.set_attn_implementation(PACKED)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wanted = models.gradients(model, models.weighted(model(pack=pack).log_probs))
+    assert compile_layers(model) == 2
+    got = models.gradients(model, models.weighted(model(pack=pack).log_probs))
+    torch._dynamo.reset()
+    assert graphs and models.apart(got, wanted) <= 1e-6
