@@ -43,6 +43,13 @@ def _on_read_tokens(module: Any, read: list[Tensor | None]) -> Any:
         if read[0] is None:
             return stock(hidden, *args, **kwargs)
         some = stock(hidden.index_select(1, read[0]), *args, **kwargs)
-        return some.new_zeros(*hidden.shape[:2], some.shape[-1]).index_copy(1, read[0], some)
+        if isinstance(some, tuple):  # experts tell of their routing, too, which is used for no loss here
+            return _among(some[0], read[0], hidden), *some[1:]
+        return _among(some, read[0], hidden)
 
     return forward
+
+
+def _among(some: Tensor, places: Tensor, hidden: Tensor) -> Tensor:
+    """some: [1, K, size] -> [1, N, size] as `hidden` has it, 0 elsewhere; gradients flow back."""
+    return some.new_zeros(*hidden.shape[:2], some.shape[-1]).index_copy(1, places, some)

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 import transformers
 import trl
-import trl.trainer.dpo_trainer as dpo_module
-import trl.trainer.utils as trl_utils
 from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -34,6 +32,7 @@ from alignment.training.packing import BUCKET, IGNORED, pack
 from alignment.training.reference_pass import References, gathered
 from alignment.training.shared_prefix import compile_layers, install
 from alignment.training.steps import Steps
+from alignment.training.swapped import labelled_positions_only, nothing_hashed
 from alignment.training.trial import refusal, trial
 
 _Trainer: Any = transformers.Trainer  # after the TRL trainer in the order of bases
@@ -180,7 +179,7 @@ class AlignedTrainer(_Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        with _labelled_positions_only():
+        with labelled_positions_only():
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         loss = loss * self._scale(inputs, num_items_in_batch)
         self._step_loss += loss.detach().double()
@@ -302,7 +301,7 @@ class DPO(_Pairs, trl.DPOTrainer):
 
     def __init__(self, *, references: References, **kwargs: Any) -> None:
         self._references = references
-        with _nothing_hashed():
+        with nothing_hashed():
             super().__init__(**kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
@@ -379,25 +378,3 @@ class Reward(_Pairs, trl.RewardTrainer):
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         return reward_sums(self._output.logits)
-
-
-@contextmanager
-def _labelled_positions_only() -> Iterator[None]:
-    """Let TRL's fused head score trained positions only. On CPU it scores all, prompt and padding included."""
-    stock = trl_utils._use_triton
-    trl_utils._use_triton = lambda device: True
-    try:
-        yield
-    finally:
-        trl_utils._use_triton = stock
-
-
-@contextmanager
-def _nothing_hashed() -> Iterator[None]:
-    """TRL digests all weights to name its cache of reference sums, which is not used."""
-    stock = dpo_module.hash_module
-    dpo_module.hash_module = lambda module: ""
-    try:
-        yield
-    finally:
-        dpo_module.hash_module = stock
