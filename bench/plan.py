@@ -89,17 +89,17 @@ def groups(
     tasks: tuple[str, ...], lengths: tuple[str, ...], arms: tuple[str, ...] | None, ablations: tuple[str, ...],
     size: str, rows: int, steps: int, repeats: int,
 ) -> list[Group]:  # fmt: skip
-    """Groups in the order of what matters most: the last, for which time may not suffice, are sft's and reward's on
-    `equal` lengths. The sweep runs on the first lengths, half the steps, 3 repeats at most.
+    """Groups in the order of what matters most: the last, for which time may not suffice, is reward on `equal` lengths.
+    The sweep runs on the first lengths, half the steps, 3 repeats at most; reward half the steps.
 
-    Never one step only, for DPO's first loss is log 2 whatever the trainer does: there would be nothing to compare.
+    DPO's first loss is log 2 whatever the trainer does: with one step there would be nothing to compare.
 
     ablations: lengths on which ours also runs with each piece off. arms: only these, where they apply.
     """
     made = []
     for task in tasks:
         for shape in lengths[:1] if task == "sweep" else lengths:
-            count = max(2, steps // 2) if task == "sweep" else steps
+            count = {"sweep": max(2, steps // 2), "reward": max(1, steps // 2)}.get(task, steps)
             workload = Workload(task=task, lengths=shape, size=size, rows=rows, steps=count)
             chosen = tuple(
                 name
@@ -108,9 +108,7 @@ def groups(
             )
             if chosen:
                 made.append(Group(workload, chosen, min(repeats, SWEEP_REPEATS) if task == "sweep" else repeats))
-    return sorted(
-        made, key=lambda group: group.workload.lengths == "equal" and group.workload.task in ("sft", "reward")
-    )
+    return sorted(made, key=lambda group: (group.workload.task, group.workload.lengths) == ("reward", "equal"))
 
 
 def micro_batches(rows: int) -> list[int]:

@@ -279,11 +279,11 @@ def test_the_time_left_is_what_the_past_says(monkeypatch: pytest.MonkeyPatch) ->
     assert guessed.left() == pytest.approx(2 * (first + second) * 4)  # 3 repeats and a warm-up
 
 
-def test_arms_with_a_piece_off_repeat_thrice_and_equal_rows_come_last() -> None:
-    made = plan.groups(("sft", "reward"), ("hh", "equal"), None, ("hh",), "tiny", 4, 2, 5)
-    names = [(group.workload.task, group.workload.lengths) for group in made]
-    assert names == [("sft", "hh"), ("reward", "hh"), ("sft", "equal"), ("reward", "equal")]
-    assert [made[0].repeats_of(arm) for arm in ("trl_default", "ours", "ours_no_packing")] == [5, 5, 3]
+def test_arms_with_a_piece_off_repeat_thrice_and_reward_on_equal_rows_comes_last() -> None:
+    made = plan.groups(("sft", "reward"), ("equal", "hh"), None, ("hh",), "tiny", 4, 2, 5)
+    names = [(group.workload.task, group.workload.lengths, group.workload.steps) for group in made]
+    assert names == [("sft", "equal", 2), ("sft", "hh", 2), ("reward", "hh", 1), ("reward", "equal", 1)]
+    assert [made[1].repeats_of(arm) for arm in ("trl_default", "ours", "ours_no_packing")] == [5, 5, 3]
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path, error: BaseException) -> None:

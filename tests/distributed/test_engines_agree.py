@@ -140,7 +140,8 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_losses_metrics_and_weights_equal_those_of_one_process(name: str, together: Path, alone: Any) -> None:
     kind, _, changes, _ = CASES[name]
-    require_equal(alone(kind, changes), together / name, together / changes.get("start", "start"))
+    widths = {"computed_share"} if name.endswith("padded") else set()  # a row is as wide as its neighbours
+    require_equal(alone(kind, changes), together / name, together / changes.get("start", "start"), IGNORED | widths)
 
 
 @pytest.mark.parametrize("name", ["sft_padded", "dpo_padded"])
