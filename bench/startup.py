@@ -28,46 +28,54 @@ def reserved(repeats: int) -> float:
 
 
 def measure(logs: Path, repeats: int, precision: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rows {task, arm, seconds: {median, low, high}}: a new process each time, arms in turn, one untimed round.
+    """Rows {task, arm, seconds: {median, low, high}, imports: the same of their part}: a new process each time, arms in
+    turn, one untimed round.
 
     An arm that fails has `failed`, the reason, in place of seconds.
     """
     rows = []
     for task in TASKS:
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        taken: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
         failed: dict[str, str] = {}
         for repeat in range(min(repeats, REPEATS) + 1):
             for arm in [arm for arm in ARMS if arm not in failed]:
                 try:
-                    taken = launch(logs, arm, task, precision)
+                    one = launch(logs, arm, task, precision)
                 except (RuntimeError, WorkerError) as error:
                     failed[arm] = f"failed: {error}"
                     continue
                 if repeat:  # the first round fills the file cache
-                    seconds[arm].append(taken)
+                    taken[arm].append(one)
         for arm in ARMS:
-            result = {"failed": failed[arm]} if arm in failed else {"seconds": spread(seconds[arm])}
-            rows.append({"task": task, "arm": arm, **result})
+            names = ("imports", "seconds")
+            spreads = {
+                name: spread(list(part)) for name, part in zip(names, zip(*taken[arm], strict=True), strict=False)
+            }
+            rows.append({"task": task, "arm": arm, **({"failed": failed[arm]} if arm in failed else spreads)})
             say(f"  launch to first step, {task}, {arm}: {cell(rows[-1])} s")
     return rows
 
 
-def launch(logs: Path, arm: str, task: str, precision: str) -> float:
-    """Seconds from starting a process to the end of its only step."""
+def launch(logs: Path, arm: str, task: str, precision: str) -> tuple[float, float]:
+    """Seconds from starting a process to the end of its imports (PyTorch, transformers, TRL), and to that of its only
+    step."""
     workload = Workload(task=task, lengths="hh", size="tiny", rows=4, steps=1)
     began = time.monotonic()
     with Pool(logs) as pool:
+        pool.ask(arm, {"kind": "hello"})
+        imported = time.monotonic() - began
         answer = pool.ask(arm, order(workload, OPTIONS, precision))
-        taken = time.monotonic() - began
+        ended = time.monotonic() - began
     if "seconds" not in answer:
         raise RuntimeError(str(answer.get("error") or answer.get("unavailable")))
-    return taken
+    return imported, ended
 
 
 def cell(row: dict[str, Any]) -> str:
     if "failed" in row:
         return str(row["failed"])
-    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["seconds"])
+    imports = row["imports"]["median"]
+    return "{median:.2f} ({low:.2f} to {high:.2f}), {0:.2f} of it imports".format(imports, **row["seconds"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

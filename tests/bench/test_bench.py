@@ -318,15 +318,16 @@ def test_what_was_measured_before_an_interruption_or_an_error_is_written(
 def test_an_arm_that_cannot_start_leaves_the_others_their_start_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def launch(logs: Path, arm: str, task: str, precision: str) -> float:
+    def launch(logs: Path, arm: str, task: str, precision: str) -> tuple[float, float]:
         if arm == "ours":
             raise RuntimeError("no memory")
-        return 6.0
+        return 4.0, 6.0
 
     monkeypatch.setattr(startup, "launch", launch)
     rows = startup.measure(tmp_path, 5, "fp32", lambda words: None)
     assert startup.table(rows).splitlines()[2] == (
-        "| sft | 6.00 (6.00 to 6.00) | 6.00 (6.00 to 6.00) | failed: no memory |"
+        "| sft | 6.00 (6.00 to 6.00), 4.00 of it imports | 6.00 (6.00 to 6.00), 4.00 of it imports "
+        "| failed: no memory |"
     )
     assert run.exit_code({"groups": [], "not_measured": [], "startup": rows}) == 1
 
@@ -397,10 +398,10 @@ def test_the_driver_measures_trl_and_ours_and_their_losses_agree(tmp_path: Path)
 
 def test_start_up_is_a_table_of_medians() -> None:
     rows = [
-        {"task": task, "arm": arm, "seconds": {"median": 6.0 + n, "low": 5.5, "high": 9.0}}
+        {"task": task, "arm": arm, "seconds": {"median": 6.0 + n, "low": 5.5, "high": 9.0}, "imports": {"median": 4.0}}
         for task in startup.TASKS
         for n, arm in enumerate(startup.ARMS)
     ]
     lines = startup.table(rows).splitlines()
     assert lines[0] == "| task | trl_default | trl_tuned | ours |"
-    assert lines[2].startswith("| sft | 6.00 (5.50 to 9.00) | 7.00 (") and len(lines) == 4
+    assert lines[2].startswith("| sft | 6.00 (5.50 to 9.00), 4.00 of it imports | 7.00 (") and len(lines) == 4
