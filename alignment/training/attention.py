@@ -36,6 +36,7 @@ WORDS = {
     "flex": "flex_attention",
 }
 HALF = (torch.bfloat16, torch.float16)
+MOST_MASKED = 2048 * 2048  # numbers of a mask that is made to leave queries out
 
 
 class NotPackable(Exception):
@@ -169,17 +170,17 @@ def _by_segment(query: Tensor, key: Tensor, value: Tensor, layout: Layout, score
     """Cut once, for the backward pass of a cut is one cat, that of many slices fills many tensors with zeros."""
     sizes, spans = layout.pieces
     keys, values = key.split(sizes, 2), value.split(sizes, 2)
-    unread = [segment.unread(scores.narrow) for segment in layout.segments]
-    bounds = [(skip, s.end - s.start - skip) for s, skip in zip(layout.segments, unread, strict=True)]
+    skipped = [_left_out(segment, scores) for segment in layout.segments]
+    bounds = [(skip, s.end - s.start - skip) for s, skip in zip(layout.segments, skipped, strict=True)]
     queries = query.split([size for pair in bounds for size in pair], 2)
     out = []
-    for number, (segment, (prefix, own)) in enumerate(zip(layout.segments, spans, strict=True)):
-        if unread[number]:
-            out.append(value.new_zeros(*query.shape[:2], unread[number], value.shape[3]))
+    for number, (prefix, own) in enumerate(spans):
+        if skipped[number]:
+            out.append(value.new_zeros(*query.shape[:2], skipped[number], value.shape[3]))
         q = queries[2 * number + 1]
         if q.shape[2]:
             k, v = (_joined(parts[prefix] + parts[own]) for parts in (keys, values))
-            out.append(_segment(q, k, v, layout, number, segment, scores))
+            out.append(_segment(q, k, v, layout, number, skipped[number], scores))
     return torch.cat(out, 2).transpose(1, 2)
 
 
@@ -187,12 +188,26 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _segment(q: Tensor, k: Tensor, v: Tensor, layout: Layout, number: int, segment: Segment, scores: Scores) -> Tensor:
-    window = scores.window if scores.window is not None and scores.window < segment.keys else None
+def _left_out(segment: Segment, scores: Scores) -> int:
+    """Queries at a segment's beginning that are not computed. Without them the kernel's own causal mask will not do, so
+    a segment that needs no other keeps them, unless they are many; and a mask is no larger than MOST_MASKED."""
+    skip = segment.unread if scores.narrow else 0
+    left = segment.end - segment.start - skip
+    if not left or segment.prefix or scores.softcap is not None or _window(segment, scores) is not None:
+        return skip
+    return skip if 3 * skip >= segment.keys and left * segment.keys <= MOST_MASKED else 0
+
+
+def _window(segment: Segment, scores: Scores) -> int | None:
+    return scores.window if scores.window is not None and scores.window < segment.keys else None
+
+
+def _segment(q: Tensor, k: Tensor, v: Tensor, layout: Layout, number: int, skip: int, scores: Scores) -> Tensor:
+    window = _window(layout.segments[number], scores)
     if scores.softcap is not None:
-        return _capped(q, k, v, layout.mask(number, window, q, scores.narrow), scores)
+        return _capped(q, k, v, layout.mask(number, window, q, skip), scores)
     square = q.shape[2] == k.shape[2] and window is None  # the kernel's own causal mask will do
-    mask = None if square else layout.mask(number, window, q, scores.narrow)
+    mask = None if square else layout.mask(number, window, q, skip)
     grouped = k.shape[1] != q.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=square, scale=scores.scale, enable_gqa=grouped

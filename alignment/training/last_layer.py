@@ -17,37 +17,45 @@ from torch import Tensor
 ON_READ_TOKENS = ("self_attn.q_proj", "self_attn.o_proj", "mlp")  # where a layer has modules of these names
 
 
+class _Read:
+    """places: [K], of the pack that the layer is called with; None: all, as for padded rows."""
+
+    places: Tensor | None = None
+
+
 def narrow(layer: torch.nn.Module) -> None:
-    """Teach a decoder's last layer to take `read` from its forward's arguments, [K] places in the pack.
+    """Teach a decoder's last layer to heed `layout.read` where its forward is given a layout.
 
-    A layer that has none of these modules, or is not given the argument, computes all as before.
+    A layer that has none of these modules, or is not given the layout, computes all as before.
     """
-    read: list[Tensor | None] = [None]
+    read = _Read()
 
+    @torch.compiler.disable  # how many are read differs from pack to pack: a compiler must not look
     def remember(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # also when checkpointing calls the layer anew
-        read[0] = kwargs.get("read")
-        return None if read[0] is None else (args, {**kwargs, "narrow": True})
+        read.places = getattr(kwargs.get("layout"), "read", None)
+        return None if read.places is None else (args, {**kwargs, "narrow": True})
 
     layer.register_forward_pre_hook(remember, with_kwargs=True)
     for name, module in layer.named_modules():
         if name in ON_READ_TOKENS:
-            module.forward = types.MethodType(_on_read_tokens(module, read), module)
+            _on_read_tokens(module, read)
 
 
-def _on_read_tokens(module: Any, read: list[Tensor | None]) -> Any:
-    stock = module.forward
+def _on_read_tokens(module: Any, read: _Read) -> None:
+    module.whole_forward = module.forward  # a copy of the model takes it along, as its own
 
     @functools.wraps(type(module).forward)
-    @torch.compiler.disable  # how many are read differs from pack to pack
-    def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if read[0] is None:
-            return stock(hidden, *args, **kwargs)
-        some = stock(hidden.index_select(1, read[0]), *args, **kwargs)
+    @torch.compiler.disable
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if read.places is None or not args:
+            return self.whole_forward(*args, **kwargs)
+        hidden = args[0]
+        some = self.whole_forward(hidden.index_select(1, read.places), *args[1:], **kwargs)
         if isinstance(some, tuple):  # experts tell of their routing, too, which is used for no loss here
-            return _among(some[0], read[0], hidden), *some[1:]
-        return _among(some, read[0], hidden)
+            return _among(some[0], read.places, hidden), *some[1:]
+        return _among(some, read.places, hidden)
 
-    return forward
+    module.forward = types.MethodType(forward, module)
 
 
 def _among(some: Tensor, places: Tensor, hidden: Tensor) -> Tensor:

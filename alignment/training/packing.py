@@ -44,16 +44,18 @@ class Segment:
     def keys(self) -> int:
         return self.prefix + self.end - self.start
 
-    def unread(self, narrow: bool) -> int:
-        """Queries at its beginning that are left out."""
-        return self.first - self.start if narrow and self.first >= 0 else 0
+    @property
+    def unread(self) -> int:
+        """Queries at its beginning of which no answer is made."""
+        return self.first - self.start if self.first >= 0 else 0
 
-    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device, narrow: bool = False) -> Tensor:
+    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device, skip: int = 0) -> Tensor:
         """[queries, keys], added to the scores: 0 where a query sees a key, -inf elsewhere.
 
         window: a query sees itself and the window - 1 tokens before it (Mistral, Gemma), or all before it if None.
+        skip: so many queries at the beginning are left out.
         """
-        query = torch.arange(self.prefix + self.unread(narrow), self.keys, device=device)[:, None]
+        query = torch.arange(self.prefix + skip, self.keys, device=device)[:, None]
         distance = query - torch.arange(self.keys, device=device)[None]
         seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
@@ -89,9 +91,11 @@ class Indices(NamedTuple):
 class Layout:
     """Which token sees which: the segments of a pack, and what kernels want of them, made when first asked for."""
 
-    def __init__(self, segments: Sequence[Segment], indices: Indices | None = None):
-        """indices: those of a pack on its way to a GPU; a CPU's kernel wants none."""
+    def __init__(self, segments: Sequence[Segment], read: Tensor | None = None, indices: Indices | None = None):
+        """read: [K], the places, each once, of which answers are made; None: any. indices: those of a pack on its way
+        to a GPU; a CPU's kernel wants none."""
         self.segments = list(segments)
+        self.read = read
         self._indices = indices
         self._made: dict[Any, Any] = {}
 
@@ -104,11 +108,13 @@ class Layout:
     def to(self, device: torch.device) -> Layout:
         if device.type == "cpu":
             return self
-        return Layout(self.segments, (self._indices or Indices.of(self.segments)).to(device))
+        read = None if self.read is None else self.read.to(device, non_blocking=True)
+        return Layout(self.segments, read, (self._indices or Indices.of(self.segments)).to(device))
 
     def pin_memory(self) -> Layout:
         """Where rows are collated: copies from other memory would stop the inner loop at the first layer."""
-        return Layout(self.segments, Indices._make(part.pin_memory() for part in Indices.of(self.segments)))
+        read = None if self.read is None else self.read.pin_memory()
+        return Layout(self.segments, read, Indices._make(part.pin_memory() for part in Indices.of(self.segments)))
 
     def made(self, name: Any, make: Callable[[], Any]) -> Any:
         """What `make` makes, once a pack and not once a layer."""
@@ -136,10 +142,10 @@ class Layout:
         spans = [(slice(at[p0], at[p1]), slice(at[start], at[end])) for start, end, p0, p1 in ends]
         return [after - before for before, after in pairwise(cuts)], spans
 
-    def mask(self, number: int, window: int | None, like: Tensor, narrow: bool = False) -> Tensor:
+    def mask(self, number: int, window: int | None, like: Tensor, skip: int = 0) -> Tensor:
         """The additive mask of a segment."""
-        name = (number, window, like.dtype, like.device, narrow)
-        return self.made(name, lambda: self.segments[number].mask(window, like.dtype, like.device, narrow))
+        name = (number, window, like.dtype, like.device, skip)
+        return self.made(name, lambda: self.segments[number].mask(window, like.dtype, like.device, skip))
 
     def lengths(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """What variable-length kernels want: firsts of queries and of keys [segments + 1], int32, and which token of
@@ -170,7 +176,6 @@ class Pack:
 
     ids, positions: [1, N]. scored: [M], the token of the pack whose hidden state predicts targets [M]; cells: [M], the
     place of each in the padded answer [R, W - 1], flattened. last: [R], the pack's place of each row's last token.
-    read: [K], the places, each once, of which an answer is made: those of scored and last.
     """
 
     ids: Tensor
@@ -179,7 +184,6 @@ class Pack:
     targets: Tensor
     cells: Tensor
     last: Tensor
-    read: Tensor
     shape: tuple[int, int]
     layout: Layout = field(repr=False)
 
@@ -194,7 +198,7 @@ class Pack:
         return self._moved(Tensor.pin_memory, self.layout.pin_memory())
 
     def _moved(self, move: Callable[[Tensor], Tensor], layout: Layout) -> Pack:
-        names = ("ids", "positions", "scored", "targets", "cells", "last", "read")
+        names = ("ids", "positions", "scored", "targets", "cells", "last")
         moved: dict[str, Any] = {name: move(getattr(self, name)) for name in names}
         return replace(self, layout=layout, **moved)
 
@@ -247,9 +251,8 @@ def pack(
         targets=labels[:, 1:].flatten()[cells],
         cells=cells,
         last=last,
-        read=read,
         shape=(rows, width - 1),
-        layout=Layout(_first_reads(segments, read)),
+        layout=Layout(_first_reads(segments, read), read),
     )
 
 

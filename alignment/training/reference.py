@@ -127,8 +127,9 @@ class ReferenceStore:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def segments(self, warn: Callable[[str], None]) -> list[str]:
-        """Names of the whole segments. Reads and hashes every file: for one process, which tells the others.
+    def segments(self, warn: Callable[[str], None], known: Sequence[str] = ()) -> list[str]:
+        """Names of the whole segments. Reads and hashes every file but those known: for one process, which tells the
+        others.
 
         A file that is not what its name says is moved aside, its rows are missing from now on, and `warn` gets a line.
         What writers that died have left is removed.
@@ -137,7 +138,7 @@ class ReferenceStore:
         names = []
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
-                trouble = _trouble(path)
+                trouble = None if path.name in known else _trouble(path)
                 if trouble is None:
                     names.append(path.name)
                     continue

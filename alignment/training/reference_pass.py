@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from alignment.errors import TrainingError
+from alignment.files import near
 from alignment.training.reference import ReferenceStore, computing, row_digests
 
 BLOCK = 1024  # pairs whose log-probs are stored together: what a killed pass loses at most
@@ -43,6 +44,11 @@ class References:
         self._digests: np.ndarray | None = None
         self.computed = 0  # pairs that this run had to compute
 
+    @property
+    def where(self) -> str | None:
+        """The folder that keeps them, for errors."""
+        return None if self.store is None else near(self.store.folder)
+
     def spread(self, numbers: Sequence[int], labels: Tensor) -> Tensor:
         """[2 pairs, width - 1]: log-probs of these pairs' labelled tokens, 0 elsewhere. labels: [2 pairs, width]."""
         scored = labels[:, 1:] != -100
@@ -51,7 +57,7 @@ class References:
         for number, row, chosen, rejected in zip(numbers, rows, counts[:pairs], counts[pairs:], strict=True):
             if len(row) != chosen + rejected:
                 what = f"pair {number} has {chosen + rejected} tokens to score, {len(row)} reference log-probs are kept"
-                raise TrainingError(what, where=str(self.store and self.store.folder), fix="delete that folder")
+                raise TrainingError(what, where=self.where, fix="delete that folder")
         flat = [row[:count] for row, count in zip(rows, counts[:pairs], strict=True)]
         flat += [row[count:] for row, count in zip(rows, counts[:pairs], strict=True)]
         values = torch.from_numpy(np.concatenate(flat))  # a copy: the store's are views of its files
@@ -70,15 +76,23 @@ class References:
             self._compute(trainer, needed)
             return
         store, self._digests = self.store, row_digests(trainer.train_dataset)
-        waiting = "another run computes this reference's log-probs: waiting for it"
-        with computing(store, lambda: trainer.say(waiting), ask=lambda take: _agreed(trainer, take)):
-            names = _agreed(trainer, lambda: store.segments(self._warn))  # others may add some meanwhile
-            store.open(names)
-            missing = needed[store.missing(self._digests[needed])]
-            if len(missing):
-                store.open([*names, *self._compute(trainer, missing)])
+        names, missing = self._look(trainer, needed, [])
+        if len(missing):
+            waiting = "another run computes this reference's log-probs: waiting for it"
+            with computing(store, lambda: trainer.say(waiting), ask=lambda take: _agreed(trainer, take)):
+                names, missing = self._look(trainer, needed, names)  # what others have added meanwhile
+                if len(missing):
+                    store.open([*names, *self._compute(trainer, missing)])
         found = f"{len(needed) - len(missing)} of {len(needed)} pairs were in the store, {len(missing)} were computed"
         trainer.say(f"reference log-probs: {found}")
+
+    def _look(self, trainer: Any, needed: np.ndarray, known: Sequence[str]) -> tuple[list[str], np.ndarray]:
+        """Open what is there: names of the segments, of which those known are not hashed again; and what is missing."""
+        assert self.store is not None and self._digests is not None
+        store = self.store
+        names = _agreed(trainer, lambda: store.segments(self._warn, known))
+        store.open(names)
+        return names, needed[store.missing(self._digests[needed])]
 
     def _compute(self, trainer: Any, rows: np.ndarray) -> list[str]:
         """Returns the names of the segments that the processes wrote."""

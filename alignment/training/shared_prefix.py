@@ -30,12 +30,13 @@ MOST_SHAPES = 64  # of packs that are compiled for; those beyond run uncompiled
 
 def install(model: Any) -> None:
     """Teach a transformers model (not its PEFT or engine wrapper) to compute packs. Padded calls go on as before."""
-    stock, classifies = model.forward, hasattr(model, "score")
+    classifies = hasattr(model, "score")
+    model.padded_forward = model.forward  # a copy of the model takes it along, as its own
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, pack: Pack | None = None, **kwargs: Any) -> Any:
         if pack is None:
-            return stock(*args, **kwargs)
+            return self.padded_forward(*args, **kwargs)
         return _classify(self, pack) if classifies else _score(self, pack, kwargs.get("measure", True))
 
     model.forward = types.MethodType(forward, model)
@@ -51,7 +52,6 @@ def _hidden(model: Any, pack: Pack) -> Tensor:
         position_ids=pack.positions,
         use_cache=False,
         layout=pack.layout,
-        read=pack.read,
     )
     return output.last_hidden_state[0]
 

@@ -366,7 +366,8 @@ class DPO(_Pairs, trl.DPOTrainer):
             raise TrainingError(
                 f"the reference is not the start model: before the first update their log-probs are "
                 f"{apart / tokens:.2g} nats a token apart, rounding explains {allowed:.0e}",
-                fix="start DPO from the model that is its reference",
+                where=self._references.where,
+                fix="delete that folder, and if it happens again look at the model: it answers one row unlike the next",
             )
 
 

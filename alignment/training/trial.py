@@ -71,12 +71,15 @@ class Trial(NamedTuple):
     attention: str
 
 
-def trial_rows(vocabulary: int, device: torch.device, branches: int, pad: int = 0) -> tuple[dict[str, Tensor], Pack]:
+def trial_rows(
+    vocabulary: int, device: torch.device, branches: int, pad: int = 0, scored: bool = True
+) -> tuple[dict[str, Tensor], Pack]:
     """A few rows, padded and packed: four rows of unlike length; as two groups, they begin alike.
 
     pad: the token that fills rows up, and is nowhere in them: padded, a classifier finds the ends of its rows by it.
+    scored: some tokens have labels, not all: so the last layer leaves some out, as it does of a prompt.
     """
-    lengths, shared = (23, 11, 17, 14), (9, 5)
+    lengths, shared, unlabelled = (23, 11, 17, 14), (9, 5), 4
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (4, max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
@@ -84,7 +87,8 @@ def trial_rows(vocabulary: int, device: torch.device, branches: int, pad: int = 
         for first, count in enumerate(shared):
             ids[first + 2, :count] = ids[first, :count]
     ids = ids.masked_fill(ids == pad, (pad + 1) % vocabulary).masked_fill(mask == 0, pad)
-    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels = ids.masked_fill((mask == 0) | (ids % 5 == 0), IGNORED)
+    labels[:, : unlabelled if scored else None] = IGNORED
     rows = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {name: value.to(device) for name, value in rows.items()}, pack(ids, mask, labels, branches).to(device)
 
@@ -100,7 +104,7 @@ def trial(model: Any, engine: Any, branches: int, dtype: torch.dtype, device: to
     """
     classifies, text = hasattr(model, "score"), model.config.get_text_config()
     pad = getattr(text, "pad_token_id", None) or 0
-    rows, packed = trial_rows(text.vocab_size, device, branches, pad)
+    rows, packed = trial_rows(text.vocab_size, device, branches, pad, scored=not classifies)
     wider = {
         name: F.pad(value, (0, WIDER), value={"input_ids": pad, "labels": IGNORED}.get(name, 0))
         for name, value in rows.items()

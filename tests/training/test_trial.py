@@ -283,3 +283,22 @@ def test_frequencies_of_each_kind_of_layer_are_looked_at() -> None:
         "sliding_attention": {"rope_type": "default"},
     }
     assert refusal(config, 16) is None and "(longrope)" in str(refusal(config, 17))
+
+
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_the_trials_rows_leave_something_out_of_the_last_layer(branches: int, scored: bool) -> None:
+    """Else its short cut would be tried by the first step."""
+    _, made = trial_module.trial_rows(260, CPU, branches, scored=scored)
+    assert made.layout.read is not None and len(made.layout.read) < made.tokens - 4
+    assert any(segment.unread for segment in made.layout.segments)
+    assert bool(len(made.targets)) == scored
+
+
+def test_a_last_layer_that_cannot_be_cut_short_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MLP that adds a number of each token of the whole call, say."""
+    model = models.packing_model("llama")
+    mlp = model.model.layers[-1].mlp
+    stock = mlp.whole_forward
+    mlp.whole_forward = lambda hidden: stock(hidden) + 0.1 * torch.arange(hidden.shape[1])[None, :, None]
+    assert "packed it answers" in str(tried(model).reason)
