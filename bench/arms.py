@@ -144,6 +144,7 @@ def make_trl(task: str, tuned: bool, pairs: list[dict[str, list[int]]], setting:
         arguments["gradient_checkpointing"] = False
         if task == "dpo":
             arguments["precompute_ref_log_probs"] = True
+            arguments["precompute_ref_batch_size"] = options.get("reference_batch")
         if task == "sft":
             arguments["padding_free"] = options.get("padding_free", False)
         flash = setting.device == "cuda" and setting.precision == "bf16"  # the kernel has no fp32

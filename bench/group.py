@@ -15,7 +15,8 @@ from bench.workloads import LEARNING_RATE, Workload
 
 FEWEST_REPEATS = 3
 HOPELESS = 1.3  # times the best so far: a micro-batch that takes longer ends the search for larger ones
-Options = dict[str, dict[str, Any]]  # dpo | sft | reward -> micro_batch, padding_free
+OPTIONS = ("micro_batch", "padding_free", "reference_batch")  # of TRL tuned; what is not given is TRL's default
+Options = dict[str, dict[str, Any]]  # dpo | sft | reward -> some of OPTIONS
 
 
 @dataclass
@@ -72,7 +73,7 @@ def find_best(session: Session, workload: Workload) -> dict[str, Any]:
                 one["seconds"] = statistics.median(times)
         best = min(contest or tried, key=lambda one: one["seconds"])
         seconds = [{**one, "seconds": one["seconds"] if one["seconds"] < math.inf else None} for one in tried]
-        session.best[key] = {"micro_batch": best["micro_batch"], "padding_free": best["padding_free"], "tried": seconds}
+        session.best[key] = {**{name: best[name] for name in OPTIONS if name in best}, "tried": seconds}
     return session.best[key]
 
 
@@ -81,11 +82,12 @@ def _trials(session: Session, step: Workload) -> list[dict[str, Any]]:
     tried: list[dict[str, Any]] = []
     sizes = micro_batches(step.rows)
     # Untimed, or the first candidate would pay for the first allocations
-    reference = _trial(session, step, {"micro_batch": sizes[0], "padding_free": False}).get("losses")
-    for padding_free in (False, True) if step.task == "sft" else (False,):
-        best = math.inf
-        for size in sizes:
-            options = {"micro_batch": size, "padding_free": padding_free}
+    reference = _trial(session, step, {"micro_batch": sizes[0]}).get("losses")
+
+    def search(candidates: list[dict[str, Any]], best: float = math.inf) -> None:
+        """From small to large, until one is hopeless beside the best."""
+        nonlocal reference
+        for options in candidates:
             answer = _trial(session, step, options)
             reference = reference or answer.get("losses")
             same = loss_difference(answer.get("losses", []), reference or []) <= tolerance(session)
@@ -94,12 +96,20 @@ def _trials(session: Session, step: Workload) -> list[dict[str, Any]]:
             best = min(best, seconds)
             if seconds > HOPELESS * best:
                 break
+
+    for padding_free in (False, True) if step.task == "sft" else (False,):
+        search([{"micro_batch": size, "padding_free": padding_free} for size in sizes])
+    if step.task == "dpo":  # TRL's reference pass takes the micro-batch of training unless told otherwise
+        fastest = min(tried, key=lambda one: one["seconds"])
+        chosen = {name: fastest[name] for name in ("micro_batch", "padding_free")}
+        larger = [size for size in sizes if size > chosen["micro_batch"]][:2]
+        search([{**chosen, "reference_batch": size} for size in larger], fastest["seconds"])
     return tried
 
 
 def _trial(session: Session, step: Workload, options: dict[str, Any]) -> dict[str, Any]:
-    given = {step.task: {name: options[name] for name in ("micro_batch", "padding_free")}}
-    return ask(session, "trl_tuned", order(step, given, session.precision))
+    given = {name: value for name, value in options.items() if name in OPTIONS}
+    return ask(session, "trl_tuned", order(step, {step.task: given}, session.precision))
 
 
 def tolerance(session: Session) -> float:
@@ -115,7 +125,7 @@ def tuned_options(session: Session, group: Group) -> Options:
 def measure(session: Session, number: int, group: Group) -> dict[str, Any]:
     """The group's row of results.json; arms that cannot run or fail are in its `missing`, with the reason."""
     options = tuned_options(session, group) if any(ARMS[arm].tuned for arm in group.arms) else {}
-    chosen = {task: {name: found[name] for name in ("micro_batch", "padding_free")} for task, found in options.items()}
+    chosen = {task: {name: found[name] for name in OPTIONS if name in found} for task, found in options.items()}
     missing: dict[str, str] = {}
     warm = {}
     curves: dict[str, list[float]] = {}

@@ -90,7 +90,7 @@ def groups(
     size: str, rows: int, steps: int, repeats: int,
 ) -> list[Group]:  # fmt: skip
     """Groups in the order of what matters most: the last, for which time may not suffice, is reward on `equal` lengths.
-    The sweep runs on the first lengths, half the steps, 3 repeats at most; reward half the steps.
+    The sweep runs on the first lengths, half the steps, 3 repeats at most; reward has half the rows.
 
     DPO's first loss is log 2 whatever the trainer does: with one step there would be nothing to compare.
 
@@ -99,8 +99,9 @@ def groups(
     made = []
     for task in tasks:
         for shape in lengths[:1] if task == "sweep" else lengths:
-            count = {"sweep": max(2, steps // 2), "reward": max(1, steps // 2)}.get(task, steps)
-            workload = Workload(task=task, lengths=shape, size=size, rows=rows, steps=count)
+            count = max(2, steps // 2) if task == "sweep" else steps
+            batch = max(2, rows // 2) if task == "reward" else rows
+            workload = Workload(task=task, lengths=shape, size=size, rows=batch, steps=count)
             chosen = tuple(
                 name
                 for name, arm in ARMS.items()
@@ -133,6 +134,7 @@ class Clock:
         trials = 0.0 if group.workload.task == "sweep" else 1 / steps  # the warm-up is one step
         if ARMS[arm].tuned and group.workload.task != "sweep":  # see group.find_best
             candidates = (2 if group.workload.task == "sft" else 1) * len(micro_batches(group.workload.rows))
+            candidates += 2 if group.workload.task == "dpo" else 0
             trials += (candidates + 3) / steps
         return group.units(arm, group.repeats_of(arm) + trials)
 

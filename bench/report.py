@@ -94,7 +94,8 @@ def arm_table(group: dict[str, Any]) -> str:
         notes.append(f"Arms with a piece off: {group['repeats_of_ablations']} repeats.")
     for task, found in group["tuned"].items():
         free = ", padding-free" if found["padding_free"] else ""
-        notes.append(f"TRL tuned ({task}): micro-batch {found['micro_batch']}{free}.")
+        apart = f", of the reference pass {found['reference_batch']}" if "reference_batch" in found else ""
+        notes.append(f"TRL tuned ({task}): micro-batch {found['micro_batch']}{apart}{free}.")
     return "\n".join(lines) + "\n\n" + " ".join(notes)
 
 

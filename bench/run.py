@@ -128,9 +128,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ablations", default=("hh",), help="lengths on which pieces are switched off", **listed)
     parser.add_argument("--repeats", type=int, default=5, help="of each arm (the sweep has 3 at most)")
     parser.add_argument(
-        "--steps", type=int, default=2, help="optimiser steps a repeat (reward has half, the sweep half but 2 at least)"
+        "--steps", type=int, default=2, help="optimiser steps a repeat (the sweep has half, but 2 at least)"
     )
-    parser.add_argument("--pairs", type=int, default=16, help="pairs, for sft rows, of a global batch")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs, for sft rows, of a global batch; reward has half")
     parser.add_argument("--minutes", type=float, default=60, help="groups that would end later are left out")
     parser.add_argument("--size", choices=tuple(SIZES), default=None, help="of the model; default by the device")
     parser.add_argument("--out", type=Path, default=None, help="folder of results.json (default: bench/)")

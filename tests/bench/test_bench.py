@@ -198,7 +198,10 @@ class Workers:
         self.times: dict[int, list[float]] = {}
 
     def time(self, order: dict[str, Any]) -> dict[str, Any]:
-        return answer(self.times[order["options"]["dpo"]["micro_batch"]].pop(0))
+        options = order["options"]["dpo"]
+        return answer(
+            self.times[-options["reference_batch"] if "reference_batch" in options else options["micro_batch"]].pop(0)
+        )
 
     def ask(self, arm: str, order: dict[str, Any]) -> dict[str, Any]:
         if order["workload"]["size"] == "cpu":
@@ -226,7 +229,11 @@ def test_a_group_is_interleaved_tunes_trl_and_refuses_the_arm_whose_losses_diffe
     assert [arm for arm in workers.asked if arm != "ours_warm"] == ["trl_default", "trl_tuned", "ours"] * 2
     assert made["missing"] == {"ours_warm": "no store"}
     tuned = made["tuned"]["dpo"]
-    assert tuned["micro_batch"] == 8 and [one["micro_batch"] for one in tuned["tried"]] == [1, 2, 4, 8]
+    assert (
+        tuned["micro_batch"] == 8
+        and "reference_batch" not in tuned
+        and [one["micro_batch"] for one in tuned["tried"]] == [1, 2, 4, 8]
+    )
     assert made["arms"]["ours"]["refused"] == "losses differ by 3.0e-04" and made["ratios"] == []
     assert workers.rates == {plan.CURVE_RATE} and made["arms"]["ours"]["curve_difference"] == 0
     workers.tuned_apart = 5e-4
@@ -236,6 +243,7 @@ def test_a_group_is_interleaved_tunes_trl_and_refuses_the_arm_whose_losses_diffe
 
 
 def best(times: dict[int, list[float]]) -> dict[str, Any]:
+    """times: of each micro-batch, in the order of trials; below zero of a reference pass apart."""
     workers = Workers()
     workers.times = times
     workload = Workload("dpo", "hh", "cpu", rows=8, steps=2)
@@ -246,11 +254,13 @@ def best(times: dict[int, list[float]]) -> dict[str, Any]:
 
 
 def test_trls_first_trial_is_not_timed_and_the_best_two_are_timed_thrice() -> None:
-    found = best({1: [9.0, 2.0, 2.0, 2.2], 2: [1.9, 2.4, 2.5], 4: [2.6]})  # 8 is not tried, 4 is hopeless
+    found = best({1: [9.0, 2.0, 2.0, 2.2], 2: [1.9, 2.4, 2.5], 4: [2.6], -4: [2.7]})  # 8 is not tried, 4 is hopeless
     assert found["micro_batch"] == 1
-    assert [(one["micro_batch"], one["seconds"]) for one in found["tried"]] == [(1, 2.0), (2, 2.4), (4, 2.6)]
-    alone = best({1: [9.0, 2.0], 2: [3.0]})  # nothing near enough to be timed again
-    assert alone["micro_batch"] == 1 and len(alone["tried"]) == 2
+    assert [(one["micro_batch"], one["seconds"]) for one in found["tried"]] == [(1, 2.0), (2, 2.4), (4, 2.6), (2, 2.7)]
+    alone = best({1: [9.0, 2.0], 2: [3.0], -2: [2.9]})  # nothing near enough to be timed again
+    assert alone["micro_batch"] == 1 and "reference_batch" not in alone and len(alone["tried"]) == 3
+    apart = best({1: [9.0, 2.0], 2: [3.0], -2: [1.5], -4: [2.5]})
+    assert (apart["micro_batch"], apart["reference_batch"]) == (1, 2)
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------
@@ -282,7 +292,8 @@ def test_the_time_left_is_what_the_past_says(monkeypatch: pytest.MonkeyPatch) ->
 def test_arms_with_a_piece_off_repeat_thrice_and_reward_on_equal_rows_comes_last() -> None:
     made = plan.groups(("sft", "reward"), ("equal", "hh"), None, ("hh",), "tiny", 4, 2, 5)
     names = [(group.workload.task, group.workload.lengths, group.workload.steps) for group in made]
-    assert names == [("sft", "equal", 2), ("sft", "hh", 2), ("reward", "hh", 1), ("reward", "equal", 1)]
+    assert names == [("sft", "equal", 2), ("sft", "hh", 2), ("reward", "hh", 2), ("reward", "equal", 2)]
+    assert [group.workload.rows for group in made] == [4, 4, 2, 2]
     assert [made[1].repeats_of(arm) for arm in ("trl_default", "ours", "ours_no_packing")] == [5, 5, 3]
 
 

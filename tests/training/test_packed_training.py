@@ -11,10 +11,13 @@ from tests.training import models, trainers
 from tests.training.test_trial import ROTARY, UNPACKABLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+REQUIRED = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "phi3", "olmo2", "mixtral", "gpt_neo",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3", "mixtral", "gpt_neo"])
+@pytest.mark.parametrize("name", REQUIRED)
 def test_losses_are_those_of_stock_trl(name: str, kind: str, tmp_path: Path, tiny_model: Path) -> None:
     """Rows of 6 to 45 tokens in several micro-batches. GPT-Neo attends outside transformers' table: it goes padded."""
     architecture, settings = {**models.PACKABLE, **{name: UNPACKABLE[name][:2] for name in UNPACKABLE}}[name]

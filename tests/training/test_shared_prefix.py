@@ -113,15 +113,17 @@ def test_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> N
     assert models.apart(got, wanted) <= 1e-6
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3", "mixtral"])
-def test_adapters_are_trained_through_packs_as_through_padded_rows(name: str) -> None:
+def test_adapters_are_trained_through_packs_as_through_padded_rows(name: str, checkpointing: bool) -> None:
     """In the order of the trainer: TRL's head, adapters, then `install` on the model inside them."""
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
 
     plain, batch = models.make(*models.PACKABLE[name]), models.rows(2)
     add_fused_lm_head(plain, outputs=("log_probs", "entropy", "is_top1"))
-    model = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
+    targets = ["q_proj", "v_proj", "o_proj", *([] if name == "mixtral" else ["down_proj"])]  # experts are no Linear
+    model = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets))
     with torch.no_grad():
         for part, parameter in model.named_parameters():
             if "lora_B" in part:
@@ -130,6 +132,9 @@ def test_adapters_are_trained_through_packs_as_through_padded_rows(name: str) ->
     stock = model(**batch, use_cache=False, fused_lm_head=True)
     wanted = models.gradients(model, models.weighted(stock.log_probs))
     model.get_base_model().set_attn_implementation(PACKED)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     pack = models.packed(batch, 2)
     ours = model(**batch, use_cache=False, fused_lm_head=True, pack=pack)
     got = models.gradients(model, models.weighted(ours.log_probs))
