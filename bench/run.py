@@ -6,7 +6,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bench import startup
 from bench.group import Session, measure
@@ -53,10 +53,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def finish(results: dict[str, Any], out: Path, docs: Path | None) -> None:
-    """The docs keep what they have where nothing was measured."""
+    """Where nothing was measured, results and docs of a former run stay."""
+    if not results["groups"] and not results.get("startup"):
+        say("nothing was measured, nothing is written")
+        return
     write_results(out, results)
     say(f"wrote {out}")
-    if docs is not None and (results["groups"] or results.get("startup")):
+    if docs is not None:
         write_docs(docs, results)
         say(f"wrote {docs / 'performance.md'}")
 
@@ -119,8 +122,15 @@ def exit_code(results: dict[str, Any]) -> int:
     return 2 if results["not_measured"] else 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"bench: error: {message} (--help has all options)\n")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = Parser(prog="python -m bench", description=__doc__)
     listed: dict[str, Any] = {"type": lambda text: tuple(text.split(",")), "metavar": "A,B"}
     parser.add_argument("--tasks", default=FIRST, help=f"of {', '.join((*TASKS, 'startup'))}", **listed)
     parser.add_argument("--lengths", default=LENGTHS, help=f"of {', '.join(LENGTHS)}", **listed)
@@ -147,9 +157,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, known in (("tasks", (*TASKS, "startup")), ("lengths", SHAPES), ("ablations", SHAPES), ("arms", ARMS)):
         unknown = set(getattr(options, name) or ()) - set(known)
         if unknown:
-            parser.error(f"--{name}: unknown {', '.join(sorted(unknown))}")
-    if min(options.repeats, options.steps, options.pairs) < 1:
-        parser.error("--repeats, --steps and --pairs must be 1 or more")
+            parser.error(f"--{name}: unknown {', '.join(map(repr, sorted(unknown)))}; known: {', '.join(known)}")
+    for name in ("repeats", "steps", "pairs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be 1 or more, not {getattr(options, name)}")
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be more than 0, not {options.minutes:g}")
     return options
 
 

@@ -310,7 +310,12 @@ class StageProgress:
 
 
 SHOWN = {"loss": "last loss", "reward": "reward", "reward_mean": "reward", "stop_rate": "stop rate", "rows": "rows"}
-SHOWN |= {"train": "train", "pairs": "pairs", "dropped": "dropped"}
+SHOWN |= {
+    "train": "train",
+    "pairs": "pairs",
+    "dropped": "dropped",
+    "reference_computed": "reference log-probs computed",
+}
 
 
 def main_facts(facts: Row, most: int = 4) -> str:

@@ -17,7 +17,6 @@ from alignment.training.head import BLOCK_BYTES, KEPT_BYTES
 
 FP32, BF16 = 4, 2  # bytes
 USABLE = 0.8  # of what is free; the rest for gradients of activations, fragments, buffers of communication
-GIGABYTE = 1e9
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL's chunked head, on CUDA
 # kept inputs of activations that transformers writes out in Python; those of torch keep one, the input
 KEPT_BY_ACTIVATION = {"gelu_new": 4, "gelu_fast": 4, "gelu_python": 4, "quick_gelu": 2}
@@ -265,10 +264,14 @@ def needs_checkpointing(
     room = USABLE * available
     on = state + kept > room if setting == "auto" else setting
     figures = (
-        f"about {state / GIGABYTE:.1f} GB of weights, gradients and optimiser and {kept / GIGABYTE:.1f} GB of "
-        f"activations ({few / GIGABYTE:.1f} GB checkpointed), {available / GIGABYTE:.1f} GB free"
+        f"about {_size(state)} of weights, gradients and optimiser and {_size(kept)} of activations "
+        f"({_size(few)} checkpointed), {_size(available)} free"
     )
     who = "by itself" if setting == "auto" else "as set"
     line = f"gradient checkpointing {'on' if on else 'off'} ({who}): {figures}"
     fits = state + (few if on else kept) <= room
     return on, line if fits else f"{line}; memory may not suffice", fits
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -4,7 +4,7 @@
                  <sha256>.safetensors          a segment, named after its bytes: rows [n, 32] uint8 (digests),
                                                offsets [n + 1] int64, log_probs [tokens] float32 (nats)
                  .<host>-<pid>-<ns>.tmp        a segment being written
-                 <name>.damaged-<ns>           a segment whose bytes are not what its name says
+                 <name>.damaged-<ns>           a segment whose bytes are not what its name says, removed after a day
                  lock                          held by the run that computes
 
 Segments are never changed, so any number of processes and runs add theirs at the same time without asking each other.
@@ -220,15 +220,20 @@ class ReferenceStore:
 
     def prepare(self) -> None:
         """Make the folder, with its key in words."""
-        if not (self.folder / "key.json").is_file():
-            write_json(self.folder / "key.json", {"key": digest(self._key), **self._key})
+        path, words = self.folder / "key.json", {"key": digest(self._key), **self._key}
+        try:
+            if read_json(path) == words:
+                return
+        except (OSError, ValueError):  # missing, or damaged
+            pass
+        write_json(path, words)
 
     def _remove_stale(self) -> None:
-        for path in self.folder.glob(".*.tmp"):
+        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("*.damaged-*")]:
             try:
                 if time.time() - path.stat().st_mtime > STALE_AFTER:
                     path.unlink()
-            except FileNotFoundError:  # finished, or removed by another run
+            except (FileNotFoundError, IsADirectoryError, PermissionError):  # finished, gone, or not ours to remove
                 continue
 
 
@@ -291,6 +296,8 @@ def _trouble(path: Path) -> str | None:
     """What is wrong with a segment, in words, or None."""
     if not SEGMENT.fullmatch(path.name):
         return "the name is not that of a segment"
+    if not path.is_file():
+        return "it is no file"
     if f"{sha256(path)}.safetensors" != path.name:
         return f"the file is damaged: its {path.stat().st_size} bytes do not have the hash in its name"
     try:

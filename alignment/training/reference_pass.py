@@ -20,7 +20,7 @@ from alignment.errors import TrainingError
 from alignment.files import near
 from alignment.training.reference import ReferenceStore, computing, row_digests
 
-BLOCK = 1024  # pairs whose log-probs are stored together: what a killed pass loses at most
+BLOCK = 256  # pairs whose log-probs are stored together: what a killed pass loses at most
 # A forward without gradients may take so many times the tokens of a micro-batch: one layer's activations and a block of
 # logits at a time are less than what autograd keeps of two layers and the head's gradients. Where a step checkpoints it
 # keeps no more than one layer's itself, and the pass takes as many tokens as a step.

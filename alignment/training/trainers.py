@@ -104,14 +104,18 @@ class AlignedTrainer(_Trainer):
         if reason is not None:
             self.say(f"rows are padded, not packed: {reason}")
             if self.packing.compile:
-                self.say("engine.compile is ignored: only packs are compiled for")
+                self.say("engine.compile is ignored: layers are compiled for packs, not for padded rows")
             self.packing = replace(self.packing, on=False, compile=False)
             self.batches = replace(self.batches, widths=self._widths)
             return
         plain.set_attn_implementation(PACKED)
         self.say(f"records are packed without padding; attention: {attention}")
-        if self.packing.compile and not compile_layers(plain):
-            self.say("engine.compile is ignored: no layers were found in this model")
+        if self.packing.compile:
+            count = compile_layers(plain)
+            how = (
+                f"{count} layers are compiled at their first packs, which are filled up to multiples of {BUCKET} tokens"
+            )
+            self.say(how if count else "engine.compile is ignored: no layers were found in this model")
 
     # --- data ---------------------------------------------------------------------------------------------------------
 

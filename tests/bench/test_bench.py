@@ -343,6 +343,20 @@ def test_an_arm_that_cannot_start_leaves_the_others_their_start_up(
     assert run.exit_code({"groups": [], "not_measured": [], "startup": rows}) == 1
 
 
+def test_a_run_that_measures_nothing_leaves_the_results_of_another(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    run.finish({"groups": [], "not_measured": ["dpo hh"]}, tmp_path / "results.json", tmp_path)
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("wrong", [["--tasks", "foo"], ["--repeats", "0"], ["--minutes", "0"], ["--arms", "x"]])
+def test_wrong_options_are_refused_in_one_line(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run.parse(wrong)
+    line = capsys.readouterr().err
+    assert left.value.code == 2 and line.count("\n") == 1 and wrong[0] in line
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 

@@ -266,7 +266,7 @@ def test_offloading_to_the_same_memory_frees_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "20.0 GB of weights" in decide("auto", GB, strategy="zero3", offload="all")[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert " 0.0 GB of weights" in decide("auto", GB, strategy="zero3", offload="all")[1]
+    assert " 0.0 MB of weights" in decide("auto", GB, strategy="zero3", offload="all")[1]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_what_is_compiled_for_packs_is_not_for_padded_rows(tmp_path: Path, tiny_
         "sft", models.make(architecture, settings), tmp_path, tiny_model, steps=1, packing=packing, say=said.append
     )
     trainers.losses(trainer)
-    assert said == [PADDED + reason, "engine.compile is ignored: only packs are compiled for"]
+    assert said == [PADDED + reason, "engine.compile is ignored: layers are compiled for packs, not for padded rows"]
     assert trainer.packing == Packing(on=False)
 
 

@@ -324,7 +324,13 @@ def foreign(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("damage", [truncated, flipped, emptied, renamed, misnamed, foreign])
+def folder(path: Path) -> Path:
+    path.unlink()
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied, renamed, misnamed, foreign, folder])
 def test_damage_is_noticed_once_and_the_rows_are_missing(tmp_path: Path, damage: Any) -> None:
     store = ReferenceStore(tmp_path, **KEY)
     kept, hurt = store.append(*rows(1, 2, 3)), store.append(*rows(4, 5, 6))
@@ -339,6 +345,20 @@ def test_damage_is_noticed_once_and_the_rows_are_missing(tmp_path: Path, damage:
     assert store.missing(rows(1, 4, 5, 6)[0]).tolist() == [1, 2, 3]
     assert store.append(*rows(4, 5, 6)) == hurt  # computed again: the same file
     assert len(reopened(store)) == 6
+
+
+def test_what_was_moved_aside_goes_after_a_day_and_a_damaged_key_is_written_anew(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path, **KEY)
+    path = truncated(store.folder / store.append(*rows(1)))
+    key = (store.folder / "key.json").read_bytes()
+    (store.folder / "key.json").write_text("garbage")
+    store.segments(lambda line: None)
+    (aside,) = store.folder.glob(f"{path.name}.damaged-*")
+    store.prepare()
+    assert (store.folder / "key.json").read_bytes() == key and aside.exists()
+    os.utime(aside, (0, 0))
+    store.segments(silent)
+    assert not aside.exists()
 
 
 def test_opening_what_is_gone_or_no_segment_fails(tmp_path: Path) -> None:
