@@ -97,7 +97,7 @@ class _TiledLogProbs(torch.autograd.Function):
     def _add_up(
         ctx: Any, gradient: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, kept: Any, to_hidden: Any
     ) -> Any:
-        to_weight = torch.zeros(weight.shape) if ctx.needs_input_grad[1] else None
+        to_weight = None
         states, rows = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         for block in spans(0, len(hidden), len(weight), BLOCK_BYTES):
             if kept is None:
@@ -109,9 +109,10 @@ class _TiledLogProbs(torch.autograd.Function):
             slopes = slopes.scatter_add_(1, targets[block, None], scale).to(ctx.dtype)
             if to_hidden is not None:
                 to_hidden[block] = (slopes @ rows).float()
-            if to_weight is not None:
-                to_weight.addmm_(slopes.t().float(), states[block].float())
-        return to_weight
+            if ctx.needs_input_grad[1]:
+                given = slopes.t().float(), states[block].float()
+                to_weight = torch.mm(*given) if to_weight is None else to_weight.addmm_(*given)
+        return torch.zeros(weight.shape) if to_weight is None and ctx.needs_input_grad[1] else to_weight
 
 
 def spans(first: int, last: int, vocabulary: int, size: int) -> list[slice]:
