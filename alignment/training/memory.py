@@ -81,7 +81,7 @@ def activation_bytes(config: Any, tokens: int, scored: int, precision: Literal["
     the rotations' cosines and sines. Not counted: masks of tokens^2, which padded rows have, and on the CPU those
     segments of a pack that share a beginning, slide or cap (on CUDA packs have none: flex_attention's is of blocks of
     tokens, and is made without the other); further norms inside a layer (Qwen3 keeps a tenth more than this says,
-    Gemma 3 a third), experts beyond one MLP.
+    Gemma 3 a third), experts beyond one MLP; masks of at most MOST_MASKED numbers in the last layer (attention.py).
     """
     shape = _shape(config)
     layers = shape.layers * (tokens * _layer(shape, precision) + _cast_weights(shape, precision))
