@@ -26,7 +26,7 @@ from bench.measure import Counter
 from bench.plan import ARMS, TRL_BATCH
 from bench.workloads import BETA, EOS, LEARNING_RATE, PAD, SIZES, Workload, rows_for
 
-OUR_TOKENS = {"cpu": 512, "cuda": 16_384}  # what engine.tokens_per_micro_batch=auto comes to with these models
+CUDA_TOKENS = 16_384  # what engine.tokens_per_micro_batch=auto comes to with this model and 80 GB; on a CPU it is fixed
 
 
 class Unavailable(Exception):
@@ -270,6 +270,7 @@ def _our_rows(
 def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
     """The stage's and the engine's settings: conf/engine/single.yaml, and TRL's optimiser."""
     from alignment.config.schema import Dpo, Engine, Sft
+    from alignment.training.engine import CPU_TOKENS
 
     common: dict[str, Any] = {
         "global_batch_size": setting.workload.rows, "epochs": 1.0, "max_steps": setting.workload.steps,
@@ -278,8 +279,8 @@ def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
         "precision": setting.precision, "lora": None, "seed": setting.workload.seed, "log_every": 1,
     }  # fmt: skip
     setup = Engine(
-        strategy="single", tokens_per_micro_batch=OUR_TOKENS[setting.device], gradient_checkpointing="auto",
-        compile=False, offload="none",
+        strategy="single", tokens_per_micro_batch=CUDA_TOKENS if setting.device == "cuda" else CPU_TOKENS,
+        gradient_checkpointing="auto", compile=False, offload="none",
         param_persistence_threshold=None, threads=torch.get_num_threads(),
     )  # fmt: skip
     if task == "sft":

@@ -75,7 +75,7 @@ class Counter:
 def flop_counter() -> FlopCounterMode:
     """Counts the FLOPs of what is executed inside it: matrix products and attention, the latter without causal halving.
 
-    PyTorch's counter lacks the CPU's fused attention.
+    PyTorch's counter lacks the CPU's fused attention and a product that is added in place, as a head's gradient may be.
     """
     aten = torch.ops.aten
 
@@ -85,7 +85,11 @@ def flop_counter() -> FlopCounterMode:
     def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return sdpa_backward_flop_count(grad, query, key, value)
 
+    def added(sums: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return int(2 * left[0] * left[1] * right[1])
+
     mapping = {
+        aten.addmm_: added,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

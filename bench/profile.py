@@ -1,4 +1,4 @@
-"""Where the time of an arm goes: python -m bench.profile [arm] [task] [lengths], one thread, operators by their time.
+"""Where the time of an arm goes: python -m bench.profile --help. One thread, the operators by their own time.
 
 The first run warms up, the second is profiled. Shares are of the time in operators; profiling itself costs a few per
 cent. GFLOP/s of matrix products is counted by PyTorch's profiler.
@@ -6,13 +6,15 @@ cent. GFLOP/s of matrix products is counted by PyTorch's profiler.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.plan import ALL, ARMS, WARM
 from bench.pool import ENVIRONMENT
+from bench.workloads import SHAPES, Workload, pairs
 
 KINDS = (
     ("matrix products", ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")),
@@ -25,16 +27,15 @@ KINDS = (
 )
 
 
-def profiled(arm: str, task: str, lengths: str) -> Any:
+def profiled(arm: str, task: str, lengths: str, size: str) -> Any:
     """The operators of one run, as torch.profiler averages them."""
     import torch
 
     from bench.arms import Setting, maker
     from bench.measure import Counter
-    from bench.workloads import Workload, pairs
 
     torch.set_num_threads(1)
-    workload = Workload(task=task, lengths=lengths, size="cpu", rows=16, steps=2)
+    workload = Workload(task=task, lengths=lengths, size=size, rows=16, steps=2)
     for last in (False, True):
         with tempfile.TemporaryDirectory() as folder:
             setting = Setting(workload=workload, device="cpu", precision="fp32", folder=Path(folder), counter=Counter(),
@@ -62,10 +63,18 @@ def table(operators: Any) -> str:
     return "\n".join([*lines, f"| all else | {left / total:.0%} | |"])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.profile", description="Where the time of an arm goes.")
+    parser.add_argument("--arm", choices=[name for name in ARMS if name not in WARM], default="ours")
+    parser.add_argument("--task", choices=ALL, default="dpo")
+    parser.add_argument("--lengths", choices=tuple(SHAPES), default="tldr")
+    parser.add_argument("--size", choices=("cpu", "tiny"), default="cpu")
+    chosen = parser.parse_args(arguments)
+    if chosen.task not in ARMS[chosen.arm].tasks:
+        parser.error(f"{chosen.arm} has no task {chosen.task}: {', '.join(ARMS[chosen.arm].tasks)}")
     os.environ.update(ENVIRONMENT)
-    arm, task, lengths = [*sys.argv[1:], *("ours", "dpo", "tldr")[len(sys.argv) - 1 :]]
-    print(f"{arm}, {task}, {lengths} lengths\n\n{table(profiled(arm, task, lengths))}")
+    operators = profiled(chosen.arm, chosen.task, chosen.lengths, chosen.size)
+    print(f"{chosen.arm}, {chosen.task}, {chosen.lengths} lengths\n\n{table(operators)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import measure
+from bench import measure, profile
+from bench.pool import ENVIRONMENT
 from bench.workloads import SHAPES, Size, Totals, Workload, draw_lengths, pairs, rows_for, totals
 
 
@@ -61,6 +62,10 @@ def test_flops_and_positions_of_what_ran_are_counted() -> None:
     with measure.flop_counter() as flops:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
     assert flops.get_total_flops() == 2 * (2 * 8 * 8 * 4)  # two products of [8, 4] by [4, 8] and [8, 8] by [8, 4]
+    sums, factor = torch.zeros(8, 2), torch.ones(8, 4)
+    with measure.flop_counter() as flops:
+        sums.addmm_(factor, torch.ones(4, 2))
+    assert flops.get_total_flops() == 2 * 8 * 4 * 2  # 8 times 2 sums of 4 products
     model = torch.nn.Module()
     model.base_model = Body()
     counter = measure.Counter()
@@ -89,3 +94,22 @@ def test_the_peak_of_memory_starts_anew() -> None:
     del block
     assert measure.start_peak("cpu") < high - 100e6
     assert measure.peak("cpu") < high - 100e6
+
+
+def test_the_profile_says_where_the_time_goes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, "")  # so that what the profile sets is undone
+    threads = torch.get_num_threads()
+    try:
+        profile.main(["--size", "tiny", "--lengths", "equal"])
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert "\nours, dpo, equal lengths\n\n|" in said
+    shares = [int(line.split("|")[2].strip(" %")) for line in said.splitlines() if line.startswith("|") and "%" in line]
+    assert len(shares) == 5 and abs(sum(shares) - 100) <= 3 and all(shares[:3])  # rounded to whole per cent
+    with pytest.raises(SystemExit, match="2"):
+        profile.main(["--arm", "ours_no_sharing", "--task", "sft"])
+    assert "ours_no_sharing has no task sft: dpo" in capsys.readouterr().err
