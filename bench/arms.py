@@ -6,13 +6,15 @@ rate, clipping gradients at 1. `make_ours` is the one place that knows our train
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
+import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +197,7 @@ def make_ours(task: str, pieces: frozenset[str], pairs: list[dict[str, list[int]
     from alignment.training import engine
     from alignment.training.trainers import DPO, SFT, Packing, Reward
 
-    if pieces - {"sharing", "packing", "head", "reference_pass"}:
+    if pieces - {"sharing", "packing", "head", "last_layer", "reference_pass"}:
         raise Unavailable(f"our trainers cannot switch off: {', '.join(sorted(pieces))}")
     settings, setup = _our_settings(task, setting)
     engine.start(setup, world_size=1)
@@ -208,17 +210,22 @@ def make_ours(task: str, pieces: frozenset[str], pairs: list[dict[str, list[int]
         "model": model,
         "packing": Packing(on="packing" not in pieces, share="sharing" not in pieces),
     }
-    _choose_head(ours="head" not in pieces)
+    _choose(head="head" not in pieces, last_layer="last_layer" not in pieces)
     if task == "sft":
         return Job(SFT(args=trl.SFTConfig(**arguments), **common))
     if task == "reward":
         return Job(Reward(args=trl.RewardConfig(**arguments), **common))
     config = trl.DPOConfig(**arguments, beta=setting.beta, disable_dropout=True, precompute_ref_log_probs=True)
-    kept = WARM_STORE if "reference_pass" in pieces else setting.folder / "reference"
+    kept = warm_store() if "reference_pass" in pieces else setting.folder / "reference"
     return Job(DPO(args=config, references=_references(kept, setting), **common))
 
 
-WARM_STORE = Path(tempfile.mkdtemp(prefix="bench-reference-"))  # of this process, for the arm that finds it full
+@functools.cache
+def warm_store() -> Path:
+    """Of this process, for the arm that finds it full."""
+    folder = tempfile.mkdtemp(prefix="bench-reference-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _references(folder: Path, setting: Setting) -> Any:
@@ -231,11 +238,15 @@ def _references(folder: Path, setting: Setting) -> Any:
     return References(ReferenceStore(folder, weights=weights, adapter=None, dtype=dtype))
 
 
-def _choose_head(ours: bool) -> None:
-    """Ours, or TRL's kernel for the same positions."""
-    from alignment.training import head, shared_prefix
+def _choose(head: bool, last_layer: bool) -> None:
+    """head: ours, or TRL's kernel for the same positions. last_layer: where an answer is read, or everywhere. Before a
+    model is taught to compute packs."""
+    from alignment.training import head as heads
+    from alignment.training import last_layer as last_layers
+    from alignment.training import shared_prefix
 
-    shared_prefix.score_tokens = head.score_tokens if ours else partial(head.score_tokens, trl=True)
+    shared_prefix.score_tokens = heads.score_tokens if head else functools.partial(heads.score_tokens, trl=True)
+    shared_prefix.narrow = last_layers.narrow if last_layer else lambda layer: None
 
 
 def _our_rows(

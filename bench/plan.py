@@ -43,6 +43,7 @@ ARMS: dict[str, Arm] = {
     "ours_no_packing": _without("packing", "ours, rows padded instead of packed", "dpo", "sft"),
     "ours_warm": _without("reference_pass", "ours, reference found in the store", "dpo"),
     "ours_trl_head": _without("head", "ours, TRL's kernel for the head", "dpo", "sft"),
+    "ours_whole_last_layer": _without("last_layer", "ours, the last layer whole", "dpo", "sft"),
 }
 # Arms for which the store must be full before the first repeat.
 WARM = {"ours_warm"}

@@ -10,6 +10,7 @@ from bench.plan import ARMS
 COLOURS = {
     "trl_default": "#9a9a9a", "trl_tuned": "#c98b2b", "ours": "#2f7dc4", "ours_no_sharing": "#8fb8dd",
     "ours_no_packing": "#6fb39b", "ours_warm": "#1d4f80", "ours_trl_head": "#d68fa8",
+    "ours_whole_last_layer": "#c9a15a",
 }  # fmt: skip
 UNIT = {"dpo": "pairs a second", "sft": "rows a second", "reward": "pairs a second", "sweep": "pairs a second"}
 WIDTH, LEFT, RIGHT = 860, 210, 90  # pixels

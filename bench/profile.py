@@ -6,7 +6,6 @@ cent. GFLOP/s of matrix products is counted by PyTorch's profiler.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from bench.plan import ALL, ARMS, WARM
 from bench.pool import ENVIRONMENT
+from bench.run import Parser
 from bench.workloads import SHAPES, Workload, pairs
 
 KINDS = (
@@ -64,7 +64,7 @@ def table(operators: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.profile", description="Where the time of an arm goes.")
+    parser = Parser(prog="bench.profile", description="Where the time of an arm goes.")
     parser.add_argument("--arm", choices=[name for name in ARMS if name not in WARM], default="ours")
     parser.add_argument("--task", choices=ALL, default="dpo")
     parser.add_argument("--lengths", choices=tuple(SHAPES), default="tldr")

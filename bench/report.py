@@ -24,13 +24,18 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def write_docs(folder: Path, results: dict[str, Any]) -> None:
-    """folder: with performance.md, whose text between the markers is replaced; a page without them is an error."""
-    page = folder / "performance.md"
-    page.write_text(between_markers(page.read_text(), tables(results)))
+    """folder: with performance.md, whose text between the markers is replaced, or without."""
+    (folder / "performance.md").write_text(between_markers(page_of(folder), tables(results)))
     (folder / PLOT).write_text(svg(results["groups"]))
 
 
+def page_of(folder: Path) -> str:
+    page = folder / "performance.md"
+    return page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
+
+
 def between_markers(page: str, inside: str) -> str:
+    """Raises ValueError if the page has not got the markers."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"the page must have {BEGIN} and after it {END}, once each")
     before, after = page[: page.index(BEGIN)], page[page.index(END) + len(END) :]

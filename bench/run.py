@@ -12,7 +12,7 @@ from bench import startup
 from bench.group import Session, measure
 from bench.plan import ARMS, Clock, Group, groups
 from bench.pool import ROOT, Pool
-from bench.report import text_table, write_docs, write_results
+from bench.report import between_markers, page_of, text_table, write_docs, write_results
 from bench.workloads import SHAPES, SIZES, TASKS
 
 # What matters most first: the last may be left out.
@@ -22,17 +22,21 @@ SECONDS_A_UNIT = {"cpu": 5.9e-4}  # of plan.Clock: the 28 minutes that DPO's gro
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 if an arm's losses differ or an arm failed; 2 if groups were left out for want of time; 130 if
-    interrupted. Whatever was measured until then is in the results and the docs."""
-    options = parse(argv)
+    """Exit code 0, also if groups were left out for want of time; 1 if an arm's losses differ or an arm failed; 2 for
+    options that cannot be; 130 if interrupted. Whatever was measured until then is in the results and the docs."""
+    try:
+        return bench(parse(argv))
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+
+
+def bench(options: argparse.Namespace) -> int:
     out, docs = _targets(options)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, Pool(options.logs or Path(folder)) as pool:
         machine = pool.ask(options.arms[0] if options.arms else "trl_default", {"kind": "hello"})
         size = options.size or ("gpu" if machine["device"] == "cuda" else "cpu")
-        plan = groups(
-            tuple(task for task in options.tasks if task != "startup"), options.lengths, options.arms,
-            options.ablations, size, options.pairs, options.steps, options.repeats,
-        )  # fmt: skip
+        plan = planned(options, size)
         results = {
             "machine": machine,
             "settings": {
@@ -44,16 +48,22 @@ def main(argv: list[str] | None = None) -> int:
         }  # fmt: skip
         try:
             run(plan, pool, results, options, out)
-        except KeyboardInterrupt:
-            say("interrupted")
-            return 130
         finally:
             finish(results, out, docs)
     return exit_code(results)
 
 
+def planned(options: argparse.Namespace, size: str) -> list[Group]:
+    tasks = tuple(task for task in options.tasks if task != "startup")
+    return groups(
+        tasks, options.lengths, options.arms, options.ablations, size, options.pairs, options.steps, options.repeats
+    )
+
+
 def finish(results: dict[str, Any], out: Path, docs: Path | None) -> None:
     """Where nothing was measured, results and docs of a former run stay."""
+    if results["not_measured"]:
+        say(f"not measured: {', '.join(results['not_measured'])}")
     if not results["groups"] and not results.get("startup"):
         say("nothing was measured, nothing is written")
         return
@@ -119,18 +129,18 @@ def exit_code(results: dict[str, Any]) -> int:
         refused = [row["refused"] for row in group["arms"].values() if row["refused"]]
         if refused or any(reason.startswith("failed") for reason in group["missing"].values()):
             return 1
-    return 2 if results["not_measured"] else 0
+    return 0
 
 
 class Parser(argparse.ArgumentParser):
     """Errors take one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench: error: {message} (--help has all options)\n")
+        self.exit(2, f"{self.prog}: error: {message} (--help has all options)\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m bench", description=__doc__)
+    parser = Parser(prog="bench", description=__doc__)
     listed: dict[str, Any] = {"type": lambda text: tuple(text.split(",")), "metavar": "A,B"}
     parser.add_argument("--tasks", default=FIRST, help=f"of {', '.join((*TASKS, 'startup'))}", **listed)
     parser.add_argument("--lengths", default=LENGTHS, help=f"of {', '.join(LENGTHS)}", **listed)
@@ -143,13 +153,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=16, help="pairs, for sft rows, of a global batch; reward has half")
     parser.add_argument("--minutes", type=float, default=60, help="groups that would end later are left out")
     parser.add_argument("--size", choices=tuple(SIZES), default=None, help="of the model; default by the device")
-    parser.add_argument("--out", type=Path, default=None, help="folder of results.json (default: bench/)")
-    parser.add_argument("--docs", type=Path, default=None, help="folder of performance.md (default: docs/)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of results.json; default bench/, of a part of the whole in /tmp"
+    )
+    parser.add_argument(
+        "--docs", type=Path, default=None, help="folder of performance.md; default docs/, of a part of the whole none"
+    )
     parser.add_argument("--logs", type=Path, default=None, help="keep the workers' output in this folder")
     parser.add_argument(
         "--smoke", action="store_true", help="a minute: tiny model, dpo and sft, hh; docs stay as they are"
     )
     options = parser.parse_args(argv)
+    choices = ("tasks", "lengths", "arms", "ablations", "repeats", "steps", "pairs", "size", "smoke")
+    options.whole = all(getattr(options, name) == parser.get_default(name) for name in choices)
     if options.smoke:
         options.tasks = ("dpo", "sft") if options.tasks == FIRST else options.tasks
         options.lengths, options.ablations = ("hh",), ()
@@ -163,15 +179,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be 1 or more, not {getattr(options, name)}")
     if not options.minutes > 0:
         parser.error(f"--minutes must be more than 0, not {options.minutes:g}")
+    if "startup" not in options.tasks and not planned(options, "tiny"):
+        parser.error(f"none of the arms {', '.join(options.arms)} has a task of {', '.join(options.tasks)} here")
+    _check_folders(parser, options)
     return options
 
 
+def _check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What cannot be written after an hour is refused before it."""
+    for name in ("out", "docs", "logs"):
+        folder = getattr(options, name)
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            parser.error(f"--{name}: {folder} cannot be written to: {error.strerror}")
+    if options.docs is not None:
+        try:
+            between_markers(page_of(options.docs), "")
+        except (OSError, ValueError) as error:
+            parser.error(f"--docs: {options.docs / 'performance.md'}: {error}")
+
+
 def _targets(options: argparse.Namespace) -> tuple[Path, Path | None]:
-    """results.json and the docs' folder. A smoke run writes docs only where it is told to."""
-    if options.smoke:
-        folder = options.out or Path(tempfile.mkdtemp(prefix="bench-smoke-"))
-        return folder / "results.json", options.docs
-    return (options.out or ROOT / "bench") / "results.json", options.docs or ROOT / "docs"
+    """results.json and the docs' folder. A part of the whole replaces the repository's only where it is told to."""
+    if options.whole:
+        return (options.out or ROOT / "bench") / "results.json", options.docs or ROOT / "docs"
+    return (options.out or Path(tempfile.mkdtemp(prefix="bench-results-"))) / "results.json", options.docs
 
 
 def say(words: str) -> None:

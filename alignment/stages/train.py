@@ -38,7 +38,7 @@ def train(
     check_end_of_turn(rows, tokenizer.eos_token_id)
     of_rows = sizes(rows)
     config = AutoConfig.from_pretrained(start, local_files_only=True)
-    choice = engine.choose(settings, setup, start, config, context.world_size, int(of_rows.lengths.max()))
+    choice = engine.choose(settings, setup, start, config, context.world_size, of_rows.lengths.tolist())
     say = print if context.is_main else lambda line: None
     say(choice.why)
     batches = GlobalBatches(

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,12 +173,17 @@ CPU_TOKENS = 512
 GPU_TOKENS = (16_384, 8192, 4096, 2048)
 
 
-def choose(settings: Train, engine: Engine, start: Path, config: Any, world_size: int, longest: int) -> Choice:
+def choose(
+    settings: Train, engine: Engine, start: Path, config: Any, world_size: int, lengths: Sequence[int]
+) -> Choice:
     """Tokens of a micro-batch and gradient checkpointing, the same on every process.
 
-    start: the model's folder; config: what it says of the model. longest: tokens of the longest record, which may be a
-    micro-batch of its own.
+    start: the model's folder; config: what it says of the model. lengths: tokens of each record. The longest may be a
+    micro-batch of its own, and none is more than a whole global batch, however many tokens are allowed.
     """
+    batch = settings.global_batch_size
+    longest = max(lengths)
+    most = sum(sorted(lengths)[-batch:]) * -(-batch // len(lengths))  # a batch may hold few rows several times
     available, parameters = available_bytes(), count_parameters(start)
     trainable = parameters
     if settings.lora is not None:
@@ -185,6 +191,7 @@ def choose(settings: Train, engine: Engine, start: Path, config: Any, world_size
         parameters += trainable
 
     def choice(tokens: int) -> tuple[Choice, bool, bool]:
+        tokens = min(tokens, most)
         load = Load(
             max(tokens, longest), settings.precision, parameters, trainable, engine.strategy, world_size, engine.offload
         )

@@ -285,9 +285,9 @@ def test_as_many_tokens_as_fit_and_checkpointing_only_where_none_do(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(engine, "available_bytes", lambda: free)
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
-    settings = tiny.sft()
+    settings = tiny.sft(global_batch_size=32)
     setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing=setting)
-    choice = engine.choose(settings, setup, tmp_path, config, 1, longest=700)
+    choice = engine.choose(settings, setup, tmp_path, config, 1, [700] * 100)
     assert (choice.tokens_per_micro_batch, choice.checkpointing) == (tokens, checkpointing), choice.why
 
 
@@ -296,8 +296,22 @@ def test_a_record_longer_than_the_budget_counts(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(engine, "available_bytes", lambda: 4 * GB)
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
     setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing="auto")
-    short, long = (engine.choose(tiny.sft(), setup, tmp_path, config, 1, longest=length) for length in (400, 8000))
+    short, long = (engine.choose(tiny.sft(), setup, tmp_path, config, 1, [length]) for length in (400, 8000))
     assert not short.checkpointing and long.checkpointing
+
+
+def test_no_micro_batch_is_estimated_larger_than_a_global_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    monkeypatch.setattr(engine, "available_bytes", lambda: 4 * GB)
+    monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
+    setup = tiny.engine(tokens_per_micro_batch=10**12, gradient_checkpointing="auto")
+    settings = tiny.sft(global_batch_size=4)
+    choice = engine.choose(settings, setup, tmp_path, config, 1, [10, 40, 20, 30, 50])
+    assert (choice.tokens_per_micro_batch, choice.checkpointing) == (140, False), choice.why
+    assert engine.choose(settings, setup, tmp_path, config, 1, [10, 40, 20]).tokens_per_micro_batch == 140
+    assert engine.choose(settings, setup, tmp_path, config, 1, [8000] * 9).checkpointing
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -343,6 +357,6 @@ def test_adapters_need_less_than_the_model(tmp_path: Path, monkeypatch: pytest.M
     config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8)
     monkeypatch.setattr(engine, "available_bytes", lambda: 100 * GB)
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 250_000_000)
-    why = engine.choose(tiny.sft(lora=tiny.LORA), tiny.engine(), tmp_path, config, 1, longest=10).why
+    why = engine.choose(tiny.sft(lora=tiny.LORA), tiny.engine(), tmp_path, config, 1, [10]).why
     assert "about 1.0 GB of weights" in why
-    assert "about 4.0 GB of weights" in engine.choose(tiny.sft(), tiny.engine(), tmp_path, config, 1, longest=10).why
+    assert "about 4.0 GB of weights" in engine.choose(tiny.sft(), tiny.engine(), tmp_path, config, 1, [10]).why
