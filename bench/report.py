@@ -60,8 +60,9 @@ def _machine(results: dict[str, Any]) -> str:
     machine = results["machine"]
     name = machine["device_name"] if machine["device"] == "cuda" else f"CPU, {machine['threads']} threads"
     versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
-    size = results["settings"]["size"]
-    return f"Measured on: {name}; {versions}; model `{size}`; {results['minutes']:.0f} minutes.\n\n![Speed]({PLOT})"
+    size, took = results["settings"]["size"], f"{results['minutes']:.0f} minutes"
+    took += f" in {results['runs']} runs, each group in one" if results["runs"] > 1 else ""
+    return f"Measured on: {name}; {versions}; model `{size}`; {took}.\n\n![Speed]({PLOT})"
 
 
 def _ratio_table(ratios: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -37,20 +38,35 @@ def bench(options: argparse.Namespace) -> int:
         machine = pool.ask(options.arms[0] if options.arms else "trl_default", {"kind": "hello"})
         size = options.size or ("gpu" if machine["device"] == "cuda" else "cpu")
         plan = planned(options, size)
-        results = {
+        results: dict[str, Any] = {
             "machine": machine,
             "settings": {
                 "size": size, "rows": options.pairs, "steps": options.steps, "repeats": options.repeats,
-                "tasks": options.tasks, "lengths": options.lengths,
+                "tasks": list(options.tasks), "lengths": list(options.lengths),
             },
-            "minutes": 0.0, "ratios": [], "groups": [],
+            "runs": 1, "minutes": 0.0, "ratios": [], "groups": [],
             "not_measured": [_name(group) for group in plan] + ["startup"] * ("startup" in options.tasks),
         }  # fmt: skip
+        if options.missing:
+            try:
+                results = continued(out, results)
+            except (OSError, ValueError) as error:
+                print(f"bench: error: --missing: {error}", file=sys.stderr)
+                return 2
         try:
-            run(plan, pool, results, options, out)
+            run([group for group in plan if _name(group) in results["not_measured"]], pool, results, options, out)
         finally:
             finish(results, out, docs)
     return exit_code(results)
+
+
+def continued(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The results of a run that left groups out. Raises ValueError if that run was not like this one."""
+    former: dict[str, Any] = json.loads(path.read_text())
+    for name in ("machine", "settings"):
+        if former.get(name) != fresh[name]:
+            raise ValueError(f"{path} is of another {name}: {former.get(name)}, not {fresh[name]}")
+    return {**former, "runs": former.get("runs", 1) + 1}
 
 
 def planned(options: argparse.Namespace, size: str) -> list[Group]:
@@ -76,8 +92,8 @@ def finish(results: dict[str, Any], out: Path, docs: Path | None) -> None:
 
 def run(plan: list[Group], pool: Pool, results: dict[str, Any], options: argparse.Namespace, out: Path) -> None:
     """Fills the results in, and writes them after each group."""
-    machine, limit = results["machine"], 60 * options.minutes
-    with_startup = "startup" in options.tasks
+    machine, limit, former = results["machine"], 60 * options.minutes, results["minutes"]
+    with_startup = "startup" in results["not_measured"]
     clock = Clock(
         plan,
         startup.reserved(options.repeats) if with_startup else 0.0,
@@ -95,7 +111,7 @@ def run(plan: list[Group], pool: Pool, results: dict[str, Any], options: argpars
         measured = measure(session, number, group)
         results["groups"].append(measured)
         results["ratios"] += measured["ratios"]
-        _measured(results, _name(group), clock, out)
+        _measured(results, _name(group), former + clock.seconds() / 60, out)
         say(text_table(measured))
         say_left(clock)
     if with_startup and clock.seconds() + clock.reserved <= limit:
@@ -103,12 +119,12 @@ def run(plan: list[Group], pool: Pool, results: dict[str, Any], options: argpars
         precision = "bf16" if machine["device"] == "cuda" else "fp32"
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             results["startup"] = startup.measure(options.logs or Path(folder), options.repeats, precision, say)
-        _measured(results, "startup", clock, out)
+        _measured(results, "startup", former + clock.seconds() / 60, out)
 
 
-def _measured(results: dict[str, Any], name: str, clock: Clock, out: Path) -> None:
+def _measured(results: dict[str, Any], name: str, minutes: float, out: Path) -> None:
     results["not_measured"].remove(name)
-    results["minutes"] = clock.seconds() / 60
+    results["minutes"] = minutes
     write_results(out, results)
 
 
@@ -162,6 +178,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, default=None, help="keep the workers' output in this folder")
     parser.add_argument(
         "--smoke", action="store_true", help="a minute: tiny model, dpo and sft, hh; docs stay as they are"
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="only what results.json has left out for want of time, added to it"
     )
     options = parser.parse_args(argv)
     choices = ("tasks", "lengths", "arms", "ablations", "repeats", "steps", "pairs", "size", "smoke")

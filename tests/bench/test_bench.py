@@ -48,7 +48,8 @@ def measured(difference: float = 0.0) -> dict[str, Any]:
     group = {**summary.group_summary(DPO, arms, found), "missing": {"ours_warm": "<not> there"}}
     return {
         "machine": {"device": "cpu", "device_name": "CPU", "threads": 2, "versions": {"trl": "1.16"}},
-        "settings": {"size": "tiny"}, "minutes": 1.0, "ratios": group["ratios"], "groups": [group], "not_measured": [],
+        "settings": {"size": "tiny"}, "runs": 1, "minutes": 1.0,
+        "ratios": group["ratios"], "groups": [group], "not_measured": [],
     }  # fmt: skip
 
 
@@ -251,6 +252,28 @@ def test_ctrl_c_while_the_workers_start_is_130(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(run.Pool, "ask", ask)
     assert run.main(["--smoke", "--out", str(tmp_path)]) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_left_out_is_measured_by_another_run_and_added(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(monkeypatch, tmp_path, KeyboardInterrupt())
+    options = ["--tasks", "dpo,startup", "--lengths", "hh,equal", "--size", "tiny", "--out", str(tmp_path), "--missing"]
+    asked = []
+
+    def group(session: Any, number: int, group: Any) -> dict[str, Any]:
+        asked.append(group.workload.lengths)
+        return {**measured()["groups"][0], "lengths": group.workload.lengths}
+
+    monkeypatch.setattr(run, "measure", group)
+    monkeypatch.setattr(startup, "measure", lambda *arguments: [])
+    assert run.main([*options, "--steps", "3"]) == 2 and "another settings" in capsys.readouterr().err
+    assert run.main(options) == 0 and asked == ["equal"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [one["lengths"] for one in results["groups"]] == ["hh", "equal"]
+    assert (results["not_measured"], results["runs"]) == ([], 2) and len(results["ratios"]) == 4
+    assert "in 2 runs" in report.tables(results)
+    assert run.main([*options[:-3], "--out", str(tmp_path / "none"), "--missing"]) == 2
 
 
 def test_only_the_whole_replaces_what_the_repository_has(tmp_path: Path) -> None:
