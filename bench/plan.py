@@ -90,7 +90,7 @@ def groups(
     tasks: tuple[str, ...], lengths: tuple[str, ...], arms: tuple[str, ...] | None, ablations: tuple[str, ...],
     size: str, rows: int, steps: int, repeats: int,
 ) -> list[Group]:  # fmt: skip
-    """Groups in the order of what matters most: the last, for which time may not suffice, is reward on `equal` lengths.
+    """Groups in the order of what matters most; where time does not suffice for one, those after it may still fit.
     The sweep runs on the first lengths, half the steps, 3 repeats at most; reward has half the rows.
 
     DPO's first loss is log 2 whatever the trainer does: with one step there would be nothing to compare.

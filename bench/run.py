@@ -16,10 +16,10 @@ from bench.pool import ROOT, Pool
 from bench.report import between_markers, page_of, text_table, write_docs, write_results
 from bench.workloads import SHAPES, SIZES, TASKS
 
-# What matters most first: the last may be left out.
+# What matters most first. A group for which the time left is too short is left out; a smaller one after it may fit.
 FIRST = ("dpo", "sweep", "sft", "reward", "startup")
 LENGTHS = ("hh", "ultrafeedback", "tldr", "equal")
-SECONDS_A_UNIT = {"cpu": 5.9e-4}  # of plan.Clock: the 28 minutes that DPO's groups took on two cores, over their units
+SECONDS_A_UNIT = {"cpu": 6.8e-4}  # of plan.Clock: the 31 minutes that DPO's groups took on two cores, over their units
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +43,7 @@ def bench(options: argparse.Namespace) -> int:
             "settings": {
                 "size": size, "rows": options.pairs, "steps": options.steps, "repeats": options.repeats,
                 "tasks": list(options.tasks), "lengths": list(options.lengths),
+                "arms": options.arms and list(options.arms), "ablations": list(options.ablations),
             },
             "runs": 1, "minutes": 0.0, "ratios": [], "groups": [],
             "not_measured": [_name(group) for group in plan] + ["startup"] * ("startup" in options.tasks),
@@ -53,20 +54,23 @@ def bench(options: argparse.Namespace) -> int:
             except (OSError, ValueError) as error:
                 print(f"bench: error: --missing: {error}", file=sys.stderr)
                 return 2
+        waiting = list(results["not_measured"])
         try:
-            run([group for group in plan if _name(group) in results["not_measured"]], pool, results, options, out)
+            run([group for group in plan if _name(group) in waiting], pool, results, options, out)
         finally:
-            finish(results, out, docs)
+            finish(results, waiting, out, docs)
     return exit_code(results)
 
 
 def continued(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """The results of a run that left groups out. Raises ValueError if that run was not like this one."""
-    former: dict[str, Any] = json.loads(path.read_text())
+    former = json.loads(path.read_text())
+    if not isinstance(former, dict) or not {"groups", "ratios", "not_measured", "minutes", "runs"} <= former.keys():
+        raise ValueError(f"{path} is not a bench's results.json")
     for name in ("machine", "settings"):
         if former.get(name) != fresh[name]:
             raise ValueError(f"{path} is of another {name}: {former.get(name)}, not {fresh[name]}")
-    return {**former, "runs": former.get("runs", 1) + 1}
+    return {**former, "runs": former["runs"] + 1}
 
 
 def planned(options: argparse.Namespace, size: str) -> list[Group]:
@@ -76,14 +80,14 @@ def planned(options: argparse.Namespace, size: str) -> list[Group]:
     )
 
 
-def finish(results: dict[str, Any], out: Path, docs: Path | None) -> None:
-    """Where nothing was measured, results and docs of a former run stay."""
+def finish(results: dict[str, Any], waiting: list[str], out: Path, docs: Path | None) -> None:
+    """waiting: what had to be measured. Where nothing of it was, results and docs of a former run stay; else results
+    were written after each group."""
     if results["not_measured"]:
         say(f"not measured: {', '.join(results['not_measured'])}")
-    if not results["groups"] and not results.get("startup"):
+    if results["not_measured"] == waiting:
         say("nothing was measured, nothing is written")
         return
-    write_results(out, results)
     say(f"wrote {out}")
     if docs is not None:
         write_docs(docs, results)
@@ -183,7 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--missing", action="store_true", help="only what results.json has left out for want of time, added to it"
     )
     options = parser.parse_args(argv)
-    choices = ("tasks", "lengths", "arms", "ablations", "repeats", "steps", "pairs", "size", "smoke")
+    choices = ("tasks", "lengths", "arms", "ablations", "repeats", "steps", "pairs", "minutes", "size", "smoke")
     options.whole = all(getattr(options, name) == parser.get_default(name) for name in choices)
     if options.smoke:
         options.tasks = ("dpo", "sft") if options.tasks == FIRST else options.tasks
@@ -198,6 +202,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be 1 or more, not {getattr(options, name)}")
     if not options.minutes > 0:
         parser.error(f"--minutes must be more than 0, not {options.minutes:g}")
+    if options.missing and not options.whole and options.out is None:
+        parser.error("--missing: of which results? name their folder with --out, or drop the other options")
     if "startup" not in options.tasks and not planned(options, "tiny"):
         parser.error(f"none of the arms {', '.join(options.arms)} has a task of {', '.join(options.tasks)} here")
     _check_folders(parser, options)
@@ -206,19 +212,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """What cannot be written after an hour is refused before it."""
-    for name in ("out", "docs", "logs"):
-        folder = getattr(options, name)
+    folders = {name: getattr(options, name) for name in ("out", "docs", "logs")}
+    if options.whole:
+        folders.update(out=options.out or ROOT / "bench", docs=options.docs or ROOT / "docs")
+    for name, folder in folders.items():
         try:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             parser.error(f"--{name}: {folder} cannot be written to: {error.strerror}")
-    if options.docs is not None:
+    if folders["docs"] is not None:
         try:
-            between_markers(page_of(options.docs), "")
+            between_markers(page_of(folders["docs"]), "")
         except (OSError, ValueError) as error:
-            parser.error(f"--docs: {options.docs / 'performance.md'}: {error}")
+            parser.error(f"--docs: {folders['docs'] / 'performance.md'}: {error}")
 
 
 def _targets(options: argparse.Namespace) -> tuple[Path, Path | None]:

@@ -38,11 +38,13 @@ def train(
     check_end_of_turn(rows, tokenizer.eos_token_id)
     of_rows = sizes(rows)
     config = AutoConfig.from_pretrained(start, local_files_only=True)
-    choice = engine.choose(settings, setup, start, config, context.world_size, of_rows.lengths.tolist())
+    lengths, widths = of_rows.lengths.tolist(), of_rows.widths.tolist()
+    largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
+    choice = engine.choose(settings, setup, start, config, context.world_size, max(lengths), largest)
     say = print if context.is_main else lambda line: None
     say(choice.why)
     batches = GlobalBatches(
-        lengths=of_rows.lengths.tolist(),
+        lengths=lengths,
         weights=of_rows.weights.tolist(),
         global_batch_size=settings.global_batch_size,
         steps=count_steps(len(rows), settings.global_batch_size, settings.epochs, settings.max_steps),
@@ -64,7 +66,7 @@ def train(
         start,
         arguments,
         batches=batches,
-        widths=of_rows.widths.tolist(),
+        widths=widths,
         on_step=on_step,
         say=say,
         packing=Packing(compile=setup.compile),

@@ -24,6 +24,7 @@ from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
 from alignment.training.memory import Load, adapter_parameters, available_bytes, needs_checkpointing
 from alignment.training.model import count_parameters
+from alignment.training.reference_pass import BLOCK
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 # The schema's names for transformers' schedules; each warms up first.
@@ -173,17 +174,23 @@ CPU_TOKENS = 512
 GPU_TOKENS = (16_384, 8192, 4096, 2048)
 
 
+def largest_forward(lengths: Sequence[int], widths: Sequence[int], global_batch_size: int) -> int:
+    """Tokens of the largest forward there can be, however many are allowed: of a whole global batch, packed or padded,
+    or of the rows whose reference log-probs are stored together."""
+    ordered = sorted(lengths, reverse=True)
+    times = -(-global_batch_size // len(ordered))  # a batch of more rows than there are holds them several times
+    packed = max(times * sum(ordered[:global_batch_size]), sum(ordered[:BLOCK]))
+    return max(packed, global_batch_size * max(widths))
+
+
 def choose(
-    settings: Train, engine: Engine, start: Path, config: Any, world_size: int, lengths: Sequence[int]
+    settings: Train, engine: Engine, start: Path, config: Any, world_size: int, longest: int, largest: int
 ) -> Choice:
     """Tokens of a micro-batch and gradient checkpointing, the same on every process.
 
-    start: the model's folder; config: what it says of the model. lengths: tokens of each record. The longest may be a
-    micro-batch of its own, and none is more than a whole global batch, however many tokens are allowed.
+    start: the model's folder; config: what it says of the model. longest: tokens of the longest record, which may be a
+    micro-batch of its own. largest: see `largest_forward`; a budget beyond it takes no more memory.
     """
-    batch = settings.global_batch_size
-    longest = max(lengths)
-    most = sum(sorted(lengths)[-batch:]) * -(-batch // len(lengths))  # a batch may hold few rows several times
     available, parameters = available_bytes(), count_parameters(start)
     trainable = parameters
     if settings.lora is not None:
@@ -191,9 +198,14 @@ def choose(
         parameters += trainable
 
     def choice(tokens: int) -> tuple[Choice, bool, bool]:
-        tokens = min(tokens, most)
         load = Load(
-            max(tokens, longest), settings.precision, parameters, trainable, engine.strategy, world_size, engine.offload
+            max(min(tokens, largest), longest),
+            settings.precision,
+            parameters,
+            trainable,
+            engine.strategy,
+            world_size,
+            engine.offload,
         )
         on, why, fits = needs_checkpointing(engine.gradient_checkpointing, config, load, available)
         return Choice(tokens, on, f"{tokens} tokens a micro-batch; {why}"), on, fits

@@ -267,20 +267,32 @@ def test_what_was_left_out_is_measured_by_another_run_and_added(
 
     monkeypatch.setattr(run, "measure", group)
     monkeypatch.setattr(startup, "measure", lambda *arguments: [])
-    assert run.main([*options, "--steps", "3"]) == 2 and "another settings" in capsys.readouterr().err
+    for other in (["--steps", "3"], ["--arms", "ours"], ["--ablations", "equal"]):
+        assert run.main([*options, *other]) == 2 and "another settings" in capsys.readouterr().err
     assert run.main(options) == 0 and asked == ["equal"]
     results = json.loads((tmp_path / "results.json").read_text())
     assert [one["lengths"] for one in results["groups"]] == ["hh", "equal"]
     assert (results["not_measured"], results["runs"]) == ([], 2) and len(results["ratios"]) == 4
     assert "in 2 runs" in report.tables(results)
+    written = (tmp_path / "results.json").read_bytes()
+    assert run.main(options) == 0 and (tmp_path / "results.json").read_bytes() == written  # nothing is missing
     assert run.main([*options[:-3], "--out", str(tmp_path / "none"), "--missing"]) == 2
+    (tmp_path / "results.json").write_text("[]")
+    assert run.main(options) == 2 and "is not a bench's results.json" in capsys.readouterr().err
 
 
 def test_only_the_whole_replaces_what_the_repository_has(tmp_path: Path) -> None:
     results, docs = ROOT / "bench" / "results.json", ROOT / "docs"
     assert run._targets(run.parse([])) == (results, docs)
-    assert run._targets(run.parse(["--minutes", "30", "--logs", str(tmp_path)])) == (results, docs)
-    for part in (["--smoke"], ["--tasks", "dpo"], ["--lengths", "hh"], ["--repeats", "2"], ["--size", "tiny"]):
+    assert run._targets(run.parse(["--missing", "--logs", str(tmp_path)])) == (results, docs)
+    for part in (
+        ["--smoke"],
+        ["--tasks", "dpo"],
+        ["--minutes", "30"],
+        ["--lengths", "hh"],
+        ["--repeats", "2"],
+        ["--size", "tiny"],
+    ):
         target, page = run._targets(run.parse(part))
         assert ROOT not in target.parents and page is None
         target.parent.rmdir()
@@ -306,7 +318,7 @@ def test_an_arm_that_cannot_start_leaves_the_others_their_start_up(
 
 def test_a_run_that_measures_nothing_leaves_the_results_of_another(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
-    run.finish({"groups": [], "not_measured": ["dpo hh"]}, tmp_path / "results.json", tmp_path)
+    run.finish({"groups": [], "not_measured": ["dpo hh"]}, ["dpo hh"], tmp_path / "results.json", tmp_path)
     assert (tmp_path / "results.json").read_text() == "{}"
 
 
@@ -330,6 +342,7 @@ def test_a_page_without_markers_and_arms_without_the_task_are_refused_before_any
     (tmp_path / "performance.md").write_text("# Ours\n")
     for wrong, said in (
         (["--docs", str(tmp_path)], "performance.md: the page must have"),
+        (["--tasks", "dpo", "--missing"], "of which results?"),
         (["--tasks", "sweep", "--arms", "ours_warm"], "none of the arms ours_warm has a task of sweep here"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -113,3 +113,19 @@ def test_the_profile_says_where_the_time_goes(
     with pytest.raises(SystemExit, match="2"):
         profile.main(["--arm", "ours_no_sharing", "--task", "sft"])
     assert "ours_no_sharing has no task sft: dpo" in capsys.readouterr().err
+
+
+def test_a_whole_last_layer_executes_more(tmp_path: Path) -> None:
+    from alignment.training import last_layer, shared_prefix
+    from bench.arms import Setting, maker
+
+    workload = Workload("dpo", "tldr", "tiny", rows=2, steps=1)
+    executed = []
+    for arm in ("ours_whole_last_layer", "ours"):
+        setting = Setting(workload, "cpu", "fp32", tmp_path / arm, measure.Counter())
+        setting.folder.mkdir()
+        with measure.flop_counter() as flops:
+            maker(arm)("dpo", pairs(workload), setting).trainer.train()
+        executed.append(flops.get_total_flops())
+    assert executed[0] > executed[1] > 0
+    assert shared_prefix.narrow is last_layer.narrow  # switched on again

@@ -287,7 +287,7 @@ def test_as_many_tokens_as_fit_and_checkpointing_only_where_none_do(
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
     settings = tiny.sft(global_batch_size=32)
     setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing=setting)
-    choice = engine.choose(settings, setup, tmp_path, config, 1, [700] * 100)
+    choice = engine.choose(settings, setup, tmp_path, config, 1, 700, 10**6)
     assert (choice.tokens_per_micro_batch, choice.checkpointing) == (tokens, checkpointing), choice.why
 
 
@@ -296,22 +296,28 @@ def test_a_record_longer_than_the_budget_counts(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(engine, "available_bytes", lambda: 4 * GB)
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
     setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing="auto")
-    short, long = (engine.choose(tiny.sft(), setup, tmp_path, config, 1, [length]) for length in (400, 8000))
+    short, long = (engine.choose(tiny.sft(), setup, tmp_path, config, 1, length, 10**6) for length in (400, 8000))
     assert not short.checkpointing and long.checkpointing
 
 
-def test_no_micro_batch_is_estimated_larger_than_a_global_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_forward_is_estimated_larger_than_there_can_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
     monkeypatch.setattr(engine, "available_bytes", lambda: 4 * GB)
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
     setup = tiny.engine(tokens_per_micro_batch=10**12, gradient_checkpointing="auto")
-    settings = tiny.sft(global_batch_size=4)
-    choice = engine.choose(settings, setup, tmp_path, config, 1, [10, 40, 20, 30, 50])
-    assert (choice.tokens_per_micro_batch, choice.checkpointing) == (140, False), choice.why
-    assert engine.choose(settings, setup, tmp_path, config, 1, [10, 40, 20]).tokens_per_micro_batch == 140
-    assert engine.choose(settings, setup, tmp_path, config, 1, [8000] * 9).checkpointing
+    few = engine.choose(tiny.sft(), setup, tmp_path, config, 1, longest=50, largest=150)
+    assert (few.tokens_per_micro_batch, few.checkpointing) == (10**12, False), few.why
+    many = engine.choose(tiny.sft(), setup, tmp_path, config, 1, longest=50, largest=10**5)
+    assert many.checkpointing, many.why
+
+
+def test_the_largest_forward_by_hand() -> None:
+    assert (
+        engine.largest_forward([10, 40, 20, 30], [10, 40, 20, 30], global_batch_size=2) == 100
+    )  # a block has all four
+    assert engine.largest_forward([10, 40, 20], [10, 40, 20], global_batch_size=4) == 160  # four padded rows of 40
+    assert engine.largest_forward([10, 40, 20], [1, 1, 1], global_batch_size=4) == 140  # all of them, twice at most
+    assert engine.largest_forward([9] * 1000, [9] * 1000, global_batch_size=8) == 256 * 9
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -357,6 +363,6 @@ def test_adapters_need_less_than_the_model(tmp_path: Path, monkeypatch: pytest.M
     config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8)
     monkeypatch.setattr(engine, "available_bytes", lambda: 100 * GB)
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 250_000_000)
-    why = engine.choose(tiny.sft(lora=tiny.LORA), tiny.engine(), tmp_path, config, 1, [10]).why
+    why = engine.choose(tiny.sft(lora=tiny.LORA), tiny.engine(), tmp_path, config, 1, 10, 10**6).why
     assert "about 1.0 GB of weights" in why
-    assert "about 4.0 GB of weights" in engine.choose(tiny.sft(), tiny.engine(), tmp_path, config, 1, [10]).why
+    assert "about 4.0 GB of weights" in engine.choose(tiny.sft(), tiny.engine(), tmp_path, config, 1, 10, 10**6).why
