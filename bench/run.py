@@ -204,6 +204,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--minutes must be more than 0, not {options.minutes:g}")
     if options.missing and not options.whole and options.out is None:
         parser.error("--missing: of which results? name their folder with --out, or drop the other options")
+    if options.whole:
+        options.out, options.docs = options.out or ROOT / "bench", options.docs or ROOT / "docs"
     if "startup" not in options.tasks and not planned(options, "tiny"):
         parser.error(f"none of the arms {', '.join(options.arms)} has a task of {', '.join(options.tasks)} here")
     _check_folders(parser, options)
@@ -212,27 +214,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """What cannot be written after an hour is refused before it."""
-    folders = {name: getattr(options, name) for name in ("out", "docs", "logs")}
-    if options.whole:
-        folders.update(out=options.out or ROOT / "bench", docs=options.docs or ROOT / "docs")
-    for name, folder in folders.items():
+    for name in ("out", "docs", "logs"):
+        folder = getattr(options, name)
         try:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             parser.error(f"--{name}: {folder} cannot be written to: {error.strerror}")
-    if folders["docs"] is not None:
+    if options.docs is not None:
         try:
-            between_markers(page_of(folders["docs"]), "")
+            between_markers(page_of(options.docs), "")
         except (OSError, ValueError) as error:
-            parser.error(f"--docs: {folders['docs'] / 'performance.md'}: {error}")
+            parser.error(f"--docs: {options.docs / 'performance.md'}: {error}")
 
 
 def _targets(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """results.json and the docs' folder. A part of the whole replaces the repository's only where it is told to."""
-    if options.whole:
-        return (options.out or ROOT / "bench") / "results.json", options.docs or ROOT / "docs"
     return (options.out or Path(tempfile.mkdtemp(prefix="bench-results-"))) / "results.json", options.docs
 
 

@@ -285,7 +285,7 @@ def test_as_many_tokens_as_fit_and_checkpointing_only_where_none_do(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(engine, "available_bytes", lambda: free)
     monkeypatch.setattr(engine, "count_parameters", lambda folder: 10_000_000)
-    settings = tiny.sft(global_batch_size=32)
+    settings = tiny.sft()
     setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing=setting)
     choice = engine.choose(settings, setup, tmp_path, config, 1, 700, 10**6)
     assert (choice.tokens_per_micro_batch, choice.checkpointing) == (tokens, checkpointing), choice.why
@@ -312,9 +312,7 @@ def test_no_forward_is_estimated_larger_than_there_can_be_one(tmp_path: Path, mo
 
 
 def test_the_largest_forward_by_hand() -> None:
-    assert (
-        engine.largest_forward([10, 40, 20, 30], [10, 40, 20, 30], global_batch_size=2) == 100
-    )  # a block has all four
+    assert engine.largest_forward([10, 40, 20, 30], [10, 40, 20, 30], global_batch_size=2) == 100  # a block has all
     assert engine.largest_forward([10, 40, 20], [10, 40, 20], global_batch_size=4) == 160  # four padded rows of 40
     assert engine.largest_forward([10, 40, 20], [1, 1, 1], global_batch_size=4) == 140  # all of them, twice at most
     assert engine.largest_forward([9] * 1000, [9] * 1000, global_batch_size=8) == 256 * 9
