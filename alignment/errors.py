@@ -61,6 +61,18 @@ class TrainingError(AlignmentError):
     exit_code = 5
 
 
+class LostError(AlignmentError):
+    """Processes of a stage were lost: killed, crashed without a word, hung, out of reach of each other. Worth a retry."""
+
+    exit_code = 6
+
+
+class PreemptedError(AlignmentError):
+    """A stage was asked to stop (a signal, a time limit) and did so in order: the same command goes on from there."""
+
+    exit_code = 75
+
+
 class StageFailed(AlignmentError):
     """A stage's process ended without a result and without a cause of its own; its log says more."""
 
@@ -68,5 +80,5 @@ class StageFailed(AlignmentError):
 
 
 BY_CODE: dict[int, type[AlignmentError]] = {
-    c.exit_code: c for c in (ConfigError, InputError, MachineError, TrainingError)
+    c.exit_code: c for c in (ConfigError, InputError, MachineError, TrainingError, LostError, PreemptedError)
 }

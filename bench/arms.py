@@ -288,11 +288,12 @@ def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
         "learning_rate": setting.learning_rate, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0,
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "precision": setting.precision, "lora": None, "seed": setting.workload.seed, "log_every": 1,
+        "nonfinite": "halt", "max_nonfinite": 1, "spike_alarm": None,
     }  # fmt: skip
     setup = Engine(
         strategy="single", tokens_per_micro_batch=CUDA_TOKENS if setting.device == "cuda" else CPU_TOKENS,
         gradient_checkpointing="auto", compile=False, offload="none",
-        param_persistence_threshold=None, threads=torch.get_num_threads(),
+        param_persistence_threshold=None, threads=torch.get_num_threads(), adapt=False, watchdog_s=600.0,
     )  # fmt: skip
     if task == "sft":
         return Sft(kind="sft", **common), setup

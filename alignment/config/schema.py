@@ -7,9 +7,10 @@ A key is declared once, on one of two sides. *identity*: it can change a result,
 from __future__ import annotations
 
 import os.path
+import re
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 SHA256 = r"^[0-9a-f]{64}$"
@@ -201,8 +202,11 @@ class Train(Stage):
     max_grad_norm: float = identity(gt=0)
     precision: Literal["fp32", "bf16"] = identity()
     lora: Lora | None = identity()
+    nonfinite: Literal["halt", "skip", "rollback"] = identity()
+    max_nonfinite: int = identity(ge=1)
     seed: int = identity(ge=0)
     log_every: int = execution(gt=0)
+    spike_alarm: float | None = execution(gt=0)
 
 
 class Sft(Train):
@@ -304,6 +308,8 @@ class Engine(Settings):
     offload: Literal["none", "optimizer", "all"] = execution()
     param_persistence_threshold: int | None = execution(ge=0)
     threads: int | None = execution(gt=0)
+    adapt: bool = execution()
+    watchdog_s: float = execution(gt=0)
 
     @field_validator("tokens_per_micro_batch", "gradient_checkpointing", mode="wrap")
     @classmethod
@@ -316,13 +322,47 @@ class Engine(Settings):
             raise PydanticCustomError("or_auto", "must be auto{other}", {"other": other}) from None
 
 
-class LocalLauncher(Settings):
+class Checkpoint(Settings):
+    """When training saves its whole state beside itself, and which of these checkpoints stay."""
+
+    every_minutes: float | None = execution(gt=0)
+    every_steps: int | None = execution(gt=0)
+    asynchronous: bool = execution()
+    keep_last: int = execution(ge=1)
+    keep_best: int = execution(ge=0)
+    best_by: str = execution(min_length=1)
+    best_is: Literal["lowest", "highest"] = execution()
+    max_failures: int = execution(ge=1)
+
+
+TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
+
+
+def seconds(value: Any) -> int | None:
+    """Seconds of a number, or of [[days-]hours:]minutes:seconds, which YAML may have read as such a number already."""
+    if value is None:
+        return None
+    if isinstance(value, str) and (parts := TIME.fullmatch(value)):
+        days, hours, minutes, rest = (int(part or 0) for part in parts.groups())
+        value = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if type(value) is not int or value <= 0:
+        raise PydanticCustomError("time", "must be [[days-]hours:]minutes:seconds, or seconds")
+    return value
+
+
+class AnyLauncher(Settings):
+    """time_limit: seconds that an attempt at a stage may take."""
+
+    time_limit: Annotated[int | None, BeforeValidator(seconds)] = execution()
+
+
+class LocalLauncher(AnyLauncher):
     """One process on this machine."""
 
     kind: Literal["local"] = execution()
 
 
-class TorchrunLauncher(Settings):
+class TorchrunLauncher(AnyLauncher):
     """Several processes on this machine under torchrun, for the stages that train."""
 
     kind: Literal["torchrun"] = execution()
@@ -361,11 +401,14 @@ class Experiment(Settings):
     seed: int = identity(ge=0)
     store: str = execution(min_length=1)
     min_free_gb: float = execution(ge=0)
+    retries: int = execution(ge=0)
+    retry_wait_s: float = execution(ge=0)
     pipeline: Pipeline = execution()
     model: Model = identity()
     data: dict[Annotated[str, Field(pattern=NAME)], Dataset] = identity()
     stage: dict[Annotated[str, Field(pattern=NAME)], AnyStage] = identity()
     reward: Reward = identity()
     engine: Engine = execution()
+    checkpoint: Checkpoint = execution()
     launcher: Launcher = execution()
     tracking: Tracking = execution()

@@ -6,13 +6,15 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import Experiment
-from alignment.files import write_json
+from alignment.files import write_json, write_text
 from alignment.pipeline.store import WARNINGS
+from alignment.signals import Listener
 
 
 @dataclass
@@ -39,6 +41,8 @@ class StageContext:
     rank, world_size: of this process; files are written by rank 0 unless the stage says otherwise.
     shared: a folder that all runs of a store share, for what they may leave each other; None: nothing is shared.
     listeners: also told each row of metrics (tracking is one).
+    stop: whether this process was asked to stop. deadline: time.monotonic() by which an attempt must have ended.
+    ticks: grows whenever the stage gets on, on every rank; who watches over hanging processes reads it.
     """
 
     name: str
@@ -52,9 +56,13 @@ class StageContext:
     world_size: int = 1
     shared: Path | None = None
     listeners: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
+    stop: Listener = field(default_factory=Listener)
+    deadline: float | None = None
+    ticks: int = 0
     _started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0
     _count: _Count | None = None
+    _unwritten: list[str] = field(default_factory=list)  # rows of metrics that a full disk did not take
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +74,7 @@ class StageContext:
         Cheap enough to be called at every step: the file is written at most five times a second. Another total, or a
         step before the last one, begins another count: what is left of it is not reckoned from what came before.
         """
+        self.ticks += 1
         now = time.monotonic()
         if self._count is None or total != self._count.total or step < self._count.last:
             self._count = _Count(total, step, now)
@@ -75,25 +84,61 @@ class StageContext:
         self._shown = now
         elapsed = now - self._started
         left = self._count.left(now)
-        write_json(
-            self.folder / "progress.json",
-            {"step": step, "total": total, "elapsed_s": elapsed, "left_s": left, "at": time.time(), **facts},
-            durable=False,
-        )
+        told = {"step": step, "total": total, "elapsed_s": elapsed, "left_s": left, "at": time.time(), **facts}
+        with suppress(OSError):  # a disk that is full for a while must not end what can wait for it
+            write_json(self.folder / "progress.json", told, durable=False)
 
     def warn(self, text: str) -> None:
         """Say what people should know though the stage goes on: in its log, and in the terminal at its end."""
-        print(f"warning: {text}", flush=True)
-        with open(self.folder / WARNINGS, "a", encoding="utf-8") as stream:
-            stream.write(" ".join(text.split()) + "\n")
+        with suppress(OSError):
+            print(f"warning: {text}", flush=True)
+            with open(self.folder / WARNINGS, "a", encoding="utf-8") as stream:
+                stream.write(" ".join(text.split()) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one row to the stage's metrics.jsonl: {"step", "time" (unix seconds), name: value ...}."""
+        """Append one row to the stage's metrics.jsonl: {"step", "time" (unix seconds), name: value ...}.
+
+        Rows that cannot be written now wait in memory for the next one, or for `flush`.
+        """
         if not self.is_main:
             return
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        self._unwritten.append(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+        try:
+            self.flush()
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                self.warn(f"rows of metrics.jsonl wait in memory: {error.strerror or error}")
         for listener in self.listeners:
             listener(step, metrics)
+
+    def flush(self) -> None:
+        """Write the rows of metrics that wait, durably, all of them or none. Raises OSError if that cannot be done."""
+        if not self._unwritten:
+            return
+        path = self.folder / "metrics.jsonl"
+        with open(path, "ab", buffering=0) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            try:
+                data = memoryview("".join(self._unwritten).encode())
+                while data:
+                    data = data[stream.write(data) :]
+                os.fsync(stream.fileno())
+            except OSError:
+                os.truncate(path, size)
+                raise
+        self._unwritten.clear()
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows of metrics after `step`, and what a killed process had half written: they come again."""
+        path = self.folder / "metrics.jsonl"
+        if not self.is_main or not path.exists():
+            return
+        kept, whole = [], path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        for line in whole:
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        if kept != whole:
+            write_text(path, "".join(kept))

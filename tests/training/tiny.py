@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment.config.schema import Dpo, Engine, Experiment, Lora, Sft
+from alignment.config.schema import Checkpoint, Dpo, Engine, Experiment, Lora, Sft
 from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
 
@@ -16,7 +16,8 @@ LORA = Lora(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
 COMMON: dict[str, Any] = {
     "global_batch_size": 6, "epochs": 1.0, "max_steps": 10, "learning_rate": 1e-3, "schedule": "cosine",
     "warmup_ratio": 0.1, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
-    "max_grad_norm": 1.0, "precision": "fp32", "lora": None, "seed": 3, "log_every": 1,
+    "max_grad_norm": 1.0, "precision": "fp32", "lora": None, "nonfinite": "halt", "max_nonfinite": 3, "seed": 3, "log_every": 1,
+    "spike_alarm": None,
 }  # fmt: skip
 
 
@@ -32,7 +33,18 @@ def engine(strategy: str = "single", **changes: Any) -> Engine:
     return Engine(
         **{
             "strategy": strategy, "tokens_per_micro_batch": 120, "gradient_checkpointing": False, "compile": False,
-            "offload": "none", "param_persistence_threshold": 0, "threads": 1, **changes,
+            "offload": "none", "param_persistence_threshold": 0, "threads": 1,
+            "adapt": False, "watchdog_s": 600.0, **changes,
+        }
+    )  # fmt: skip
+
+
+def checkpoint(**changes: Any) -> Checkpoint:
+    """No checkpoints, unless the changes say when."""
+    return Checkpoint(
+        **{
+            "every_minutes": None, "every_steps": None, "asynchronous": True, "keep_last": 2, "keep_best": 0,
+            "best_by": "loss", "best_is": "lowest", "max_failures": 3, **changes,
         }
     )  # fmt: skip
 
@@ -75,12 +87,18 @@ def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
     return {"model": folder / "start", "data": folder / kind}
 
 
-def context(
-    folder: Path, inputs: dict[str, Path], settings: Any, setup: Engine, rank: int = 0, world_size: int = 1
+def context(  # fmt: skip
+    folder: Path,
+    inputs: dict[str, Path],
+    settings: Any,
+    setup: Engine,
+    rank: int = 0,
+    world_size: int = 1,
+    saving: Checkpoint | None = None,
 ) -> StageContext:
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     return StageContext(
         name=settings.kind, run="test", key="0" * 64, folder=folder, settings=settings,
-        experiment=Experiment.model_construct(engine=setup), inputs=inputs, rank=rank, world_size=world_size,
+        experiment=Experiment.model_construct(engine=setup, checkpoint=saving or checkpoint()), inputs=inputs, rank=rank, world_size=world_size,
     )  # fmt: skip

@@ -1,0 +1,54 @@
+"""Being asked to stop. The first signal asks for an end in order, a second one for an end at once."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# One request may arrive as several signals: a terminal or a launcher sends it to the group, and torchrun passes it on.
+ECHO = 2.0
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised in the main thread where nothing better can be done with a request to stop."""
+
+
+class Listener:
+    """Hears the signals of one process.
+
+    asked: the first signal's name, or None. While `deferred`, a request is noted for those who look at `asked`;
+    otherwise it is raised as Stopped. again: called for a further signal; by itself it must end the process.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self._again: Callable[[], None] | None = None
+        self._deferred = 0
+        self._since = 0.0
+
+    def listen(self, again: Callable[[], None]) -> Listener:
+        self._again = again
+        for number in SIGNALS:
+            signal.signal(number, self._hear)
+        return self
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked, self._since = signal.Signals(number).name, now
+            if not self._deferred:
+                raise Stopped(self.asked)
+        elif now - self._since > ECHO and self._again is not None:
+            self._again()
