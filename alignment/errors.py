@@ -62,7 +62,7 @@ class TrainingError(AlignmentError):
 
 
 class LostError(AlignmentError):
-    """Processes of a stage were lost: killed, crashed without a word, hung, out of reach of each other. Worth a retry."""
+    """Processes of a stage were lost: killed, crashed without a word, hung, cut off. Worth a retry."""
 
     exit_code = 6
 

@@ -16,8 +16,8 @@ LORA = Lora(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
 COMMON: dict[str, Any] = {
     "global_batch_size": 6, "epochs": 1.0, "max_steps": 10, "learning_rate": 1e-3, "schedule": "cosine",
     "warmup_ratio": 0.1, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
-    "max_grad_norm": 1.0, "precision": "fp32", "lora": None, "nonfinite": "halt", "max_nonfinite": 3, "seed": 3, "log_every": 1,
-    "spike_alarm": None,
+    "max_grad_norm": 1.0, "precision": "fp32", "lora": None, "nonfinite": "halt", "max_nonfinite": 3,
+    "seed": 3, "log_every": 1, "spike_alarm": None,
 }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
     return {"model": folder / "start", "data": folder / kind}
 
 
-def context(  # fmt: skip
+def context(
     folder: Path,
     inputs: dict[str, Path],
     settings: Any,
@@ -100,5 +100,6 @@ def context(  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
     return StageContext(
         name=settings.kind, run="test", key="0" * 64, folder=folder, settings=settings,
-        experiment=Experiment.model_construct(engine=setup, checkpoint=saving or checkpoint()), inputs=inputs, rank=rank, world_size=world_size,
+        experiment=Experiment.model_construct(engine=setup, checkpoint=saving or checkpoint()), inputs=inputs, rank=rank,
+        world_size=world_size,
     )  # fmt: skip
