@@ -100,6 +100,6 @@ def context(
         folder.mkdir(parents=True, exist_ok=True)
     return StageContext(
         name=settings.kind, run="test", key="0" * 64, folder=folder, settings=settings,
-        experiment=Experiment.model_construct(engine=setup, checkpoint=saving or checkpoint()), inputs=inputs, rank=rank,
-        world_size=world_size,
+        experiment=Experiment.model_construct(engine=setup, checkpoint=saving or checkpoint()), inputs=inputs,
+        rank=rank, world_size=world_size,
     )  # fmt: skip
