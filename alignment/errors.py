@@ -12,6 +12,7 @@ class AlignmentError(Exception):
     """
 
     exit_code = 1
+    retry = False  # true of one that a new attempt at the same stage may not meet again
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         super().__init__(what)
@@ -62,9 +63,10 @@ class TrainingError(AlignmentError):
 
 
 class LostError(AlignmentError):
-    """Processes of a stage were lost: killed, crashed without a word, hung, cut off. Worth a retry."""
+    """Processes of a stage were lost: killed, crashed without a word, hung, cut off."""
 
     exit_code = 6
+    retry = True
 
 
 class PreemptedError(AlignmentError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,20 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoTokenizer
 
+from alignment.config import schema
+from alignment.config.schema import Engine
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
-from alignment.files import require_room
+from alignment.files import read_json, require_room
 from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
+from alignment.training.checkpoints import Checkpoints
+from alignment.training.health import NONFINITE_FILE, NonFinite
+from alignment.training.keeper import Keeper
 from alignment.training.memory import attention_share
 from alignment.training.model import consolidate
+from alignment.training.out_of_memory import adapted, advising
 from alignment.training.rows import Sizes
 from alignment.training.trainers import Packing
 
@@ -27,11 +32,21 @@ def train(
     sizes: Callable[[Any], Sizes],
     make_trainer: Callable[..., Any],
 ) -> dict[str, Any]:
-    """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes)."""
-    settings, setup = context.settings, context.experiment.engine
+    """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes).
+
+    A request to stop is noted and heeded where all processes can: raises PreemptedError then.
+    """
+    with context.stop.deferred():
+        return _train(context, sizes, make_trainer)
+
+
+def _train(context: StageContext, sizes: Callable[[Any], Sizes], make_trainer: Callable[..., Any]) -> dict[str, Any]:
+    settings, setup = context.settings, adapted(context.experiment.engine, context.folder)
     start = context.inputs["model"] / "model"
     context.progress(0, 0, note="loading the model", force=True)
     engine.start(setup, context.world_size)
+    keeper = _keeper(context, setup)
+    context.rewind(keeper.choose())
 
     rows = _rows(context.inputs["data"] / "train")
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
@@ -69,17 +84,45 @@ def train(
         widths=widths,
         on_step=on_step,
         say=say,
+        warn=context.warn,
+        keeper=keeper,
+        nonfinite=_nonfinite(context),
+        spike_alarm=settings.spike_alarm,
         packing=Packing(compile=setup.compile),
         train_dataset=rows,
         processing_class=tokenizer,
     )
     require_room(context.folder, 4 * sum(map(_size, trainer.model.parameters())))  # before training, not after it
-    began = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - began
+    with advising(setup, choice.load, choice.checkpointing, config, max(lengths), context.folder):
+        trainer.train()
     context.progress(batches.steps, batches.steps, note="writing the model", force=True)
     consolidate(trainer, start, context.folder)
-    return {**_summary(trainer), "rows": len(rows), "steps": batches.steps, "train_seconds": seconds}
+    context.flush()
+    if context.is_main:
+        keeper.done()
+    return {**_summary(trainer), "rows": len(rows), "steps": batches.steps, "train_seconds": trainer.seconds}
+
+
+def _keeper(context: StageContext, setup: Engine) -> Keeper:
+    settings: schema.Checkpoint = context.experiment.checkpoint
+    folder = context.folder / "checkpoints"
+    layout = {"strategy": setup.strategy, "world_size": context.world_size, "precision": context.settings.precision}
+    return Keeper(
+        Checkpoints(folder, context.key, settings, context.warn),
+        context.stop,
+        context.deadline,
+        say=print if context.is_main else lambda line: None,
+        layout=layout,
+    )
+
+
+def _nonfinite(context: StageContext) -> NonFinite:
+    """The policy, and where earlier attempts have gone back."""
+    try:
+        rolled_back = read_json(context.folder / NONFINITE_FILE)["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        rolled_back = []
+    return NonFinite(context.settings.nonfinite, context.settings.max_nonfinite, rolled_back=rolled_back)
 
 
 def _summary(trainer: Any) -> dict[str, float]:

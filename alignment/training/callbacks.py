@@ -35,6 +35,6 @@ class Reporter(TrainerCallback):
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
+        if logs and "learning_rate" in logs:  # not Trainer's summary at the end
             metrics = {name: float(value) for name, value in logs.items() if name not in HIDDEN}
             self._on_step(state.global_step, state.max_steps, metrics)

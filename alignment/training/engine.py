@@ -161,11 +161,12 @@ def training_arguments(
 
 
 class Choice(NamedTuple):
-    """What `auto` came to. why: a line for the log."""
+    """What `auto` came to. why: a line for the log. load: what a process has to hold by the estimate."""
 
     tokens_per_micro_batch: int
     checkpointing: bool
     why: str
+    load: Load
 
 
 # A micro-batch of more tokens makes a step of a CPU no faster (docs/performance.md) and takes more memory; on a GPU the
@@ -208,7 +209,7 @@ def choose(
             engine.offload,
         )
         on, why, fits = needs_checkpointing(engine.gradient_checkpointing, config, load, available)
-        return Choice(tokens, on, f"{tokens} tokens a micro-batch; {why}"), on, fits
+        return Choice(tokens, on, f"{tokens} tokens a micro-batch; {why}", load), on, fits
 
     if engine.tokens_per_micro_batch != "auto":
         candidates = [choice(engine.tokens_per_micro_batch)]

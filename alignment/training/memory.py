@@ -264,8 +264,8 @@ def needs_checkpointing(
     room = USABLE * available
     on = state + kept > room if setting == "auto" else setting
     figures = (
-        f"about {_size(state)} of weights, gradients and optimiser and {_size(kept)} of activations "
-        f"({_size(few)} checkpointed), {_size(available)} free"
+        f"about {size_text(state)} of weights, gradients and optimiser and {size_text(kept)} of activations "
+        f"({size_text(few)} checkpointed), {size_text(available)} free"
     )
     who = "by itself" if setting == "auto" else "as set"
     line = f"gradient checkpointing {'on' if on else 'off'} ({who}): {figures}"
@@ -273,5 +273,6 @@ def needs_checkpointing(
     return on, line if fits else f"{line}; memory may not suffice", fits
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -5,7 +5,7 @@ Sums stay on the device while a step runs; one collective a row of metrics bring
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,6 +64,23 @@ class Meter:
             if before is not None:
                 value = EXTREME.get(METRICS[name].how, torch.add)(before, value)
             self._values[name] = value
+
+    def values(self) -> dict[str, float]:
+        """The sums as they stand."""
+        return {name: float(value) for name, value in self._values.items()}
+
+    def take_up(
+        self, mine: Mapping[str, float] | None, all_of_them: Sequence[Mapping[str, float]], rank: int, device: Any
+    ) -> None:
+        """Go on with sums of before. mine: this process's; None: the first process takes those of all together."""
+        if mine is None:
+            mine = {}
+            for name in sorted({name for values in all_of_them for name in values}):
+                values = [values[name] for values in all_of_them if name in values]
+                how = METRICS[name].how
+                joined = {"max": max, "min": min}.get(how, sum)(values)
+                mine[name] = joined if rank == 0 or how in EXTREME else 0.0
+        self._values = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in mine.items()}
 
     def reduce(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """name -> value over all processes. gather: [1, n] of each process -> [processes, n], in one collective."""

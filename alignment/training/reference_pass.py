@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from alignment.errors import TrainingError
 from alignment.files import near
+from alignment.training.ranks import gathered, told
 from alignment.training.reference import ReferenceStore, computing, row_digests
 
 BLOCK = 256  # pairs whose log-probs are stored together: what a killed pass loses at most
@@ -42,6 +42,7 @@ class References:
         self.store, self._progress, self._warn = store, progress, warn
         self._computed: dict[int, np.ndarray] = {}
         self._digests: np.ndarray | None = None
+        self._safe_point: Callable[[], None] = lambda: None
         self.computed = 0  # pairs that this run had to compute
 
     @property
@@ -69,8 +70,12 @@ class References:
         assert self._digests is not None
         return self.store[self._digests[number].tobytes()]
 
-    def complete(self, trainer: Any) -> None:
-        """Compute what is not yet there of the rows that this run will see. A collective: every process enters."""
+    def complete(self, trainer: Any, safe_point: Callable[[], None]) -> None:
+        """Compute what is not yet there of the rows that this run will see. A collective: every process enters.
+
+        safe_point: called wherever the pass may end and lose nothing, a collective too.
+        """
+        self._safe_point = safe_point
         needed = np.unique([row for step in range(trainer.batches.steps) for row in trainer.batches.rows(step)])
         if self.store is None:
             self._compute(trainer, needed)
@@ -79,18 +84,22 @@ class References:
         names, missing = self._look(trainer, needed, [])
         if len(missing):
             waiting = "another run computes this reference's log-probs: waiting for it"
-            with computing(store, lambda: trainer.say(waiting), ask=lambda take: _agreed(trainer, take)):
+            with computing(store, lambda: trainer.say(waiting), ask=self._ask):
                 names, missing = self._look(trainer, needed, names)  # what others have added meanwhile
                 if len(missing):
                     store.open([*names, *self._compute(trainer, missing)])
         found = f"{len(needed) - len(missing)} of {len(needed)} pairs were in the store, {len(missing)} were computed"
         trainer.say(f"reference log-probs: {found}")
 
+    def _ask(self, take: Callable[[], bool]) -> bool:
+        self._safe_point()
+        return bool(told(take))
+
     def _look(self, trainer: Any, needed: np.ndarray, known: Sequence[str]) -> tuple[list[str], np.ndarray]:
         """Open what is there: names of the segments, of which those known are not hashed again; and what is missing."""
         assert self.store is not None and self._digests is not None
         store = self.store
-        names = _agreed(trainer, lambda: store.segments(self._warn, known))
+        names = told(lambda: store.segments(self._warn, known))
         store.open(names)
         return names, needed[store.missing(self._digests[needed])]
 
@@ -101,6 +110,7 @@ class References:
         batches = replace(trainer.batches, tokens_per_micro_batch=times * trainer.batches.tokens_per_micro_batch)
         rank, world = trainer.args.process_index, batches.world_size
         for first in range(0, len(rows), BLOCK):
+            self._safe_point()
             block = rows[first : first + BLOCK].tolist()
             padded = block + block[:1] * max(0, world - len(block))  # every process must enter every forward
             mine: dict[int, np.ndarray] = {}
@@ -111,25 +121,9 @@ class References:
                 self._progress(int(done), len(rows), note="reference log-probs")
             self.computed += len(block)
             if self.store is None:
-                for part in gathered(trainer, mine):
+                for part in gathered(mine):
                     self._computed.update(part)
             else:
                 assert self._digests is not None
-                names += gathered(trainer, self.store.append(self._digests[list(mine)], list(mine.values())))
+                names += gathered(self.store.append(self._digests[list(mine)], list(mine.values())))
         return names
-
-
-def _agreed(trainer: Any, answer: Callable[[], Any]) -> Any:
-    """What the main process answers, on every process."""
-    told = [answer() if trainer.accelerator.is_main_process else None]
-    broadcast_object_list(told, from_process=0)
-    return told[0]
-
-
-def gathered(trainer: Any, mine: Any) -> list[Any]:
-    """What each process has, on every process."""
-    if trainer.accelerator.num_processes == 1:
-        return [mine]
-    parts: list[Any] = [None] * trainer.accelerator.num_processes
-    torch.distributed.all_gather_object(parts, mine)
-    return parts

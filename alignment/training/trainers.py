@@ -6,7 +6,6 @@ micro-batches, the scale of the loss, metrics. What is leaned on below the publi
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 import trl
 from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor
@@ -27,17 +25,18 @@ from alignment.errors import TrainingError
 from alignment.training.attention import PACKED
 from alignment.training.batching import GlobalBatches
 from alignment.training.callbacks import Before, Reporter
+from alignment.training.health import NonFinite, SpikeAlarm
+from alignment.training.keeper import Keeper
 from alignment.training.metrics import UNUSED, Meter, pair_sums, reward_sums, token_sums
 from alignment.training.packing import BUCKET, IGNORED, pack
-from alignment.training.reference_pass import References, gathered
+from alignment.training.ranks import gathered
+from alignment.training.reference_pass import References
+from alignment.training.resuming import Resumable
 from alignment.training.shared_prefix import compile_layers, install
 from alignment.training.steps import Steps
 from alignment.training.swapped import labelled_positions_only, nothing_hashed
 from alignment.training.trial import refusal, trial
 
-_Trainer: Any = transformers.Trainer  # after the TRL trainer in the order of bases
-
-NOT_FINITE = "lower learning_rate, or look at the data"
 # How far apart, in nats a token, policy and reference may be in the mean before the first update: rounding, since other
 # rows share their micro-batch. Between packed and padded rows it is 5e-7 and 1e-3 in a random Llama of 12 layers on a
 # CPU; the rest is for deeper models and a GPU's kernels.
@@ -54,7 +53,7 @@ class Packing:
     compile: bool = False
 
 
-class AlignedTrainer(_Trainer):
+class AlignedTrainer(Resumable):
     """Mixin before a TRL trainer. An item of the loader is one optimiser step: this process's micro-batches."""
 
     loss_is_scaled_for_ga: Any = True  # compute_loss scales: Trainer must not divide again
@@ -68,22 +67,27 @@ class AlignedTrainer(_Trainer):
         on_step: Callable[..., None],
         model: Any,
         packing: Packing = Packing(),
+        keeper: Keeper | None = None,
+        nonfinite: NonFinite | None = None,
+        spike_alarm: float | None = None,
         say: Callable[[str], None] = print,
+        warn: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
         """batches: rows of every step. widths: their tokens when padded, for models that cannot be packed.
 
-        on_step(step, total, metrics): after every step; between rows of metrics these are empty. say: one line to
-        whoever reads the log.
+        on_step(step, total, metrics): after every step; between rows of metrics these are empty. keeper: of
+        checkpoints. say: one line to whoever reads the log. warn: one to people.
         """
+        self._set_up(keeper, nonfinite or NonFinite(), SpikeAlarm(spike_alarm))
+        self.warn = warn
         self.batches, self.packing, self._widths, self.say = batches, packing, widths, say
         self._meter = Meter()
         self._output: Any = None  # what the policy's forward returned for this micro-batch
         self._input_tokens = 0.0
         self._logged_at: float | None = None
         self._steps: Steps | None = None
-        self.first_loss = math.nan
-        super().__init__(model=model, callbacks=[Before(self._before_training), Reporter(on_step)], **kwargs)
+        super().__init__(model=model, callbacks=[Before(self._begin), Reporter(on_step)], **kwargs)
         self.remove_callback(PrinterCallback)
         self.model.register_forward_hook(self._keep_output)
         install(self._plain_model())
@@ -100,7 +104,7 @@ class AlignedTrainer(_Trainer):
         if reason is None:
             precision = torch.bfloat16 if self.args.bf16 else torch.float32
             reason, attention = trial(plain, self.model_wrapped, self.branches, precision, self.args.device)
-        reason = next((one for one in gathered(self, reason) if one), None)  # one that cannot, and nobody does
+        reason = next((one for one in gathered(reason) if one), None)  # one that cannot, and nobody does
         if reason is not None:
             self.say(f"rows are padded, not packed: {reason}")
             if self.packing.compile:
@@ -124,7 +128,8 @@ class AlignedTrainer(_Trainer):
         return dataset
 
     def get_train_dataloader(self) -> DataLoader:
-        self._steps = Steps(self.make_step, self.batches.steps, ahead=self.args.device.type != "cpu")
+        ahead = self.args.device.type != "cpu"
+        self._steps = Steps(self.make_step, self.batches.steps, ahead, self.first_step)
         return DataLoader(self._steps, batch_size=None, shuffle=False, pin_memory=self.args.dataloader_pin_memory)
 
     def make_step(self, step: int) -> dict[str, Any]:
@@ -157,6 +162,9 @@ class AlignedTrainer(_Trainer):
         finally:  # a thread left behind would be waited for when the interpreter ends
             if self._steps is not None:
                 self._steps.close()
+            if self.keeper is not None:
+                self.keeper.finish()
+            self.seconds += time.monotonic() - self._began
 
     # --- one optimiser step -------------------------------------------------------------------------------------------
 
@@ -168,6 +176,7 @@ class AlignedTrainer(_Trainer):
         micro_batches, self._divisor = inputs["micro_batches"], inputs["weight"]
         self._logged_at = self._logged_at or time.monotonic()
         self._step_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self._micro_losses = []
         divisor = torch.tensor(self._divisor, device=self.args.device)  # once: the copy waits for the device
         self.current_gradient_accumulation_steps = len(micro_batches)
         by_engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -178,7 +187,7 @@ class AlignedTrainer(_Trainer):
                 apart = nullcontext() if self._last or by_engine else self.accelerator.no_sync(model)
                 with apart:
                     super().training_step(model, micro_batch, divisor)
-        return self._step_loss.float()
+        return self._step_loss.float().nan_to_num(0.0)  # Trainer adds it up for its summary; `log` says what it was
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -187,15 +196,14 @@ class AlignedTrainer(_Trainer):
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         loss = loss * self._scale(inputs, num_items_in_batch)
         self._step_loss += loss.detach().double()
+        self._micro_losses.append(loss.detach())
         with torch.no_grad():
             attended = inputs["attention_mask"].sum(1)
             computed = inputs["pack"].tokens if "pack" in inputs else inputs["input_ids"].numel()
             self._meter.add({"input_tokens": attended.sum(), "longest_row": attended.max(), "computed_share": computed})
             self._meter.add(self._measure(inputs))
         self._output = None
-        if self._last:
-            self._check_loss()
-        return loss
+        return self._agree(loss) if self._last else loss
 
     def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
         """From the loss that TRL returns to (this micro-batch's sum) * processes / (divisor of the global batch)."""
@@ -205,31 +213,9 @@ class AlignedTrainer(_Trainer):
         """Sums for the meter, from self._output."""
         raise NotImplementedError
 
-    def _check_loss(self) -> None:
-        """The loss of the whole step, known to all processes before the optimiser moves: finite, or all stop."""
-        loss = float(self.accelerator.reduce(self._step_loss.clone(), reduction="mean"))
-        step = self.state.global_step
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {step + 1}", fix=NOT_FINITE)
-        if step == 0:
-            self.first_loss = loss
-            self._check_start()
-
-    def _check_start(self) -> None:
-        """All micro-batches of the first step are computed, nothing was updated."""
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}",
-                fix=NOT_FINITE,
-            )
-        return norm
-
     def facts(self) -> dict[str, float]:
         """Of the whole run, for its summary."""
-        return {"first_loss": self.first_loss}
+        return {"first_loss": self.first_loss, "skipped_steps": len(self.nonfinite.skipped)}
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -256,8 +242,14 @@ class AlignedTrainer(_Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row: Trainer's loss, grad_norm and learning_rate, and the sums since the last row, reduced once."""
         sums = self._meter.reduce(self.accelerator.gather)
-        if "loss" not in logs or not sums:  # Trainer's summary at the end, which is not a row
+        if "learning_rate" not in logs or not sums:  # Trainer's summary at the end, which is not a row
             return
+        total, steps = self._losses
+        logs, self._losses = {name: value for name, value in logs.items() if name != "loss"}, [0.0, 0]
+        if steps:  # of those that were not skipped
+            logs = {"loss": total / steps, **logs}
+        if self.nonfinite.skipped:
+            logs["skipped_steps"] = len(self.nonfinite.skipped)
         now = time.monotonic()
         self._input_tokens += sums["input_tokens"]
         sums["num_tokens"] = self._input_tokens
@@ -266,6 +258,7 @@ class AlignedTrainer(_Trainer):
         for name in ("rows", "tokens"):
             sums.pop(name, None)
         super().log({**logs, **sums}, start_time)
+        self._row = self.state.log_history[-1]
 
     def _send_telemetry(self) -> None:
         """A library reports nothing of a run to anybody."""
@@ -313,7 +306,7 @@ class DPO(_Pairs, trl.DPOTrainer):
 
     def _before_training(self) -> None:
         super()._before_training()
-        self._references.complete(self)
+        self._references.complete(self, self.keeper.safe_point if self.keeper else lambda: None)
         self._apart = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens: at the first step
 
     @torch.no_grad()

@@ -1,0 +1,170 @@
+"""Checkpoints on the disk: a folder that counts only when it is whole.
+
+    checkpoints/step-00000012/   rank-00000-of-00002.safetensors ...  each process's part
+                                 state.json       what is the same on all processes
+                                 manifest.json    key, step, and size and SHA-256 of every other file
+    checkpoints/.step-...        one that is being written: not looked at, and gone when the next attempt begins
+
+Everything is made durable before one rename gives a checkpoint its name. Free of any trainer; the only one to write,
+name and delete here is the main process, but for the parts that each process writes of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.config import schema
+from alignment.files import digest, fsync, read_json, sha256, write_json
+
+FORMAT = 1
+NAME = re.compile(r"step-(\d{8,})")
+MANIFEST, STATE = "manifest.json", "state.json"
+
+
+def part_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+@dataclass
+class Checkpoints:
+    """Those of one stage. key: of the stage, which must be that of what is resumed. warn: one line for people."""
+
+    folder: Path
+    key: str
+    settings: schema.Checkpoint
+    warn: Callable[[str], None]
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def found(self) -> list[int]:
+        """Steps of what has a checkpoint's name, the newest first; whether one is whole, `trouble` says."""
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            return []
+        named = ((NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return sorted((int(name[1]) for name, _ in named if name), reverse=True)
+
+    def at(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def trouble(self, step: int, part: int = 0, parts: int = 1) -> str | None:
+        """Why the checkpoint cannot be used, or None. Of its files, each part-th of so many parts is hashed."""
+        folder = self.at(step)
+        if folder.is_symlink() or not folder.is_dir():
+            return "it is not a folder of this store"
+        try:
+            manifest = read_json(folder / MANIFEST)
+            said = manifest.pop("sha256")
+            files = dict(sorted(manifest["files"].items()))
+            if said != digest(manifest) or manifest["format"] != FORMAT:
+                return f"its {MANIFEST} is damaged"
+            if (manifest["key"], manifest["step"]) != (self.key, step):
+                return "it belongs to another stage or step"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"it has no whole {MANIFEST}"
+        there = {str(path.relative_to(folder)) for path in folder.rglob("*")} - {MANIFEST}
+        if there != set(files):
+            odd = sorted(there ^ set(files))[0]
+            return f"{odd} is missing" if odd in files else f"{odd} is not in its manifest"
+        for number, (name, file) in enumerate(files.items()):
+            path = folder / name
+            if path.is_symlink() or not path.is_file():
+                return f"{name} is not a plain file"
+            if path.stat().st_size != file["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {file['bytes']}"
+            if number % parts == part and sha256(path) != file["sha256"]:
+                return f"{name} is damaged"
+        return None
+
+    def state(self, step: int) -> dict[str, Any]:
+        return dict(read_json(self.at(step) / STATE))
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def clean(self) -> None:
+        """What killed attempts left half-written goes. A link in the place of the folder is not followed: it goes."""
+        if self.folder.is_symlink():
+            self.warn(f"{self.folder.name} was a link out of the store: it is not read, and is removed")
+            self.folder.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(".*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def aside(self, step: int) -> Path:
+        """Where the checkpoint is written before it counts."""
+        return self.folder / f".{self.at(step).name}"
+
+    def commit(self, step: int, files: dict[str, dict[str, Any]], state: dict[str, Any], score: float | None) -> None:
+        """Give the checkpoint its name. files: the parts, durable already: name -> bytes, sha256. Raises OSError."""
+        aside = self.aside(step)
+        write_json(aside / STATE, state)
+        size = (aside / STATE).stat().st_size
+        files = {**files, STATE: {"bytes": size, "sha256": sha256(aside / STATE)}}
+        manifest = {"format": FORMAT, "key": self.key, "step": step, "score": score, "files": files}
+        write_json(aside / MANIFEST, {**manifest, "sha256": digest(manifest)})
+        fsync(aside)
+        self.remove(step)
+        aside.rename(self.at(step))
+        fsync(self.folder)
+
+    def discard(self, step: int) -> None:
+        """One that could not be written."""
+        shutil.rmtree(self.aside(step), ignore_errors=True)
+
+    def put_away(self, step: int, why: str) -> None:
+        """One that cannot be used: said, and moved out of the way."""
+        path, kept = self.at(step), self.folder / f"damaged-{self.at(step).name}-{time.time_ns()}"
+        if path.is_symlink():
+            path.unlink()
+            self.warn(f"checkpoint of step {step}: {why}: it is not used, the link is removed")
+            return
+        path.rename(kept)
+        self.warn(f"checkpoint of step {step}: {why}: it is not used, and kept as {kept.name}")
+
+    def remove(self, step: int) -> None:
+        """The name goes first, then the files: a kill between leaves nothing that looks whole."""
+        path = self.at(step)
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            gone = self.folder / f".removed-{path.name}-{time.time_ns()}"
+            path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def retain(self) -> None:
+        """Remove what settings.keep_last and keep_best do not keep. The newest one always stays."""
+        steps = self.found()
+        kept = {*steps[: self.settings.keep_last], *self.best()}
+        for step in steps:
+            if step not in kept:
+                self.remove(step)
+
+    def best(self) -> list[int]:
+        """Steps of the settings.keep_best best, the best first."""
+        lowest = self.settings.best_is == "lowest"
+        scored = [(score, step) for step in self.found() if (score := self._score(step)) is not None]
+        ranked = sorted(scored, key=lambda pair: pair[0] if lowest else -pair[0])
+        return [step for _, step in ranked[: self.settings.keep_best]]
+
+    def keep_best_only(self) -> None:
+        """Training is done: of the checkpoints only the best stay beside the result, where that is asked for."""
+        best = set(self.best())
+        for step in self.found():
+            if step not in best:
+                self.remove(step)
+        for path in self.folder.glob("[!s]*" if best else "*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if not best:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _score(self, step: int) -> float | None:
+        try:
+            score = read_json(self.at(step) / MANIFEST)["score"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return float(score) if isinstance(score, int | float) else None

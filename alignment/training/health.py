@@ -1,0 +1,90 @@
+"""Losses and gradients that are no numbers, or far from what they were: what is done, on all processes alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from alignment.errors import TrainingError
+
+NONFINITE_FILE = "nonfinite.json"  # beside the checkpoints: {"steps": [steps from which training was rolled back]}
+FIX = "lower learning_rate, or look at the data"
+SHOWN = 12  # rows named in an error
+
+
+@dataclass
+class NonFinite:
+    """policy: halt | skip | rollback (stage.*.nonfinite). most: steps that may be skipped in a run.
+
+    skipped: steps whose update was left out. rolled_back: steps at which an earlier attempt has gone back.
+    """
+
+    policy: Literal["halt", "skip", "rollback"] = "halt"
+    most: int = 1
+    skipped: list[int] = field(default_factory=list)
+    rolled_back: list[int] = field(default_factory=list)
+
+    def meet(self, step: int, what: str, rows: Sequence[int]) -> None:
+        """Returns if the update of this step is to be left out. Raises TrainingError to halt, or to be tried again.
+
+        step: from 1. what: a clause. rows: of the training split, those whose loss it is, or the whole batch.
+        """
+        where = f"step {step}, {_named(rows)}"
+        if self.policy == "halt":
+            raise TrainingError(what, where=where, fix=f"{FIX}; or set nonfinite=skip or rollback")
+        if self.policy == "rollback" and step not in self.rolled_back:
+            self.rolled_back.append(step)
+            error = TrainingError(f"{what}: back to the last checkpoint", where=where, fix=FIX)
+            error.retry = True
+            raise error
+        if len(self.skipped) >= self.most:
+            raise TrainingError(f"{what}, after {self.most} skipped steps", where=where, fix=f"{FIX}; or max_nonfinite")
+        self.skipped.append(step)
+
+
+def _named(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:SHOWN]))
+    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more} of the training split"
+
+
+@dataclass
+class SpikeAlarm:
+    """Whether a loss lies more than `factor` standard deviations above its recent mean, and by a tenth of it.
+
+    Mean and variance are exponentially weighted with a memory of about SPAN steps (West 1979); nothing is said in the
+    first WARM_UP steps, nor again within so many.
+    """
+
+    factor: float | None
+    mean: float = 0.0
+    variance: float = 0.0
+    seen: int = 0
+    quiet_until: int = 0
+
+    SPAN = 50
+    WARM_UP = 20
+
+    def hear(self, loss: float) -> str | None:
+        """A clause to warn with, or None."""
+        if self.factor is None:
+            return None
+        deviation = math.sqrt(self.variance)
+        above = loss - self.mean
+        told = None
+        if self.seen >= max(self.WARM_UP, self.quiet_until) and above > max(self.factor * deviation, 0.1 * self.mean):
+            told = f"the loss is {loss:.4g}, its recent mean is {self.mean:.4g} with a deviation of {deviation:.2g}"
+            self.quiet_until = self.seen + self.WARM_UP
+        weight = max(1 / (self.seen + 1), 1 / self.SPAN)
+        self.mean += weight * above
+        self.variance = (1 - weight) * (self.variance + weight * above * above)
+        self.seen += 1
+        return told
+
+    def carried(self) -> list[float]:
+        return [self.mean, self.variance, self.seen, self.quiet_until]
+
+    def take_up(self, carried: Sequence[Any]) -> None:
+        self.mean, self.variance, self.seen, self.quiet_until = carried

@@ -1,0 +1,255 @@
+"""Nothing that was computed is lost: when a checkpoint is written, what becomes of it, when training stops in order.
+
+Processes decide together. Each brings its wishes (asked to stop, time to save, part written, part failed) to the one
+reduction of every step, so all know the same before the optimiser moves and act on it alike after the step. Writing
+goes on in a thread while training does; a write that fails on one process fails for all of them, with a warning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alignment.config import schema
+from alignment.errors import MachineError, PreemptedError
+from alignment.files import write_json
+from alignment.signals import Listener
+from alignment.training import ranks, state, tensors
+from alignment.training.checkpoints import Checkpoints, part_name
+
+# Before a time limit: seconds to spare, and how fast a disk is taken to be until a save has been timed.
+SPARE, SLOW_DISK = 5.0, 100e6
+
+
+class Wishes(NamedTuple):
+    """Of one process, or the sum over all. fatal: saving has failed too often."""
+
+    stop: float = 0
+    due: float = 0
+    written: float = 0
+    failed: float = 0
+    fatal: float = 0
+
+
+class Write(NamedTuple):
+    """A checkpoint under way: this process's part, and what is common."""
+
+    step: int
+    part: Future[dict[str, Any]]
+    facts: dict[str, Any]
+    score: float | None
+
+
+class Keeper:
+    """Of one process of a stage that trains.
+
+    first_step: where training goes on; 0 where there is nothing to go on from.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        stop: Listener,
+        deadline: float | None = None,
+        say: Callable[[str], None] = print,
+        layout: dict[str, Any] | None = None,
+    ) -> None:
+        """deadline: time.monotonic() by which the attempt must have ended. layout: of the engine, for the record."""
+        self.checkpoints, self.say, self.layout = checkpoints, say, layout or {}
+        self.settings: schema.Checkpoint = checkpoints.settings
+        self.first_step = 0
+        self._stop, self._deadline = stop, deadline
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._write: Write | None = None
+        self._failures = 0  # in a row; the main process counts
+        self._problem = ""
+        self._saved_at = self._step_at = time.monotonic()
+        self._slowest_step = self._save_takes = 0.0
+
+    # --- going on -------------------------------------------------------------------------------------------------
+
+    def choose(self) -> int:
+        """Find the newest whole checkpoint; those that are not are put away. A collective. Returns its step, or 0."""
+        main = ranks.rank() == 0
+        if main:
+            self.checkpoints.clean()
+        for step in ranks.told(self.checkpoints.found):
+            part = self.checkpoints.trouble(step, ranks.rank(), ranks.world_size())
+            why = next((told for told in ranks.gathered(part) if told), None)
+            if why is None:
+                self.first_step = step
+                break
+            if main:
+                self.checkpoints.put_away(step, why)
+        return self.first_step
+
+    def take_up(self, trainer: Any) -> dict[str, Any]:
+        """Bring the chosen checkpoint into the engine. A collective. Returns the facts it was saved with."""
+        saved = state.Saved(self.checkpoints.at(self.first_step))
+        facts = self.checkpoints.state(self.first_step)
+        state.put_in(trainer, saved)
+        mine = saved.generators(ranks.rank())
+        if mine is not None:
+            state.set_generators(mine[0], mine[1]["random"], trainer.args.device)
+        same = facts["layout"].get("world_size") == ranks.world_size()
+        meters = [saved.generators(rank)[1]["meter"] for rank in range(len(saved.files))]  # type: ignore[index]
+        trainer.take_up(facts["trainer"], meters[ranks.rank()] if same else None, meters)
+        written, now = facts["layout"], self.layout
+        how = "" if written == now else f", saved by {_words(written)}, now {_words(now)}"
+        self.say(f"going on from the checkpoint of step {self.first_step}{how}")
+        self._saved_at = self._step_at = time.monotonic()
+        return facts
+
+    # --- every step -----------------------------------------------------------------------------------------------
+
+    def wishes(self) -> Wishes:
+        """This process's, for the reduction of the step that is being computed."""
+        done = self._write is not None and self._write.part.done()
+        failed = done and self._write.part.exception() is not None  # type: ignore[union-attr]
+        minutes, main = self.settings.every_minutes, ranks.rank() == 0
+        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return Wishes(
+            stop=float(self._why_stop() is not None),
+            due=float(main and late),
+            written=float(done and not failed),
+            failed=float(failed),
+            fatal=float(main and self._failures >= self.settings.max_failures),
+        )
+
+    def after_step(self, trainer: Any, step: int, agreed: Wishes, last: bool) -> None:
+        """Act on what was agreed in this step. agreed: the sum over all. last: nothing follows this step.
+
+        Raises PreemptedError when all have saved, MachineError when saving has failed too often.
+        """
+        now = time.monotonic()
+        self._slowest_step, self._step_at = max(self._slowest_step, now - self._step_at), now
+        if agreed.fatal:
+            problem = ranks.told(lambda: self._problem)
+            where, fix = str(self.checkpoints.folder), "free some space, or raise checkpoint.max_failures"
+            raise MachineError(f"{self.settings.max_failures} saves in a row failed: {problem}", where=where, fix=fix)
+        if self._write is not None and agreed.written + agreed.failed == ranks.world_size():
+            self._conclude()
+        if agreed.stop:
+            raise self._stopped(trainer, step)
+        every = self.settings.every_steps
+        if not last and self._write is None and (agreed.due or (every and step % every == 0)):
+            self._begin(trainer, step)
+
+    def safe_point(self) -> None:
+        """Where nothing has to be saved: if any process was asked to stop, all do. A collective."""
+        reasons = ranks.gathered(self._why_stop())
+        if any(reasons):
+            kept = f"the checkpoint of step {self.first_step} is kept" if self.first_step else "nothing was trained yet"
+            raise PreemptedError(f"{_reason(reasons)}: {kept}")
+
+    def _why_stop(self) -> str | None:
+        if self._stop.asked:
+            return self._stop.asked
+        if self._deadline is not None:
+            needed = SPARE + 2 * self._slowest_step + 2 * self._save_takes
+            if time.monotonic() + needed >= self._deadline:
+                return "launcher.time_limit"
+        return None
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, trainer: Any, step: int) -> None:
+        """Copy the state; write it in the thread, or here where that is asked for."""
+        facts = {"step": step, "layout": self.layout, "trainer": trainer.carried()}
+        mine = {"meter": trainer.meter_values(), "random": state.random_state()}
+        copied = state.copy_out(trainer)
+        self._save_takes = self._save_takes or sum(tensor.nbytes for tensor in copied.values()) / SLOW_DISK
+        path = self.checkpoints.aside(step) / part_name(ranks.rank(), ranks.world_size())
+        part = self._thread.submit(self._part, path, copied, mine)
+        self._write = Write(step, part, facts, trainer.ranked_by(self.settings.best_by))
+        if not self.settings.asynchronous:
+            self._settle()
+
+    def _part(self, path: Path, copied: dict[str, Tensor], facts: Any) -> dict[str, Any]:
+        began = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = tensors.write(path, copied, facts)
+        self._save_takes = time.monotonic() - began
+        return file
+
+    def _settle(self) -> None:
+        """Wait until all parts are written, then conclude. A collective."""
+        if self._write is not None:
+            wait([self._write.part])
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """All parts are written, or have failed: the checkpoint counts, or goes. A collective."""
+        assert self._write is not None
+        write, self._write = self._write, None
+        error = write.part.exception()
+        told = str(error) if error is not None else None
+        mine = None if error else write.part.result()
+        parts = ranks.gathered((part_name(ranks.rank(), ranks.world_size()), mine, told))
+        if ranks.rank() != 0:
+            return
+        problem = next((f"{text} (rank {rank})" for rank, (_, _, text) in enumerate(parts) if text), None)
+        try:
+            if problem is None:
+                files = {name: file for name, file, _ in parts}
+                self.checkpoints.commit(write.step, files, write.facts, write.score)
+                self.checkpoints.retain()
+                self._failures, self._saved_at = 0, time.monotonic()
+                return
+        except OSError as failed:
+            problem = str(failed)
+        self._failures, self._problem, self._saved_at = self._failures + 1, problem, time.monotonic()
+        self.checkpoints.discard(write.step)
+        left = next(iter(self.checkpoints.found()), None)
+        whole = "there is none yet" if left is None else f"the newest whole one is of step {left}"
+        self.checkpoints.warn(f"the checkpoint of step {write.step} could not be written, {whole}: {problem}")
+
+    def _stopped(self, trainer: Any, step: int) -> PreemptedError:
+        """Save what this step has made, and say how that went. A collective."""
+        reason = _reason(ranks.gathered(self._why_stop()))
+        self._settle()
+        self._begin(trainer, step)
+        self._settle()
+        newest = ranks.told(lambda: next(iter(self.checkpoints.found()), None))  # and nobody leaves before it is there
+        if newest == step:
+            return PreemptedError(f"{reason}: saved at step {step}")
+        kept = f"the checkpoint of step {newest} is kept" if newest else "there is no checkpoint"
+        return PreemptedError(f"{reason} at step {step}: it could not be saved, {kept}")
+
+    def finish(self) -> None:
+        """Training is over: nothing is written any more."""
+        self._thread.shutdown(cancel_futures=True)
+        self._write = None
+
+    def done(self) -> None:
+        """The result is written: checkpoints go, but for the best where they are kept. The main process calls."""
+        self.checkpoints.keep_best_only()
+
+    def remember(self, name: str, value: Any) -> None:
+        """A word from this attempt to the next, beside the checkpoints."""
+        write_json(self.checkpoints.folder.parent / name, value)
+
+
+def reduced(loss: Tensor, wishes: Wishes) -> tuple[float, Wishes]:
+    """Sums over all processes, in one reduction. loss: float64 scalar."""
+    both = torch.cat([loss.reshape(1), torch.tensor(wishes, dtype=torch.float64, device=loss.device)])
+    if ranks.world_size() > 1:
+        dist.all_reduce(both)
+    total, *agreed = both.tolist()
+    return total, Wishes(*agreed)
+
+
+def _reason(reasons: list[str | None]) -> str:
+    rank, why = next(((rank, why) for rank, why in enumerate(reasons) if why), (0, "asked to stop"))
+    return f"{why} on rank {rank}" if len(reasons) > 1 else why
+
+
+def _words(layout: dict[str, Any]) -> str:
+    return f"{layout.get('world_size')} process(es) of engine {layout.get('strategy')}"

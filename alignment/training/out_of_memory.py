@@ -1,0 +1,88 @@
+"""Out of memory: what would help, the cheapest first, with numbers; and, if asked for, the first of it done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignment.config.schema import Engine
+from alignment.errors import AlignmentError, MachineError
+from alignment.files import read_json, write_json
+from alignment.training.memory import (
+    Load,
+    activation_bytes,
+    adapter_parameters,
+    checkpointed_bytes,
+    size_text,
+    state_bytes,
+)
+
+ADAPTED_FILE = "adapted.json"  # beside the checkpoints: {"tokens_per_micro_batch": what an attempt left to the next}
+TOKENS = "tokens_per_micro_batch"
+RANK = 8  # of the adapters that are advised
+
+
+def adapted(setup: Engine, folder: Path) -> Engine:
+    """The engine's settings, with the micro-batches to which an earlier attempt has come down."""
+    if not setup.adapt:
+        return setup
+    try:
+        return setup.model_copy(update={"tokens_per_micro_batch": int(read_json(folder / ADAPTED_FILE)[TOKENS])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return setup
+
+
+@contextmanager
+def advising(setup: Engine, load: Load, checkpointing: bool, config: Any, longest: int, folder: Path) -> Iterator[None]:
+    """Raises MachineError with advice for an allocation that failed inside.
+
+    load: what the estimate assumes. longest: tokens of the longest record; fewer no micro-batch can have. With
+    engine.adapt the error is one to try again, at half the tokens.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, AlignmentError) or not is_out_of_memory(error):
+            raise
+        now = f"{load.tokens} tokens a micro-batch take about {size_text(_total(load, checkpointing, config))}"
+        told = MachineError(f"out of memory: {now}", fix=advice(load, checkpointing, config))
+        if setup.adapt and load.tokens > longest:
+            write_json(folder / ADAPTED_FILE, {TOKENS: max(longest, load.tokens // 2)})
+            told.retry = True
+        raise told from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of Python, of PyTorch on a GPU, or of PyTorch on the CPU, which has no class for it."""
+    text = str(error).lower()
+    refused = "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or refused
+
+
+def advice(load: Load, checkpointing: bool, config: Any) -> str:
+    """What to set, each with the bytes that the estimate gives for it alone, cheapest first."""
+    choices = []
+    if load.tokens > 1:
+        half = load._replace(tokens=load.tokens // 2)
+        choices.append((f"engine.{TOKENS}={half.tokens}", _total(half, checkpointing, config)))
+    if not checkpointing:
+        choices.append(("engine.gradient_checkpointing=true", _total(load, True, config)))
+    if load.strategy != "zero3":
+        sharded = load._replace(strategy="zero3", world_size=max(2, load.world_size))
+        choices.append((f"engine=zero3 on {sharded.world_size} processes", _total(sharded, checkpointing, config)))
+    if load.strategy.startswith("zero") and load.offload == "none" and torch.cuda.is_available():
+        choices.append(("engine.offload=optimizer", _total(load._replace(offload="optimizer"), checkpointing, config)))
+    if load.trainable == load.parameters:
+        few = load._replace(trainable=adapter_parameters(config, RANK, "all-linear"))
+        choices.append((f"LoRA of rank {RANK} (stage.*.lora)", _total(few, checkpointing, config)))
+    return "; or ".join(f"{what}: about {size_text(total)}" for what, total in choices)
+
+
+def _total(load: Load, checkpointing: bool, config: Any) -> int:
+    state = state_bytes(load.parameters, load.trainable, load.strategy, load.world_size, load.offload)
+    count = checkpointed_bytes if checkpointing else activation_bytes
+    return state + count(config, load.tokens, load.tokens, load.precision)

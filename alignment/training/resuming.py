@@ -1,0 +1,156 @@
+"""What makes a trainer go on exactly: it carries its sums, schedule and generators through checkpoints, and saves after
+steps that all processes agree on. A mixin below AlignedTrainer; what is saved lies in keeper.py and state.py."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import transformers
+from torch import Tensor
+
+from alignment.errors import TrainingError
+from alignment.training import ranks
+from alignment.training.health import NONFINITE_FILE, NonFinite, SpikeAlarm
+from alignment.training.keeper import Keeper, Wishes, reduced
+
+_Trainer: Any = transformers.Trainer  # after the TRL trainer in the order of bases
+SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # of torch.optim.lr_scheduler.LambdaLR
+
+
+class Resumable(_Trainer):
+    """keeper: writes checkpoints and knows which one training goes on from; None: nothing is saved."""
+
+    keeper: Keeper | None
+    nonfinite: NonFinite
+    alarm: SpikeAlarm
+    first_loss: float
+
+    def _set_up(self, keeper: Keeper | None, nonfinite: NonFinite, alarm: SpikeAlarm) -> None:
+        self.keeper, self.nonfinite, self.alarm = keeper, nonfinite, alarm
+        self.first_loss = math.nan
+        self.seconds = 0.0  # of training, those of earlier attempts included
+        self._began = time.monotonic()
+        self._losses = [0.0, 0]  # since the last row of metrics: sum, steps
+        self._row: dict[str, float] = {}  # the last row of metrics
+        self._micro_losses: list[Tensor] = []
+        self._agreed = Wishes()
+        self._trouble: str | None = None  # of this step's loss, in words
+        self._saved_after = 0
+
+    @property
+    def first_step(self) -> int:
+        return self.keeper.first_step if self.keeper else 0
+
+    def _begin(self) -> None:
+        """Engine and reference are ready: bring in the state that training goes on from."""
+        self._before_training()
+        if self.keeper is None:
+            return
+        self.keeper.safe_point()
+        if self.first_step:
+            self.keeper.take_up(self)
+        self._began = time.monotonic()
+
+    def _before_training(self) -> None:
+        """What must be done with the start model, whether training begins or goes on."""
+
+    # --- what is carried ------------------------------------------------------------------------------------------
+
+    def carried(self) -> dict[str, Any]:
+        """The same on all processes, as JSON."""
+        return {
+            "last_logged": self._globalstep_last_logged,
+            "schedule": {name: getattr(self.lr_scheduler, name) for name in SCHEDULE},
+            "losses": self._losses,
+            "row": self._row,
+            "first_loss": self.first_loss,
+            "input_tokens": self._input_tokens,
+            "skipped": self.nonfinite.skipped,
+            "alarm": self.alarm.carried(),
+            "seconds": self.seconds + time.monotonic() - self._began,
+        }
+
+    def take_up(self, facts: dict[str, Any], meter: dict[str, float] | None, meters: list[dict[str, float]]) -> None:
+        """facts: of `carried`. meter: this process's sums, or None where those of all others have to be shared anew."""
+        self.state.global_step = self._saved_after = self.first_step
+        self._globalstep_last_logged = facts["last_logged"]
+        for name in SCHEDULE:
+            setattr(self.lr_scheduler, name, facts["schedule"][name])
+        for group, rate in zip(self.lr_scheduler.optimizer.param_groups, facts["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        self._losses, self._row = list(facts["losses"]), facts["row"]
+        if self._row:
+            self.state.log_history = [self._row]
+        self.first_loss, self._input_tokens = facts["first_loss"], facts["input_tokens"]
+        self.nonfinite.skipped = list(facts["skipped"])
+        self.alarm.take_up(facts["alarm"])
+        self.seconds = facts["seconds"]
+        self._meter.take_up(meter, meters, ranks.rank(), self.args.device)
+
+    def meter_values(self) -> dict[str, float]:
+        return self._meter.values()
+
+    def ranked_by(self, name: str) -> float | None:
+        """What checkpoints are ranked by, of the last row of metrics."""
+        return self._row.get(name)
+
+    # --- one step -------------------------------------------------------------------------------------------------
+
+    def _agree(self, loss: Tensor) -> Tensor:
+        """Before the backward of the last micro-batch: the loss of the whole step, and every process's wishes, are
+        known to all before the optimiser moves. Returns the loss, or NaN for a step whose update must not happen."""
+        total, self._agreed = reduced(self._step_loss, self.keeper.wishes() if self.keeper else Wishes())
+        mean, step = total / ranks.world_size(), self.state.global_step + 1
+        self._trouble = None
+        if not math.isfinite(mean):
+            self._trouble = f"the loss is {mean}"
+            if self.nonfinite.policy == "halt":
+                self._meet(self._trouble)
+            return loss * math.nan  # every engine leaves out the update of a gradient that is not finite
+        self._losses = [self._losses[0] + mean, self._losses[1] + 1]
+        if step == 1:
+            self.first_loss = mean
+            self._check_start()
+        if (told := self.alarm.hear(mean)) and self.args.process_index == 0:
+            self.warn(f"step {step}: {told}")
+        return loss
+
+    def _check_start(self) -> None:
+        """All micro-batches of the first step are computed, nothing was updated."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Known to all processes before the optimiser moves; None for a step that is skipped."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self._trouble is None and (norm is None or math.isfinite(norm)):
+            return norm
+        self._meet(self._trouble or f"the gradient's norm is {float(norm)}")
+        if self.is_deepspeed_enabled:  # it has left the update out; the schedule goes on all the same
+            self.lr_scheduler.step()
+        else:
+            self.optimizer.zero_grad()  # AdamW leaves alone what has no gradient
+        return None
+
+    def _meet(self, what: str) -> None:
+        """As stage.*.nonfinite says: raise on all processes alike, or return, and the update is left out."""
+        step = self.state.global_step
+        own = self.batches.micro_batches(step)[self.args.process_index]
+        mine = [rows for loss, rows in zip(self._micro_losses, own, strict=True) if not math.isfinite(loss)]
+        rows = [row for parts in ranks.gathered(mine) for part in parts for row in part]
+        try:
+            self.nonfinite.meet(step + 1, what, sorted(rows or self.batches.rows(step)))
+        except TrainingError as error:
+            if error.retry and self.keeper and self.args.process_index == 0:
+                self.keeper.remember(NONFINITE_FILE, {"steps": self.nonfinite.rolled_back})
+            raise
+        if self.args.process_index == 0:
+            self.warn(f"step {step + 1}: {what}: its update is skipped")
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's hook after a step. Saving comes after logging: a row that a checkpoint has behind it is on disk."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        step = self.state.global_step
+        if self.keeper and step != self._saved_after:  # it is called at the end of an epoch too
+            self._saved_after = step
+            self.keeper.after_step(self, step, self._agreed, last=step >= self.state.max_steps)
