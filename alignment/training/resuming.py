@@ -7,13 +7,16 @@ import math
 import time
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from alignment.errors import TrainingError
 from alignment.training import ranks
 from alignment.training.health import NONFINITE_FILE, NonFinite, SpikeAlarm
 from alignment.training.keeper import Keeper, Wishes, reduced
+from alignment.training.metrics import Meter
 
 _Trainer: Any = transformers.Trainer  # after the TRL trainer in the order of bases
 SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # of torch.optim.lr_scheduler.LambdaLR
@@ -49,12 +52,27 @@ class Resumable(_Trainer):
         if self.keeper is None:
             return
         self.keeper.safe_point()
+        self._settle_buckets()
         if self.first_step:
             self.keeper.take_up(self)
         self._began = time.monotonic()
 
     def _before_training(self) -> None:
         """What must be done with the start model, whether training begins or goes on."""
+
+    def _settle_buckets(self) -> None:
+        """DDP lays gradients into other buckets once it has seen a backward pass. Where a value lies in them decides in
+        which order more than two processes are added up, so that must not happen after the first step of an attempt."""
+        if not isinstance(self.model_wrapped, DistributedDataParallel):
+            return
+        inputs = self._prepare_inputs(self.collate(self.batches.rows(0)[:1]))
+        one = torch.ones((), device=self.args.device)
+        self._last, self._divisor, self._step_loss = False, 1, torch.zeros_like(one, dtype=torch.float64)
+        with self._quiet_metrics(), self.accelerator.autocast():
+            loss = self.compute_loss(self.model_wrapped.train(), inputs, num_items_in_batch=one)
+        (loss * 0).backward()
+        self.model_wrapped.zero_grad()
+        self._meter = Meter()
 
     # --- what is carried ------------------------------------------------------------------------------------------
 

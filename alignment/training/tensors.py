@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def _pieces(head: bytes, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     yield memoryview(head)
     for tensor in tensors.values():
         if tensor.numel():
-            whole = memoryview(tensor.numpy().reshape(-1)).cast("B")
+            whole = memoryview(tensor.numpy().reshape(-1).view(np.uint8))  # type: ignore[arg-type]
             for at in range(0, len(whole), PIECE):
                 yield whole[at : at + PIECE]
 

@@ -1,7 +1,9 @@
 """Stages that train, one after the other in one process group: python -m tests.distributed.run_stages <folder>.
 
 folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>. engine
-may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results.
+may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results. A case may
+have "stops": attempts that are asked to stop, on the last rank, at so many steps from their beginning; all but a last
+null end before the stage does. "saving" are settings of its checkpoints.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from accelerate.state import AcceleratorState, GradientState
 
 import alignment.stages.train as train
 import alignment.training.trainers as trainers
+from alignment.errors import PreemptedError
+from alignment.training.keeper import Keeper
 from alignment.training.trainers import Packing
 from tests.distributed import bare
 from tests.training import tiny
@@ -33,17 +37,45 @@ def main(folder: Path) -> None:
         settings = getattr(tiny, "sft" if kind in bare.KINDS else kind)(lora=lora, **case["settings"])
         setup = tiny.engine(case["strategy"], **case["engine"])
         inputs = {"model": folder / start, "data": folder / kind}
-        context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size)
-        context.shared = None if padded else folder  # what others computed packed is not read
         train.Packing = partial(Packing, on=not padded)
-        if kind in bare.KINDS:
-            summary = bare.run(kind, context)
-        else:
-            summary = importlib.import_module(f"alignment.stages.{kind}").run(context)
-        if rank == 0:
-            (context.folder / "summary.json").write_text(json.dumps({**summary, **seen}))
-        AcceleratorState._reset_state(reset_partial_state=True)  # one stage a process is the rule; here several follow
-        GradientState._reset_state()
+        saving = tiny.checkpoint(**case.get("saving", {}))
+        for stop in case.get("stops", [None]):
+            context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size, saving)
+            context.shared = None if padded else folder  # what others computed packed is not read
+            train.Keeper = partial(Asked, after=stop if rank == world_size - 1 else None)
+            summary = attempt(kind, context, ends=stop is None)
+            if rank == 0:
+                (context.folder / "summary.json").write_text(json.dumps({**summary, **seen}))
+            AcceleratorState._reset_state(reset_partial_state=True)  # one stage a process is the rule; here several
+            GradientState._reset_state()
+
+
+def attempt(kind: str, context: Any, ends: bool) -> dict[str, Any]:
+    if kind in bare.KINDS:
+        return bare.run(kind, context)
+    try:
+        summary = importlib.import_module(f"alignment.stages.{kind}").run(context)
+    except PreemptedError as stopped:
+        if ends:
+            raise
+        return {"stopped": str(stopped)}
+    assert ends, "it was to stop"
+    return summary
+
+
+class Asked(Keeper):
+    """Its process is asked to stop while so many steps, from where it began, are computed."""
+
+    def __init__(self, *arguments: Any, after: int | None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._left = after
+
+    def wishes(self) -> Any:
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                self._stop.asked = "SIGTERM"
+        return super().wishes()
 
 
 seen: dict[str, Any] = {}

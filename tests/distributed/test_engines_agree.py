@@ -58,10 +58,18 @@ IGNORED = {"step", "time", "tokens_per_s"}
 
 
 def run_stages(folder: Path, launcher: tuple[str, ...], cases: dict[str, tuple[str, str, dict, dict]]) -> None:
-    plan = [
-        {"name": name, "kind": kind, "strategy": strategy, "settings": settings, "engine": engine}
-        for name, (kind, strategy, settings, engine) in cases.items()
-    ]
+    launch(
+        folder,
+        launcher,
+        [
+            {"name": name, "kind": kind, "strategy": strategy, "settings": settings, "engine": engine}
+            for name, (kind, strategy, settings, engine) in cases.items()
+        ],
+    )
+
+
+def launch(folder: Path, launcher: tuple[str, ...], plan: list[dict[str, Any]]) -> None:
+    """See tests/distributed/run_stages.py."""
     for kind in ("sft", "dpo"):
         tiny.write_inputs(folder, kind)
     write_sinks(folder)
