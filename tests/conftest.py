@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,21 @@ def runs(command: Command, store: Path) -> list[dict[str, Any]]:
 
 def states(run: dict[str, Any]) -> dict[str, str]:
     return {node["name"]: node["state"] for node in run["nodes"]}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "alignment", folder], check=False).returncode:
+        pytest.skip("a file system of its own needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(disk: Path, leave: int = 0) -> None:
+    """Write `filler` until no more than `leave` bytes are free."""
+    with open(disk / "filler", "wb", buffering=0) as stream, suppress(OSError):
+        while shutil.disk_usage(disk).free > leave and stream.write(b"\0" * 4096):
+            pass

@@ -9,6 +9,7 @@ import pytest
 
 from alignment.stages import context as module
 from alignment.stages.context import StageContext
+from tests.conftest import fill
 from tests.training import tiny
 
 
@@ -58,3 +59,36 @@ def test_calls_that_are_not_shown_count(stage: StageContext, clock: list[float])
     told(stage, clock, 1000.1, 1, 10)
     told(stage, clock, 1000.3, 2, 10)
     assert told(stage, clock, 1001.1, 6, 10) == pytest.approx(0.8)
+
+
+def test_rows_that_a_full_disk_refuses_wait_and_come_whole_and_in_order(small_disk: Path) -> None:
+    """Pages that are there already may take some rows; none is torn, none is lost, and the stage does not notice."""
+    context = tiny.context(small_disk, {}, tiny.sft(), tiny.engine())
+    told: list[str] = []
+    context.warn = told.append  # type: ignore[method-assign]
+    context.log(1, {"loss": 1.0})
+    fill(small_disk)
+    for step in range(2, 200):
+        context.log(step, {"loss": 1 / step})
+        context.progress(step, 200, force=True)
+    assert len([line for line in told if "wait in memory: No space left" in line]) == 1
+    text = (small_disk / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    with pytest.raises(OSError):
+        context.flush()
+    (small_disk / "filler").unlink()
+    context.flush()
+    rows = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 200))
+
+
+def test_rewinding_forgets_later_rows_and_a_torn_one(tmp_path: Path) -> None:
+    context = tiny.context(tmp_path, {}, tiny.sft(), tiny.engine())
+    for step in (1, 2, 3, 4):
+        context.log(step, {"loss": 1.0})
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 2, "lo')
+    context.rewind(2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    context.rewind(0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
