@@ -40,6 +40,7 @@ class Resumable(_Trainer):
         self._micro_losses: list[Tensor] = []
         self._agreed = Wishes()
         self._trouble: str | None = None  # of this step's loss, in words
+        self._held_back = False  # the schedule, in a step that was skipped
         self._saved_after = 0
 
     @property
@@ -144,10 +145,9 @@ class Resumable(_Trainer):
         if self._trouble is None and (norm is None or math.isfinite(norm)):
             return norm
         self._meet(self._trouble or f"the gradient's norm is {float(norm)}")
-        if self.is_deepspeed_enabled:  # it has left the update out; the schedule goes on all the same
-            self.lr_scheduler.step()
-        else:
+        if not self.is_deepspeed_enabled:  # which has left the update out
             self.optimizer.zero_grad()  # AdamW leaves alone what has no gradient
+        self._held_back = self.accelerator.optimizer_step_was_skipped
         return None
 
     def _meet(self, what: str) -> None:
@@ -167,6 +167,9 @@ class Resumable(_Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's hook after a step. Saving comes after logging: a row that a checkpoint has behind it is on disk."""
+        if self._held_back:  # Trainer moves the schedule only with the weights
+            self._held_back = False
+            self.lr_scheduler.step()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         step = self.state.global_step
         if self.keeper and step != self._saved_after:  # it is called at the end of an epoch too

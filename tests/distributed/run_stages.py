@@ -3,7 +3,9 @@
 folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>. engine
 may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results. A case may
 have "stops": attempts that are asked to stop, on the last rank, at so many steps from their beginning; all but a last
-null end before the stage does. "saving" are settings of its checkpoints.
+null end before the stage does. "saving" are settings of its checkpoints. "poison": arguments of tests.training.poison.
+"no_room": {"rank", "steps"}: there the part of these checkpoints is refused by the kernel. "fails": the stage raises;
+what each rank was told is in error-<rank>.txt.
 """
 
 from __future__ import annotations
@@ -11,20 +13,23 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 import alignment.stages.train as train
 import alignment.training.trainers as trainers
-from alignment.errors import PreemptedError
+from alignment.errors import AlignmentError, PreemptedError
+from alignment.training import tensors
 from alignment.training.keeper import Keeper
 from alignment.training.trainers import Packing
 from tests.distributed import bare
-from tests.training import tiny
+from tests.training import poison, tiny
 
 
 def main(folder: Path) -> None:
@@ -43,16 +48,38 @@ def main(folder: Path) -> None:
             context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size, saving)
             context.shared = None if padded else folder  # what others computed packed is not read
             train.Keeper = partial(Asked, after=stop if rank == world_size - 1 else None)
-            summary = attempt(kind, context, ends=stop is None)
+            with pytest.MonkeyPatch.context() as patched:
+                if "poison" in case:
+                    poison.into(patched, **case["poison"])
+                if "no_room" in case and case["no_room"]["rank"] == rank:
+                    patched.setattr(tensors, "write", partial(no_room, tensors.write, case["no_room"]["steps"]))
+                summary = attempt(kind, context, stop is None, case.get("fails", False))
             if rank == 0:
                 (context.folder / "summary.json").write_text(json.dumps({**summary, **seen}))
             AcceleratorState._reset_state(reset_partial_state=True)  # one stage a process is the rule; here several
             GradientState._reset_state()
 
 
-def attempt(kind: str, context: Any, ends: bool) -> dict[str, Any]:
+def no_room(write: Any, steps: list[int], path: Path, *arguments: Any) -> Any:
+    """The kernel lets this process write no file of more than a kilobyte."""
+    if int(path.parent.name.split("-")[-1]) not in steps:
+        return write(path, *arguments)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        return write(path, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def attempt(kind: str, context: Any, ends: bool, fails: bool) -> dict[str, Any]:
     if kind in bare.KINDS:
         return bare.run(kind, context)
+    if fails:
+        with pytest.raises(AlignmentError) as caught:
+            importlib.import_module(f"alignment.stages.{kind}").run(context)
+        (context.folder / f"error-{context.rank}.txt").write_text(str(caught.value))
+        return {"failed": str(caught.value)}
     try:
         summary = importlib.import_module(f"alignment.stages.{kind}").run(context)
     except PreemptedError as stopped:
