@@ -14,6 +14,7 @@ from alignment.config.schema import Engine
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
 from alignment.files import read_json, require_room
+from alignment.pipeline.identity import code_digest
 from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
@@ -107,12 +108,20 @@ def _keeper(context: StageContext, setup: Engine) -> Keeper:
     settings: schema.Checkpoint = context.experiment.checkpoint
     folder = context.folder / "checkpoints"
     layout = {"strategy": setup.strategy, "world_size": context.world_size, "precision": context.settings.precision}
+    run_id = context.folder / "wandb_run_id"
+    record = {
+        "stage": context.name,
+        "run": context.run,
+        "wandb_run_id": run_id.read_text().strip() if run_id.is_file() else None,
+        "code_sha256": code_digest(),
+    }
     return Keeper(
         Checkpoints(folder, context.key, settings, context.warn),
         context.stop,
         context.deadline,
         say=print if context.is_main else lambda line: None,
         layout=layout,
+        record=record,
     )
 
 

@@ -60,9 +60,11 @@ class Keeper:
         deadline: float | None = None,
         say: Callable[[str], None] = print,
         layout: dict[str, Any] | None = None,
+        record: dict[str, Any] | None = None,
     ) -> None:
-        """deadline: time.monotonic() by which the attempt must have ended. layout: of the engine, for the record."""
-        self.checkpoints, self.say, self.layout = checkpoints, say, layout or {}
+        """deadline: time.monotonic() by which the attempt must have ended. layout: of the engine. record: what else a
+        checkpoint says of where it comes from."""
+        self.checkpoints, self.say, self.layout, self._record = checkpoints, say, layout or {}, record or {}
         self.settings: schema.Checkpoint = checkpoints.settings
         self.first_step = 0
         self._stop, self._deadline = stop, deadline
@@ -162,7 +164,7 @@ class Keeper:
 
     def _begin(self, trainer: Any, step: int) -> None:
         """Copy the state; write it in the thread, or here where that is asked for."""
-        facts = {"step": step, "layout": self.layout, "trainer": trainer.carried()}
+        facts = {"step": step, "layout": self.layout, "record": self._record, "trainer": trainer.carried()}
         mine = {"meter": trainer.meter_values(), "random": state.random_state()}
         copied = state.copy_out(trainer)
         self._save_takes = self._save_takes or sum(tensor.nbytes for tensor in copied.values()) / SLOW_DISK

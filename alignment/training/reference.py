@@ -121,6 +121,7 @@ class ReferenceStore:
     def __init__(self, root: Path, *, weights: str, adapter: str | None, dtype: str):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype}")
+        self.weights = weights
         self._key = {"format": FORMAT, "weights": weights, "adapter": adapter, "dtype": dtype, **_computed_by()}
         self.folder = root / digest(self._key)[:16]
         self.open([])

@@ -46,6 +46,11 @@ class References:
         self.computed = 0  # pairs that this run had to compute
 
     @property
+    def digest(self) -> str | None:
+        """Of the reference's weights, where they are kept."""
+        return None if self.store is None else self.store.weights
+
+    @property
     def where(self) -> str | None:
         """The folder that keeps them, for errors."""
         return None if self.store is None else near(self.store.folder)

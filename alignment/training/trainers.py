@@ -335,6 +335,19 @@ class DPO(_Pairs, trl.DPOTrainer):
         rows["reference"] = self._references.spread(numbers, self._labels(rows))
         return rows
 
+    def carried(self) -> dict[str, Any]:
+        return {**super().carried(), "reference": self._references.digest}
+
+    def take_up(self, facts: dict[str, Any], *meters: Any) -> None:
+        now = self._references.digest
+        if None not in (facts["reference"], now) and facts["reference"] != now:
+            raise TrainingError(
+                "the checkpoint's reference is another model than the start model of now",
+                where=self._references.where,
+                fix="delete the checkpoints of this stage, or bring back its start model",
+            )
+        super().take_up(facts, *meters)
+
     def facts(self) -> dict[str, float]:
         return {**super().facts(), "reference_computed": self._references.computed}
 

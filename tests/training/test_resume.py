@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from alignment.errors import PreemptedError
+from alignment.errors import PreemptedError, TrainingError
+from alignment.files import sha256
 from alignment.signals import Listener
 from alignment.stages import dpo, sft
+from alignment.training import trainers
+from alignment.training.checkpoints import Checkpoints
+from alignment.training.keeper import SPARE
 from tests.training import tiny
 
 STAGES = {"sft": sft.run, "dpo": dpo.run}
@@ -72,3 +79,105 @@ def test_interrupted_is_uninterrupted_bit_for_bit_wherever_it_stops(
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     assert summary["steps"] == 8
     assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_killed_at_any_time_it_goes_on_from_the_newest_whole_checkpoint(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while step 6 is computed, when checkpoints of steps 2 and 4 are there; then the newer one is damaged."""
+    attempt(tmp_path / "whole", kind)
+    for damage in (False, True):
+        run, told = tmp_path / f"run{damage}", []
+        with monkeypatch.context() as patched:
+            killed_in(patched, step=6)
+            with pytest.raises(Killed):
+                attempt(run, kind, saving=tiny.checkpoint(every_steps=2, asynchronous=False))
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+        if damage:
+            content = bytearray((run / "checkpoints" / "step-00000004" / "state.json").read_bytes())
+            content[50] ^= 1
+            (run / "checkpoints" / "step-00000004" / "state.json").write_bytes(content)
+        monkeypatch.setattr(
+            "alignment.stages.context.StageContext.warn", lambda self, text, told=told: told.append(text)
+        )
+        attempt(run, kind, saving=tiny.checkpoint(every_steps=2, asynchronous=False))
+        assert [text.startswith("checkpoint of step 4: state.json is damaged") for text in told] == [True] * damage
+        assert rows(run) == rows(tmp_path / "whole")
+        assert weights(run) == weights(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    real = trainers.AlignedTrainer.training_step
+
+    def training_step(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            raise Killed
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(trainers.AlignedTrainer, "training_step", training_step)
+
+
+def test_a_checkpoint_holds_all_that_training_goes_on_from(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb_run_id").write_text("abc\n")
+    with pytest.raises(PreemptedError):
+        attempt(tmp_path / "run", "dpo", stop_after=3)
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json", "rank-00000-of-00001.safetensors", "state.json",
+    ]  # fmt: skip
+    state = json.loads((folder / "state.json").read_text())
+    assert state["step"] == 4
+    assert state["layout"] == {"strategy": "single", "world_size": 1, "precision": "fp32"}
+    assert state["record"]["wandb_run_id"] == "abc"
+    assert len(state["trainer"]["reference"]) == 64
+    kinds = {key.split(":")[0] for key in load_file(folder / "rank-00000-of-00001.safetensors")}
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq", "updates", "rng"}
+
+
+def test_a_checkpoint_whose_reference_was_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PreemptedError):
+        attempt(tmp_path / "run", "dpo", stop_after=3)
+    own = Checkpoints(tmp_path / "run" / "checkpoints", "0" * 64, tiny.checkpoint(), print)
+    part, state = own.at(4) / "rank-00000-of-00001.safetensors", own.state(4)
+    state["trainer"]["reference"] = "f" * 64
+    file = {"bytes": part.stat().st_size, "sha256": sha256(part)}
+    shutil.copytree(own.at(4), own.aside(4))
+    (own.aside(4) / "manifest.json").unlink()
+    own.commit(4, {part.name: file}, state, None)
+    with pytest.raises(TrainingError, match="reference is another model"):
+        attempt(tmp_path / "run", "dpo")
+
+
+def test_it_saves_before_its_time_is_over(tmp_path: Path) -> None:
+    """Steps of half a second, and time for some of them."""
+    inputs = tiny.write_inputs(tmp_path, "sft")
+    context = tiny.context(tmp_path / "run", inputs, tiny.sft(max_steps=500), tiny.engine())
+    context.listeners.append(lambda step, metrics: time.sleep(0.3))
+    context.deadline = time.monotonic() + SPARE + 4
+    with pytest.raises(PreemptedError, match=r"launcher.time_limit: saved at step \d+"):
+        sft.run(context)
+    assert time.monotonic() < context.deadline
+
+
+def test_asked_before_the_first_step_nothing_is_trained(tmp_path: Path) -> None:
+    inputs = tiny.write_inputs(tmp_path, "dpo")
+    context = tiny.context(tmp_path / "run", inputs, tiny.dpo(), tiny.engine())
+    context.stop.asked = "SIGUSR1"
+    with pytest.raises(PreemptedError, match="SIGUSR1: nothing was trained yet"):
+        dpo.run(context)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_best_ones_stay_beside_the_result(tmp_path: Path) -> None:
+    saving = tiny.checkpoint(every_steps=1, keep_last=1, keep_best=2, asynchronous=False)
+    attempt(tmp_path / "run", "sft", saving=saving)
+    losses = {row["step"]: row["loss"] for row in rows(tmp_path / "run")[:-1]}  # the last step is the result itself
+    best = sorted(sorted(losses, key=losses.__getitem__)[:2])
+    kept = sorted(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == best
