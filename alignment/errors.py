@@ -9,9 +9,11 @@ class AlignmentError(Exception):
     """An error whose cause is known. Printed as one line; the traceback only with --debug.
 
     what: what is wrong, one clause. where: file, key or line. fix: what the person can do.
+    retry: whether another attempt at the stage may do better; true of some classes, and of single errors.
     """
 
     exit_code = 1
+    retry = False
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         super().__init__(what)
@@ -62,9 +64,10 @@ class TrainingError(AlignmentError):
 
 
 class LostError(AlignmentError):
-    """Processes of a stage were lost: killed, crashed without a word, hung, cut off. Worth a retry."""
+    """Processes of a stage were lost: killed, crashed without a word, hung, cut off."""
 
     exit_code = 6
+    retry = True
 
 
 class PreemptedError(AlignmentError):
