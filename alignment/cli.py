@@ -10,11 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alignment import __version__
-from alignment.errors import AlignmentError, ConfigError, MachineError, unusable
+from alignment.errors import AlignmentError, ConfigError, MachineError, PreemptedError, unusable
+from alignment.signals import SIGNALS, Listener, Stopped
 
 EXIT_CODES = """\
 exit codes:
@@ -24,7 +26,9 @@ exit codes:
   3    the data or the model given cannot be used
   4    the machine lacks something (disk, package, network, memory)
   5    training went wrong (NaN, wrong reference model, ...)
-  130  interrupted"""
+  6    processes of a stage were lost (killed, crashed, hung), and retries did not help
+  75   stopped in order: a signal or a time limit; the same command goes on from there
+  130  ended at once, by a second signal"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         if command is None:
             return _top(arguments)
         return command(arguments[1:])
+    except PreemptedError as stopped:
+        print(f"alignment: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except Stopped as asked:
+        print(f"alignment: stopped ({asked}); the same command goes on from the stages that are done", file=sys.stderr)
+        return PreemptedError.exit_code
     except AlignmentError as error:
         print(f"alignment: error: {error}", file=sys.stderr)
         if debug:
@@ -82,24 +92,33 @@ def _top(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run an experiment: every stage that the store lacks, then the report."""
+    stop = Listener().listen(again=_end_at_once)
     from alignment import hydra_app
 
-    return hydra_app.main(arguments, _execute)
+    return hydra_app.main(arguments, partial(_execute, stop))
 
 
-def _execute(experiment: Any, overrides: list[str]) -> float | None:
+def _end_at_once() -> None:
+    """After a second signal: the stage at work is killed on the way out. A third one does not even wait for that."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def _execute(stop: Listener, experiment: Any, overrides: list[str]) -> float | None:
     """One experiment from plan to report. Returns the candidate's reward, which Hydra's sweepers may optimise."""
+    if stop.asked:  # in a sweep, while the job before ended well
+        raise Stopped(stop.asked)
     from alignment.pipeline import runner
     from alignment.reporting import gather, page, terminal
 
     command = " ".join(["alignment run", *(shlex.quote(override) for override in overrides)])
     prepared = runner.Run(experiment, command)
     terminal.announce(prepared.id, prepared.folder, runner.plan(prepared))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped in order, like Ctrl-C
     try:
         with terminal.StageProgress() as observer:
-            runner.execute(prepared, observer)
-    except (AlignmentError, KeyboardInterrupt):
+            runner.execute(prepared, observer, stop)
+    except (AlignmentError, Stopped):
         with suppress(AlignmentError, OSError):  # what there is, and what failed; the cause itself comes first
             terminal.show_report(page.write_report(prepared.folder, prepared.store.root))
         raise

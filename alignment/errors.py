@@ -9,10 +9,11 @@ class AlignmentError(Exception):
     """An error whose cause is known. Printed as one line; the traceback only with --debug.
 
     what: what is wrong, one clause. where: file, key or line. fix: what the person can do.
+    retry: whether another attempt at the stage may do better; true of some classes, and of single errors.
     """
 
     exit_code = 1
-    retry = False  # true of one that a new attempt at the same stage may not meet again
+    retry = False
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         super().__init__(what)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import itertools
 import os
+import pickle
 import platform
 import re
 import socket
@@ -15,54 +17,67 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alignment.config.schema import Experiment
-from alignment.errors import AlignmentError, InputError, MachineError, unusable
+from alignment.errors import AlignmentError, InputError, LostError, MachineError, PreemptedError, unusable
 from alignment.files import canonical, digest, read_json
-from alignment.launchers.local import die_with_parent
-from alignment.pipeline.identity import code_digest, stage_identity
+from alignment.life import Pulse, die_with_parent
+from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
-from alignment.stages.context import StageContext
+from alignment.signals import Listener, Stopped
+
+if TYPE_CHECKING:  # imported, like all that takes long, once signals are heard
+    from alignment.config.schema import Experiment
+    from alignment.stages.context import StageContext
 
 NO_SPACE = r"os error (28|122)\b|No space left on device|Disk quota exceeded"  # safetensors has its own error class
+# What a process hears of another one that has died: gloo's words, NCCL's, and PyTorch's store's.
+FROM_GROUP = r"gloo|nccl|c10d|ProcessGroup|TCPStore|torch\.distributed|torch/csrc/distributed"
+PEER_GONE = (
+    r"closed by peer|reset by peer|broken pipe|timed? ?out|remote process exited|connection (was )?(aborted|closed)"
+)
 
 
 def main(folder: Path) -> int:
     """Run the stage that the folder describes; the exit code is that of its error class."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    stop = Listener().listen(again=lambda: os._exit(130))
+    ranked = "TORCHELASTIC_RUN_ID" in os.environ
+    if ranked:
         die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
     order = read_json(folder / "stage.json")
     if not Store(Path(order["store"])).is_held(order["key"]):  # whoever started this died before it could say so
         print("nobody holds the lock of this stage: its launcher is gone", flush=True)
         return 1
+    pulse = None
     try:
-        _run(folder, order)
+        pulse = Pulse(folder, _rank())
+        _run(folder, order, stop, pulse)
         return 0
+    except (Stopped, PreemptedError) as why:
+        _leave(folder, "outcome.json", {"outcome": "preempted", "why": str(why)})
+        # torchrun ends the others of a rank that ends otherwise, while they may still be closing their files.
+        return 0 if ranked else PreemptedError.exit_code
     except Exception as error:
         known = _known(error, folder)
-        _tell(folder, known, traceback.format_exc())
+        _tell(folder, known, traceback.format_exc(), retry=bool(getattr(error, "retry", known.retry)))
         traceback.print_exc()
         return known.exit_code
+    finally:
+        if pulse is not None:
+            pulse.end()
 
 
-def _run(folder: Path, order: dict[str, Any]) -> None:
-    started = time.time()
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse) -> None:
     store = Store(Path(order["store"]))
-    experiment = Experiment.model_validate(order["experiment"])
-    context = StageContext(
-        name=order["name"],
-        run=order["run"],
-        key=order["key"],
-        folder=folder,
-        settings=experiment.stage[order["stage"]],
-        experiment=experiment,
-        inputs={role: store.result(parent["key"]) for role, parent in order["parents"].items()},
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        shared=store.root,
-    )
+    context = _context(folder, order, store, stop)
+    pulse.ticks = lambda: context.ticks
     _require_parents(store, order)
+    if attempts.checkpoint(folder) < 0:  # it begins anew
+        context.rewind(-1)
     stage = importlib.import_module(
         f"alignment.stages.{context.settings.kind}"
     )  # a Literal of the schema, not free text
@@ -72,8 +87,34 @@ def _run(folder: Path, order: dict[str, Any]) -> None:
         if context.is_main:
             tracker.result(order["name"], order["key"], metrics)
     if context.is_main:
-        _require_same_input(experiment, context, order)
-        store.commit(order["key"], _record(order, metrics, started))
+        with stop.deferred():  # what is done is not lost to a signal now
+            pulse.ticks = itertools.count(context.ticks + 1).__next__  # large files take their time to be read again
+            _require_same_input(context.experiment, context, order)
+            store.commit(order["key"], _record(folder, order, metrics))
+
+
+def _context(folder: Path, order: dict[str, Any], store: Store, stop: Listener) -> StageContext:
+    from alignment.config.schema import Experiment
+    from alignment.stages.context import StageContext
+
+    experiment = Experiment.model_validate(order["experiment"])
+    limit = experiment.launcher.time_limit
+    # Seconds that the attempt has taken already are told by the wall clock, once; from here on by the monotonic one.
+    left = None if limit is None else order["started"] + limit - time.time()
+    return StageContext(
+        name=order["name"],
+        run=order["run"],
+        key=order["key"],
+        folder=folder,
+        settings=experiment.stage[order["stage"]],
+        experiment=experiment,
+        inputs={role: store.result(parent["key"]) for role, parent in order["parents"].items()},
+        rank=_rank(),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        shared=store.root,
+        stop=stop,
+        deadline=None if left is None else time.monotonic() + left,
+    )
 
 
 def _tracked(context: StageContext, order: dict[str, Any], store: Store) -> Any:
@@ -106,6 +147,8 @@ def _require_parents(store: Store, order: dict[str, Any]) -> None:
 
 def _require_same_input(experiment: Experiment, context: StageContext, order: dict[str, Any]) -> None:
     """A file that was edited while the stage ran must not lie in the store under the digest of what it was before."""
+    from alignment.pipeline.identity import stage_identity
+
     parents = {role: parent["key"] for role, parent in order["parents"].items()}
     if digest(stage_identity(experiment, context.settings, parents)) != order["key"]:
         raise InputError(
@@ -124,8 +167,10 @@ def _all_done(context: StageContext) -> None:
             dist.barrier()
 
 
-def _record(order: dict[str, Any], metrics: dict[str, Any], started: float) -> dict[str, Any]:
-    finished = time.time()
+def _record(folder: Path, order: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    from alignment.pipeline.identity import code_digest
+
+    started, finished = order["started"], time.time()
     return {
         "key": order["key"],
         "name": order["name"],
@@ -142,6 +187,7 @@ def _record(order: dict[str, Any], metrics: dict[str, Any], started: float) -> d
         "started": started,
         "finished": finished,
         "seconds": finished - started,
+        "attempts": [*attempts.read(folder), attempts.row(folder, order, "done", None)],
         "metrics": metrics,
     }
 
@@ -150,6 +196,12 @@ def _known(error: Exception, folder: Path) -> AlignmentError:
     """Any exception as one with a cause in a person's words."""
     if isinstance(error, AlignmentError):
         return error
+    if isinstance(error, pickle.UnpicklingError):  # torch.load reads weights only, by the environment of a stage
+        what = "a file holds a pickle with code: refused"
+        return InputError(what, where=_file_loaded(error), fix="use safetensors, or a file that holds tensors only")
+    said = f"{type(error).__module__}.{type(error).__name__}: {error}"
+    if type(error).__name__.startswith("Dist") or (re.search(FROM_GROUP, said) and re.search(PEER_GONE, said, re.I)):
+        return LostError(f"lost contact with another process ({_first_line(error)})", fix=f"see {folder / 'log.txt'}")
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or re.search(NO_SPACE, str(error)):
         return MachineError("no space left on the disk", where=str(folder), fix="free some space, or set store=...")
@@ -160,17 +212,34 @@ def _known(error: Exception, folder: Path) -> AlignmentError:
             "out of memory",
             fix="lower engine.tokens_per_micro_batch, or set engine.gradient_checkpointing=true, engine=zero3, or LoRA",
         )
-    first = str(error).strip().splitlines()
-    return AlignmentError(f"{type(error).__name__}: {first[0] if first else ''}", fix=f"see {folder / 'log.txt'}")
+    return AlignmentError(f"{type(error).__name__}: {_first_line(error)}", fix=f"see {folder / 'log.txt'}")
 
 
-def _tell(folder: Path, error: AlignmentError, trace: str) -> None:
-    """Leave the cause for the driver; of several ranks the first one to fail is heard."""
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _file_loaded(error: Exception) -> str | None:
+    """The path that torch.load was given, found in its frame: the error does not say."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "load" and isinstance(path := frame.f_locals.get("f"), (str, Path)):
+            return str(path)
+    return None
+
+
+def _tell(folder: Path, error: AlignmentError, trace: str, retry: bool) -> None:
+    """Leave the cause for the driver. That another process is gone is not the first cause: it is told elsewhere."""
     told = {"code": error.exit_code, "what": error.what, "where": error.where, "fix": error.fix, "message": str(error)}
-    aside = folder / f".error.{os.getpid()}"
+    name = "lost.json" if isinstance(error, LostError) else "error.json"
+    _leave(folder, name, {**told, "retry": retry, "traceback": trace})
+
+
+def _leave(folder: Path, name: str, told: dict[str, Any]) -> None:
+    """Write a file that the driver looks for; of several ranks the first one is heard."""
+    aside = folder / f".{name}.{os.getpid()}"
     try:
-        aside.write_text(canonical({**told, "traceback": trace, "rank": int(os.environ.get("RANK", 0))}))
-        os.link(aside, folder / "error.json")
+        aside.write_text(canonical({**told, "rank": _rank()}))
+        os.link(aside, folder / name)
     except OSError:
         pass
     finally:

@@ -27,8 +27,8 @@ class Handle(Protocol):
     def status(self) -> int | None:
         """None while the job runs, then its exit code (negative: the signal that ended it)."""
 
-    def stop(self, grace: float) -> None:
-        """Ask the job to end; after `grace` seconds end it."""
+    def kill(self) -> None:
+        """End the job at once. (Who wants it to end in order asks its processes: they say who they are in beats/.)"""
 
 
 class Launcher(Protocol):
@@ -50,8 +50,10 @@ def environment(job: Job, processes: int) -> dict[str, str]:
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # whichever library calls torch.load: no pickle runs code
     }
-    kept = {name: value for name, value in os.environ.items() if name not in GROUP}
+    refused = {*GROUP, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"}
+    kept = {name: value for name, value in os.environ.items() if name not in refused}
     if "OMP_WAIT_POLICY" not in kept:  # threads that wait give way, or a second busy program slows training ninefold
         kept.setdefault("GOMP_SPINCOUNT", "1000")
     return {**kept, **given}

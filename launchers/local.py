@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 
 from alignment.launchers.base import Handle, Job, environment
-
-PR_SET_PDEATHSIG = 1
+from alignment.life import die_with_parent
+from alignment.signals import SIGNALS
 
 
 class Process:
@@ -27,24 +26,18 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env=environment(job, processes),
                 pass_fds=[job.lock],
-                start_new_session=True,  # Ctrl-C reaches the driver alone, which then stops the job in order
-                preexec_fn=lambda: die_with_parent(parent),
+                start_new_session=True,  # Ctrl-C reaches the driver alone, which then has the job stop in order
+                preexec_fn=lambda: _begin(parent),
             )
 
     def status(self) -> int | None:
         return self._process.poll()
 
-    def stop(self, grace: float) -> None:
-        for sign, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
-            try:
-                os.killpg(self._process.pid, sign)
-            except ProcessLookupError:
-                return
-            end = time.monotonic() + patience
-            while self._process.poll() is None and time.monotonic() < end:
-                time.sleep(0.05)
-            if self._process.poll() is not None:
-                return
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(10.0)
 
 
 class LocalLauncher:
@@ -66,13 +59,18 @@ class TorchrunLauncher:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
             *("--nproc-per-node", str(self.processes), "--max-restarts", "0"),
+            *("--signals-to-handle", "SIGQUIT"),  # what is not handled stays ignored
             *("-m", "alignment.worker", str(job.folder)),
         ]
         return Process(command, job, self.processes)
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent dies, so that a killed driver leaves no worker behind."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
-        os._exit(1)
+def _begin(parent: int) -> None:
+    """In the new process, before its program: signals to stop are ignored until the worker listens to them itself.
+
+    So none is lost on an interpreter that is still starting, and none ends torchrun, which would take with it the ranks
+    that still save: the driver asks those one by one.
+    """
+    die_with_parent(parent)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alignment.config.schema import Experiment
-from alignment.errors import BY_CODE, AlignmentError, StageFailed
-from alignment.files import read_json, write_json
-from alignment.launchers import Handle, Job, launcher_for
-from alignment.pipeline import graph
+from alignment.errors import AlignmentError
+from alignment.files import write_json
+from alignment.launchers import Job, launcher_for
+from alignment.pipeline import attempts, graph
 from alignment.pipeline.graph import Node
 from alignment.pipeline.store import WARNINGS, Lock, Store
-
-POLL = 0.1  # seconds between two looks at a running stage
+from alignment.pipeline.supervisor import Patience, Supervisor
+from alignment.signals import Listener, Stopped
 
 
 class Observer(Protocol):
@@ -91,20 +91,22 @@ def plan(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def execute(run: Run, observer: Observer) -> None:
-    """Bring every node of the run into the store. Raises the error of the first stage that fails.
+def execute(run: Run, observer: Observer, stop: Listener | None = None) -> None:
+    """Bring every node of the run into the store. Raises the error of the first stage that fails for good.
 
+    stop: what hears the signals of this process. The first one has the stage at work save and end (PreemptedError);
+    between two stages it is raised as Stopped. A KeyboardInterrupt ends the stage at work at once.
     The same command given twice at once: the second waits for the first, and then reuses.
     """
     mine = run.store.run_lock(run.id)
     mine.wait(run.id, partial(observer.waiting, run.nodes[0].name))
     try:
-        _walk(run, observer)
+        _walk(run, observer, stop or Listener())
     finally:
         mine.release()
 
 
-def _walk(run: Run, observer: Observer) -> None:
+def _walk(run: Run, observer: Observer, stop: Listener) -> None:
     for node in run.nodes:
         record = run.store.record(node.key)
         if record is not None:
@@ -112,14 +114,20 @@ def _walk(run: Run, observer: Observer) -> None:
             observer.done(node.name, "reused", record["seconds"], record["metrics"])
             continue
         lock = run.store.lock(node.key)
-        lock.wait(f"{run.id}/{node.name}", partial(observer.waiting, node.name))
         try:
-            _bring(run, node, lock, observer)
+            if stop.asked:  # while the stage before was at work, which has ended well
+                raise Stopped(stop.asked)
+            lock.wait(f"{run.id}/{node.name}", partial(observer.waiting, node.name))
+            with stop.deferred():
+                _bring(run, node, lock, observer, stop)
+        except Stopped:
+            run.note(node.name, state="preempted")
+            raise
         finally:
             lock.release()
 
 
-def _bring(run: Run, node: Node, lock: Lock, observer: Observer) -> None:
+def _bring(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listener) -> None:
     """With the key locked: look again (another run may have just made it), else run the stage."""
     record = run.store.record(node.key)
     state = "reused" if record else "done"
@@ -128,18 +136,41 @@ def _bring(run: Run, node: Node, lock: Lock, observer: Observer) -> None:
         observer.started(node.name, node.kind)
         started = time.monotonic()
         try:
-            record = _work(run, node, lock, observer)
-            _pass_on_warnings(run.store.result(node.key), node.name, observer)
-        except KeyboardInterrupt:
-            run.note(node.name, state="interrupted", seconds=time.monotonic() - started)
+            record = _persist(run, node, lock, observer, stop)
+        except (AlignmentError, KeyboardInterrupt) as error:
+            outcome = attempts.outcome_of(error)
+            state = outcome if outcome in ("preempted", "interrupted") else "failed"
+            told = str(error) if state == "failed" else None
+            run.note(node.name, state=state, seconds=time.monotonic() - started, error=told)
+            observer.done(node.name, state, time.monotonic() - started, {})
             raise
-        except AlignmentError as error:
-            _pass_on_warnings(run.store.work(node.key), node.name, observer)
-            run.note(node.name, state="failed", seconds=time.monotonic() - started, error=str(error))
-            observer.done(node.name, "failed", time.monotonic() - started, {})
-            raise
+        _note_attempts(run, node, record.get("attempts") or [])
     run.note(node.name, state=state, seconds=record["seconds"])
     observer.done(node.name, state, record["seconds"], record["metrics"])
+
+
+def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listener) -> dict[str, Any]:
+    """The stage's record, after as many attempts as it takes and `retries` allows."""
+    folder = run.store.work(node.key)
+    retries = attempts.Retries(folder, run.experiment.retries, run.experiment.retry_wait_s)
+    while True:
+        order = _begin(run, node, observer)
+        _note_attempts(run, node, [*attempts.read(folder), order])
+        try:
+            return _attempt(run, node, order, lock, observer, stop)
+        except (AlignmentError, KeyboardInterrupt) as error:
+            what = None if isinstance(error, KeyboardInterrupt) else str(error)
+            attempts.note(folder, attempts.row(folder, order, attempts.outcome_of(error), what))
+            _note_attempts(run, node, attempts.read(folder))
+            _pass_on_warnings(folder, node.name, observer)
+            if not isinstance(error, AlignmentError) or (wait := retries.next(error)) is None:
+                raise
+            observer.warning(node.name, retries.says(error, order["attempt"], wait))
+        attempts.pause(wait, lambda: stop.asked)
+
+
+def _note_attempts(run: Run, node: Node, rows: list[dict[str, Any]]) -> None:
+    run.note(node.name, attempts=len(rows), causes=[row["cause"] for row in rows if row.get("cause")])
 
 
 def _pass_on_warnings(folder: Path, name: str, observer: Observer) -> None:
@@ -149,26 +180,13 @@ def _pass_on_warnings(folder: Path, name: str, observer: Observer) -> None:
             observer.warning(name, line)
 
 
-def _work(run: Run, node: Node, lock: Lock, observer: Observer) -> dict[str, Any]:
+def _begin(run: Run, node: Node, observer: Observer) -> dict[str, Any]:
+    """A work folder with its stage.json, which is returned: all that a worker needs to know of this attempt."""
     run.store.require_space(run.experiment.min_free_gb)
-    folder = run.store.begin(node.key)
-    write_json(folder / "stage.json", _order(run, node))
-    job = Job(node.name, folder, node.settings.distributed, run.experiment.engine.threads, lock.fileno)
-    handle = launcher_for(run.experiment.launcher).submit(job)
-    try:
-        code = _watch(handle, folder, node.name, observer)
-    except BaseException:
-        handle.stop(grace=10.0)
-        raise
-    record = run.store.record(node.key)
-    if record is None:
-        raise _cause(node, folder, code)
-    return record
-
-
-def _order(run: Run, node: Node) -> dict[str, Any]:
-    """What a worker needs to know, as a value: it reads nothing else of the experiment."""
-    return {
+    attempts.settle(run.store.work(node.key))
+    folder = run.store.begin(node.key, partial(observer.warning, node.name))
+    number = max((row.get("attempt", 0) for row in attempts.read(folder)), default=0) + 1
+    order = {
         "key": node.key,
         "name": node.name,
         "kind": node.kind,
@@ -178,38 +196,34 @@ def _order(run: Run, node: Node) -> dict[str, Any]:
         "identity": node.identity,
         "parents": {role: {"name": parent.name, "key": parent.key} for role, parent in node.parents.items()},
         "experiment": run.experiment.model_dump(),
+        "distributed": node.settings.distributed,
+        "attempt": number,
+        **attempts.here(),
     }
+    write_json(folder / "stage.json", order)
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        log.write(f"--- attempt {number}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+    return order
 
 
-def _watch(handle: Handle, folder: Path, name: str, observer: Observer) -> int:
-    seen = None
-    while (code := handle.status()) is None:
-        try:
-            facts = read_json(folder / "progress.json")
-        except (OSError, ValueError):
-            facts = None
-        if facts and facts != seen:
-            observer.progress(name, facts)
-            seen = facts
-        time.sleep(POLL)
-    return code
-
-
-def _cause(node: Node, folder: Path, code: int) -> AlignmentError:
-    """Why a stage ended without a result: its own words, else what its exit code and log say."""
+def _attempt(
+    run: Run, node: Node, order: dict[str, Any], lock: Lock, observer: Observer, stop: Listener
+) -> dict[str, Any]:
+    """One attempt at a stage: its record. Raises the error that it ended with."""
+    folder, experiment = run.store.work(node.key), run.experiment
+    job = Job(node.name, folder, order["distributed"], experiment.engine.threads, lock.fileno)
+    handle = launcher_for(experiment.launcher).submit(job)
+    patience = Patience(experiment.engine.watchdog_s, experiment.launcher.time_limit)
+    watched = Supervisor(
+        handle, folder, patience, stop, partial(observer.progress, node.name), partial(observer.warning, node.name)
+    )
     try:
-        told = read_json(folder / "error.json")
-    except (OSError, ValueError):
-        told = None
-    if told:
-        error = BY_CODE.get(told["code"], StageFailed)(told["what"], where=told["where"], fix=told["fix"])
-        error.add_note(told["traceback"])
-        return error
-    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    hint = "out of memory is the usual cause of signal 9; " if code in (-9, 137) else ""
-    error = StageFailed(f"the stage {node.name} {how} and left no result", fix=f"{hint}see {folder / 'log.txt'}")
-    try:
-        error.add_note("".join((folder / "log.txt").read_text(errors="replace").splitlines(keepends=True)[-30:]))
-    except OSError:
-        pass
-    return error
+        code = watched.watch()
+    except BaseException:
+        watched.end()
+        raise
+    record = run.store.record(node.key)
+    if record is None:
+        raise attempts.cause(node.name, folder, code, watched)
+    _pass_on_warnings(run.store.result(node.key), node.name, observer)
+    return record

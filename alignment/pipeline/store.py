@@ -20,9 +20,22 @@ from alignment.errors import MachineError
 from alignment.files import fsync, read_json, sha256
 
 # W&B's files and the log may still grow or go while a result is committed; they are not what the result is.
-VOLATILE = ("wandb/", "log.txt/", "progress.json/")
+VOLATILE = ("wandb/", "log.txt/", "progress.json/", "stacks/", "beats/", "lost.json/", "outcome.json/")
+PASSING = ("beats", "lost.json", "outcome.json")  # of a stage at work only: gone from its result
 WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
-KEPT = ("wandb_run_id",)  # what a new attempt takes over from the one before
+# What a new attempt takes over from those before: their training state, what they have told, who they were.
+KEPT = frozenset(
+    {
+        "checkpoints",
+        "metrics.jsonl",
+        "nonfinite.json",
+        "adapted.json",
+        "attempts.jsonl",
+        "log.txt",
+        "stacks",
+        "wandb_run_id",
+    }
+)
 
 
 class Store:
@@ -50,23 +63,34 @@ class Store:
             return None
         return record if whole else None
 
-    def begin(self, key: str) -> Path:
-        """An empty work folder for a new attempt; the caller holds the key's lock. Remains of older attempts go."""
-        folder, kept = self.work(key), {}
-        if folder.is_dir():
-            kept = {name: (folder / name).read_text() for name in KEPT if (folder / name).is_file()}
-            folder.rename(folder.with_name(f".{folder.name}.{time.time_ns()}"))
+    def begin(self, key: str, warn: Callable[[str], None] = lambda text: None) -> Path:
+        """The work folder for a new attempt, with nothing in it but what is KEPT; the caller holds the key's lock.
+
+        What is kept stays where it is: a death at any moment loses none of it. Links in its place are removed, never
+        followed. warn: told of those.
+        """
+        folder = self.work(key)
+        if folder.is_symlink():
+            _unlink(folder, warn)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder.with_name(f".{folder.name}.{time.time_ns()}")
+        for path in list(folder.iterdir()):
+            if path.is_symlink():
+                _unlink(path, warn)
+            elif path.name not in KEPT:
+                aside.mkdir(exist_ok=True)
+                path.rename(aside / path.name)
         for remains in folder.parent.glob(f".{folder.name}.*"):
             shutil.rmtree(remains, ignore_errors=True)  # W&B's helper may live on for seconds, and write there
-        folder.mkdir(parents=True)
-        for name, text in kept.items():
-            (folder / name).write_text(text)
         return folder
 
     def commit(self, key: str, record: dict[str, Any]) -> Path:
         """Seal the work folder and give it its place by one rename. The caller holds the key's lock."""
         folder, place = self.work(key), self.result(key)
         files, folders = {}, [folder]
+        for stacks in folder.glob("stacks/*.txt"):
+            if not stacks.stat().st_size:  # nobody had to ask
+                stacks.unlink()
         for path in sorted(path for path in folder.rglob("*") if not path.is_symlink()):
             name = str(path.relative_to(folder))
             if f"{name}/".startswith(VOLATILE):
@@ -78,6 +102,10 @@ class Store:
                 files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         (folder / "record.json").write_text(json.dumps({**record, "files": files}, indent=1) + "\n", encoding="utf-8")
         fsync(folder / "record.json")
+        for name in PASSING:  # as late as can be: who watches takes a process without a beat for lost
+            shutil.rmtree(folder / name, ignore_errors=True)
+            if (folder / name).is_file():
+                (folder / name).unlink()
         for path in reversed(folders):  # the names in them, the work folder's last
             fsync(path)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +135,11 @@ class Store:
                 where=str(self.root),
                 fix="free some space, or set store=... or min_free_gb=...",
             )
+
+
+def _unlink(link: Path, warn: Callable[[str], None]) -> None:
+    link.unlink()
+    warn(f"{link} was a link, which no stage makes: it is removed, and what it led to is left as it is")
 
 
 class Lock:

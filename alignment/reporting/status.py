@@ -17,9 +17,11 @@ def read_runs(store: Path, is_held: Callable[[str], bool]) -> list[Row]:
     """Every run of the store, the newest first.
 
     is_held(key) says whether a living process works on a key. A run is run.json's content with, corrected,
-    "state": done | gone | running | waiting | failed | interrupted | unreadable, "seconds": of its own work, "folder",
-    and nodes whose "state" is done | reused | gone | running | waiting | failed | interrupted; working ones have
-    "progress". gone: it was done, but the store no longer has the result; the same command makes it again.
+    "state": done | gone | running | waiting | failed | preempted | interrupted | unreadable, "seconds": of its own
+    work, "folder", and nodes whose "state" is reused or one of these; working ones have "progress", those that this run
+    has tried "attempts" (a count) and "causes" (why each that ended without a result did).
+    gone: it was done, but the store no longer has the result; the same command makes it again.
+    preempted: stopped in order. interrupted: killed, or ended at once.
     """
     runs = [_run(file, store, is_held) for file in store.glob("runs/*/run.json")]
     return sorted(runs, key=lambda run: finite(run.get("created")) or 0.0, reverse=True)
@@ -62,11 +64,12 @@ def _node(node: Row, store: Path, is_held: Callable[[str], bool]) -> Row:
     if state == "running" and not held:
         if committed:
             return {**told, "state": "done"}
-        failure = read(work / "error.json")
-        told.update({"state": "failed", "error": error_text(failure)} if failure else {"state": "interrupted"})
+        failure, left = read(work / "error.json"), read(work / "outcome.json")
+        told["state"] = "failed" if failure else "preempted" if left else "interrupted"
+        told["error"] = error_text(failure)
     elif held:
         told["held"] = True
-    if held or told["state"] == "interrupted":
+    if held or told["state"] in ("preempted", "interrupted"):
         told["progress"] = read(work / "progress.json")
         told["seconds"] = finite((told["progress"] or {}).get("elapsed_s"))
     return told
@@ -76,7 +79,7 @@ def _state(nodes: list[Row], updated: float) -> str:
     states = [node["state"] for node in nodes]
     if nodes and all(state in DONE for state in states):
         return "done"
-    for state in ("failed", "interrupted", "running"):
+    for state in ("failed", "interrupted", "preempted", "running"):
         if state in states:
             return state
     if nodes and all(state in (*DONE, "gone") for state in states):

@@ -24,11 +24,11 @@ from alignment.reporting.status import facts_text
 
 STYLES = {
     "done": "green", "reused": "cyan", "running": "bold yellow", "waiting": "dim", "failed": "bold red",
-    "interrupted": "red", "unreadable": "red", "gone": "magenta", "run": "bold yellow", "reuse": "cyan",
-    "wait": "magenta", "good": "green", "bad": "red", "moved": "bold", "same": "dim",
+    "interrupted": "red", "preempted": "yellow", "unreadable": "red", "gone": "magenta", "run": "bold yellow",
+    "reuse": "cyan", "wait": "magenta", "good": "green", "bad": "red", "moved": "bold", "same": "dim",
     "better": "bold green", "worse": "bold red", "broken": "bold red", "no measurable difference": "bold",
 }  # fmt: skip
-MARKS = {"done": "✓", "reused": "↺", "failed": "✗", "interrupted": "✗"}
+MARKS = {"done": "✓", "reused": "↺", "failed": "✗", "interrupted": "✗", "preempted": "‖"}
 EVERY = 15.0  # seconds between two lines of a stage where nothing can move (a log file)
 
 
@@ -97,11 +97,12 @@ def _run_table(run: Row) -> RenderableType:
     table.add_column(min_width=2)
     for node in run.get("nodes") or []:
         state = node["state"]
-        note = facts_text(node.get("progress")) if state in ("running", "interrupted") else ""
+        note = facts_text(node.get("progress")) if state in ("running", "preempted", "interrupted") else ""
         if state == "waiting" and node.get("held"):
             note = "another run works on it"
         if state == "failed":
             note = node.get("error") or ""
+        note = "; ".join(filter(None, (note, attempts_text(node))))
         took = words.duration(node.get("seconds")) if node.get("seconds") is not None else ""
         table.add_row(
             "",
@@ -112,6 +113,17 @@ def _run_table(run: Row) -> RenderableType:
             Text(note),
         )
     return Group(head, table, "")
+
+
+def attempts_text(node: Row) -> str:
+    """2 attempts (rank 1 was killed by signal 9): of a stage that the first one did not bring."""
+    count, causes = int(words.finite(node.get("attempts")) or 0), node.get("causes") or []
+    if node["state"] == "failed" and causes and causes[-1] == node.get("error"):
+        causes = causes[:-1]  # it stands there already
+    if count < 2 and (not causes or node["state"] == "preempted"):
+        return ""
+    why = f" ({'; '.join(map(str, causes))})" if causes else ""
+    return f"{count} attempt{'s' if count != 1 else ''}{why}"
 
 
 # --- the end of a run ------------------------------------------------------------------------------------------------
@@ -271,7 +283,7 @@ class StageProgress:
             self._print(f"  {words.label(name)}  {who}")
 
     def done(self, name: str, state: str, seconds: float, facts: dict[str, Any]) -> None:
-        """facts: the stage's summary metrics. state: done | reused | failed."""
+        """facts: the stage's summary metrics. state: done | reused | failed | preempted | interrupted."""
         self._drop(name)
         self._said.pop(name, None)
         style = STYLES.get(state, "")

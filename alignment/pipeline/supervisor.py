@@ -1,0 +1,211 @@
+"""Watches over one running job until it has ended: passes on requests to stop, ends what has crashed or hangs."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment import life
+from alignment.errors import LostError
+from alignment.files import read_json
+from alignment.life import Beat
+from alignment.pipeline.attempts import OUT_OF_MEMORY
+from alignment.signals import Listener
+
+if TYPE_CHECKING:
+    from alignment.launchers import Handle
+
+POLL = 0.1  # seconds between two looks at a running job
+LOOK = 0.5  # seconds between two looks at its beats
+GRACE = 5.0  # seconds that a job has to end by itself once one of its processes has failed
+# Times the patience with a stage that does not get on: until its first step (a model may load long), and while it ends
+# (a state may be large, and a disk slow).
+LENIENT = 6
+STACKS = 3.0  # seconds that processes get to write where they are
+FAILURES = ("error.json", "lost.json")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """watchdog_s: seconds without a sign of life, or without getting on, after which a job is hung.
+    time_limit: seconds that the job may take before it is asked to stop; None: any."""
+
+    watchdog_s: float
+    time_limit: float | None = None
+
+
+class Supervisor:
+    """Of one attempt at a stage.
+
+    progress: told the content of progress.json as it changes. say: told what people should know. Afterwards:
+    asked: why the job was asked to stop, or None. fault: what went wrong, as far as only this one knows, or None.
+    All is measured on the monotonic clock: a clock that is set does nothing.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        folder: Path,
+        patience: Patience,
+        stop: Listener,
+        progress: Callable[[dict[str, Any]], None],
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self._handle, self._folder, self._patience, self._stop = handle, folder, patience, stop
+        self._progress, self._say, self._clock, self._sleep = progress, say, clock, sleep
+        self.asked: str | None = None
+        self.fault: LostError | None = None
+        self._began = self._awake = clock()
+        self._beats: dict[int, Beat] = {}
+        self._changed: dict[int, float] = {}  # rank -> when its beat was last another one
+        self._got_on = self._began  # when any rank last got on
+        self._looked = float("-inf")
+        self._facts: dict[str, Any] | None = None
+        self._stepping = False  # whether the stage has come past the first step of a count
+        self._told: set[int] = set()  # pids that were asked to stop
+        self._dying: float | None = None  # when a failure was first seen
+        self._victim: Beat | None = None  # the first process that was gone without a last beat
+
+    def watch(self) -> int:
+        """The job's exit code, once it has ended or been ended; no process of it on this host is left."""
+        while (code := self._handle.status()) is None:
+            now = self._clock()
+            self._forgive(now)
+            self._tell_progress()
+            self._ask(now)
+            if now - self._looked >= LOOK:
+                self._looked = now
+                self._read_beats(now)
+                if self._judge(now):
+                    code = -signal.SIGKILL
+                    break
+            self._sleep(POLL)
+        else:
+            self._read_beats(self._clock())
+            if code >= 0:  # else the job itself was ended by a signal, and its processes with it
+                self._find_victim()
+        self.end()
+        if self._victim and not self.fault:
+            self.fault = self._lost(self._victim)
+        return code
+
+    def end(self) -> None:
+        """End the job, whatever it does, and wait, not long, until its processes are gone."""
+        self._handle.kill()
+        until = time.monotonic() + 10.0
+        while (left := [b for b in self._beats.values() if b.here and not b.gone]) and time.monotonic() < until:
+            for beat in left:
+                beat.signal(signal.SIGKILL)
+            time.sleep(0.02)
+
+    def _forgive(self, now: float) -> None:
+        """Who watches has slept itself (stopped, or the machine suspended): the others could not show life either."""
+        if now - self._awake > min(5.0, self._patience.watchdog_s / 4) + POLL:
+            self._changed = dict.fromkeys(self._changed, now)
+            self._got_on = now
+            if self._dying is not None:
+                self._dying = now
+        self._awake = now
+
+    def _tell_progress(self) -> None:
+        try:
+            facts = read_json(self._folder / "progress.json")
+        except (OSError, ValueError):
+            return
+        if not isinstance(facts, dict) or facts == self._facts:
+            return
+        if self._facts and facts.get("total") == self._facts.get("total"):
+            self._stepping = self._stepping or facts.get("step", 0) > self._facts.get("step", 0)
+        self._facts = facts
+        self._progress(facts)
+
+    def _ask(self, now: float) -> None:
+        """Pass a request to stop on to the ranks, to each once: to those that still start as soon as they beat."""
+        if self.asked is None:
+            limit = self._patience.time_limit
+            late = limit is not None and now - self._began >= limit
+            self.asked = self._stop.asked or ("its time limit" if late else None)
+            if self.asked is None:
+                return
+            self._got_on = now  # what it does now is another thing than what it did
+            self._say(f"asked to stop ({self.asked}): saves and ends; a second signal ends it at once")
+        for beat in self._beats.values():
+            if beat.pid not in self._told and not beat.ended:
+                self._told.add(beat.pid)
+                beat.signal(signal.SIGTERM)
+
+    def _read_beats(self, now: float) -> None:
+        for rank, beat in life.beats(self._folder).items():
+            before = self._beats.get(rank)
+            if before is None or beat != before:
+                self._changed[rank] = now
+                if before is None or beat.ticks != before.ticks:
+                    self._got_on = now
+                self._beats[rank] = beat
+
+    def _judge(self, now: float) -> bool:
+        """Whether the job must be ended now."""
+        if self._dying is None:
+            self._find_victim()
+            if self._victim or any((self._folder / name).exists() for name in FAILURES):
+                self._dying = now
+        if self._dying is not None:
+            return now - self._dying >= GRACE
+        patience = self._patience.watchdog_s
+        for rank, beat in sorted(self._beats.items()):
+            if not beat.ended and now - self._changed[rank] >= patience:
+                return self._hung(f"rank {rank} has shown no life for {patience:g} s")
+        if self.asked or not self._stepping:
+            patience *= LENIENT
+        if now - self._got_on >= patience:
+            return self._hung(f"{self._behind()} for {patience:g} s")
+        return False
+
+    def _find_victim(self) -> None:
+        """A process that is gone without a last beat was killed, or has crashed below Python."""
+        for rank, beat in sorted(self._beats.items()):
+            if self._victim is None and not beat.ended and beat.gone:
+                last = life.beats(self._folder).get(rank)
+                if last is not None and not last.ended:  # no beats: the result is committed, the folder has moved on
+                    self._victim = last
+
+    def _lost(self, victim: Beat) -> LostError:
+        log = self._folder / "log.txt"
+        text = log.read_text(errors="replace") if log.exists() else ""
+        said = re.findall(rf"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {victim.pid}\)", text)
+        number = -int(said[-1]) if said else 0  # what torchrun says, if it got to say it
+        how = f"was killed by signal {number}" if number > 0 else "ended without a word"
+        return LostError(f"rank {victim.rank} {how}", fix=f"{OUT_OF_MEMORY}; see {log}")
+
+    def _behind(self) -> str:
+        ticks = {rank: beat.ticks for rank, beat in self._beats.items() if not beat.ended}
+        if not ticks:
+            return "no process has shown life"
+        late = [str(rank) for rank in sorted(ticks) if ticks[rank] < max(ticks.values())]
+        return f"no process has got on{' (behind: rank ' + ', '.join(late) + ')' if late else ''}"
+
+    def _hung(self, what: str) -> bool:
+        """Have every process of this host write where it is, a stopped one too."""
+        here = [beat for beat in self._beats.values() if beat.here and not beat.gone]
+        files = {beat.rank: life.stacks(self._folder, beat.rank) for beat in here}
+        sizes = {}
+        for beat in here:
+            with open(files[beat.rank], "a") as stream:
+                stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}\n")
+            sizes[beat.rank] = files[beat.rank].stat().st_size
+            beat.signal(signal.SIGCONT)
+            beat.signal(signal.SIGUSR2)
+        until = self._clock() + STACKS
+        while self._clock() < until and any(files[r].stat().st_size == sizes[r] for r in files):
+            self._sleep(POLL)
+        self._sleep(POLL)  # the rest of what has begun to be written
+        fix = f"where its processes were is in {self._folder / life.STACKS}; engine.watchdog_s is the patience"
+        self.fault = LostError(f"hung: {what}", fix=fix)
+        return True
