@@ -1,7 +1,7 @@
 """The inner loop never waits for the device: what reads a number back happens once a step, not once a micro-batch.
 
 On a GPU each such read stops the CPU until all work queued before it is done. On the CPU the same calls can be counted:
-_local_scalar_dense is .item(), float() and bool() of a tensor; nonzero has as many rows as it finds, so that its shape
+_local_scalar_dense is .item(), float() and bool() of a tensor; tolist() is counted by its name; nonzero has as many rows as it finds, so that its shape
 must be read, also where an index is a mask.
 """
 
@@ -35,6 +35,19 @@ class Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self._tolist: Any = torch.Tensor.tolist
+
+    def __enter__(self) -> Any:
+        def tolist(tensor: Any) -> Any:
+            self.calls["tolist"] += 1
+            return self._tolist(tensor)
+
+        torch.Tensor.tolist = tolist  # type: ignore[method-assign] # it is not dispatched
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.Tensor.tolist = self._tolist  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
         name = function.name().split("::")[1].split(".")[0]
@@ -65,7 +78,8 @@ def test_what_waits_is_counted() -> None:
         numbers[numbers > 1].sum().item()
         numbers[numbers > 2] = 0
         numbers[torch.tensor([1, 2])] += int(numbers[0])
-    assert mode.calls == {"index": 1, "index_put_": 1, "_local_scalar_dense": 2}
+        numbers.tolist()
+    assert mode.calls == {"index": 1, "index_put_": 1, "_local_scalar_dense": 2, "tolist": 1}
 
 
 @pytest.mark.parametrize("name", list(models.PACKABLE))
@@ -80,10 +94,10 @@ def test_a_forward_of_a_pack_and_its_backward_never_wait(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
 def test_six_micro_batches_wait_as_often_as_one(kind: str, tmp_path: Path, tiny_model: Path) -> None:
-    """Once: whether the loss of the step is finite, which is asked before the optimiser moves."""
+    """Once: the loss and what the processes wish, which are known before the optimiser moves."""
     model = models.make_classifier() if kind == "reward" else models.make(*models.PACKABLE["mistral"])
     one, six = (
         waits_of_a_step(trainers.ours(kind, model, tmp_path, tiny_model, steps=2, budget=budget), count)
         for budget, count in ((10_000, 1), (1, 6))
     )
-    assert one == six == {"_local_scalar_dense": 1}
+    assert one == six == {"tolist": 1}

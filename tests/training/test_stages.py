@@ -190,7 +190,7 @@ def test_a_gradient_that_is_infinite_is_fatal_before_the_update(
         return model
 
     monkeypatch.setattr(sft_stage, "load", loaded)
-    with pytest.raises(TrainingError, match=r"the gradient's norm is (inf|nan) at step 1"):
+    with pytest.raises(TrainingError, match=r"step 1, rows .*: the gradient's norm is (inf|nan)"):
         run(tmp_path, tiny.sft())
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
@@ -282,9 +282,9 @@ def test_steps_made_ahead_by_a_thread_are_the_same_steps(tmp_path: Path, monkeyp
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("collate")]
 
 
-def made_ahead(self: Any, real: Any, make: Any, count: int, ahead: bool) -> None:
+def made_ahead(self: Any, real: Any, make: Any, count: int, ahead: bool, first: int) -> None:
     assert not ahead, "on a CPU they are not"
-    real(self, make, count, True)
+    real(self, make, count, True, first)
 
 
 @pytest.mark.parametrize("setting", [True, "auto"])
