@@ -23,6 +23,7 @@ from alignment.files import write_json
 from alignment.signals import Listener
 from alignment.training import ranks, state, tensors
 from alignment.training.checkpoints import Checkpoints, part_name
+from alignment.training.memory import host_share
 
 # Before a time limit: seconds to spare, and how fast a disk is taken to be until a save has been timed.
 SPARE, SLOW_DISK = 5.0, 100e6
@@ -163,21 +164,26 @@ class Keeper:
     # --- saving ---------------------------------------------------------------------------------------------------
 
     def _begin(self, trainer: Any, step: int) -> None:
-        """Copy the state; write it in the thread, or here where that is asked for."""
+        """Copy the state and have it written in the thread; or, where that is asked for, or memory is too short for a
+        copy, write it now."""
         facts = {"step": step, "layout": self.layout, "record": self._record, "trainer": trainer.carried()}
         mine = {"meter": trainer.meter_values(), "random": state.random_state()}
-        copied = state.copy_out(trainer)
-        self._save_takes = self._save_takes or sum(tensor.nbytes for tensor in copied.values()) / SLOW_DISK
+        held = state.taken_out(trainer)
+        size = sum(tensor.nbytes for tensor in held.values())
+        self._save_takes = self._save_takes or size / SLOW_DISK
         path = self.checkpoints.aside(step) / part_name(ranks.rank(), ranks.world_size())
-        part = self._thread.submit(self._part, path, copied, mine)
+        apart = self.settings.asynchronous and size < host_share() / 2
+        part = self._thread.submit(self._part, path, state.copied(held) if apart else held, mine)
+        if not apart:
+            wait([part])
         self._write = Write(step, part, facts, trainer.ranked_by(self.settings.best_by))
         if not self.settings.asynchronous:
             self._settle()
 
-    def _part(self, path: Path, copied: dict[str, Tensor], facts: Any) -> dict[str, Any]:
+    def _part(self, path: Path, held: dict[str, Tensor], facts: Any) -> dict[str, Any]:
         began = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = tensors.write(path, copied, facts)
+        file = tensors.write(path, held, facts)
         self._save_takes = time.monotonic() - began
         return file
 
@@ -202,7 +208,7 @@ class Keeper:
             if problem is None:
                 files = {name: file for name, file, _ in parts}
                 self.checkpoints.commit(write.step, files, write.facts, write.score)
-                self.checkpoints.retain()
+                self._thread.submit(self.checkpoints.retain)  # large files take their time to go
                 self._failures, self._saved_at = 0, time.monotonic()
                 return
         except OSError as failed:

@@ -193,8 +193,11 @@ def available_bytes() -> int:
 
     To be asked before weights are loaded: what the process holds is not free.
     """
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host_share()
+
+
+def host_share() -> int:
+    """Bytes free for this process in the memory of its machine or container, shared out equally among processes."""
     return host_bytes(Path("/proc"), Path("/sys/fs/cgroup")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

@@ -109,21 +109,26 @@ def _adam(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
 # --- out --------------------------------------------------------------------------------------------------------------
 
 
-def copy_out(trainer: Any) -> dict[str, Tensor]:
-    """This process's part of a checkpoint, on the CPU and its own: training may go on."""
+def taken_out(trainer: Any) -> dict[str, Tensor]:
+    """This process's part of a checkpoint: views of what the engine holds, good until the next update."""
     tensors: dict[str, Tensor] = {"rng:torch": torch.get_rng_state()}
     if trainer.args.device.type == "cuda":
         tensors["rng:cuda"] = torch.cuda.get_rng_state(trainer.args.device)
     for fragment in fragments(trainer):
         if fragment.owned:
             for kind, value in fragment.values.items():
-                tensors[fragment.key(kind)] = value.detach().to("cpu", torch.float32, copy=True)
-            tensors[fragment.key("updates")] = fragment.updates.detach().to("cpu", torch.int64, copy=True).reshape(1)
+                tensors[fragment.key(kind)] = value.detach().to(torch.float32)
+            tensors[fragment.key("updates")] = fragment.updates.detach().to(torch.int64).reshape(1)
     return tensors
 
 
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and nobody else's: training may go on."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
 def random_state() -> dict[str, Any]:
-    """Python's and numpy's generators, as JSON; torch's are tensors of `copy_out`."""
+    """Python's and numpy's generators, as JSON; torch's are tensors of `taken_out`."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, next_gauss = random.getstate()
     return {

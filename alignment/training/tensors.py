@@ -25,7 +25,8 @@ PIECE = 1 << 24  # bytes: the lock is given up between pieces, and a failing dis
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> dict[str, Any]:
     """Write a new file durably. facts: JSON-able, kept as text under `facts` in the file's metadata.
 
-    tensors: on the CPU, contiguous, float32, int64 or uint8. Returns {"bytes", "sha256"}. Raises OSError.
+    tensors: float32, int64 or uint8; one on a GPU is brought over when its turn comes. Returns {"bytes", "sha256"}.
+    Raises OSError.
     """
     header: dict[str, Any] = {"__metadata__": {"facts": json.dumps(facts)}}
     at = 0
@@ -50,7 +51,7 @@ def _pieces(head: bytes, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     yield memoryview(head)
     for tensor in tensors.values():
         if tensor.numel():
-            whole = memoryview(tensor.numpy().reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+            whole = memoryview(tensor.cpu().contiguous().numpy().reshape(-1).view(np.uint8))  # type: ignore[arg-type]
             for at in range(0, len(whole), PIECE):
                 yield whole[at : at + PIECE]
 

@@ -1,8 +1,8 @@
 """The inner loop never waits for the device: what reads a number back happens once a step, not once a micro-batch.
 
 On a GPU each such read stops the CPU until all work queued before it is done. On the CPU the same calls can be counted:
-_local_scalar_dense is .item(), float() and bool() of a tensor; tolist() is counted by its name; nonzero has as many rows as it finds, so that its shape
-must be read, also where an index is a mask.
+_local_scalar_dense is .item(), float() and bool() of a tensor; tolist() is counted by its name; nonzero has as many
+rows as it finds, so that its shape must be read, also where an index is a mask.
 """
 
 from __future__ import annotations
