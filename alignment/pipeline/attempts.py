@@ -95,7 +95,8 @@ def cause(name: str, folder: Path, code: int, watched: Supervisor) -> AlignmentE
     error = _told(folder, "error.json") or watched.fault or _told(folder, "lost.json")
     outcome, why = _read(folder / "outcome.json"), watched.asked
     if error is None and outcome:
-        why = str(outcome["why"])
+        # The driver sends SIGTERM whatever it was asked by; words of the stage's own say more.
+        why = why if why and outcome["why"] == "SIGTERM" else str(outcome["why"])
     elif error is None:
         error = _by_code(name, folder, code)
         error.retry = error.retry or bool(why)  # it had no time to say so

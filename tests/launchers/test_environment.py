@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +33,28 @@ def test_how_threads_wait_is_the_users_to_say(name: str, value: str, monkeypatch
     given = environment(job, 1)
     assert given[name] == value
     assert name == "GOMP_SPINCOUNT" or "GOMP_SPINCOUNT" not in given
+
+
+LOAD = """
+import pickle, sys, torch
+class Evil:
+    def __reduce__(self):
+        return open, (sys.argv[1] + ".ran", "w")
+with open(sys.argv[1], "wb") as stream:
+    torch.save({"weights": torch.ones(2), "evil": Evil()}, stream)
+try:
+    torch.load(sys.argv[1], weights_only=False)
+except pickle.UnpicklingError as error:
+    from alignment.worker import _known
+    told = _known(error, "work")
+    print(type(told).__name__, told)
+"""
+
+
+def test_no_library_can_load_a_pickle_that_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    given = environment(Job("sft", tmp_path, True, 1, 0), 1)
+    file = tmp_path / "optimizer.pt"
+    done = subprocess.run([sys.executable, "-c", LOAD, file], env=given, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"InputError {file}: a file holds a pickle with code: refused")
+    assert not os.path.exists(f"{file}.ran")

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def test_a_result_is_found_only_after_its_commit(store: Store) -> None:
     assert not store.work(KEY).exists()
 
 
-def _commit_dying_at(store: Store, fatal: int) -> int:
-    """Commit in a child that ends, unannounced, at its `fatal`-th system call that matters; its exit code."""
+def _dying_at(fatal: int, act: Callable[[], object]) -> int:
+    """Act in a child that ends, unannounced, at its `fatal`-th system call that matters; its exit code."""
     child = os.fork()
     if child == 0:
         calls = 0
@@ -62,11 +63,11 @@ def _commit_dying_at(store: Store, fatal: int) -> int:
 
             return wrapped
 
-        for name in ("open", "fsync", "rename", "replace"):
+        for name in ("open", "fsync", "rename", "replace", "unlink", "rmdir"):
             setattr(os, name, counted(getattr(os, name)))
-        for name in ("mkdir", "write_text", "write_bytes"):
+        for name in ("mkdir", "write_text", "write_bytes", "rename", "unlink"):
             setattr(Path, name, counted(getattr(Path, name)))
-        commit(store)
+        act()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -77,7 +78,7 @@ def test_a_commit_killed_anywhere_leaves_the_whole_result_or_none(store: Store) 
     while True:
         fatal += 1
         shutil.rmtree(store.root, ignore_errors=True)
-        code = _commit_dying_at(store, fatal)
+        code = _dying_at(fatal, lambda: commit(store))
         record = store.record(KEY)
         if record is not None:
             assert (store.result(KEY) / "model.bin").read_text() == "weights"
@@ -107,11 +108,66 @@ def test_a_result_under_anothers_short_name_is_no_result(store: Store) -> None:
     assert store.record(KEY[:16] + "f" * 48) is None
 
 
-def test_a_new_attempt_starts_empty_but_keeps_the_tracking_run(store: Store) -> None:
+def leave_an_attempt(store: Store) -> Path:
+    """A work folder as an attempt leaves it: a checkpoint, what it has told, and half a result."""
     folder = store.begin(KEY)
-    (folder / "wandb_run_id").write_text("abc")
-    (folder / "checkpoint").mkdir()
-    assert sorted(path.name for path in store.begin(KEY).iterdir()) == ["wandb_run_id"]
+    for name in ("checkpoints/step-7", "beats", "stacks", "model"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoints/step-7/manifest.json", "metrics.jsonl", "attempts.jsonl", "log.txt", "wandb_run_id"):
+        (folder / name).write_text(name)
+    for name in ("beats/rank-00000.json", "error.json", "stage.json", "model/config.json", "warnings.txt"):
+        (folder / name).write_text(name)
+    return folder
+
+
+KEPT = ["attempts.jsonl", "checkpoints", "log.txt", "metrics.jsonl", "stacks", "wandb_run_id"]
+
+
+def test_a_new_attempt_goes_on_from_what_is_kept_wherever_its_beginning_was_killed(store: Store) -> None:
+    fatal, code = 0, 9
+    while code:
+        fatal += 1
+        folder = leave_an_attempt(store)
+        code = _dying_at(fatal, lambda: store.begin(KEY))
+        assert code in (0, 9)
+        for name in ("checkpoints/step-7/manifest.json", "metrics.jsonl", "wandb_run_id"):
+            assert (folder / name).read_text() == name
+        store.begin(KEY)
+        assert sorted(path.name for path in folder.iterdir()) == KEPT
+        assert [path.name for path in folder.parent.iterdir()] == [KEY[:16]], "nothing is left aside"
+    assert fatal > 8, "there are more steps in a beginning than that"
+
+
+def test_links_in_a_work_folder_are_removed_and_never_followed(store: Store, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (outside / "step-7").mkdir(parents=True)
+    (outside / "step-7" / "manifest.json").write_text("theirs")
+    folder = leave_an_attempt(store)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").symlink_to(outside)
+    (folder / "model" / "data").symlink_to(outside)
+    told: list[str] = []
+    assert not (store.begin(KEY, told.append) / "checkpoints").exists()
+    assert [f"{folder / 'checkpoints'} was a link" in line for line in told] == [True]
+    shutil.rmtree(folder)
+    folder.symlink_to(outside)
+    assert list(store.begin(KEY, told.append).iterdir()) == []
+    assert len(told) == 2
+    assert (outside / "step-7" / "manifest.json").read_text() == "theirs"
+
+
+def test_signs_of_life_are_no_part_of_a_result_but_stacks_that_were_asked_for_stay(store: Store) -> None:
+    folder = leave_an_attempt(store)
+    (folder / "lost.json").write_text("{}")
+    (folder / "stacks" / "rank-00000.txt").write_text("")
+    (folder / "stacks" / "rank-00001.txt").write_text("File ...")
+    place = store.commit(KEY, {"key": KEY, "seconds": 1.0, "metrics": {}})
+    record = store.record(KEY)
+    assert record
+    assert "attempts.jsonl" in record["files"]
+    assert not {"beats/rank-00000.json", "lost.json", "stacks/rank-00001.txt"} & set(record["files"])
+    assert [path.name for path in (place / "stacks").iterdir()] == ["rank-00001.txt"]
+    assert not [name for name in ("beats", "lost.json") if (place / name).exists()]
 
 
 def _hold(root: Path, ready: multiprocessing.synchronize.Event) -> None:

@@ -1,0 +1,109 @@
+"""Causes and retries: what counts as what, how often and after how long."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from alignment.errors import InputError, LostError, PreemptedError, StageFailed, TrainingError
+from alignment.pipeline import attempts
+
+ORDER = {
+    "attempt": 1, "started": 100.0, "host": "here", "distributed": True,
+    "experiment": {"launcher": {"processes": 4}, "engine": {"strategy": "ddp"}},
+}  # fmt: skip
+
+
+def tell(folder: Path, name: str, code: int, what: str, **more: Any) -> None:
+    told = {"code": code, "what": what, "where": None, "fix": None, "traceback": "", **more}
+    (folder / name).write_text(json.dumps(told))
+
+
+def cause(folder: Path, code: int = 1, asked: str | None = None, fault: Any = None) -> Any:
+    return attempts.cause("sft", folder, code, SimpleNamespace(asked=asked, fault=fault))
+
+
+def test_the_first_cause_counts_more_than_who_lost_contact(tmp_path: Path) -> None:
+    tell(tmp_path, "lost.json", 6, "lost contact")
+    assert (type(cause(tmp_path)), cause(tmp_path).retry) == (LostError, True)
+    assert cause(tmp_path, fault=LostError("rank 1 was killed")).what == "rank 1 was killed"
+    tell(tmp_path, "error.json", 3, "bad rows")
+    error = cause(tmp_path, fault=LostError("rank 1 was killed"), asked="SIGTERM")
+    assert (type(error), error.what, error.retry) == (InputError, "bad rows", False)
+
+
+def test_any_error_may_ask_for_another_attempt(tmp_path: Path) -> None:
+    tell(tmp_path, "error.json", 5, "the loss is NaN", retry=True)
+    assert (type(cause(tmp_path)), cause(tmp_path).retry) == (TrainingError, True)
+    assert isinstance(cause(tmp_path, asked="SIGTERM"), PreemptedError)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "text"),
+    [
+        (-9, LostError, "sft was killed by signal 9 (out of memory is the usual cause of signal 9; see "),
+        (-11, LostError, "sft was killed by signal 11 (see "),
+        (137, LostError, "sft was killed by signal 9"),
+        (1, StageFailed, "the stage sft ended with exit code 1"),
+        (3, InputError, "the stage sft ended with exit code 3"),
+    ],
+)
+def test_without_a_word_the_exit_code_speaks(tmp_path: Path, code: int, kind: type, text: str) -> None:
+    error = cause(tmp_path, code)
+    assert type(error) is kind
+    assert str(error).startswith(text)
+    assert isinstance(cause(tmp_path, code, asked="SIGTERM"), PreemptedError), "it had no time to say so"
+
+
+def test_a_bug_is_not_taken_for_an_end_in_order(tmp_path: Path) -> None:
+    tell(tmp_path, "error.json", 1, "KeyError: x")
+    assert isinstance(cause(tmp_path, asked="SIGTERM"), StageFailed)
+
+
+def test_the_reason_is_what_the_driver_was_asked_by_or_the_stages_own_words(tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "SIGTERM", "rank": 0}))
+    assert cause(tmp_path, 75, asked="its time limit").what == "sft has stopped (its time limit)"
+    assert cause(tmp_path, 75).what == "sft has stopped (SIGTERM)"
+    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "saved step 9", "rank": 0}))
+    assert cause(tmp_path, 75, asked="SIGINT").what == "sft has stopped (saved step 9)"
+
+
+def test_retries_wait_longer_each_time_and_start_anew_with_a_newer_whole_checkpoint(tmp_path: Path) -> None:
+    lost, retries = LostError("rank 1 was killed"), attempts.Retries(tmp_path, 3, 100.0)
+    assert [retries.next(lost), retries.next(lost)] == [100.0, 200.0]
+    assert retries.says(lost, 2, 200.0) == "rank 1 was killed; attempt 3 of up to 4 in 200 s, from its beginning"
+    (tmp_path / "checkpoints" / "step-120").mkdir(parents=True)
+    assert retries.next(lost) == 300.0, "no whole checkpoint, and the longest wait"
+    (tmp_path / "checkpoints" / "step-120" / "manifest.json").write_text("{}")
+    assert retries.next(lost) == 100.0
+    assert retries.says(lost, 4, 100.0) == "rank 1 was killed; attempt 5 of up to 7 in 100 s, from step 120"
+    assert [retries.next(lost) for _ in range(3)] == [200.0, 300.0, None]
+    for error in (TrainingError("NaN"), PreemptedError("stopped")):
+        assert attempts.Retries(tmp_path, 3, 1.0).next(error) is None
+    assert attempts.Retries(tmp_path, 0, 1.0).next(lost) is None
+
+
+def test_a_wait_between_attempts_ends_at_a_signal() -> None:
+    attempts.pause(0.0, lambda: None)
+    with pytest.raises(PreemptedError, match="between two attempts"):
+        attempts.pause(300.0, lambda: "SIGTERM")
+
+
+def test_the_attempt_of_a_killed_driver_is_noted_once_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "stage.json").write_text(json.dumps(ORDER))
+    (tmp_path / "progress.json").write_text(json.dumps({"step": 7, "at": 160.0}))
+    attempts.settle(tmp_path)
+    attempts.settle(tmp_path)
+    assert attempts.read(tmp_path) == [
+        {
+            "attempt": 1, "started": 100.0, "ended": 160.0, "outcome": "interrupted", "cause": "its driver was killed",
+            "step": 7, "host": "here", "processes": 4, "strategy": "ddp",
+        }
+    ]  # fmt: skip
+    with open(tmp_path / "attempts.jsonl", "a") as stream:
+        stream.write('{"attempt": 2, "sta')
+    assert len(attempts.read(tmp_path)) == 1

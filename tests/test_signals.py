@@ -1,0 +1,166 @@
+"""Whole runs that are asked to stop, lose processes or hang: they end as they should, and the next run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from alignment import life
+from tests.conftest import Command, runs, states, tiny_stages
+from tests.test_kills import TWO_RANKS, keys, processes_of, start, until
+
+pytestmark = pytest.mark.slow
+SHORT = """\
+# @package _global_
+defaults:
+  - /stage@stage.import_model: import_model
+  - /stage@stage.prepare_sft: prepare_sft
+  - /stage@stage.sft: sft
+  - _self_
+pipeline:
+  nodes:
+    start: {stage: import_model, inputs: {}}
+    rows: {stage: prepare_sft, inputs: {model: start}}
+    sft: {stage: sft, inputs: {model: start, data: rows}}
+  final: sft
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, tiny_settings: list[str]) -> list[str]:
+    """Three stages: a model imported, rows prepared, eight steps trained."""
+    mine = tmp_path_factory.mktemp("mine")
+    (mine / "pipeline").mkdir()
+    (mine / "pipeline" / "short.yaml").write_text(SHORT)
+    short = ["--config-dir", str(mine), "pipeline=short", *tiny_settings, *tiny_stages("prepare_sft", "sft")]
+    return [*short, "stage.sft.max_steps=8"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared: what one test has made, the next one reuses."""
+    return tmp_path_factory.mktemp("signals") / "store"
+
+
+def listening(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signal.SIGUSR1 - 1) & 1)
+
+
+def at_work(store: Path, work: Path | None = None, seconds: float = 60) -> life.Beat:
+    """A process that works in this folder, or in any, once there is one; it then listens to signals."""
+    found: list[life.Beat] = []
+
+    def look() -> bool:
+        for folder in [work] if work else (store / "work").glob("*"):
+            found.extend(beat for beat in life.beats(folder).values() if not beat.ended and not beat.gone)
+        return bool(found)
+
+    until(look, seconds)
+    return found[0]
+
+
+def ended(driver: subprocess.Popen[str], code: int, seconds: float = 60) -> str:
+    output, _ = driver.communicate(timeout=seconds)
+    assert driver.returncode == code, output
+    return output
+
+
+def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_the_same_command(
+    store: Path, command: Command, settings: list[str]
+) -> None:
+    at_once = start(store, *settings)
+    until(lambda: listening(at_once.pid), 10)
+    at_once.send_signal(signal.SIGUSR1)
+    assert len(ended(at_once, 75, 10).splitlines()) <= 2
+
+    import_model = keys(command, store, settings)["start"]
+    work = store / "work" / import_model
+    late = command(store, "run", *settings, "launcher.time_limit=1", code=75)
+    assert "asked to stop (its time limit)" in late.stdout
+    assert states(runs(command, store)[0])["start"] == "preempted"
+
+    driver = start(store, *settings)
+    at_work(store, work)
+    driver.send_signal(signal.SIGINT)
+    output = ended(driver, 75, 30)
+    assert "start  asked to stop (SIGINT): saves and ends; a second signal ends it at once" in output
+    assert output.splitlines()[-1].startswith("alignment: start has stopped")
+    assert not processes_of(work)
+    assert [row["outcome"] for row in map(json.loads, (work / "attempts.jsonl").read_text().splitlines())] == [
+        *("preempted", "preempted")
+    ]
+
+    driver = start(store, *settings, "retries=0")
+    os.kill(at_work(store, work).pid, signal.SIGKILL)
+    output = ended(driver, 6, 30)
+    assert "start was killed by signal 9 (out of memory is the usual cause of signal 9; see " in output
+    node = runs(command, store)[0]["nodes"][0]
+    assert (node["state"], node["attempts"]) == ("failed", 3)
+    assert [cause[:29] for cause in node["causes"]] == [
+        *("start has stopped (its time l", "start has stopped (SIGINT) (t", "start was killed by signal 9 ")
+    ]
+    assert "3 attempts" in command(store, "status").stdout
+
+
+def test_a_signal_in_training_is_an_end_in_order_and_the_same_command_finishes(
+    store: Path, command: Command, settings: list[str]
+) -> None:
+    settings = [*settings, "stage.sft.max_steps=400"]
+    work = store / "work" / keys(command, store, settings)["sft"]
+    driver = start(store, *settings)
+    until(lambda: (work / "metrics.jsonl").exists(), 90)
+    driver.send_signal(signal.SIGTERM)
+    ended(driver, 75)
+    (run,) = (run for run in runs(command, store) if run["nodes"][-1]["key"].startswith(work.name))
+    assert (run["state"], states(run)["sft"]) == ("preempted", "preempted")
+    # A second signal ends even a process that cannot answer to the first one.
+    driver = start(store, *settings)
+    rank = at_work(store, work)
+    os.kill(rank.pid, signal.SIGSTOP)
+    driver.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert driver.poll() is None
+    driver.send_signal(signal.SIGTERM)
+    ended(driver, 130, 10)
+    assert rank.gone
+    assert not processes_of(work)
+    (run,) = (run for run in runs(command, store) if run["nodes"][-1]["key"].startswith(work.name))
+    assert states(run) == {"start": "reused", "rows": "reused", "sft": "interrupted"}
+    command(store, "run", *settings)
+    tried = json.loads((store / "store" / work.name / "record.json").read_text())["attempts"]
+    assert [row["outcome"] for row in tried] == ["preempted", "interrupted", "done"]
+
+
+def test_a_process_that_stands_still_has_all_write_their_stacks_and_the_stage_is_tried_again(
+    store: Path, command: Command, settings: list[str]
+) -> None:
+    settings = [*settings, *TWO_RANKS, "stage.sft.max_steps=100", "engine.watchdog_s=6"]
+    sft = keys(command, store, settings)["sft"]
+    work = store / "work" / sft
+    driver = start(store, *settings)
+    until(lambda: (work / "metrics.jsonl").exists(), 90)
+    os.kill(life.beats(work)[1].pid, signal.SIGSTOP)
+    output = ended(driver, 0, 120)
+    assert "hung: rank 1 has shown no life for 6 s; attempt 2 of up to 4 in 0 s" in output
+    for rank in (0, 1):
+        written = life.stacks(store / "store" / sft, rank).read_text()
+        assert "rank 1 has shown no life" in written
+        assert "most recent call first" in written
+    assert not (store / "store" / sft / "beats").exists()
+
+
+def test_the_first_signal_in_a_sweep_ends_the_sweep(store: Path, command: Command, settings: list[str]) -> None:
+    sweep = ["-m", *settings, "stage.sft.seed=1,2", "stage.sft.max_steps=401"]
+    driver = start(store, *sweep)
+    at_work(store)
+    driver.send_signal(signal.SIGTERM)
+    ended(driver, 75)
+    assert sum(run["state"] == "preempted" for run in runs(command, store)) == 1
