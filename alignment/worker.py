@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # imported, like all that takes long, once signals are heard
 NO_SPACE = r"os error (28|122)\b|No space left on device|Disk quota exceeded"  # safetensors has its own error class
 # What a process hears of another one that has died: gloo's words, NCCL's, and PyTorch's store's.
 FROM_GROUP = r"gloo|nccl|c10d|ProcessGroup|TCPStore|torch\.distributed|torch/csrc/distributed"
+LONGEST_START = 60.0  # seconds from a launch to a worker that runs
 PEER_GONE = (
     r"closed by peer|reset by peer|broken pipe|timed? ?out|remote process exited|connection (was )?(aborted|closed)"
 )
@@ -99,8 +100,9 @@ def _context(folder: Path, order: dict[str, Any], store: Store, stop: Listener) 
 
     experiment = Experiment.model_validate(order["experiment"])
     limit = experiment.launcher.time_limit
-    # Seconds that the attempt has taken already are told by the wall clock, once; from here on by the monotonic one.
-    left = None if limit is None else order["started"] + limit - time.time()
+    # Seconds that the attempt has taken already are told by the wall clock, once, and believed within reason: it may have
+    # been set meanwhile, or be another host's. From here on the monotonic one counts.
+    left = None if limit is None else limit - min(max(time.time() - order["started"], 0.0), LONGEST_START)
     return StageContext(
         name=order["name"],
         run=order["run"],
