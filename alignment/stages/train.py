@@ -122,6 +122,7 @@ def _keeper(context: StageContext, setup: Engine) -> Keeper:
         say=print if context.is_main else lambda line: None,
         layout=layout,
         record=record,
+        before_commit=context.flush,
     )
 
 

@@ -62,15 +62,17 @@ class Keeper:
         say: Callable[[str], None] = print,
         layout: dict[str, Any] | None = None,
         record: dict[str, Any] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         """deadline: time.monotonic() by which the attempt must have ended. layout: of the engine. record: what else a
-        checkpoint says of where it comes from."""
+        checkpoint says of where it comes from. before_commit: what must be on the disk before a checkpoint counts."""
         self.checkpoints, self.say, self.layout, self._record = checkpoints, say, layout or {}, record or {}
         self.settings: schema.Checkpoint = checkpoints.settings
         self.first_step = 0
         self._stop, self._deadline = stop, deadline
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._write: Write | None = None
+        self._before_commit = before_commit
         self._failures = 0  # in a row; the main process counts
         self._problem = ""
         self._saved_at = self._step_at = time.monotonic()
@@ -107,8 +109,11 @@ class Keeper:
         written, now = facts["layout"], self.layout
         how = "" if written == now else f", saved by {_words(written)}, now {_words(now)}"
         self.say(f"going on from the checkpoint of step {self.first_step}{how}")
-        self._saved_at = self._step_at = time.monotonic()
         return facts
+
+    def begin(self) -> None:
+        """The first step comes now: time is counted from here."""
+        self._saved_at = self._step_at = time.monotonic()
 
     # --- every step -----------------------------------------------------------------------------------------------
 
@@ -206,6 +211,7 @@ class Keeper:
         problem = next((f"{text} (rank {rank})" for rank, (_, _, text) in enumerate(parts) if text), None)
         try:
             if problem is None:
+                self._before_commit()
                 files = {name: file for name, file, _ in parts}
                 self.checkpoints.commit(write.step, files, write.facts, write.score)
                 self._thread.submit(self.checkpoints.retain)  # large files take their time to go

@@ -56,6 +56,7 @@ class Resumable(_Trainer):
         self._settle_buckets()
         if self.first_step:
             self.keeper.take_up(self)
+        self.keeper.begin()
         self._began = time.monotonic()
 
     def _before_training(self) -> None:
