@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.faults.runs import Case, Ground, write_inputs
+from tests.tracking.conftest import closed_url, server, silent_url  # noqa: F401 - fixtures
 
 RESULTS: list[dict[str, Any]] = []
 

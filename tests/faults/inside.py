@@ -72,10 +72,22 @@ def small_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def read_only(folder: str) -> None:
-    Path(folder).mkdir(exist_ok=True)
+def read_only_checkpoints(store: str) -> None:
+    """The folder of checkpoints, as soon as one is in it."""
+    at("training", "read_only", nth=3, store=store)
+
+
+def read_only(store: str) -> None:
+    (folder,) = Path(store).glob("work/*/checkpoints")
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+
+
+def wait_for(path: str) -> None:
+    """Stay here until the file is there; that it stays is told by another one."""
+    Path(f"{path}-waits").touch()
+    while not Path(path).exists():
+        time.sleep(0.05)
 
 
 def set_clock(seconds: float) -> None:

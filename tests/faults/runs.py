@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +66,7 @@ class Driver:
 
     def ranks(self) -> list[int]:
         """Processes that it has started, the lowest rank first."""
-        return sorted(pid for pid, parent in _parents() if parent == self.pid)
+        return children(self.pid)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         if self.alive:
@@ -229,7 +229,12 @@ def _said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _parents() -> Iterator[tuple[int, int]]:
+def children(pid: int) -> list[int]:
+    """Living processes that it has started, zombies left out, the oldest first."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            yield int(process.name), int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        with suppress(OSError, ValueError):
+            state, parent, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+            if int(parent) == pid and state != "Z":
+                found.append(int(process.name))
+    return sorted(found)
