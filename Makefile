@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Where there is no GPU: PyTorch's CPU build, a tenth of the size. It is looked for here and wherever pip is told to look.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check bench browser clean help
+.PHONY: demo test faults check bench browser clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,10 @@ demo: $(STAMP)   ## the main job on real input: SFT, sampling, DPO, evaluation, 
 
 test: check browser  ## all tests, after the checks
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: $(STAMP)  ## every fault in every engine, into docs/reliability.md; at most 45 minutes on two cores, best as root
+	FAULTS_RESULTS=docs/reliability.json $(BIN)/python -m pytest -n 2 --dist load -m "faults or not faults" tests/faults
+	$(BIN)/python -m tests.faults.report
 
 check: $(STAMP)  ## ruff, mypy and the architecture's contracts
 	$(BIN)/ruff check alignment bench launchers tests

@@ -1,0 +1,162 @@
+"""`alignment run` as it is, but for one thing: the ranks are forks of this process instead of new interpreters.
+
+The command line, the driver, its supervisor, retries and store, and the worker from `main` on are the product's own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, NoReturn
+
+from alignment.files import read_json
+from alignment.launchers.base import Job, environment
+from alignment.launchers.local import _begin
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to a rank from within, before its worker begins.
+
+    name: a function of tests.faults.inside. rank, attempt: which one has it; None: each.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rank: int | None = None
+    attempt: int | None = 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """A driver to start. told: the file that takes what it says. environment: beside that of the fork server."""
+
+    arguments: list[str]
+    told: Path
+    environment: dict[str, str]
+    faults: Sequence[Fault] = ()
+
+
+def drive(order: Order) -> NoReturn:
+    """In a fork of its own: `alignment <arguments>`, and the end of the process."""
+    os.setsid()
+    os.environ.update(order.environment)
+    os.chdir(order.told.parent)
+    _say_into(order.told)
+    from alignment import cli
+    from alignment.pipeline import runner
+
+    runner.launcher_for = lambda settings: Forking(getattr(settings, "processes", 1), order.faults)
+    _leave(cli.main(order.arguments))
+
+
+@dataclass(frozen=True)
+class Forking:
+    """A launcher like any other."""
+
+    processes: int
+    faults: Sequence[Fault]
+
+    def submit(self, job: Job) -> Ranks:
+        return Ranks(job, self.processes if job.distributed else 1, self.faults if job.distributed else ())
+
+
+class Ranks:
+    """A running job. Of several ranks the first that fails has the others asked to end, as torchrun does."""
+
+    def __init__(self, job: Job, processes: int, faults: Sequence[Fault]):
+        self._several, self._parent, self._codes = processes > 1, os.getpid(), {}
+        port, attempt = _free_port(), read_json(job.folder / "stage.json")["attempt"]
+        sys.stdout.flush(), sys.stderr.flush()
+        for rank in range(processes):
+            mine = [fault for fault in faults if fault.rank in (None, rank) and fault.attempt in (None, attempt)]
+            pid = os.fork()
+            if pid == 0:
+                self._work(job, rank, processes, port, mine)
+            self._codes[pid] = None
+
+    def status(self) -> int | None:
+        for pid, code in self._codes.items():
+            if code is None and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                self._codes[pid] = os.waitstatus_to_exitcode(found[1])
+        codes = list(self._codes.values())
+        if None not in codes:
+            return int(any(codes)) if self._several else codes[0]
+        if self._several and any(codes):
+            self._send(signal.SIGTERM)
+        return None
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+        for pid in [pid for pid, code in self._codes.items() if code is None]:
+            self._codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def _send(self, number: int) -> None:
+        for pid, code in self._codes.items():
+            if code is None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def _work(self, job: Job, rank: int, processes: int, port: int, faults: list[Fault]) -> NoReturn:
+        """What a launcher's process would be, from its birth to its end."""
+        code = 1
+        try:
+            os.setsid()
+            _begin(self._parent)
+            kept = {0, 1, 2} if self._several else {0, 1, 2, job.lock}  # torchrun shares the lock, its ranks do not
+            kept.add(resource_tracker._resource_tracker._fd)  # type: ignore[attr-defined]
+            for handle in {int(name) for name in os.listdir("/proc/self/fd")} - kept:
+                with suppress(OSError):
+                    os.close(handle)
+            given = environment(job, processes)
+            if self._several:
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                given |= {name: str(value) for name, value in {**names, "MASTER_PORT": port}.items()}
+                given |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
+            os.environ.clear()
+            os.environ.update(given)
+            _say_into(job.folder / "log.txt")
+            from alignment import worker
+            from tests.faults import inside
+
+            for fault in faults:
+                getattr(inside, fault.name)(**fault.options)
+            code = worker.main(job.folder)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """As an interpreter ends, but for the frames that a fork has above it."""
+    with suppress(BaseException):
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    with suppress(OSError):
+        sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def _say_into(path: Path) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(handle, 1), os.dup2(handle, 2)
+    os.close(handle)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -1,0 +1,121 @@
+"""Signals to a rank, to all ranks and to the driver, and processes that are stopped: what is at work saves and ends,
+the same command goes on, and what hangs is ended and tried again."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.driver import Fault
+from tests.faults.runs import Case, cells, faults, until
+
+MOMENTS = {"loading": 1, "reference": 1, "training": 3, "saving": 2, "model": 1, "result": 1}
+NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+EVERYWHERE = [f"{NUMBERS[i % 3].name} {moment}" for i, moment in enumerate(("training", "saving"))]
+FEW = [f"{number.name} {moment}" for number in NUMBERS for moment in MOMENTS]
+
+
+@pytest.mark.fault("a rank gets {what}")
+@pytest.mark.quick("sft-zero3-SIGTERM training", "dpo-single-SIGINT reference")
+@faults(EVERYWHERE, [what for what in FEW if what not in EVERYWHERE], {("dpo", "single"), ("dpo", "ddp")})
+def test_a_rank_that_is_asked_to_stop_has_all_of_them_save(
+    kind: str, engine: str, what: str, make: Callable[..., Case]
+) -> None:
+    """Once the weights are being written there is nothing to stop for: the stage ends well."""
+    number, moment = what.split()
+    case = make(kind, engine)
+    rank = 0 if engine == "single" or moment == "result" else 1
+    options = {"moment": moment, "nth": MOMENTS[moment], "do": "signal_self", "number": signal.Signals[number]}
+    late = moment in ("model", "result")
+    case.run(code=0 if late else 75, faults=[Fault("at", options, rank)])
+    if not late:
+        assert case.checkpoints() or moment in ("loading", "reference")
+        case.run(code=0)
+        assert case.outcomes() == ["preempted", "done"]
+    case.require_same()
+
+
+@pytest.mark.fault("all ranks get SIGTERM")
+@cells(engines=("ddp", "zero3"))
+def test_all_ranks_asked_at_once_are_one_request(kind: str, engine: str, make: Callable[..., Case]) -> None:
+    case = make(kind, engine)
+    options = {"moment": "training", "nth": 3, "do": "signal_self", "number": signal.SIGTERM}
+    case.run(code=75, faults=[Fault("at", options)])
+    case.run(code=0)
+    assert case.outcomes() == ["preempted", "done"]
+    case.require_same()
+
+
+@pytest.mark.fault("the driver gets a signal, at {times} random moments")
+@pytest.mark.parametrize(("kind", "engine", "times"), [("dpo", "single", 12), ("sft", "ddp", 6), ("dpo", "zero3", 6)])
+def test_a_driver_that_is_asked_at_any_moment_ends_in_order(
+    kind: str, engine: str, times: int, make: Callable[..., Case]
+) -> None:
+    long = f"stage.{kind}.max_steps=40"
+    case, chance = make(kind, engine, long), random.Random(times)
+    for number in range(times):
+        driver = case.start()
+        until(lambda driver=driver: "to run" in driver.told)  # before, it is an interpreter that starts
+        time.sleep(chance.uniform(0.0, 4.0))
+        driver.kill(NUMBERS[number % 3])
+        if driver.wait() == 0:
+            break
+        assert driver.wait() == 75, driver.told
+        assert driver.told.rstrip().splitlines()[-1].startswith("alignment: ")
+    case.run(code=0)
+    assert set(case.outcomes()[:-1]) <= {"preempted"}
+    case.require_same(long)
+
+
+@pytest.mark.fault("the driver gets two signals")
+@cells(kinds=("sft",), engines=("single", "zero3"))
+def test_a_second_signal_ends_it_at_once(kind: str, engine: str, make: Callable[..., Case]) -> None:
+    """The ranks do not get to save: they are stopped meanwhile."""
+    case = make(kind, engine)
+    driver = case.start(faults=[Fault("at", {"moment": "training", "nth": 3, "do": "signal_self", "number": 19})])
+    until(lambda: case.checkpoints())
+    ranks = driver.ranks()
+    driver.kill(signal.SIGTERM)
+    time.sleep(2.5)
+    driver.kill(signal.SIGTERM)
+    assert driver.wait(20) == 130
+    assert not [rank for rank in ranks if os.path.exists(f"/proc/{rank}")]
+    case.run(code=0)
+    case.require_same()
+
+
+@pytest.mark.fault("SIGSTOP of a rank: {what}")
+@pytest.mark.quick("sft-single-training")
+@faults(["training"], ["loading", "saving", "model"], {("dpo", "single"), ("dpo", "zero3")})
+def test_a_rank_that_stands_still_is_ended_and_tried_again(
+    kind: str, engine: str, what: str, make: Callable[..., Case]
+) -> None:
+    case = make(kind, engine)
+    options = {"moment": what, "nth": MOMENTS[what], "do": "signal_self", "number": signal.SIGSTOP}
+    rank = 0 if engine == "single" else 1
+    driver = case.run("engine.watchdog_s=4", code=0, faults=[Fault("at", options, rank)])
+    assert f"hung: rank {rank} has shown no life for 4 s" in driver.told
+    assert (case.place / "stacks" / f"rank-{rank:05d}.txt").read_text().count("most recent call first")
+    assert case.outcomes() == ["lost", "done"]
+    case.require_same()
+
+
+@pytest.mark.fault("SIGSTOP of the driver, then SIGCONT")
+@cells(kinds=("dpo",), engines=("single", "ddp"))
+def test_a_driver_that_slept_does_not_take_its_ranks_for_dead(
+    kind: str, engine: str, make: Callable[..., Case]
+) -> None:
+    case = make(kind, engine)
+    driver = case.start("engine.watchdog_s=3")
+    until(driver.ranks)
+    driver.kill(signal.SIGSTOP)
+    time.sleep(8)
+    driver.kill(signal.SIGCONT)
+    assert driver.wait() == 0
+    assert case.outcomes() == ["done"]
+    case.require_same()

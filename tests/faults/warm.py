@@ -1,0 +1,26 @@
+"""What a run imports, imported once: the fork server loads this module, and every driver and rank is a fork of it.
+
+Importing takes ten seconds, a run of this harness one or two.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed looks for a device, as alignment.training.engine sees to
+
+import deepspeed
+import deepspeed.ops  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import alignment.hydra_app
+import alignment.pipeline.runner
+import alignment.reporting.gather
+import alignment.reporting.page
+import alignment.reporting.terminal
+import alignment.stages.dpo
+import alignment.stages.import_model
+import alignment.stages.prepare
+import alignment.stages.sft
+import alignment.tracking
+import alignment.worker  # noqa: F401
