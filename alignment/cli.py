@@ -93,9 +93,14 @@ def _top(arguments: list[str]) -> int:
 def run(arguments: list[str]) -> int:
     """Run an experiment: every stage that the store lacks, then the report."""
     stop = Listener().listen(again=_end_at_once)
-    from alignment import hydra_app
+    try:
+        from alignment import hydra_app
 
-    return hydra_app.main(arguments, partial(_execute, stop))
+        return hydra_app.main(arguments, partial(_execute, stop))
+    except Exception as error:
+        if stop.raised:  # a library has caught it: this error is what came of it
+            raise Stopped(stop.asked) from error
+        raise
 
 
 def _end_at_once() -> None:

@@ -21,11 +21,13 @@ class Listener:
     """Hears the signals of one process.
 
     asked: the first signal's name, or None. While `deferred`, a request is noted for those who look at `asked`;
-    otherwise it is raised as Stopped. again: called for a further signal; by itself it must end the process.
+    otherwise it is raised as Stopped. raised: whether it was; libraries may catch it, and fail otherwise because of it.
+    again: called for a further signal; by itself it must end the process.
     """
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self.raised = False
         self._again: Callable[[], None] | None = None
         self._deferred = 0
         self._since = 0.0
@@ -49,6 +51,7 @@ class Listener:
         if self.asked is None:
             self.asked, self._since = signal.Signals(number).name, now
             if not self._deferred:
+                self.raised = True
                 raise Stopped(self.asked)
         elif now - self._since > ECHO and self._again is not None:
             self._again()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # imported, like all that takes long, once signals are heard
     from alignment.config.schema import Experiment
     from alignment.stages.context import StageContext
 
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in the processes that it starts
 NO_SPACE = r"os error (28|122)\b|No space left on device|Disk quota exceeded"  # safetensors has its own error class
 # What a process hears of another one that has died: gloo's words, NCCL's, and PyTorch's store's.
 FROM_GROUP = r"gloo|nccl|c10d|ProcessGroup|TCPStore|torch\.distributed|torch/csrc/distributed"
@@ -42,8 +43,7 @@ PEER_GONE = (
 def main(folder: Path) -> int:
     """Run the stage that the folder describes; the exit code is that of its error class."""
     stop = Listener().listen(again=lambda: os._exit(130))
-    ranked = "TORCHELASTIC_RUN_ID" in os.environ
-    if ranked:
+    if TORCHRUN in os.environ:
         die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
     order = read_json(folder / "stage.json")
     if not Store(Path(order["store"])).is_held(order["key"]):  # whoever started this died before it could say so
@@ -55,10 +55,11 @@ def main(folder: Path) -> int:
         _run(folder, order, stop, pulse)
         return 0
     except (Stopped, PreemptedError) as why:
-        _leave(folder, "outcome.json", {"outcome": "preempted", "why": str(why)})
-        # torchrun ends the others of a rank that ends otherwise, while they may still be closing their files.
-        return 0 if ranked else PreemptedError.exit_code
+        return _preempted(folder, str(why))
     except Exception as error:
+        if stop.raised:  # a library has caught it (such as an import that then failed): this error is what came of it
+            traceback.print_exc()
+            return _preempted(folder, str(stop.asked))
         known = _known(error, folder)
         _tell(folder, known, traceback.format_exc(), retry=bool(getattr(error, "retry", known.retry)))
         traceback.print_exc()
@@ -66,6 +67,12 @@ def main(folder: Path) -> int:
     finally:
         if pulse is not None:
             pulse.end()
+
+
+def _preempted(folder: Path, why: str) -> int:
+    _leave(folder, "outcome.json", {"outcome": "preempted", "why": why})
+    # torchrun ends the others of a rank that ends otherwise, while they may still be closing their files.
+    return 0 if TORCHRUN in os.environ else PreemptedError.exit_code
 
 
 def _rank() -> int:

@@ -113,7 +113,7 @@ def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_th
 def test_a_signal_in_training_is_an_end_in_order_and_the_same_command_finishes(
     store: Path, command: Command, settings: list[str]
 ) -> None:
-    settings = [*settings, "stage.sft.max_steps=400"]
+    settings = [*settings, "stage.sft.max_steps=150"]
     work = store / "work" / keys(command, store, settings)["sft"]
     driver = start(store, *settings)
     until(lambda: (work / "metrics.jsonl").exists(), 90)

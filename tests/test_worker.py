@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from alignment import worker
-from alignment.errors import LostError, MachineError
+from alignment.errors import LostError, MachineError, PreemptedError
+from alignment.pipeline.store import Store
+from alignment.signals import SIGNALS, Stopped
 
 # What safetensors 0.8 raises on a full disk: a class of its own, the system's error number only in its text.
 SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -46,3 +52,54 @@ def test_that_another_process_is_gone_does_not_hide_why(error: Exception, tmp_pa
 
 def test_a_server_that_hangs_up_is_not_a_lost_process(tmp_path: Path) -> None:
     assert not isinstance(worker._known(ConnectionResetError("Connection reset by peer"), tmp_path), LostError)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[Path]:
+    """A work folder whose key is locked; the process's own handlers come back afterwards."""
+    store, key = Store(tmp_path / "store"), "ab" * 32
+    folder = store.begin(key)
+    (folder / "stage.json").write_text(json.dumps({"store": str(store.root), "key": key}))
+    theirs = {number: signal.getsignal(number) for number in SIGNALS}
+    lock = store.lock(key)
+    assert lock.acquire("test")
+    yield folder
+    lock.release()
+    for number, handler in theirs.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("how", ["let through", "caught by a library", "by the stage, saved", "under torchrun"])
+def test_who_is_asked_to_stop_says_so_and_ends_with_75(how: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(*arguments: object) -> None:
+        if how == "by the stage, saved":
+            raise PreemptedError("step 7 is saved")
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stopped:
+            if how == "caught by a library":
+                raise ImportError("half a module") from None
+            raise
+
+    monkeypatch.setattr(worker, "_run", stage)
+    if how == "under torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        monkeypatch.setattr(worker, "die_with_parent", lambda parent: None)
+    assert worker.main(work) == (0 if how == "under torchrun" else 75)
+    told = json.loads((work / "outcome.json").read_text())
+    why = "step 7 is saved" if how == "by the stage, saved" else "SIGTERM"
+    assert told == {"outcome": "preempted", "why": why, "rank": 0}
+    assert not (work / "error.json").exists()
+    assert json.loads((work / "beats" / "rank-00000.json").read_text())["ended"]
+
+
+def test_an_error_says_whether_another_attempt_may_help(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(*arguments: object) -> None:
+        error = MachineError("out of memory")
+        error.retry = True
+        raise error
+
+    monkeypatch.setattr(worker, "_run", stage)
+    assert worker.main(work) == 4
+    told = json.loads((work / "error.json").read_text())
+    assert (told["code"], told["what"], told["retry"]) == (4, "out of memory", True)

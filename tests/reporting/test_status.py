@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignment.reporting.status import read_runs
+from alignment.reporting.terminal import attempts_text
 
 MakeRun = Callable[..., tuple[Path, Path]]
 AFTER_SFT = ("samples", "judged", "pairs", "dpo", "evaluate_start", "evaluate_sft", "evaluate_dpo", "verdict")
@@ -82,3 +83,21 @@ def test_runs_come_newest_first_and_a_damaged_one_does_not_hide_the_others(make_
         ("damaged", "unreadable"),
     ]
     assert read_runs(store / "nowhere", lambda key: False) == []
+
+
+def test_a_dead_stage_that_was_stopped_in_order_is_preempted(halfway: tuple[Path, Path]) -> None:
+    work(*halfway, "sft", "outcome.json", {"outcome": "preempted", "why": "SIGTERM", "rank": 0})
+    (run,) = read_runs(halfway[1], lambda key: False)
+    assert (run["state"], run["nodes"][2]["state"]) == ("preempted", "preempted")
+
+
+def test_attempts_and_their_causes_are_told(halfway: tuple[Path, Path]) -> None:
+    folder, store = halfway
+    run = json.loads((folder / "run.json").read_text())
+    run["nodes"][2].update(state="failed", error="rank 1 hung", attempts=2, causes=["rank 0 was killed", "rank 1 hung"])
+    (folder / "run.json").write_text(json.dumps(run))
+    (told,) = read_runs(store, lambda key: False)
+    assert (told["nodes"][2]["attempts"], told["nodes"][2]["causes"][0]) == (2, "rank 0 was killed")
+    assert attempts_text(told["nodes"][2]) == "2 attempts (rank 0 was killed)", "the last cause is the error itself"
+    assert attempts_text({**told["nodes"][2], "state": "done"}) == "2 attempts (rank 0 was killed; rank 1 hung)"
+    assert attempts_text({"state": "done", "attempts": 1, "causes": []}) == ""
