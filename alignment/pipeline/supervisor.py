@@ -26,6 +26,7 @@ GRACE = 5.0  # seconds that a job has to end by itself once one of its processes
 # Times the patience with a stage that does not get on: until its first step (a model may load long), and while it ends
 # (a state may be large, and a disk slow).
 LENIENT = 6
+SILENT = 3 * life.EVERY  # seconds after which a process that should beat is out of the ordinary
 STACKS = 3.0  # seconds that processes get to write where they are
 FAILURES = ("error.json", "lost.json")
 
@@ -159,14 +160,17 @@ class Supervisor:
         if self._dying is not None:
             return now - self._dying >= GRACE
         patience = self._patience.watchdog_s
-        for rank, beat in sorted(self._beats.items()):
-            if not beat.ended and now - self._changed[rank] >= patience:
-                return self._hung(f"rank {rank} has shown no life for {patience:g} s")
+        silence = {rank: now - self._changed[rank] for rank, beat in self._beats.items() if not beat.ended}
+        silent = max(sorted(silence), key=silence.__getitem__, default=None)
+        if silent is not None and silence[silent] >= patience:
+            return self._hung(f"rank {silent} has shown no life for {patience:g} s")
         if self.asked or not self._stepping:
             patience *= LENIENT
-        if now - self._got_on >= patience:
-            return self._hung(f"{self._behind()} for {patience:g} s")
-        return False
+        if now - self._got_on < patience:
+            return False
+        if silent is not None and silence[silent] >= SILENT:  # the others wait for this one
+            return self._hung(f"rank {silent} has shown no life for {silence[silent]:.0f} s")
+        return self._hung(f"{self._behind()} for {patience:g} s")
 
     def _find_victim(self) -> None:
         """A process that is gone without a last beat was killed, or has crashed below Python."""

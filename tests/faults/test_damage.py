@@ -26,7 +26,7 @@ def halfway(ground: Ground, kind: str, engine: str, name: str, *settings: str) -
         case = ground.case(kind, engine, folder, "checkpoint.asynchronous=false", *settings)
         options = {"moment": "training", "nth": 5, "do": "signal_self", "number": signal.SIGKILL}
         case.run("retries=0", code=6, faults=[Fault("at", options)])
-        assert [path.name for path in case.checkpoints()] == ["step-00000003", "step-00000004"]
+        assert [path.name for path in case.checkpoints()][-2:] == ["step-00000003", "step-00000004"]
     return Case(ground, kind, engine, folder, folder / "store", ())
 
 
