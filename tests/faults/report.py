@@ -24,8 +24,9 @@ def table(results: list[dict[str, Any]]) -> str:
     results = [row for row in results if row["outcome"] != "skipped"]
     failed = sum(row["outcome"] == "failed" for row in results)
     minutes = sum(row["seconds"] for row in results) / 60
+    cases = f"{len(results)} cases, {failed or 'none'} of which ended otherwise than promised"
     lines = [
-        f"{len(results)} cases, of which {failed or 'none'} ended otherwise than promised; {minutes:.0f} minutes of runs.",
+        f"{cases}; {minutes:.0f} minutes of runs.",
         "",
         f"| fault | {' | '.join(ENGINES)} |",
         f"|---|{'---|' * len(ENGINES)}",

@@ -135,7 +135,12 @@ class Case:
         order = Order(
             ["run", *self.arguments(*settings)],
             self.folder / f"told-{len(self.started)}.txt",
-            {"ALIGNMENT_STORE": str(self.store), "ALIGNMENT_CACHE": str(self.folder / "cache"), **environment},
+            {
+                "ALIGNMENT_STORE": str(self.store),
+                "ALIGNMENT_CACHE": str(self.folder / "cache"),
+                "COLUMNS": "1000",  # what it says is searched for words, which must not be on two lines
+                **environment,
+            },
             faults,
         )
         self.started.append(Driver(order))

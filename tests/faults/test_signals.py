@@ -4,8 +4,8 @@ the same command goes on, and what hangs is ended and tried again."""
 from __future__ import annotations
 
 import os
-import re
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
