@@ -96,14 +96,15 @@ def test_a_second_signal_ends_it_at_once(kind: str, engine: str, make: Callable[
 def test_a_rank_that_stands_still_is_ended_and_tried_again(
     kind: str, engine: str, what: str, make: Callable[..., Case]
 ) -> None:
-    case = make(kind, engine)
+    long = f"stage.{kind}.max_steps=100"  # or it would end in the moment between its awakening and its end
+    case = make(kind, engine, long)
     options = {"moment": what, "nth": MOMENTS[what], "do": "signal_self", "number": signal.SIGSTOP}
     rank = 0 if engine == "single" else 1
     driver = case.run("engine.watchdog_s=4", code=0, faults=[Fault("at", options, rank)])
     assert re.search(rf"hung: rank {rank} has shown no life for \d s", driver.told)
     assert (case.place / "stacks" / f"rank-{rank:05d}.txt").read_text().count("most recent call first")
     assert case.outcomes() == ["lost", "done"]
-    case.require_same()
+    case.require_same(long)
 
 
 @pytest.mark.fault("SIGSTOP of the driver, then SIGCONT")
