@@ -100,3 +100,18 @@ def test_two_runs_at_once_make_each_stage_once(tmp_path: Path, command: Command,
     first, second = (states(run) for run in runs(command, store))
     for name in first:
         assert sorted((first[name], second[name])) == ["done", "reused"], (name, outputs)
+
+
+def test_a_rank_that_dies_before_it_shows_life_takes_the_others_down_and_the_run_goes_on(
+    tmp_path: Path, command: Command, tiny_settings: list[str]
+) -> None:
+    store = tmp_path / "store"
+    settings = ["pipeline=sft", *tiny_settings, *tiny_stages("prepare_sft", "sft", "evaluate", "compare"), *TWO_RANKS]
+    work = store / "work" / keys(command, store, settings)["sft"]
+    driver = start(store, *settings, "retry_wait_s=0")
+    until(lambda: len(processes_of(work)) == 3, 120)  # torchrun, and interpreters that are just starting
+    os.kill(max(processes_of(work)), signal.SIGKILL)
+    until(lambda: (work / "attempts.jsonl").exists(), 60)  # torchrun gives the others 30 s
+    output = driver.communicate(timeout=240)[0]
+    assert driver.returncode == 0, output
+    assert "attempt 2 of up to 4" in output

@@ -167,6 +167,8 @@ def _by_code(name: str, folder: Path, code: int) -> AlignmentError:
     hint = f"{OUT_OF_MEMORY}; " if number == 9 else ""
     if number:
         error: AlignmentError = LostError(f"{name} was killed by signal {number}", fix=f"{hint}see {log}")
+    elif code == StageFailed.exit_code:  # torchrun's, of a rank that died before it could show life or leave a word
+        error = LostError(f"{name} ended without a word", fix=f"{OUT_OF_MEMORY}; see {log}")
     else:
         kind = BY_CODE.get(code, StageFailed)  # a full disk may have kept its words
         error = kind(f"the stage {name} ended with exit code {code} and left no result", fix=f"see {log}")

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 from alignment.files import read_json
 from alignment.launchers.base import Job, environment
 from alignment.launchers.local import _begin
+from alignment.pipeline.supervisor import GRACE
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,11 @@ class Forking:
 
 
 class Ranks:
-    """A running job. Of several ranks the first that fails has the others asked to end, as torchrun does."""
+    """A running job. Once a rank has failed the others are asked to end, then ended, as torchrun does, but sooner."""
 
     def __init__(self, job: Job, processes: int, faults: Sequence[Fault]):
         self._several, self._parent, self._codes = processes > 1, os.getpid(), {}
+        self._failed: float | None = None  # when the first rank did
         port, attempt = _free_port(), read_json(job.folder / "stage.json")["attempt"]
         sys.stdout.flush(), sys.stderr.flush()
         for rank in range(processes):
@@ -93,7 +96,10 @@ class Ranks:
         if None not in codes:
             return int(any(codes)) if self._several else codes[0]
         if self._several and any(codes):
-            self._send(signal.SIGTERM)
+            late = self._failed is not None and time.monotonic() - self._failed > GRACE
+            if self._failed is None or late:
+                self._send(signal.SIGKILL if late else signal.SIGTERM)
+                self._failed = self._failed or time.monotonic()
         return None
 
     def kill(self) -> None:

@@ -48,7 +48,7 @@ def test_any_error_may_ask_for_another_attempt(tmp_path: Path) -> None:
         (-9, LostError, "sft was killed by signal 9 (out of memory is the usual cause of signal 9; see "),
         (-11, LostError, "sft was killed by signal 11 (see "),
         (137, LostError, "sft was killed by signal 9"),
-        (1, StageFailed, "the stage sft ended with exit code 1"),
+        (1, LostError, "sft ended without a word (out of memory is the usual cause of signal 9; see "),
         (3, InputError, "the stage sft ended with exit code 3"),
     ],
 )
