@@ -11,6 +11,7 @@ name and delete here is the main process, but for the parts that each process wr
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import time
@@ -54,6 +55,12 @@ class Checkpoints:
 
     def trouble(self, step: int, part: int = 0, parts: int = 1) -> str | None:
         """Why the checkpoint cannot be used, or None. Of its files, each part-th of so many parts is hashed."""
+        try:
+            return self._trouble(step, part, parts)
+        except OSError as error:
+            return f"it cannot be read ({error.strerror or error})"
+
+    def _trouble(self, step: int, part: int, parts: int) -> str | None:
         folder = self.at(step)
         if folder.is_symlink() or not folder.is_dir():
             return "it is not a folder of this store"
@@ -167,4 +174,4 @@ class Checkpoints:
             score = read_json(self.at(step) / MANIFEST)["score"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return float(score) if isinstance(score, int | float) else None
+        return float(score) if isinstance(score, int | float) and math.isfinite(score) else None

@@ -203,8 +203,8 @@ class Keeper:
         assert self._write is not None
         write, self._write = self._write, None
         error = write.part.exception()
-        told = str(error) if error is not None else None
-        mine = None if error else write.part.result()
+        told = (str(error) or repr(error)) if error is not None else None
+        mine = None if told else write.part.result()
         parts = ranks.gathered((part_name(ranks.rank(), ranks.world_size()), mine, told))
         if ranks.rank() != 0:
             return
