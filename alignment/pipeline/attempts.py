@@ -94,7 +94,8 @@ def cause(name: str, folder: Path, code: int, watched: Supervisor) -> AlignmentE
     """Why an attempt ended without a result. Who was asked to stop was preempted, unless it failed by itself."""
     error = _told(folder, "error.json") or watched.fault or _told(folder, "lost.json")
     outcome, why = _read(folder / "outcome.json"), watched.asked
-    if error is None and outcome:
+    # Ranks that were asked one by one end with 0 or 75. After a failure torchrun asks those that are left: no such end.
+    if error is None and outcome and (why or code in (0, PreemptedError.exit_code)):
         # The driver sends SIGTERM whatever it was asked by; words of the stage's own say more.
         why = why if why and outcome["why"] == "SIGTERM" else str(outcome["why"])
     elif error is None:

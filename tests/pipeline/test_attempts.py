@@ -72,6 +72,12 @@ def test_the_reason_is_what_the_driver_was_asked_by_or_the_stages_own_words(tmp_
     assert cause(tmp_path, 75, asked="SIGINT").what == "sft has stopped (saved step 9)"
 
 
+def test_who_was_asked_by_torchrun_after_a_failure_is_not_preempted(tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "SIGTERM", "rank": 0}))
+    assert isinstance(cause(tmp_path, 0), PreemptedError)
+    assert isinstance(cause(tmp_path, 1), LostError)
+
+
 def test_retries_wait_longer_each_time_and_start_anew_with_a_newer_whole_checkpoint(tmp_path: Path) -> None:
     lost, retries = LostError("rank 1 was killed"), attempts.Retries(tmp_path, 3, 100.0)
     assert [retries.next(lost), retries.next(lost)] == [100.0, 200.0]
