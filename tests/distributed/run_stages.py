@@ -101,7 +101,7 @@ class Asked(Keeper):
         if self._left is not None:
             self._left -= 1
             if self._left == 0:
-                self._stop.asked = "SIGTERM"
+                self.stage.stop.asked = "SIGTERM"
         return super().wishes()
 
 
