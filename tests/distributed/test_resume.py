@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def case(name: str, kind: str, strategy: str, stops: Any = (None,), **more: Any)
     settings, engine = {**SETTINGS, **more.get("settings", {})}, more.get("engine", {})
     return {
         "name": name, "kind": kind, "strategy": strategy, "settings": settings, "engine": engine, "stops": list(stops),
-        "saving": more.get("saving", {}),
+        "saving": more.get("saving", {}), "noise": more.get("noise", False),
     }  # fmt: skip
 
 
@@ -48,8 +49,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "kinds": ["dpo"],
     },
     "ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}},
+    "ddp_noise": {"strategy": "ddp", "noise": True, "kinds": ["sft"]},
+    "zero3_noise": {"strategy": "zero3", "noise": True, "kinds": ["dpo"]},
 }  # fmt: skip
 CASES = [(kind, name) for kind in KINDS for name, variant in VARIANTS.items() if kind in variant.get("kinds", KINDS)]
+DRAWN = pytest.mark.xfail(strict=True, reason="the loader draws one of torch's numbers after they are taken up")
+NOISE = [pytest.param(kind, name, marks=DRAWN) for kind, name in CASES if VARIANTS[name].get("noise")]
+
+# A part of a checkpoint is written two steps after its copy was made, then comes the next one: those of steps 1 and 3
+# count from the end of 3 and 5 on. The attempt is lost while it computes step 7; the next one is asked to stop in its
+# second step, while the part of step 4 waits to be written.
+LOST: Any = [{"lose": 7}, 2, None]
+STEPS_OF_LOST = [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
+BEHIND = {"every_steps": 1, "asynchronous": True, "behind": 2}
+WRITTEN_BEHIND = [("sft", "ddp"), ("dpo", "zero2"), ("sft", "zero3"), ("dpo", "zero3_bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +72,43 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, name in CASES:
         plan.append(case(f"{kind}_{name}_whole", kind, **VARIANTS[name]))
         plan.append(case(f"{kind}_{name}_parts", kind, **VARIANTS[name], stops=STOPS))
+        if (kind, name) in WRITTEN_BEHIND:  # at once: DDP rounds otherwise in a process that DeepSpeed was in
+            plan.append(case(f"{kind}_{name}_lost", kind, **VARIANTS[name], stops=LOST, saving=BEHIND))
     launch(folder, TORCHRUN, plan)
     return folder
 
 
-@pytest.mark.parametrize(("kind", "variant"), CASES)
+@pytest.mark.parametrize(("kind", "variant"), [one for one in CASES if "noise" not in VARIANTS[one[1]]] + NOISE)
 def test_on_as_many_ranks_it_is_the_same_bit_for_bit(kind: str, variant: str, together: Path) -> None:
     whole, parts = (bits(together / f"{kind}_{variant}_{arm}") for arm in ("whole", "parts"))
     assert parts[0] == whole[0]
     assert parts[1] == whole[1]
+
+
+@pytest.mark.parametrize(("kind", "variant"), WRITTEN_BEHIND)
+def test_what_is_written_while_training_goes_on_is_gone_on_from_bit_for_bit(
+    kind: str, variant: str, together: Path
+) -> None:
+    whole, lost = (together / f"{kind}_{variant}_{arm}" for arm in ("whole", "lost"))
+    for rank in range(2):
+        assert [step for step, *_ in generators(lost, rank)] == STEPS_OF_LOST
+    assert bits(lost) == bits(whole)
+
+
+@pytest.mark.parametrize(("kind", "variant"), NOISE)
+def test_every_rank_goes_on_with_its_random_numbers(kind: str, variant: str, together: Path) -> None:
+    seen = []
+    for rank in range(2):
+        whole, parts = (generators(together / f"{kind}_{variant}_{arm}", rank) for arm in ("whole", "parts"))
+        assert parts == whole
+        seen.append([state for _, *states in whole for state in states])
+        assert len(set(seen[rank])) == 3 * 8, "all three are drawn from at every step"
+    assert all(one != other for one, other in zip(*seen, strict=True)), "every rank has numbers of its own"
+
+
+def generators(folder: Path, rank: int) -> list[list[Any]]:
+    """After every step of every attempt: the step, and the states of three generators."""
+    return [json.loads(line) for line in (folder / f"generators-{rank}.jsonl").read_text().splitlines()]
 
 
 # On four ranks the order of a sum of more than two depends on how gradients lie in buckets. Of the small model's
