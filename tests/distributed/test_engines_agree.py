@@ -78,7 +78,7 @@ def launch(folder: Path, launcher: tuple[str, ...], plan: list[dict[str, Any]]) 
     environment.pop("TORCH_EXTENSIONS_DIR", None)
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "tests.distributed.run_stages", str(folder)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
