@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import itertools
 import os
 import pickle
 import platform
@@ -16,12 +15,13 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.errors import AlignmentError, InputError, LostError, MachineError, PreemptedError, unusable
 from alignment.files import canonical, digest, read_json
-from alignment.life import Pulse, die_with_parent
+from alignment.life import BEATS, Pulse, die_with_parent
 from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
 from alignment.signals import Listener, Stopped
@@ -34,6 +34,7 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in the processes that it starts
 NO_SPACE = r"os error (28|122)\b|No space left on device|Disk quota exceeded"  # safetensors has its own error class
 # What a process hears of another one that has died: gloo's words, NCCL's, and PyTorch's store's.
 FROM_GROUP = r"gloo|nccl|c10d|ProcessGroup|TCPStore|torch\.distributed|torch/csrc/distributed"
+WORD = 32_768  # bytes kept free for a process's last word
 LONGEST_START = 60.0  # seconds from a launch to a worker that runs
 PEER_GONE = (
     r"closed by peer|reset by peer|broken pipe|timed? ?out|remote process exited|connection (was )?(aborted|closed)"
@@ -52,6 +53,7 @@ def main(folder: Path) -> int:
     pulse = None
     try:
         pulse = Pulse(folder, _rank())
+        _reserve(folder)
         _run(folder, order, stop, pulse)
         return 0
     except (Stopped, PreemptedError) as why:
@@ -89,16 +91,19 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse) -> N
     stage = importlib.import_module(
         f"alignment.stages.{context.settings.kind}"
     )  # a Literal of the schema, not free text
-    with _tracked(context, order, store) as tracker:
-        metrics = stage.run(context)
-        _all_done(context)
+    with ExitStack() as deferred:
+        with _tracked(context, order, store) as tracker:
+            if order["distributed"]:  # it looks at `stop` itself, where all its processes can
+                deferred.enter_context(stop.deferred())
+            metrics = stage.run(context)
+            deferred.enter_context(stop.deferred())  # what is done is not lost to a signal now
+            _all_done(context)
+            if context.is_main:
+                tracker.result(order["name"], order["key"], metrics)
         if context.is_main:
-            tracker.result(order["name"], order["key"], metrics)
-    if context.is_main:
-        with stop.deferred():  # what is done is not lost to a signal now
-            pulse.ticks = itertools.count(context.ticks + 1).__next__  # large files take their time to be read again
-            _require_same_input(context.experiment, context, order)
-            store.commit(order["key"], _record(folder, order, metrics))
+            with context.busy("storing the result"):
+                _require_same_input(context.experiment, context, order)
+                store.commit(order["key"], _record(context, order, metrics))
 
 
 def _context(folder: Path, order: dict[str, Any], store: Store, stop: Listener) -> StageContext:
@@ -176,9 +181,10 @@ def _all_done(context: StageContext) -> None:
             dist.barrier()
 
 
-def _record(folder: Path, order: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+def _record(context: StageContext, order: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
     from alignment.pipeline.identity import code_digest
 
+    folder = context.folder
     started, finished = order["started"], time.time()
     return {
         "key": order["key"],
@@ -197,6 +203,7 @@ def _record(folder: Path, order: dict[str, Any], metrics: dict[str, Any]) -> dic
         "finished": finished,
         "seconds": finished - started,
         "attempts": [*attempts.read(folder), attempts.row(folder, order, "done", None)],
+        "checkpoints": context.checkpoints,
         "metrics": metrics,
     }
 
@@ -243,16 +250,26 @@ def _tell(folder: Path, error: AlignmentError, trace: str, retry: bool) -> None:
     _leave(folder, name, {**told, "retry": retry, "traceback": trace})
 
 
+def _reserve(folder: Path) -> None:
+    """Disk for this process's last word, which may be that there is none left."""
+    (folder / BEATS / f"word-{_rank():05d}").write_bytes(b" " * WORD)
+
+
 def _leave(folder: Path, name: str, told: dict[str, Any]) -> None:
-    """Write a file that the driver looks for; of several ranks the first one is heard."""
-    aside = folder / f".{name}.{os.getpid()}"
-    try:
-        aside.write_text(canonical({**told, "rank": _rank()}))
-        os.link(aside, folder / name)
-    except OSError:
-        pass
-    finally:
-        aside.unlink(missing_ok=True)
+    """Say it in a file that the driver looks for; of several ranks the first one is heard."""
+    told = {**told, "rank": _rank()}
+    text = canonical(told).encode()
+    if len(text) > WORD and "traceback" in told:  # its end says where
+        kept = told["traceback"][-max(0, WORD // 2 - len(text) + len(told["traceback"])) :]
+        text = canonical({**told, "traceback": kept}).encode()
+    word = folder / BEATS / f"word-{_rank():05d}"
+    with suppress(OSError):
+        with open(os.open(word, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as stream:
+            stream.write(text.ljust(WORD))  # over what is there: JSON may end in blanks
+        try:
+            os.link(word, folder / name)
+        except PermissionError:  # a file system without such links
+            word.rename(folder / name)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from alignment import life
-from tests.conftest import Command, runs, states, tiny_stages
+from tests.conftest import Command, environment, runs, states, tiny_stages
 from tests.test_kills import TWO_RANKS, keys, processes_of, start, until
 
 pytestmark = pytest.mark.slow
@@ -164,3 +167,26 @@ def test_the_first_signal_in_a_sweep_ends_the_sweep(store: Path, command: Comman
     driver.send_signal(signal.SIGTERM)
     ended(driver, 75)
     assert sum(run["state"] == "preempted" for run in runs(command, store)) == 1
+
+
+def test_a_terminal_that_goes_away_is_a_request_to_stop(store: Path, command: Command, settings: list[str]) -> None:
+    """As when a connection breaks: the driver saves though it can say nothing any more."""
+    settings = [*settings, "stage.sft.max_steps=149"]
+    work = store / "work" / keys(command, store, settings)["sft"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-m", "alignment.cli", "run", *settings], environment(store))
+    os.set_blocking(terminal, False)
+
+    def training() -> bool:
+        with suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)
+        return (work / "metrics.jsonl").exists()
+
+    until(training, 90)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    (tried,) = map(json.loads, (work / "attempts.jsonl").read_text().splitlines())
+    assert tried["cause"].startswith("sft has stopped (SIGHUP: saved at step ")
+    assert list(work.glob("checkpoints/step-*/manifest.json"))
+    assert not processes_of(work)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.errors import BY_CODE, AlignmentError, LostError, PreemptedError, StageFailed
 from alignment.files import read_json
+from alignment.pipeline.store import CHECKPOINTS, NEXT
 
 if TYPE_CHECKING:
     from alignment.pipeline.supervisor import Supervisor
@@ -85,9 +85,19 @@ def here() -> Row:
 
 
 def checkpoint(folder: Path) -> int:
-    """The step of the newest whole checkpoint; -1 without one."""
-    found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in folder.glob("checkpoints/step-*/manifest.json"))
-    return max((int(name[1]) for name in found if name), default=-1)
+    """The step of the newest checkpoint whose files are all there with their sizes; -1 without one."""
+    manifests = sorted(folder.glob(f"{CHECKPOINTS}/step-*/manifest.json"), reverse=True)
+    return next((step for path in manifests if (step := _step(path)) is not None), -1)
+
+
+def _step(manifest: Path) -> int | None:
+    """Of the checkpoint that it is in, or None: a look at sizes, the next attempt will look at the bytes."""
+    told = _read(manifest) or {}
+    try:
+        whole = all((manifest.parent / name).stat().st_size == file["bytes"] for name, file in told["files"].items())
+        return int(told["step"]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def cause(name: str, folder: Path, code: int, watched: Supervisor) -> AlignmentError:
@@ -96,8 +106,9 @@ def cause(name: str, folder: Path, code: int, watched: Supervisor) -> AlignmentE
     outcome, why = _read(folder / "outcome.json"), watched.asked
     # Ranks that were asked one by one end with 0 or 75. After a failure torchrun asks those that are left: no such end.
     if error is None and outcome and (why or code in (0, PreemptedError.exit_code)):
-        # The driver sends SIGTERM whatever it was asked by; words of the stage's own say more.
-        why = why if why and outcome["why"] == "SIGTERM" else str(outcome["why"])
+        # The driver sends SIGTERM whatever it was asked by; what became of it only the stage knows.
+        told, _, became = str(outcome["why"]).partition(": ")
+        why = ": ".join(filter(None, (why or told, became)))
     elif error is None:
         error = _by_code(name, folder, code)
         error.retry = error.retry or bool(why)  # it had no time to say so
@@ -115,19 +126,20 @@ def outcome_of(error: BaseException) -> str:
 
 
 class Retries:
-    """Counts failures in a row without progress, which is a newer whole checkpoint."""
+    """Counts failures in a row that brought nothing: no newer whole checkpoint, and nothing learned (NEXT) by which the
+    next attempt would do otherwise."""
 
     def __init__(self, folder: Path, most: int, wait_s: float):
         self._folder, self._most, self._wait_s = folder, most, wait_s
-        self._failures, self._reached = 0, checkpoint(folder)
+        self._failures, self._reached, self._learned = 0, checkpoint(folder), _read(folder / NEXT)
 
     def next(self, error: AlignmentError) -> float | None:
         """Seconds to wait before the next attempt; None if there must be none."""
         if not error.retry:
             return None
-        reached = checkpoint(self._folder)
-        self._failures = 1 if reached > self._reached else self._failures + 1
-        self._reached = reached
+        reached, learned = checkpoint(self._folder), _read(self._folder / NEXT)
+        self._failures = 1 if reached > self._reached or learned != self._learned else self._failures + 1
+        self._reached, self._learned = reached, learned
         if self._failures > self._most:
             return None
         return min(LONGEST_WAIT, self._wait_s * 2.0 ** (self._failures - 1))

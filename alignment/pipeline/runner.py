@@ -110,6 +110,7 @@ def _walk(run: Run, observer: Observer, stop: Listener) -> None:
     for node in run.nodes:
         record = run.store.record(node.key)
         if record is not None:
+            run.store.tidy(node.key, record)
             run.note(node.name, state="reused", seconds=record["seconds"])
             observer.done(node.name, "reused", record["seconds"], record["metrics"])
             continue

@@ -19,23 +19,14 @@ from typing import IO, Any
 from alignment.errors import MachineError
 from alignment.files import fsync, read_json, sha256
 
-# W&B's files and the log may still grow or go while a result is committed; they are not what the result is.
-VOLATILE = ("wandb/", "log.txt/", "progress.json/", "stacks/", "beats/", "lost.json/", "outcome.json/")
-PASSING = ("beats", "lost.json", "outcome.json")  # of a stage at work only: gone from its result
+CHECKPOINTS = "checkpoints"  # of a stage at work; beside its result those that record["checkpoints"] names
+NEXT = "next_attempt.json"  # what an attempt has learned and leaves to the next one
+# W&B's files and the log may still grow or go while a result is committed; checkpoints are no part of a result.
+VOLATILE = ("wandb/", "log.txt/", "progress.json/", "stacks/", "beats/", "lost.json/", "outcome.json/", "checkpoints/")
+PASSING = ("beats", "lost.json", "outcome.json", NEXT)  # of a stage at work only: gone from its result
 WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
 # What a new attempt takes over from those before: their training state, what they have told, who they were.
-KEPT = frozenset(
-    {
-        "checkpoints",
-        "metrics.jsonl",
-        "nonfinite.json",
-        "adapted.json",
-        "attempts.jsonl",
-        "log.txt",
-        "stacks",
-        "wandb_run_id",
-    }
-)
+KEPT = frozenset({CHECKPOINTS, NEXT, "metrics.jsonl", "attempts.jsonl", "log.txt", "stacks", "wandb_run_id"})
 
 
 class Store:
@@ -66,8 +57,8 @@ class Store:
     def begin(self, key: str, warn: Callable[[str], None] = lambda text: None) -> Path:
         """The work folder for a new attempt, with nothing in it but what is KEPT; the caller holds the key's lock.
 
-        What is kept stays where it is: a death at any moment loses none of it. Links in its place are removed, never
-        followed. warn: told of those.
+        What is kept stays where it is: a death at any moment loses none of it. Links in its place, or anywhere in it,
+        are removed, never followed. warn: told of those.
         """
         folder = self.work(key)
         if folder.is_symlink():
@@ -82,10 +73,15 @@ class Store:
                 path.rename(aside / path.name)
         for remains in folder.parent.glob(f".{folder.name}.*"):
             shutil.rmtree(remains, ignore_errors=True)  # W&B's helper may live on for seconds, and write there
+        for path in [path for path in folder.rglob("*") if path.is_symlink()]:
+            _unlink(path, warn)
         return folder
 
     def commit(self, key: str, record: dict[str, Any]) -> Path:
-        """Seal the work folder and give it its place by one rename. The caller holds the key's lock."""
+        """Seal the work folder and give it its place by one rename. The caller holds the key's lock.
+
+        Checkpoints go only once the result is there; a kill between leaves some, for `tidy` by whoever finds them.
+        """
         folder, place = self.work(key), self.result(key)
         files, folders = {}, [folder]
         for stacks in folder.glob("stacks/*.txt"):
@@ -113,7 +109,19 @@ class Store:
             os.replace(place, place.with_name(f"{place.name}.damaged-{time.time_ns()}"))
         os.rename(folder, place)
         fsync(place.parent)
+        self.tidy(key, record)
         return place
+
+    def tidy(self, key: str, record: dict[str, Any]) -> None:
+        """Remove the checkpoints of a committed result but for those that its record names."""
+        folder, stay = self.result(key) / CHECKPOINTS, set(record.get("checkpoints") or ())
+        if folder.is_symlink() or not folder.is_dir():
+            return
+        for path in folder.iterdir():
+            if path.name not in stay:
+                shutil.rmtree(path, ignore_errors=True)
+        if not stay:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def lock(self, key: str) -> Lock:
         return Lock(self.root / "locks" / key[:16])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import Experiment
-from alignment.files import write_json, write_text
-from alignment.pipeline.store import WARNINGS
+from alignment.files import read_json, write_json, write_text
+from alignment.pipeline.store import NEXT, WARNINGS
 from alignment.signals import Listener
+
+LONGEST = 3600.0  # seconds that one operation may take without a word
 
 
 @dataclass
@@ -42,6 +44,8 @@ class StageContext:
     shared: a folder that all runs of a store share, for what they may leave each other; None: nothing is shared.
     listeners: also told each row of metrics (tracking is one).
     stop: whether this process was asked to stop. deadline: time.monotonic() by which an attempt must have ended.
+        A stage that can use several processes must look at it where all of them can; of others a request is raised.
+    checkpoints: names of those that stay beside the result.
     ticks: grows whenever the stage gets on, on every rank; who watches over hanging processes reads it.
     """
 
@@ -58,7 +62,9 @@ class StageContext:
     listeners: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
     stop: Listener = field(default_factory=Listener)
     deadline: float | None = None
-    ticks: int = 0
+    checkpoints: list[str] = field(default_factory=list)
+    _ticks: int = 0
+    _busy_until: float = 0.0
     _started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0
     _count: _Count | None = None
@@ -68,13 +74,44 @@ class StageContext:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def ticks(self) -> int:
+        if time.monotonic() < self._busy_until:
+            self._ticks += 1
+        return self._ticks
+
+    @contextmanager
+    def busy(self, note: str) -> Iterator[None]:
+        """For one long operation that cannot say how far it is, such as writing a large file: while it lasts, at most
+        LONGEST seconds, the stage counts as getting on. A process that shows no life at all is still noticed."""
+        before, self._busy_until = self._busy_until, time.monotonic() + LONGEST
+        count = self._count or _Count(0, 0, 0.0)
+        self.progress(count.last, count.total, note=note, force=True)
+        try:
+            yield
+        finally:
+            self._busy_until = before
+
+    def told(self) -> dict[str, Any]:
+        """What earlier attempts have left for this one."""
+        try:
+            told = read_json(self.folder / NEXT)
+        except (OSError, ValueError):
+            return {}
+        return told if isinstance(told, dict) else {}
+
+    def tell_next(self, **facts: Any) -> None:
+        """Leave something for the next attempt. Raises OSError. An attempt that did so has not failed in vain: the next
+        one will do differently, and is not counted against `retries`."""
+        write_json(self.folder / NEXT, {**self.told(), **facts})
+
     def progress(self, step: int, total: int, *, force: bool = False, **facts: Any) -> None:
         """Say how far the stage is: facts are few and shown (loss=..., tokens_per_s=..., note="...").
 
         Cheap enough to be called at every step: the file is written at most five times a second. Another total, or a
         step before the last one, begins another count: what is left of it is not reckoned from what came before.
         """
-        self.ticks += 1
+        self._ticks += 1
         now = time.monotonic()
         if self._count is None or total != self._count.total or step < self._count.last:
             self._count = _Count(total, step, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from alignment.config import schema
 from alignment.config.schema import Engine
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
-from alignment.files import read_json, require_room
+from alignment.files import require_room
 from alignment.pipeline.identity import code_digest
+from alignment.pipeline.store import CHECKPOINTS
 from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
 from alignment.training.checkpoints import Checkpoints
-from alignment.training.health import NONFINITE_FILE, NonFinite
+from alignment.training.health import ROLLED_BACK, NonFinite
 from alignment.training.keeper import Keeper
 from alignment.training.memory import attention_share
 from alignment.training.model import consolidate
@@ -35,14 +37,9 @@ def train(
 ) -> dict[str, Any]:
     """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes).
 
-    A request to stop is noted and heeded where all processes can: raises PreemptedError then.
+    A request to stop is heeded where all processes can: raises PreemptedError then.
     """
-    with context.stop.deferred():
-        return _train(context, sizes, make_trainer)
-
-
-def _train(context: StageContext, sizes: Callable[[Any], Sizes], make_trainer: Callable[..., Any]) -> dict[str, Any]:
-    settings, setup = context.settings, adapted(context.experiment.engine, context.folder)
+    settings, setup = context.settings, adapted(context.experiment.engine, context.told())
     start = context.inputs["model"] / "model"
     context.progress(0, 0, note="loading the model", force=True)
     engine.start(setup, context.world_size)
@@ -56,7 +53,9 @@ def _train(context: StageContext, sizes: Callable[[Any], Sizes], make_trainer: C
     config = AutoConfig.from_pretrained(start, local_files_only=True)
     lengths, widths = of_rows.lengths.tolist(), of_rows.widths.tolist()
     largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
+    setup = engine.as_before(setup, keeper.layout_before())
     choice = engine.choose(settings, setup, start, config, context.world_size, max(lengths), largest)
+    keeper.layout.update(choice.layout())
     say = print if context.is_main else lambda line: None
     say(choice.why)
     batches = GlobalBatches(
@@ -87,26 +86,31 @@ def _train(context: StageContext, sizes: Callable[[Any], Sizes], make_trainer: C
         say=say,
         warn=context.warn,
         keeper=keeper,
-        nonfinite=_nonfinite(context),
+        nonfinite=NonFinite(
+            settings.nonfinite, settings.max_nonfinite, rolled_back=list(context.told().get(ROLLED_BACK, []))
+        ),
         spike_alarm=settings.spike_alarm,
         packing=Packing(compile=setup.compile),
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    require_room(context.folder, 4 * sum(map(_size, trainer.model.parameters())))  # before training, not after it
-    with advising(setup, choice.load, choice.checkpointing, config, max(lengths), context.folder):
+    written = 4 * sum(map(_size, trainer.model.parameters()))
+    _require_room(context, written, trainer)  # before training, not after it
+    with advising(setup, choice.load, choice.checkpointing, config, max(lengths), context.tell_next):
         trainer.train()
-    context.progress(batches.steps, batches.steps, note="writing the model", force=True)
-    consolidate(trainer, start, context.folder)
+    if context.is_main:
+        keeper.checkpoints.make_room(written)
+    with context.busy("writing the model"):
+        consolidate(trainer, start, context.folder)
     context.flush()
     if context.is_main:
-        keeper.done()
+        _keep_best(context, keeper.checkpoints)
     return {**_summary(trainer), "rows": len(rows), "steps": batches.steps, "train_seconds": trainer.seconds}
 
 
 def _keeper(context: StageContext, setup: Engine) -> Keeper:
     settings: schema.Checkpoint = context.experiment.checkpoint
-    folder = context.folder / "checkpoints"
+    folder = context.folder / CHECKPOINTS
     layout = {"strategy": setup.strategy, "world_size": context.world_size, "precision": context.settings.precision}
     run_id = context.folder / "wandb_run_id"
     record = {
@@ -117,22 +121,38 @@ def _keeper(context: StageContext, setup: Engine) -> Keeper:
     }
     return Keeper(
         Checkpoints(folder, context.key, settings, context.warn),
-        context.stop,
-        context.deadline,
+        context,
+        layout,
+        record,
         say=print if context.is_main else lambda line: None,
-        layout=layout,
-        record=record,
-        before_commit=context.flush,
     )
 
 
-def _nonfinite(context: StageContext) -> NonFinite:
-    """The policy, and where earlier attempts have gone back."""
-    try:
-        rolled_back = read_json(context.folder / NONFINITE_FILE)["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        rolled_back = []
-    return NonFinite(context.settings.nonfinite, context.settings.max_nonfinite, rolled_back=rolled_back)
+def _require_room(context: StageContext, weights: int, trainer: Any) -> None:
+    """On the disk. weights: bytes of the model that will be written. Raises MachineError if it does not fit; that
+    checkpoints do not is a warning: a short run saves none, and a failed save costs that save."""
+    require_room(context.folder, weights)
+    settings = context.experiment.checkpoint
+    if not context.is_main or (settings.every_minutes is None and settings.every_steps is None):
+        return
+    one = 12 * sum(_size(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
+    count = settings.keep_last + settings.keep_best + 1  # one is written before another goes
+    folder = context.folder / CHECKPOINTS
+    free = shutil.disk_usage(context.folder).free + sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    if free < count * one + weights:
+        what = (
+            f"{count} checkpoints of {one / 1e9:.1f} GB and the model need more disk than the {free / 1e9:.1f} GB free"
+        )
+        context.warn(f"{what}: saves will fail unless some is freed, or checkpoint.keep_last lowered")
+
+
+def _keep_best(context: StageContext, checkpoints: Checkpoints) -> None:
+    """Say which checkpoints stay beside the result, where that is asked for."""
+    settings = checkpoints.settings
+    context.checkpoints = [checkpoints.at(step).name for step in checkpoints.best()]
+    if settings.keep_best and not context.checkpoints:
+        found = "no checkpoint was saved" if not checkpoints.found() else f"no row of metrics has {settings.best_by}"
+        context.warn(f"checkpoint.keep_best={settings.keep_best} keeps nothing: {found}")
 
 
 def _summary(trainer: Any) -> dict[str, float]:

@@ -68,8 +68,10 @@ class Checkpoints:
             manifest = read_json(folder / MANIFEST)
             said = manifest.pop("sha256")
             files = dict(sorted(manifest["files"].items()))
-            if said != digest(manifest) or manifest["format"] != FORMAT:
+            if said != digest(manifest):
                 return f"its {MANIFEST} is damaged"
+            if manifest["format"] != FORMAT:
+                return f"it has format {manifest['format']}, this version reads {FORMAT}"
             if (manifest["key"], manifest["step"]) != (self.key, step):
                 return "it belongs to another stage or step"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -94,13 +96,16 @@ class Checkpoints:
     # --- writing --------------------------------------------------------------------------------------------------
 
     def clean(self) -> None:
-        """What killed attempts left half-written goes. A link in the place of the folder is not followed: it goes."""
+        """What killed attempts left half-written goes. Links are not followed: they go."""
         if self.folder.is_symlink():
             self.warn(f"{self.folder.name} was a link out of the store: it is not read, and is removed")
             self.folder.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
     def aside(self, step: int) -> Path:
         """Where the checkpoint is written before it counts."""
@@ -124,12 +129,14 @@ class Checkpoints:
         shutil.rmtree(self.aside(step), ignore_errors=True)
 
     def put_away(self, step: int, why: str) -> None:
-        """One that cannot be used: said, and moved out of the way."""
+        """One that cannot be used: said, and moved out of the way. Only the last such one is kept, to be looked at."""
         path, kept = self.at(step), self.folder / f"damaged-{self.at(step).name}-{time.time_ns()}"
         if path.is_symlink():
             path.unlink()
             self.warn(f"checkpoint of step {step}: {why}: it is not used, the link is removed")
             return
+        for earlier in self.folder.glob("damaged-*"):
+            shutil.rmtree(earlier, ignore_errors=True)
         path.rename(kept)
         self.warn(f"checkpoint of step {step}: {why}: it is not used, and kept as {kept.name}")
 
@@ -158,16 +165,13 @@ class Checkpoints:
         ranked = sorted(scored, key=lambda pair: pair[0] if lowest else -pair[0])
         return [step for _, step in ranked[: self.settings.keep_best]]
 
-    def keep_best_only(self) -> None:
-        """Training is done: of the checkpoints only the best stay beside the result, where that is asked for."""
-        best = set(self.best())
-        for step in self.found():
-            if step not in best:
-                self.remove(step)
-        for path in self.folder.glob("[!s]*" if best else "*"):
-            shutil.rmtree(path, ignore_errors=True)
-        if not best:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def make_room(self, size: float) -> None:
+        """Of the disk, for so many bytes: if they are not free, all but the newest checkpoint and the best go."""
+        if shutil.disk_usage(self.folder).free < size:
+            kept = {*self.found()[:1], *self.best()}
+            for step in self.found():
+                if step not in kept:
+                    self.remove(step)
 
     def _score(self, step: int) -> float | None:
         try:

@@ -11,7 +11,8 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,9 +60,9 @@ def start(engine: Engine, world_size: int) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     if engine.strategy in ZERO_STAGE:
         _join_process_group()
-        _start_deepspeed(on_gpu)
+        _start_deepspeed(on_gpu, _patience(engine))
     elif world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_patience(engine))
 
 
 def _join_process_group() -> None:
@@ -75,7 +76,12 @@ def _join_process_group() -> None:
     os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
 
 
-def _start_deepspeed(on_gpu: bool) -> None:
+def _patience(engine: Engine) -> timedelta:
+    """With processes that do not answer: longer than whoever watches over them has, for where nobody does."""
+    return timedelta(seconds=max(600.0, 10 * engine.watchdog_s))
+
+
+def _start_deepspeed(on_gpu: bool, patience: timedelta) -> None:
     try:
         # One folder a host: then a lock in it belongs to a process of this host, and its life can be checked.
         kernels = Path(
@@ -91,7 +97,7 @@ def _start_deepspeed(on_gpu: bool) -> None:
     if not on_gpu:  # compiled at the first start (two minutes), used by tensor-parallel inference only
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before the configuration is made: it takes the number of processes from the group.
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=patience, verbose=False)
 
 
 def remove_stale_locks(kernels: Path) -> list[Path]:
@@ -167,6 +173,18 @@ class Choice(NamedTuple):
     checkpointing: bool
     why: str
     load: Load
+
+    def layout(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it for `as_before`."""
+        return {"tokens_per_micro_batch": self.tokens_per_micro_batch, "gradient_checkpointing": self.checkpointing}
+
+
+def as_before(engine: Engine, layout: Mapping[str, Any]) -> Engine:
+    """The settings with what `auto` came to when the checkpoint was written that training goes on from: whatever memory
+    is free now, sums are added up in the same order. layout: of that checkpoint; empty if it has another one."""
+    automatic = ("tokens_per_micro_batch", "gradient_checkpointing")
+    known = {name: layout[name] for name in automatic if name in layout and getattr(engine, name) == "auto"}
+    return engine.model_copy(update=known)
 
 
 # A micro-batch of more tokens makes a step of a CPU no faster (docs/performance.md) and takes more memory; on a GPU the

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from alignment.errors import TrainingError
 
-NONFINITE_FILE = "nonfinite.json"  # beside the checkpoints: {"steps": [steps from which training was rolled back]}
+ROLLED_BACK = "rolled_back"  # what an attempt tells the next one: steps from which training has gone back
 FIX = "lower learning_rate, or look at the data"
 SHOWN = 12  # rows named in an error
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from alignment.config import schema
 from alignment.errors import MachineError, PreemptedError
-from alignment.files import write_json
 from alignment.signals import Listener
 from alignment.training import ranks, state, tensors
 from alignment.training.checkpoints import Checkpoints, part_name
 from alignment.training.memory import host_share
+from alignment.training.out_of_memory import is_out_of_memory
 
 # Before a time limit: seconds to spare, and how fast a disk is taken to be until a save has been timed.
 SPARE, SLOW_DISK = 5.0, 100e6
@@ -37,6 +38,21 @@ class Wishes(NamedTuple):
     written: float = 0
     failed: float = 0
     fatal: float = 0
+
+
+class Stage(Protocol):
+    """What is needed of the stage; stages.context.StageContext has it all.
+
+    deadline: time.monotonic() by which the attempt must have ended. flush: what must be on the disk before a
+    checkpoint counts.
+    """
+
+    stop: Listener
+    deadline: float | None
+
+    def flush(self) -> None: ...
+    def busy(self, note: str) -> AbstractContextManager[None]: ...
+    def tell_next(self, **facts: Any) -> None: ...
 
 
 class Write(NamedTuple):
@@ -57,22 +73,18 @@ class Keeper:
     def __init__(
         self,
         checkpoints: Checkpoints,
-        stop: Listener,
-        deadline: float | None = None,
+        stage: Stage,
+        layout: dict[str, Any],
+        record: dict[str, Any],
         say: Callable[[str], None] = print,
-        layout: dict[str, Any] | None = None,
-        record: dict[str, Any] | None = None,
-        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        """deadline: time.monotonic() by which the attempt must have ended. layout: of the engine. record: what else a
-        checkpoint says of where it comes from. before_commit: what must be on the disk before a checkpoint counts."""
-        self.checkpoints, self.say, self.layout, self._record = checkpoints, say, layout or {}, record or {}
+        """layout: of the engine: how many processes, how they share the work. record: what else a checkpoint says of
+        where it comes from."""
+        self.checkpoints, self.stage, self.say, self.layout, self._record = checkpoints, stage, say, layout, record
         self.settings: schema.Checkpoint = checkpoints.settings
         self.first_step = 0
-        self._stop, self._deadline = stop, deadline
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._write: Write | None = None
-        self._before_commit = before_commit
         self._failures = 0  # in a row; the main process counts
         self._problem = ""
         self._saved_at = self._step_at = time.monotonic()
@@ -95,10 +107,18 @@ class Keeper:
                 self.checkpoints.put_away(step, why)
         return self.first_step
 
-    def take_up(self, trainer: Any) -> dict[str, Any]:
-        """Bring the chosen checkpoint into the engine. A collective. Returns the facts it was saved with."""
+    def layout_before(self) -> dict[str, Any]:
+        """Of the chosen checkpoint, if as many processes of the same engine have written it; else empty."""
+        before = self.checkpoints.state(self.first_step)["layout"] if self.first_step else {}
+        return before if _words(before) == _words(self.layout) else {}
+
+    def take_up(self, trainer: Any) -> None:
+        """Bring the chosen checkpoint into the engine. A collective."""
+        with self.stage.busy(f"going on from step {self.first_step}"):
+            self._take_up(trainer, self.checkpoints.state(self.first_step))
+
+    def _take_up(self, trainer: Any, facts: dict[str, Any]) -> None:
         saved = state.Saved(self.checkpoints.at(self.first_step))
-        facts = self.checkpoints.state(self.first_step)
         state.put_in(trainer, saved)
         mine = saved.generators(ranks.rank())
         if mine is not None:
@@ -106,14 +126,17 @@ class Keeper:
         same = facts["layout"].get("world_size") == ranks.world_size()
         meters = [saved.generators(rank)[1]["meter"] for rank in range(len(saved.files))]  # type: ignore[index]
         trainer.take_up(facts["trainer"], meters[ranks.rank()] if same else None, meters)
-        written, now = facts["layout"], self.layout
-        how = "" if written == now else f", saved by {_words(written)}, now {_words(now)}"
+        written, now = _words(facts["layout"]), _words(self.layout)
+        how = "" if written == now else f", saved by {written}, now {now}"
         self.say(f"going on from the checkpoint of step {self.first_step}{how}")
-        return facts
+        if facts["record"].get("code_sha256") != self._record.get("code_sha256") and ranks.rank() == 0:
+            what = f"the checkpoint of step {self.first_step} was written by another version of this program"
+            self.checkpoints.warn(f"{what}: the steps from there on are computed as this one does")
 
-    def begin(self) -> None:
+    def begin(self, trainer: Any) -> None:
         """The first step comes now: time is counted from here."""
         self._saved_at = self._step_at = time.monotonic()
+        self._save_takes = state.size(trainer) / SLOW_DISK
 
     # --- every step -----------------------------------------------------------------------------------------------
 
@@ -132,7 +155,8 @@ class Keeper:
         )
 
     def after_step(self, trainer: Any, step: int, agreed: Wishes, last: bool) -> None:
-        """Act on what was agreed in this step. agreed: the sum over all. last: nothing follows this step.
+        """Act on what was agreed in this step. agreed: the sum over all. last: nothing follows this step, so what is
+        being written is waited for.
 
         Raises PreemptedError when all have saved, MachineError when saving has failed too often.
         """
@@ -146,8 +170,11 @@ class Keeper:
             self._conclude()
         if agreed.stop:
             raise self._stopped(trainer, step)
+        if last:
+            self.settle()
+            return
         every = self.settings.every_steps
-        if not last and self._write is None and (agreed.due or (every and step % every == 0)):
+        if self._write is None and (agreed.due or (every and step % every == 0)):
             self._begin(trainer, step)
 
     def safe_point(self) -> None:
@@ -158,11 +185,11 @@ class Keeper:
             raise PreemptedError(f"{_reason(reasons)}: {kept}")
 
     def _why_stop(self) -> str | None:
-        if self._stop.asked:
-            return self._stop.asked
-        if self._deadline is not None:
+        if self.stage.stop.asked:
+            return self.stage.stop.asked
+        if self.stage.deadline is not None:
             needed = SPARE + 2 * self._slowest_step + 2 * self._save_takes
-            if time.monotonic() + needed >= self._deadline:
+            if time.monotonic() + needed >= self.stage.deadline:
                 return "launcher.time_limit"
         return None
 
@@ -174,16 +201,26 @@ class Keeper:
         facts = {"step": step, "layout": self.layout, "record": self._record, "trainer": trainer.carried()}
         mine = {"meter": trainer.meter_values(), "random": state.random_state()}
         held = state.taken_out(trainer)
-        size = sum(tensor.nbytes for tensor in held.values())
-        self._save_takes = self._save_takes or size / SLOW_DISK
         path = self.checkpoints.aside(step) / part_name(ranks.rank(), ranks.world_size())
-        apart = self.settings.asynchronous and size < host_share() / 2
-        part = self._thread.submit(self._part, path, state.copied(held) if apart else held, mine)
-        if not apart:
-            wait([part])
+        copy = self._copied(held) if self.settings.asynchronous else None
+        part = self._thread.submit(self._part, path, held if copy is None else copy, mine)
+        if copy is None:
+            with self.stage.busy(f"saving step {step}"):
+                wait([part])
         self._write = Write(step, part, facts, trainer.ranked_by(self.settings.best_by))
         if not self.settings.asynchronous:
-            self._settle()
+            self.settle()
+
+    def _copied(self, held: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """None where memory is too short for it."""
+        if sum(tensor.nbytes for tensor in held.values()) >= host_share() / 2:
+            return None
+        try:
+            return state.copied(held)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                return None
+            raise
 
     def _part(self, path: Path, held: dict[str, Tensor], facts: Any) -> dict[str, Any]:
         began = time.monotonic()
@@ -192,11 +229,12 @@ class Keeper:
         self._save_takes = time.monotonic() - began
         return file
 
-    def _settle(self) -> None:
-        """Wait until all parts are written, then conclude. A collective."""
+    def settle(self) -> None:
+        """Wait until all parts of what is being written are there, then conclude. A collective."""
         if self._write is not None:
-            wait([self._write.part])
-            self._conclude()
+            with self.stage.busy(f"saving step {self._write.step}"):
+                wait([self._write.part])
+                self._conclude()
 
     def _conclude(self) -> None:
         """All parts are written, or have failed: the checkpoint counts, or goes. A collective."""
@@ -211,7 +249,7 @@ class Keeper:
         problem = next((f"{text} (rank {rank})" for rank, (_, _, text) in enumerate(parts) if text), None)
         try:
             if problem is None:
-                self._before_commit()
+                self.stage.flush()
                 files = {name: file for name, file, _ in parts}
                 self.checkpoints.commit(write.step, files, write.facts, write.score)
                 self._thread.submit(self.checkpoints.retain)  # large files take their time to go
@@ -228,9 +266,9 @@ class Keeper:
     def _stopped(self, trainer: Any, step: int) -> PreemptedError:
         """Save what this step has made, and say how that went. A collective."""
         reason = _reason(ranks.gathered(self._why_stop()))
-        self._settle()
+        self.settle()
         self._begin(trainer, step)
-        self._settle()
+        self.settle()
         newest = ranks.told(lambda: next(iter(self.checkpoints.found()), None))  # and nobody leaves before it is there
         if newest == step:
             return PreemptedError(f"{reason}: saved at step {step}")
@@ -238,17 +276,9 @@ class Keeper:
         return PreemptedError(f"{reason} at step {step}: it could not be saved, {kept}")
 
     def finish(self) -> None:
-        """Training is over: nothing is written any more."""
+        """Training is over, well or not: nothing is written any more. Of this process alone."""
         self._thread.shutdown(cancel_futures=True)
         self._write = None
-
-    def done(self) -> None:
-        """The result is written: checkpoints go, but for the best where they are kept. The main process calls."""
-        self.checkpoints.keep_best_only()
-
-    def remember(self, name: str, value: Any) -> None:
-        """A word from this attempt to the next, beside the checkpoints."""
-        write_json(self.checkpoints.folder.parent / name, value)
 
 
 def reduced(loss: Tensor, wishes: Wishes) -> tuple[float, Wishes]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from alignment.config.schema import Engine
 from alignment.errors import AlignmentError, MachineError
-from alignment.files import read_json, write_json
 from alignment.training.memory import (
     Load,
     activation_bytes,
@@ -21,27 +19,24 @@ from alignment.training.memory import (
     state_bytes,
 )
 
-ADAPTED_FILE = "adapted.json"  # beside the checkpoints: {"tokens_per_micro_batch": what an attempt left to the next}
-TOKENS = "tokens_per_micro_batch"
+TOKENS = "tokens_per_micro_batch"  # what an attempt tells the next one
 RANK = 8  # of the adapters that are advised
 
 
-def adapted(setup: Engine, folder: Path) -> Engine:
+def adapted(setup: Engine, told: Mapping[str, Any]) -> Engine:
     """The engine's settings, with the micro-batches to which an earlier attempt has come down."""
-    if not setup.adapt:
-        return setup
-    try:
-        return setup.model_copy(update={"tokens_per_micro_batch": int(read_json(folder / ADAPTED_FILE)[TOKENS])})
-    except (OSError, ValueError, KeyError, TypeError):
-        return setup
+    tokens = told.get(TOKENS)
+    return setup.model_copy(update={TOKENS: tokens}) if setup.adapt and isinstance(tokens, int) else setup
 
 
 @contextmanager
-def advising(setup: Engine, load: Load, checkpointing: bool, config: Any, longest: int, folder: Path) -> Iterator[None]:
+def advising(
+    setup: Engine, load: Load, checkpointing: bool, config: Any, longest: int, tell_next: Callable[..., None]
+) -> Iterator[None]:
     """Raises MachineError with advice for an allocation that failed inside.
 
     load: what the estimate assumes. longest: tokens of the longest record; fewer no micro-batch can have. With
-    engine.adapt the error is one to try again, at half the tokens.
+    engine.adapt the error is one to try again, at half the tokens: tell_next(tokens_per_micro_batch=...).
     """
     try:
         yield
@@ -51,7 +46,7 @@ def advising(setup: Engine, load: Load, checkpointing: bool, config: Any, longes
         now = f"{load.tokens} tokens a micro-batch take about {size_text(_total(load, checkpointing, config))}"
         told = MachineError(f"out of memory: {now}", fix=advice(load, checkpointing, config))
         if setup.adapt and load.tokens > longest:
-            write_json(folder / ADAPTED_FILE, {TOKENS: max(longest, load.tokens // 2)})
+            tell_next(**{TOKENS: max(longest, load.tokens // 2)})
             told.retry = True
         raise told from error
 

@@ -7,14 +7,13 @@ import math
 import time
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from alignment.errors import TrainingError
 from alignment.training import ranks
-from alignment.training.health import NONFINITE_FILE, NonFinite, SpikeAlarm
+from alignment.training.health import ROLLED_BACK, NonFinite, SpikeAlarm
 from alignment.training.keeper import Keeper, Wishes, reduced
 from alignment.training.metrics import Meter
 
@@ -28,11 +27,11 @@ class Resumable(_Trainer):
     keeper: Keeper | None
     nonfinite: NonFinite
     alarm: SpikeAlarm
-    first_loss: float
+    first_loss: float | None  # before the first update; None until a step's loss was a number
 
     def _set_up(self, keeper: Keeper | None, nonfinite: NonFinite, alarm: SpikeAlarm) -> None:
         self.keeper, self.nonfinite, self.alarm = keeper, nonfinite, alarm
-        self.first_loss = math.nan
+        self.first_loss = None
         self.seconds = 0.0  # of training, those of earlier attempts included
         self._began = time.monotonic()
         self._losses = [0.0, 0]  # since the last row of metrics: sum, steps
@@ -56,7 +55,7 @@ class Resumable(_Trainer):
         self._settle_buckets()
         if self.first_step:
             self.keeper.take_up(self)
-        self.keeper.begin()
+        self.keeper.begin(self)
         self._began = time.monotonic()
 
     def _before_training(self) -> None:
@@ -68,13 +67,17 @@ class Resumable(_Trainer):
         if not isinstance(self.model_wrapped, DistributedDataParallel):
             return
         inputs = self._prepare_inputs(self.collate(self.batches.rows(0)[:1]))
-        one = torch.ones((), device=self.args.device)
-        self._last, self._divisor, self._step_loss = False, 1, torch.zeros_like(one, dtype=torch.float64)
+        divisor = self._new_step(1)
+        self._last = False
         with self._quiet_metrics(), self.accelerator.autocast():
-            loss = self.compute_loss(self.model_wrapped.train(), inputs, num_items_in_batch=one)
+            loss = self.compute_loss(self.model_wrapped.train(), inputs, num_items_in_batch=divisor)
         (loss * 0).backward()
         self.model_wrapped.zero_grad()
         self._meter = Meter()
+
+    def _new_step(self, divisor: float) -> Tensor:
+        """Nothing is added up yet. divisor: of the step's loss. Returns it as a tensor on the device."""
+        raise NotImplementedError
 
     # --- what is carried ------------------------------------------------------------------------------------------
 
@@ -130,7 +133,7 @@ class Resumable(_Trainer):
                 self._meet(self._trouble)
             return loss * math.nan  # every engine leaves out the update of a gradient that is not finite
         self._losses = [self._losses[0] + mean, self._losses[1] + 1]
-        if step == 1:
+        if self.first_loss is None:  # steps without a number are skipped: none has moved the weights yet
             self.first_loss = mean
             self._check_start()
         if (told := self.alarm.hear(mean)) and self.args.process_index == 0:
@@ -157,11 +160,13 @@ class Resumable(_Trainer):
         own = self.batches.micro_batches(step)[self.args.process_index]
         mine = [rows for loss, rows in zip(self._micro_losses, own, strict=True) if not math.isfinite(loss)]
         rows = [row for parts in ranks.gathered(mine) for part in parts for row in part]
+        if self.keeper:
+            self.keeper.settle()  # what is being written is good, and may be what training goes back to
         try:
             self.nonfinite.meet(step + 1, what, sorted(rows or self.batches.rows(step)))
         except TrainingError as error:
             if error.retry and self.keeper and self.args.process_index == 0:
-                self.keeper.remember(NONFINITE_FILE, {"steps": self.nonfinite.rolled_back})
+                self.keeper.stage.tell_next(**{ROLLED_BACK: self.nonfinite.rolled_back})
             raise
         if self.args.process_index == 0:
             self.warn(f"step {step + 1}: {what}: its update is skipped")

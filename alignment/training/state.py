@@ -106,6 +106,12 @@ def _adam(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     return state
 
 
+def size(trainer: Any) -> int:
+    """Bytes of what this process saves of them."""
+    held = (fragment for fragment in fragments(trainer) if fragment.owned)
+    return sum(4 * fragment.numel * len(fragment.values) for fragment in held)
+
+
 # --- out --------------------------------------------------------------------------------------------------------------
 
 

@@ -130,7 +130,9 @@ class AlignedTrainer(Resumable):
     def get_train_dataloader(self) -> DataLoader:
         ahead = self.args.device.type != "cpu"
         self._steps = Steps(self.make_step, self.batches.steps, ahead, self.first_step)
-        return DataLoader(self._steps, batch_size=None, shuffle=False, pin_memory=self.args.dataloader_pin_memory)
+        own = torch.Generator()  # a loader draws a seed as it begins: not from what a checkpoint has brought back
+        pinned = self.args.dataloader_pin_memory
+        return DataLoader(self._steps, batch_size=None, shuffle=False, pin_memory=pinned, generator=own)
 
     def make_step(self, step: int) -> dict[str, Any]:
         """This process's micro-batches, collated, and the divisor of the step's loss."""
@@ -173,11 +175,9 @@ class AlignedTrainer(Resumable):
 
         Returns this process's part of the loss times the number of processes: their mean is the loss.
         """
-        micro_batches, self._divisor = inputs["micro_batches"], inputs["weight"]
+        micro_batches = inputs["micro_batches"]
         self._logged_at = self._logged_at or time.monotonic()
-        self._step_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        self._micro_losses = []
-        divisor = torch.tensor(self._divisor, device=self.args.device)  # once: the copy waits for the device
+        divisor = self._new_step(inputs["weight"])
         self.current_gradient_accumulation_steps = len(micro_batches)
         by_engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         with self._quiet_metrics():
@@ -188,6 +188,11 @@ class AlignedTrainer(Resumable):
                 with apart:
                     super().training_step(model, micro_batch, divisor)
         return self._step_loss.float().nan_to_num(0.0)  # Trainer adds it up for its summary; `log` says what it was
+
+    def _new_step(self, divisor: float) -> Tensor:
+        self._divisor, self._micro_losses = divisor, []
+        self._step_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        return torch.tensor(divisor, device=self.args.device)  # once: the copy waits for the device
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -215,7 +220,8 @@ class AlignedTrainer(Resumable):
 
     def facts(self) -> dict[str, float]:
         """Of the whole run, for its summary."""
-        return {"first_loss": self.first_loss, "skipped_steps": len(self.nonfinite.skipped)}
+        first = {} if self.first_loss is None else {"first_loss": self.first_loss}
+        return {**first, "skipped_steps": len(self.nonfinite.skipped)}
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -307,7 +313,10 @@ class DPO(_Pairs, trl.DPOTrainer):
     def _before_training(self) -> None:
         super()._before_training()
         self._references.complete(self, self.keeper.safe_point if self.keeper else lambda: None)
-        self._apart = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens: at the first step
+
+    def _new_step(self, divisor: float) -> Tensor:
+        self._apart = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens: before any update
+        return super()._new_step(divisor)
 
     @torch.no_grad()
     def score(self: Any, numbers: Sequence[int]) -> list[np.ndarray]:
@@ -362,7 +371,7 @@ class DPO(_Pairs, trl.DPOTrainer):
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         labels = self._labels(inputs)
-        if self.state.global_step == 0:  # added up on the device, read once
+        if self.first_loss is None:  # added up on the device, read once
             apart = (self._output.log_probs - self._reference).abs().sum(dtype=torch.float64)
             self._apart += torch.stack([apart, (labels[:, 1:] != IGNORED).sum()])
         return pair_sums(self._output, self._reference, labels, self.beta)

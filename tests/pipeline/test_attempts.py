@@ -68,8 +68,9 @@ def test_the_reason_is_what_the_driver_was_asked_by_or_the_stages_own_words(tmp_
     (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "SIGTERM", "rank": 0}))
     assert cause(tmp_path, 75, asked="its time limit").what == "sft has stopped (its time limit)"
     assert cause(tmp_path, 75).what == "sft has stopped (SIGTERM)"
-    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "saved step 9", "rank": 0}))
-    assert cause(tmp_path, 75, asked="SIGINT").what == "sft has stopped (saved step 9)"
+    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "SIGTERM: saved step 9", "rank": 0}))
+    assert cause(tmp_path, 75, asked="SIGINT").what == "sft has stopped (SIGINT: saved step 9)"
+    assert cause(tmp_path, 75).what == "sft has stopped (SIGTERM: saved step 9)"
 
 
 def test_who_was_asked_by_torchrun_after_a_failure_is_not_preempted(tmp_path: Path) -> None:
@@ -82,15 +83,25 @@ def test_retries_wait_longer_each_time_and_start_anew_with_a_newer_whole_checkpo
     lost, retries = LostError("rank 1 was killed"), attempts.Retries(tmp_path, 3, 100.0)
     assert [retries.next(lost), retries.next(lost)] == [100.0, 200.0]
     assert retries.says(lost, 2, 200.0) == "rank 1 was killed; attempt 3 of up to 4 in 200 s, from its beginning"
-    (tmp_path / "checkpoints" / "step-120").mkdir(parents=True)
+    newer = tmp_path / "checkpoints" / "step-00000120"
+    newer.mkdir(parents=True)
+    (newer / "manifest.json").write_text(json.dumps({"step": 120, "files": {"state.json": {"bytes": 2}}}))
     assert retries.next(lost) == 300.0, "no whole checkpoint, and the longest wait"
-    (tmp_path / "checkpoints" / "step-120" / "manifest.json").write_text("{}")
+    (newer / "state.json").write_text("{}")
     assert retries.next(lost) == 100.0
     assert retries.says(lost, 4, 100.0) == "rank 1 was killed; attempt 5 of up to 7 in 100 s, from step 120"
     assert [retries.next(lost) for _ in range(3)] == [200.0, 300.0, None]
     for error in (TrainingError("NaN"), PreemptedError("stopped")):
         assert attempts.Retries(tmp_path, 3, 1.0).next(error) is None
     assert attempts.Retries(tmp_path, 0, 1.0).next(lost) is None
+
+
+def test_what_an_attempt_leaves_to_the_next_starts_the_count_anew(tmp_path: Path) -> None:
+    lost, retries = LostError("rank 1 was killed"), attempts.Retries(tmp_path, 1, 100.0)
+    for tokens in (512, 256, 128):
+        (tmp_path / "next_attempt.json").write_text(json.dumps({"tokens_per_micro_batch": tokens}))
+        assert retries.next(lost) == 100.0
+    assert retries.next(lost) is None
 
 
 def test_a_wait_between_attempts_ends_at_a_signal() -> None:

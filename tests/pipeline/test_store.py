@@ -78,10 +78,17 @@ def test_a_commit_killed_anywhere_leaves_the_whole_result_or_none(store: Store) 
     while True:
         fatal += 1
         shutil.rmtree(store.root, ignore_errors=True)
+        checkpoint = store.work(KEY) / "checkpoints" / "step-00000007" / "manifest.json"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.write_text("{}")
         code = _dying_at(fatal, lambda: commit(store))
         record = store.record(KEY)
         if record is not None:
             assert (store.result(KEY) / "model.bin").read_text() == "weights"
+            store.tidy(KEY, record)
+            assert not (store.result(KEY) / "checkpoints").exists()
+        else:
+            assert checkpoint.exists(), "what training goes on from goes only when the result is there"
         whole.append(record is not None)
         commit(store)
         assert store.record(KEY) is not None
@@ -92,6 +99,20 @@ def test_a_commit_killed_anywhere_leaves_the_whole_result_or_none(store: Store) 
     assert whole == sorted(whole), "once committed it stays"
     assert whole[-1]
     assert not whole[0]
+
+
+def test_of_checkpoints_only_those_stay_that_the_record_names_and_they_are_no_part_of_the_result(store: Store) -> None:
+    folder = store.begin(KEY)
+    for name in ("step-00000001", "step-00000002", ".step-00000003", "damaged-step-00000004-1"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+        (folder / "checkpoints" / name / "state.json").write_text("{}")
+    place = store.commit(KEY, {"key": KEY, "seconds": 1.0, "metrics": {}, "checkpoints": ["step-00000002"]})
+    assert [path.name for path in (place / "checkpoints").iterdir()] == ["step-00000002"]
+    record = store.record(KEY)
+    assert record
+    assert record["files"] == {}
+    shutil.rmtree(place / "checkpoints")
+    assert store.record(KEY) == record, "who needs the disk may remove them"
 
 
 def test_a_result_with_a_file_lost_or_cut_is_no_result_and_is_kept_aside(store: Store) -> None:
@@ -146,13 +167,15 @@ def test_links_in_a_work_folder_are_removed_and_never_followed(store: Store, tmp
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints").symlink_to(outside)
     (folder / "model" / "data").symlink_to(outside)
+    (folder / "stacks" / "rank-00000.txt").symlink_to(outside / "step-7" / "manifest.json")
     told: list[str] = []
     assert not (store.begin(KEY, told.append) / "checkpoints").exists()
-    assert [f"{folder / 'checkpoints'} was a link" in line for line in told] == [True]
+    links = [folder / "checkpoints", folder / "stacks" / "rank-00000.txt"]
+    assert [line.partition(" was a link")[0] for line in told] == list(map(str, links))
     shutil.rmtree(folder)
     folder.symlink_to(outside)
     assert list(store.begin(KEY, told.append).iterdir()) == []
-    assert len(told) == 2
+    assert len(told) == 3
     assert (outside / "step-7" / "manifest.json").read_text() == "theirs"
 
 

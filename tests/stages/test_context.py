@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignment.stages import context as module
-from alignment.stages.context import StageContext
+from alignment.stages.context import LONGEST, StageContext
 from tests.conftest import fill
 from tests.training import tiny
 
@@ -92,3 +92,26 @@ def test_rewinding_forgets_later_rows_and_a_torn_one(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     context.rewind(0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_one_long_operation_counts_as_getting_on_for_as_long_as_it_may_take(
+    stage: StageContext, clock: list[float]
+) -> None:
+    stage.progress(3, 10)
+    still = stage.ticks
+    assert stage.ticks == still
+    with stage.busy("writing the model"):
+        seen = [stage.ticks, stage.ticks]
+        assert still < seen[0] < seen[1]
+        assert json.loads((stage.folder / "progress.json").read_text())["note"] == "writing the model"
+        clock[0] += LONGEST + 1
+        assert stage.ticks == stage.ticks, "nothing takes for ever"
+    assert stage.ticks == stage.ticks
+
+
+def test_what_an_attempt_tells_the_next_one_adds_up(stage: StageContext) -> None:
+    assert stage.told() == {}
+    stage.tell_next(tokens_per_micro_batch=512)
+    stage.tell_next(rolled_back=[3])
+    stage.tell_next(tokens_per_micro_batch=256)
+    assert stage.told() == {"tokens_per_micro_batch": 256, "rolled_back": [3]}

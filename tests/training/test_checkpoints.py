@@ -149,19 +149,35 @@ def test_the_last_ones_stay_and_the_best(tmp_path: Path) -> None:
         own.retain()
     assert own.found() == [6, 5, 2]
     assert own.best() == [2, 5]
-    own.keep_best_only()
-    assert own.found() == [5, 2]
     highest = checkpoints(tmp_path, keep_last=1, keep_best=1, best_is="highest")
-    assert highest.best() == [5]
+    assert highest.best() == [6]
 
 
-def test_without_best_ones_nothing_stays_beside_a_result(tmp_path: Path) -> None:
+def test_of_those_that_cannot_be_used_the_last_one_is_kept(tmp_path: Path) -> None:
     own = checkpoints(tmp_path)
-    save(own, 1)
-    own.put_away(1, "it is damaged")
-    own.aside(2).mkdir()
-    own.keep_best_only()
-    assert not own.folder.exists()
+    for step in (1, 2):
+        save(own, step)
+        own.put_away(step, "it is damaged")
+    assert [path.name[:21] for path in own.folder.iterdir()] == ["damaged-step-00000002"]
+
+
+def test_room_for_the_model_is_made_of_older_ones_only(tmp_path: Path) -> None:
+    own = checkpoints(tmp_path, keep_last=3, keep_best=1)
+    for step, score in ((1, 0.1), (2, 0.3), (3, 0.2)):
+        save(own, step, score)
+    own.make_room(1)
+    assert own.found() == [3, 2, 1]
+    own.make_room(2**60)
+    assert own.found() == [3, 1]
+
+
+def test_one_of_another_format_is_said_to_be_so(tmp_path: Path) -> None:
+    own = checkpoints(tmp_path)
+    path = save(own, 5) / "manifest.json"
+    manifest = {**json.loads(path.read_text()), "format": 99}
+    manifest.pop("sha256")
+    path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
+    assert own.trouble(5) == "it has format 99, this version reads 1"
 
 
 def test_the_last_whole_one_is_never_removed(tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from alignment.errors import MachineError, TrainingError
+from alignment.errors import MachineError, PreemptedError, TrainingError
 from alignment.stages import sft
 from alignment.training import trainers
 from alignment.training.health import NonFinite, SpikeAlarm
@@ -38,7 +40,7 @@ def test_halt_names_step_and_rows_and_logs_and_saves_nothing_of_it(
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
     assert all(row["loss"] > 0 for row in rows(tmp_path / "run"))
     found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert "step-00000003" not in found
+    assert found == ["step-00000001", "step-00000002"]
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -84,6 +86,29 @@ def test_so_many_steps_may_be_skipped_and_no_more(tmp_path: Path, monkeypatch: p
     poison.into(monkeypatch, "gradient", steps=[2, 3, 5])
     with pytest.raises(TrainingError, match=r"step 5, .* after 2 skipped steps"):
         attempt(tmp_path / "run", "sft", nonfinite="skip", max_nonfinite=2)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_step_that_is_skipped_leaves_the_check_of_the_start_to_the_next(
+    kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[int] = []
+    real = getattr(trainers, {"sft": "SFT", "dpo": "DPO"}[kind])._check_start
+
+    def check(self: Any) -> None:
+        checked.append(self.state.global_step + 1)
+        real(self)
+
+    monkeypatch.setattr(getattr(trainers, {"sft": "SFT", "dpo": "DPO"}[kind]), "_check_start", check)
+    poison.into(monkeypatch, where, steps=[1])
+    with pytest.raises(PreemptedError):
+        attempt(tmp_path / "run", kind, stop_after=1, nonfinite="skip")
+    summary = attempt(tmp_path / "run", kind, nonfinite="skip")
+    assert checked == [2 if where == "loss" else 1]
+    assert summary["skipped_steps"] == 1
+    if kind == "dpo":
+        assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -173,7 +198,7 @@ def test_with_adapt_the_budget_is_halved_until_it_fits_and_the_result_is_the_sam
         with pytest.raises(MachineError) as caught:
             attempt(tmp_path / "less", "sft", setup=setup, saving=saving)
         assert caught.value.retry
-        assert json.loads((tmp_path / "less" / "adapted.json").read_text()) == {"tokens_per_micro_batch": budget}
+        assert json.loads((tmp_path / "less" / "next_attempt.json").read_text()) == {"tokens_per_micro_batch": budget}
     attempt(tmp_path / "less", "sft", setup=setup, saving=saving)
     assert max(seen[-20:]) <= 62
     for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "less"), strict=True):
@@ -215,3 +240,17 @@ def test_after_so_many_failures_in_a_row_it_is_an_error(tmp_path: Path, monkeypa
         attempt(tmp_path / "run", "sft", saving=saving)
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_checkpoints_that_will_not_fit_are_said_before_training(
+    saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that fits is trained all the same."""
+    model = tiny.write_inputs(tmp_path, "sft")["model"] / "model" / "model.safetensors"
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * model.stat().st_size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    saving = tiny.checkpoint(every_minutes=10) if saves else tiny.checkpoint()
+    attempt(tmp_path / "run", "sft", saving=saving, lora=None)
+    told = tmp_path / "run" / "warnings.txt"
+    assert ("saves will fail unless some is freed" in told.read_text()) if saves else not told.exists()

@@ -16,7 +16,7 @@ from alignment.errors import PreemptedError, TrainingError
 from alignment.files import sha256
 from alignment.signals import Listener
 from alignment.stages import dpo, sft
-from alignment.training import trainers
+from alignment.training import engine, trainers
 from alignment.training.checkpoints import Checkpoints
 from alignment.training.keeper import SPARE
 from tests.training import tiny
@@ -78,7 +78,6 @@ def test_interrupted_is_uninterrupted_bit_for_bit_wherever_it_stops(
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     assert summary["steps"] == 8
-    assert not (tmp_path / "parts" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -133,7 +132,8 @@ def test_a_checkpoint_holds_all_that_training_goes_on_from(tmp_path: Path) -> No
     ]  # fmt: skip
     state = json.loads((folder / "state.json").read_text())
     assert state["step"] == 4
-    assert state["layout"] == {"strategy": "single", "world_size": 1, "precision": "fp32"}
+    layout = {"strategy": "single", "world_size": 1, "precision": "fp32"}
+    assert state["layout"] == {**layout, "tokens_per_micro_batch": 120, "gradient_checkpointing": False}
     assert state["record"]["wandb_run_id"] == "abc"
     assert len(state["trainer"]["reference"]) == 64
     kinds = {key.split(":")[0] for key in load_file(folder / "rank-00000-of-00001.safetensors")}
@@ -174,10 +174,61 @@ def test_asked_before_the_first_step_nothing_is_trained(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_best_ones_stay_beside_the_result(tmp_path: Path) -> None:
+def test_the_best_ones_are_named_to_stay_beside_the_result(tmp_path: Path) -> None:
     saving = tiny.checkpoint(every_steps=1, keep_last=1, keep_best=2, asynchronous=False)
-    attempt(tmp_path / "run", "sft", saving=saving)
+    context = tiny.context(
+        tmp_path / "run", tiny.write_inputs(tmp_path, "sft"), tiny.sft(), tiny.engine(), saving=saving
+    )
+    sft.run(context)
     losses = {row["step"]: row["loss"] for row in rows(tmp_path / "run")[:-1]}  # the last step is the result itself
-    best = sorted(sorted(losses, key=losses.__getitem__)[:2])
-    kept = sorted(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == best
+    best = sorted(losses, key=losses.__getitem__)[:2]
+    assert context.checkpoints == [f"step-{step:08d}" for step in best]
+    newest = max(losses)  # stays until the result is stored: whoever is killed before goes on from there
+    there = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert there == {*context.checkpoints, f"step-{newest:08d}"}
+
+
+@pytest.mark.parametrize(
+    ("by", "every", "why"), [("reward", 1, "no row of metrics has reward"), ("loss", None, "no ch")]
+)
+def test_a_wish_for_the_best_that_cannot_be_met_is_said(by: str, every: Any, why: str, tmp_path: Path) -> None:
+    saving = tiny.checkpoint(every_steps=every, keep_best=1, best_by=by)
+    context = tiny.context(
+        tmp_path / "run", tiny.write_inputs(tmp_path, "sft"), tiny.sft(), tiny.engine(), saving=saving
+    )
+    sft.run(context)
+    assert f"checkpoint.keep_best=1 keeps nothing: {why}" in (tmp_path / "run" / "warnings.txt").read_text()
+    assert context.checkpoints == []
+
+
+def test_what_auto_came_to_stays_when_memory_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches and checkpointing of the first attempt hold for the next one, or sums would differ by rounding."""
+    setup = tiny.engine(tokens_per_micro_batch="auto", gradient_checkpointing="auto")
+    monkeypatch.setattr(engine, "CPU_TOKENS", 90)
+    attempt(tmp_path / "whole", "sft", setup=setup)
+    with pytest.raises(PreemptedError):
+        attempt(tmp_path / "parts", "sft", stop_after=3, setup=setup)
+    monkeypatch.setattr(engine, "CPU_TOKENS", 200)
+    monkeypatch.setattr(engine, "available_bytes", lambda: 1)
+    attempt(tmp_path / "parts", "sft", setup=setup)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_version_of_the_program_is_used_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PreemptedError):
+        attempt(tmp_path / "run", "sft", stop_after=3)
+    monkeypatch.setattr("alignment.stages.train.code_digest", lambda: "0" * 64)
+    attempt(tmp_path / "run", "sft")
+    assert "step 4 was written by another version of this program" in (tmp_path / "run" / "warnings.txt").read_text()
+
+
+def test_the_first_save_before_a_time_limit_is_reckoned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that is taken to be slow nothing has been saved yet, and the whole time is needed for it."""
+    monkeypatch.setattr("alignment.training.keeper.SLOW_DISK", 1.0)
+    context = tiny.context(tmp_path / "run", tiny.write_inputs(tmp_path, "sft"), tiny.sft(), tiny.engine())
+    context.deadline = time.monotonic() + 3600
+    with pytest.raises(PreemptedError, match=r"launcher.time_limit: saved at step 1"):
+        sft.run(context)
