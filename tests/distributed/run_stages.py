@@ -3,7 +3,8 @@
 folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>. engine
 may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results. A case may
 have "stops": attempts that are asked to stop, on the last rank, at so many steps from their beginning; all but a last
-null end before the stage does. "saving" are settings of its checkpoints. "poison": arguments of tests.training.poison.
+null end before the stage does; {"lose": steps} instead breaks an attempt off on all ranks. "saving" are settings of its
+checkpoints; its "behind": see tests.distributed.asked, as for "noise". "poison": arguments of tests.training.poison.
 "no_room": {"rank", "steps"}: there the part of these checkpoints is refused by the kernel. "fails": the stage raises;
 what each rank was told is in error-<rank>.txt.
 """
@@ -25,10 +26,9 @@ from accelerate.state import AcceleratorState, GradientState
 import alignment.stages.train as train
 import alignment.training.trainers as trainers
 from alignment.errors import AlignmentError, PreemptedError
-from alignment.training import tensors
-from alignment.training.keeper import Keeper
+from alignment.training import ranks, tensors
 from alignment.training.trainers import Packing
-from tests.distributed import bare
+from tests.distributed import asked, bare
 from tests.training import poison, tiny
 
 
@@ -43,14 +43,20 @@ def main(folder: Path) -> None:
         setup = tiny.engine(case["strategy"], **case["engine"])
         inputs = {"model": folder / start, "data": folder / kind}
         train.Packing = partial(Packing, on=not padded)
-        saving = tiny.checkpoint(**case.get("saving", {}))
+        saving = dict(case.get("saving", {}))
+        behind = saving.pop("behind", 0)
+        saving = tiny.checkpoint(**saving)
         for stop in case.get("stops", [None]):
             context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size, saving)
             context.shared = None if padded else folder  # what others computed packed is not read
-            train.Keeper = partial(Asked, after=stop if rank == world_size - 1 else None)
+            lose = stop["lose"] if isinstance(stop, dict) else None
+            stops = stop if lose is None and rank == world_size - 1 else None
+            train.Keeper = partial(asked.Asked, stop=stops, lose=lose, behind=behind)
             with pytest.MonkeyPatch.context() as patched:
                 if "poison" in case:
                     poison.into(patched, **case["poison"])
+                if case.get("noise"):
+                    asked.noise(patched)
                 if "no_room" in case and case["no_room"]["rank"] == rank:
                     patched.setattr(tensors, "write", partial(no_room, tensors.write, case["no_room"]["steps"]))
                 summary = attempt(kind, context, stop is None, case.get("fails", False))
@@ -82,27 +88,13 @@ def attempt(kind: str, context: Any, ends: bool, fails: bool) -> dict[str, Any]:
         return {"failed": str(caught.value)}
     try:
         summary = importlib.import_module(f"alignment.stages.{kind}").run(context)
-    except PreemptedError as stopped:
+    except (PreemptedError, asked.LostError) as stopped:
         if ends:
             raise
+        ranks.gathered(None)  # nobody begins anew while another still writes: those of an attempt end together
         return {"stopped": str(stopped)}
     assert ends, "it was to stop"
     return summary
-
-
-class Asked(Keeper):
-    """Its process is asked to stop while so many steps, from where it began, are computed."""
-
-    def __init__(self, *arguments: Any, after: int | None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._left = after
-
-    def wishes(self) -> Any:
-        if self._left is not None:
-            self._left -= 1
-            if self._left == 0:
-                self.stage.stop.asked = "SIGTERM"
-        return super().wishes()
 
 
 seen: dict[str, Any] = {}

@@ -72,23 +72,24 @@ def launch(folder: Path, launcher: tuple[str, ...], plan: list[dict[str, Any]]) 
     """See tests/distributed/run_stages.py."""
     for kind in ("sft", "dpo"):
         tiny.write_inputs(folder, kind)
-    write_sinks(folder)
+    write_starts(folder)
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALIGNMENT_CACHE": str(folder / "cache")}
     environment.pop("TORCH_EXTENSIONS_DIR", None)
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "tests.distributed.run_stages", str(folder)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
-def write_sinks(folder: Path) -> None:
-    """A start model of gpt-oss, beside the usual one."""
-    if not (folder / "sinks").exists():
-        write_tiny_model(folder / "sinks" / "model")
-        architecture, settings, _ = UNPACKABLE["gpt_oss"]
-        models.make(architecture, settings, scale=2.0).save_pretrained(folder / "sinks" / "model")
+def write_starts(folder: Path) -> None:
+    """Start models beside the usual one: "sinks", and "small", whose parameters no number of ranks divides."""
+    small = {**models.SMALL, "hidden_size": 10, "intermediate_size": 13, "head_dim": 2}  # q_norm and k_norm have 2
+    for name, (architecture, settings) in {"sinks": UNPACKABLE["gpt_oss"][:2], "small": ("qwen3", small)}.items():
+        if not (folder / name).exists():
+            write_tiny_model(folder / name / "model")
+            models.make(architecture, settings, scale=2.0).save_pretrained(folder / name / "model")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def run(kind: str, changes: dict[str, Any]) -> Path:
         name = f"{kind}{sorted(changes.items())}".replace(" ", "")
-        write_sinks(folder)
+        write_starts(folder)
         if name not in done:
             lora = tiny.LORA if changes.get("lora") else None
             stage = "sft" if kind in bare.KINDS else kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def case(name: str, kind: str, strategy: str, stops: Any = (None,), **more: Any)
     settings, engine = {**SETTINGS, **more.get("settings", {})}, more.get("engine", {})
     return {
         "name": name, "kind": kind, "strategy": strategy, "settings": settings, "engine": engine, "stops": list(stops),
-        "saving": more.get("saving", {}),
+        "saving": more.get("saving", {}), "noise": more.get("noise", False),
     }  # fmt: skip
 
 
@@ -31,61 +32,144 @@ def bits(folder: Path) -> tuple[Any, bytes]:
     return rows, (folder / "model" / "model.safetensors").read_bytes()
 
 
+# Of kinds of stages: both, if nothing is said.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{strategy: {"strategy": strategy} for strategy in STRATEGIES},
     "zero3_bf16": {"strategy": "zero3", "settings": {"precision": "bf16"}},
     "zero2_bf16": {"strategy": "zero2", "settings": {"precision": "bf16"}},
     "zero3_lora": {"strategy": "zero3", "settings": {"lora": True}},
+    "zero2_lora": {"strategy": "zero2", "settings": {"lora": True}, "kinds": ["sft"]},
+    "ddp_lora": {"strategy": "ddp", "settings": {"lora": True}, "kinds": ["dpo"]},
     "zero2_offload": {"strategy": "zero2", "engine": {"offload": "optimizer"}},
+    "zero3_offload": {"strategy": "zero3", "engine": {"offload": "optimizer"}, "kinds": ["sft"]},
+    "zero3_offload_all": {"strategy": "zero3", "engine": {"offload": "all"}, "kinds": ["dpo"]},
     "zero3_persistent": {"strategy": "zero3", "engine": {"param_persistence_threshold": 100_000}},
+    "zero3_bf16_persistent": {  # some parameters, not all
+        "strategy": "zero3", "settings": {"precision": "bf16"}, "engine": {"param_persistence_threshold": 600},
+        "kinds": ["dpo"],
+    },
     "ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}},
-}
+    "ddp_noise": {"strategy": "ddp", "noise": True, "kinds": ["sft"]},
+    "zero3_noise": {"strategy": "zero3", "noise": True, "kinds": ["dpo"]},
+}  # fmt: skip
+CASES = [(kind, name) for kind in KINDS for name, variant in VARIANTS.items() if kind in variant.get("kinds", KINDS)]
+DRAWN = pytest.mark.xfail(strict=True, reason="the loader draws one of torch's numbers after they are taken up")
+NOISE = [pytest.param(kind, name, marks=DRAWN) for kind, name in CASES if VARIANTS[name].get("noise")]
+
+# A part of a checkpoint is written two steps after its copy was made, then comes the next one: those of steps 1 and 3
+# count from the end of 3 and 5 on. The attempt is lost while it computes step 7; the next one is asked to stop in its
+# second step, while the part of step 4 waits to be written.
+LOST: Any = [{"lose": 7}, 2, None]
+STEPS_OF_LOST = [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
+BEHIND = {"every_steps": 1, "asynchronous": True, "behind": 2}
+WRITTEN_BEHIND = [("sft", "ddp"), ("dpo", "zero2"), ("sft", "zero3"), ("dpo", "zero3_bf16")]
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resumed")
     plan = []
-    for kind in KINDS:
-        for name, variant in VARIANTS.items():
-            plan.append(case(f"{kind}_{name}_whole", kind, **variant))
-            plan.append(case(f"{kind}_{name}_parts", kind, **variant, stops=STOPS))
+    for kind, name in CASES:
+        plan.append(case(f"{kind}_{name}_whole", kind, **VARIANTS[name]))
+        plan.append(case(f"{kind}_{name}_parts", kind, **VARIANTS[name], stops=STOPS))
+        if (kind, name) in WRITTEN_BEHIND:  # at once: DDP rounds otherwise in a process that DeepSpeed was in
+            plan.append(case(f"{kind}_{name}_lost", kind, **VARIANTS[name], stops=LOST, saving=BEHIND))
     launch(folder, TORCHRUN, plan)
     return folder
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "variant"), [one for one in CASES if "noise" not in VARIANTS[one[1]]] + NOISE)
 def test_on_as_many_ranks_it_is_the_same_bit_for_bit(kind: str, variant: str, together: Path) -> None:
     whole, parts = (bits(together / f"{kind}_{variant}_{arm}") for arm in ("whole", "parts"))
     assert parts[0] == whole[0]
     assert parts[1] == whole[1]
 
 
-def test_four_ranks_too(tmp_path: Path) -> None:
-    """Where the order of a sum of more than two depends on how gradients lie in buckets."""
-    arms = {"whole": (None,), "parts": STOPS}
+@pytest.mark.parametrize(("kind", "variant"), WRITTEN_BEHIND)
+def test_what_is_written_while_training_goes_on_is_gone_on_from_bit_for_bit(
+    kind: str, variant: str, together: Path
+) -> None:
+    whole, lost = (together / f"{kind}_{variant}_{arm}" for arm in ("whole", "lost"))
+    for rank in range(2):
+        assert [step for step, *_ in generators(lost, rank)] == STEPS_OF_LOST
+    assert bits(lost) == bits(whole)
+
+
+@pytest.mark.parametrize(("kind", "variant"), NOISE)
+def test_every_rank_goes_on_with_its_random_numbers(kind: str, variant: str, together: Path) -> None:
+    seen = []
+    for rank in range(2):
+        whole, parts = (generators(together / f"{kind}_{variant}_{arm}", rank) for arm in ("whole", "parts"))
+        assert parts == whole
+        seen.append([state for _, *states in whole for state in states])
+        assert len(set(seen[rank])) == 3 * 8, "all three are drawn from at every step"
+    assert all(one != other for one, other in zip(*seen, strict=True)), "every rank has numbers of its own"
+
+
+def generators(folder: Path, rank: int) -> list[list[Any]]:
+    """After every step of every attempt: the step, and the states of three generators."""
+    return [json.loads(line) for line in (folder / f"generators-{rank}.jsonl").read_text().splitlines()]
+
+
+# On four ranks the order of a sum of more than two depends on how gradients lie in buckets. Of the small model's
+# parameters some have fewer elements than there are ranks, and most of them end in padding under ZeRO.
+FOUR = {
+    "sft_ddp": ("sft", "ddp", "start"),
+    "sft_zero3_small": ("sft", "zero3", "small"),
+    "sft_zero2_small": ("sft", "zero2", "small"),
+    "dpo_zero3_small": ("dpo", "zero3", "small"),
+}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
     plan = [
-        case(f"{strategy}_{arm}", "sft", strategy, stops)
-        for strategy in ("ddp", "zero3")
-        for arm, stops in arms.items()
+        case(f"{name}_{arm}", kind, strategy, stops, settings={"start": start})
+        for name, (kind, strategy, start) in FOUR.items()
+        for arm, stops in (("whole", [None]), ("parts", STOPS))
     ]
-    launch(tmp_path, FOUR_RANKS, plan)
-    for strategy in ("ddp", "zero3"):
-        assert bits(tmp_path / f"{strategy}_parts") == bits(tmp_path / f"{strategy}_whole"), strategy
+    launch(folder, FOUR_RANKS, plan)
+    return folder
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_too(name: str, four: Path) -> None:
+    assert bits(four / f"{name}_parts") == bits(four / f"{name}_whole")
 
 
 ALONE = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
+# Legs: launcher, engine of the usual model, of the small one, and after how many steps it is left.
 JOURNEYS = {
-    "zero2": [(FOUR_RANKS, "zero2", 2), (TORCHRUN, "zero2", 2), (ALONE, "zero2", 2), (TORCHRUN, "zero2", None)],
-    "engines": [(TORCHRUN, "zero3", 2), (TORCHRUN, "zero1", 2), (ALONE, "single", 2), (TORCHRUN, "ddp", None)],
+    "zero2": [
+        (FOUR_RANKS, "zero2", "zero3", 2),
+        (TORCHRUN, "zero2", "zero3", 2),
+        (ALONE, "zero2", "zero3", 2),
+        (TORCHRUN, "zero2", "zero2", None),
+    ],
+    "engines": [
+        (TORCHRUN, "zero3", None, 2),
+        (TORCHRUN, "zero1", None, 2),
+        (ALONE, "single", None, 2),
+        (TORCHRUN, "ddp", None, None),
+    ],
 }
+
+
+def cases(usual: str, small: str | None, stop: int | None = None) -> list[dict[str, Any]]:
+    """SFT and DPO, logged every third step."""
+    return [
+        case(f"{kind}_{start}", kind, strategy, [stop], settings={"log_every": 3, "start": start})
+        for start, strategy in (("start", usual), ("small", small))
+        for kind in KINDS
+        if strategy
+    ]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    launch(folder, ALONE, [case(kind, kind, "single", settings={"log_every": 3}) for kind in KINDS])
+    launch(folder, ALONE, cases("single", "single"))
     return folder
 
 
@@ -93,14 +177,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_on_other_numbers_of_ranks_and_engines_it_is_the_same_to_rounding(
     journey: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    for launcher, strategy, stop in JOURNEYS[journey]:
-        launch(tmp_path, launcher, [case(kind, kind, strategy, [stop], settings={"log_every": 3}) for kind in KINDS])
-    for kind in KINDS:
-        whole, parts = rows_of(uninterrupted / kind), rows_of(tmp_path / kind)
+    for launcher, usual, small, stop in JOURNEYS[journey]:
+        launch(tmp_path, launcher, plan := cases(usual, small, stop))
+    for name in (one["name"] for one in plan):
+        whole, parts = rows_of(uninterrupted / name), rows_of(tmp_path / name)
         assert [row["step"] for row in parts] == [row["step"] for row in whole] == [3, 6, 8]
         for one, other in zip(whole, parts, strict=True):
-            for name in set(one) - TIMES:
-                assert other[name] == pytest.approx(one[name], abs=TOLERANCE, rel=TOLERANCE), (name, one["step"])
-        resumed = weights_of(tmp_path / kind / "model")
-        for name, value in weights_of(uninterrupted / kind / "model").items():
-            assert (resumed[name] - value).abs().max() < TOLERANCE, name
+            for metric in set(one) - TIMES:
+                assert other[metric] == pytest.approx(one[metric], abs=TOLERANCE, rel=TOLERANCE), (name, metric)
+        resumed = weights_of(tmp_path / name / "model")
+        for parameter, value in weights_of(uninterrupted / name / "model").items():
+            assert (resumed[parameter] - value).abs().max() < TOLERANCE, (name, parameter)
