@@ -105,6 +105,27 @@ def beats(folder: Path) -> dict[int, Beat]:
     return found
 
 
+def started_by(parent: int) -> dict[int, Beat]:
+    """The ranks that this process has started and that live, as `unheard`. None on a kernel that does not list them.
+
+    They are known by their environment. It comes with their program: until then they are a copy of their parent.
+    """
+    found = {}
+    for path in Path(f"/proc/{parent}/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended meanwhile
+            for pid in map(int, path.read_text().split()):
+                rank = _environment(pid).get("RANK", "")
+                if rank.isdecimal() and (beat := unheard(int(rank), pid)):
+                    found[beat.rank] = beat
+    return found
+
+
+def unheard(rank: int, pid: int) -> Beat | None:
+    """A rank that has not beaten yet, by its process; None if that does not live."""
+    born = _born(pid)
+    return None if born is None else Beat(rank, pid, born, socket.gethostname(), 0, 0, False)
+
+
 def stacks(folder: Path, rank: int) -> Path:
     return folder / STACKS / f"rank-{rank:05d}.txt"
 
@@ -114,6 +135,15 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we asked
         os._exit(1)
+
+
+def _environment(pid: int) -> dict[str, str]:
+    """What the process was started with; nothing if there is none, or only a zombie."""
+    try:
+        told = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in told.split("\0") if "=" in entry)
 
 
 def _born(pid: int) -> int | None:

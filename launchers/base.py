@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from alignment.life import Beat
+
 
 @dataclass(frozen=True)
 class Job:
@@ -26,6 +28,10 @@ class Job:
 class Handle(Protocol):
     def status(self) -> int | None:
         """None while the job runs, then its exit code (negative: the signal that ended it)."""
+
+    def ranks(self) -> dict[int, Beat]:
+        """Those of the job's ranks that live as processes of this host, whether they have beaten or not. Empty where it
+        cannot know, or has but one process: that one's death is the job's end."""
 
     def kill(self) -> None:
         """End the job at once. (Who wants it to end in order asks its processes: they say who they are in beats/.)"""

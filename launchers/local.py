@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 
 from alignment.launchers.base import Handle, Job, environment
-from alignment.life import die_with_parent
+from alignment.life import Beat, die_with_parent, started_by
 from alignment.signals import SIGNALS
 
 
@@ -17,7 +17,7 @@ class Process:
     """A running job: the process group that was started for it."""
 
     def __init__(self, command: list[str], job: Job, processes: int):
-        parent = os.getpid()
+        parent, self._several = os.getpid(), processes > 1
         with open(job.folder / "log.txt", "ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -32,6 +32,9 @@ class Process:
 
     def status(self) -> int | None:
         return self._process.poll()
+
+    def ranks(self) -> dict[int, Beat]:
+        return started_by(self._process.pid) if self._several else {}
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

@@ -64,6 +64,7 @@ class Supervisor:
         self.asked: str | None = None
         self.fault: LostError | None = None
         self._began = self._awake = clock()
+        self._started: dict[int, Beat] = {}  # ranks that were seen alive, whether they have beaten or not
         self._beats: dict[int, Beat] = {}
         self._changed: dict[int, float] = {}  # rank -> when its beat was last another one
         self._got_on = self._began  # when any rank last got on
@@ -72,7 +73,7 @@ class Supervisor:
         self._stepping = False  # whether the stage has come past the first step of a count
         self._told: set[int] = set()  # pids that were asked to stop
         self._dying: float | None = None  # when a failure was first seen
-        self._victim: Beat | None = None  # the first process that was gone without a last beat
+        self._victim: Beat | None = None  # the first process that was gone without a last beat, or without any
 
     def watch(self) -> int:
         """The job's exit code, once it has ended or been ended; no process of it on this host is left."""
@@ -81,6 +82,8 @@ class Supervisor:
             self._forgive(now)
             self._tell_progress()
             self._ask(now)
+            if not self._started or self._unheard():
+                self._started |= self._handle.ranks()
             if now - self._looked >= LOOK:
                 self._looked = now
                 self._read_beats(now)
@@ -101,7 +104,8 @@ class Supervisor:
         """End the job, whatever it does, and wait, not long, until its processes are gone."""
         self._handle.kill()
         until = time.monotonic() + 10.0
-        while (left := [b for b in self._beats.values() if b.here and not b.gone]) and time.monotonic() < until:
+        known = [*self._beats.values(), *self._started.values()]  # torchrun's death does not end one that still starts
+        while (left := [beat for beat in known if beat.here and not beat.gone]) and time.monotonic() < until:
             for beat in left:
                 beat.signal(signal.SIGKILL)
             time.sleep(0.02)
@@ -151,6 +155,9 @@ class Supervisor:
                     self._got_on = now
                 self._beats[rank] = beat
 
+    def _unheard(self) -> list[Beat]:
+        return [beat for rank, beat in self._started.items() if rank not in self._beats]
+
     def _judge(self, now: float) -> bool:
         """Whether the job must be ended now."""
         if self._dying is None:
@@ -179,6 +186,10 @@ class Supervisor:
                 last = life.beats(self._folder).get(rank)
                 if last is not None and not last.ended:  # no beats: the result is committed, the folder has moved on
                     self._victim = last
+        for beat in self._unheard():  # torchrun notices too, but waits 30 s for the others, who wait for this one
+            heard = beat.rank in life.beats(self._folder) or not self._folder.is_dir()
+            if self._victim is None and beat.gone and not heard:
+                self._victim = beat
 
     def _lost(self, victim: Beat) -> LostError:
         log = self._folder / "log.txt"

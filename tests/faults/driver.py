@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from alignment.files import read_json
 from alignment.launchers.base import Job, environment
 from alignment.launchers.local import _begin
+from alignment.life import Beat, unheard
 from alignment.pipeline.supervisor import GRACE
 
 
@@ -101,6 +102,10 @@ class Ranks:
                 self._send(signal.SIGKILL if late else signal.SIGTERM)
                 self._failed = self._failed or time.monotonic()
         return None
+
+    def ranks(self) -> dict[int, Beat]:
+        found = (unheard(rank, pid) for rank, pid in enumerate(self._codes) if self._several)
+        return {beat.rank: beat for beat in found if beat}
 
     def kill(self) -> None:
         self._send(signal.SIGKILL)

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
+from alignment import worker
 from alignment.pipeline.store import Store
 from alignment.stages import train
+from alignment.tracking import Tracker
 from alignment.training import engine, tensors, trainers
 from alignment.training.checkpoints import Checkpoints
+from alignment.training.keeper import Keeper
 from alignment.training.reference import ReferenceStore
 from tests.conftest import fill as fill_disk
 from tests.training import poison
@@ -30,7 +33,10 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "saving": (tensors, "write"),
     "committing": (Checkpoints, "commit"),
     "removing": (Checkpoints, "remove"),
+    "finishing": (Keeper, "finish"),
     "model": (train, "consolidate"),
+    "summary": (worker, "_all_done"),
+    "tracker": (Tracker, "result"),
     "result": (Store, "commit"),
     "fsync": (os, "fsync"),
     "rename": (os, "rename"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from alignment.pipeline.attempts import checkpoint
 from tests.conftest import write_tiny_model
 from tests.faults.driver import Fault, Order, drive
 
@@ -177,6 +179,22 @@ class Case:
     def log(self) -> str:
         paths = [*self.store.glob("work/*/log.txt"), *self.store.glob("store/*/log.txt")]
         return "".join(path.read_text(errors="replace") for path in paths)
+
+    def progress(self) -> dict[str, Any]:
+        """What the attempt at work has told of how far it is."""
+        with suppress(OSError, ValueError):
+            return dict(json.loads((self.work / "progress.json").read_text())) if self.work else {}
+        return {}
+
+    def reached(self) -> int:
+        """The step of its newest whole checkpoint; -1 without one."""
+        return checkpoint(self.work) if self.work else -1
+
+    def pass_time(self, chance: random.Random, longest: float, most: int) -> None:
+        """Wait for a random time of so many seconds at most, or, if that comes first, for a checkpoint of that step."""
+        late = time.monotonic() + chance.uniform(0, longest)
+        while time.monotonic() < late and self.reached() < most:
+            time.sleep(0.005)
 
     def checkpoints(self) -> list[Path]:
         """The newest last."""

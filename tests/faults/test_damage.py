@@ -63,7 +63,14 @@ def swapped(path: Path, other: Path) -> None:
     shutil.copy(other, path)
 
 
-HARMS = {harm.__name__: harm for harm in (missing, truncated, flipped, swapped)}
+def linked(path: Path, other: Path) -> None:
+    """Whole, but elsewhere."""
+    moved = path.parents[4] / path.name
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+HARMS = {harm.__name__: harm for harm in (missing, truncated, flipped, swapped, linked)}
 ALL = ["part flipped", "part swapped", "state truncated", "manifest missing"]
 FEW = [f"{file} {harm}" for file in FILES for harm in HARMS if f"{file} {harm}" not in ALL]
 

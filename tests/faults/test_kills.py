@@ -5,24 +5,25 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import pytest
 
-from alignment.pipeline.attempts import checkpoint
 from tests.faults.driver import Fault
-from tests.faults.runs import Case, Driver, cells, faults
+from tests.faults.runs import STEPS, Case, Driver, cells, faults, until
 
 # moment -> which time it comes
 MOMENTS = {
     "start": 1, "loading": 1, "trial": 1, "reference": 1, "training": 4, "saving": 3, "committing": 3, "removing": 4,
-    "model": 1, "result": 1, "fsync": 7, "rename": 3, "replace": 9,
+    "finishing": 1, "model": 1, "summary": 1, "tracker": 1, "result": 1, "fsync": 7, "rename": 3, "replace": 9,
 }  # fmt: skip
-ONLY_MAIN = {"committing", "removing", "result", "rename", "replace"}
+LATE = {"finishing", "model", "summary", "tracker", "result"}  # training is over
+ONLY_MAIN = {"committing", "removing", "tracker", "result", "rename", "replace"}
 EVERYWHERE = ["training", "saving", "model"]
+ATTEMPT = re.compile(r"^--- attempt (\d+), ", re.MULTILINE)  # in log.txt
 
 
 @pytest.mark.fault("kill -9 of a rank: {what}")
@@ -31,50 +32,88 @@ EVERYWHERE = ["training", "saving", "model"]
 def test_a_rank_that_is_killed_costs_an_attempt_and_nothing_else(
     kind: str, engine: str, what: str, make: Callable[..., Case]
 ) -> None:
-    case = make(kind, engine)
+    case = make(kind, engine, *(["checkpoint.asynchronous=false"] if what in LATE else []))
     rank = 0 if engine == "single" or what in ONLY_MAIN else 1
     options = {"moment": what, "nth": MOMENTS[what], "do": "signal_self", "number": signal.SIGKILL}
     case.run(code=0, faults=[Fault("at", options, rank)])
     assert case.outcomes() == ["lost", "done"]
+    if what in LATE:
+        assert f"going on from the checkpoint of step {STEPS - 1}" in case.log()
     case.require_same()
 
 
-def victims(driver: Driver, who: str) -> list[int]:
-    ranks = driver.ranks()
-    if who == "driver":
-        return [driver.pid] if ranks else []
-    return ranks if who == "all" else random.sample(ranks, min(1, len(ranks)))
+class Kills:
+    """Kills in a row, at random moments, of a run that must not end meanwhile.
 
-
-def killed(case: Case, who: str, kills: int, steps: int, seed: int) -> int:
-    """Run to the end, `kills` times disturbed; a driver that dies is started again. Returns the number of attempts.
-
-    Moments are random from an attempt's birth on. How late they may come is turned until the steps last as long as the
-    kills do.
+    A moment is a time since the attempt's birth. It comes sooner where training is ahead of its share of the steps, so
+    that these last as long as the kills do.
     """
-    chance, done, life = random.Random(seed), 0, 3.0
-    driver = case.start("retries=1000000")
-    while done < kills:
-        seen = driver.ranks()
-        while driver.alive and not driver.ranks():
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, life))
-        assert driver.alive, f"it has ended after {done} of {kills} kills: {driver.told[-2000:]}"
-        for pid in (targets := victims(driver, who)):
-            with suppress(ProcessLookupError):
+
+    def __init__(self, case: Case, who: str, wanted: int, steps: int):
+        self._case, self._who, self._wanted, self._steps = case, who, wanted, steps
+        self._chance, self._patience = random.Random(wanted + len(who + case.kind + case.engine)), 3.0
+        self.hit = 0  # kills of who lived
+        self.newest: dict[int, int] = {}  # attempt -> step of the newest checkpoint when it died
+        self.trained: set[int] = set()  # attempts that were seen to train
+
+    def run(self) -> None:
+        """To the end; a driver that dies is started again."""
+        driver = self._case.start("retries=1000000")
+        while self.hit < self._wanted:
+            targets = self._aim(driver)
+            attempt = self._note(None)
+            for pid in targets:
                 os.kill(pid, signal.SIGKILL)
-        done += bool(targets)
-        seen = targets
-        if who == "driver":
-            driver.wait()
-            driver = case.start("retries=1000000")
-        else:
-            while driver.alive and set(seen) & set(driver.ranks()):
-                time.sleep(0.005)
-        ahead = checkpoint(case.work) / steps > done / kills if case.work else False
-        life = max(0.2, min(10.0, life * (0.8 if ahead else 1.15)))
-    assert driver.wait() == 0, driver.told
-    return done
+            self.hit += 1
+            if self._who == "driver":
+                driver.wait()
+            until(
+                lambda driver=driver, targets=targets: (
+                    not {driver.pid, *driver.ranks()} & {*targets} or not driver.alive
+                )
+            )
+            self._note(attempt)
+            if self._who == "driver":
+                driver = self._case.start("retries=1000000")
+        assert driver.wait() == 0, driver.told
+
+    def _aim(self, driver: Driver) -> list[int]:
+        """Wait for the moment. Returns whom it befalls, one at least."""
+        until(driver.ranks)
+        share = int(0.8 * self._steps * (self.hit + 1) / self._wanted)
+        self._case.pass_time(self._chance, self._patience, share)
+        self._patience = max(0.2, min(10.0, self._patience * (0.8 if self._case.reached() >= share else 1.15)))
+        time.sleep(self._chance.uniform(0, 0.1))
+        until(lambda: driver.ranks() or not driver.alive)
+        assert driver.alive, f"it has ended after {self.hit} of {self._wanted} kills: {driver.told[-2000:]}"
+        ranks = driver.ranks()
+        return {"driver": [driver.pid], "all": ranks, "one rank": [self._chance.choice(ranks)]}[self._who]
+
+    def _log(self) -> str:
+        return ((self._case.work or self._case.place) / "log.txt").read_text(errors="replace")
+
+    def _note(self, attempt: int | None) -> int:
+        """What the attempt, by default the one at work, has come to. Returns its number."""
+        attempt = attempt or int(re.findall(ATTEMPT, self._log())[-1])
+        self.newest[attempt] = max(self.newest.get(attempt, -1), self._case.reached())
+        told = self._case.progress()
+        if told.get("total") == self._steps and told.get("step", 0) > 0:
+            self.trained.add(attempt)
+        return attempt
+
+    def require_nothing_lost(self) -> None:
+        """Who trained went on from the newest checkpoint that those before had, or from a newer one."""
+        assert self.hit == self._wanted
+        _, *parts = re.split(ATTEMPT, self._log())
+        told, newest = dict(zip(map(int, parts[::2]), parts[1::2], strict=True)), 0
+        for attempt in sorted(told):
+            begun = re.search(r"going on from the checkpoint of step (\d+)", told[attempt])
+            assert begun or newest <= 0 or attempt not in {*self.trained, max(told)}, f"attempt {attempt} began anew"
+            if begun:
+                assert int(begun[1]) >= newest, f"attempt {attempt} went back to {begun[1]} from {newest}"
+                newest = int(begun[1])
+            newest = max(newest, self.newest.get(attempt, 0))
+        assert newest > self._steps / 2, "most kills came while it trained"
 
 
 @pytest.mark.fault("kill -9 of {who}, at 20 random moments")
@@ -84,8 +123,9 @@ def test_twenty_kills_of_two_ranks(kind: str, engine: str, who: str, make: Calla
     steps = 60
     long = f"stage.{kind}.max_steps={steps}"
     case = make(kind, engine, long)
-    killed(case, who, 20, steps, seed=len(kind + engine + who))
-    assert len(case.outcomes()) >= 21
+    kills = Kills(case, who, 20, steps)
+    kills.run()
+    kills.require_nothing_lost()
     case.require_same(long)
 
 
@@ -104,6 +144,7 @@ def test_kills_in_a_row(
 ) -> None:
     long = [f"stage.{kind}.max_steps={steps}", f"checkpoint.asynchronous={how == 'asynchronously'}".lower()]
     case = make(kind, engine, *long)
-    killed(case, who, kills, steps, seed=kills)
-    assert len(case.outcomes()) >= kills + 1
+    killing = Kills(case, who, kills, steps)
+    killing.run()
+    killing.require_nothing_lost()
     case.require_same(*long)

@@ -15,10 +15,11 @@ import pytest
 from tests.faults.driver import Fault
 from tests.faults.runs import Case, cells, faults, until
 
-MOMENTS = {"loading": 1, "reference": 1, "training": 3, "saving": 2, "model": 1, "result": 1}
+MOMENTS = {"loading": 1, "reference": 1, "training": 3, "saving": 2}
+LATE = ("finishing", "model", "summary", "tracker", "result")  # training is over
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EVERYWHERE = [f"{NUMBERS[i % 3].name} {moment}" for i, moment in enumerate(("training", "saving"))]
-FEW = [f"{number.name} {moment}" for number in NUMBERS for moment in MOMENTS]
+FEW = [f"{number.name} {moment}" for number in NUMBERS for moment in (*MOMENTS, *LATE)]
 
 
 @pytest.mark.fault("a rank gets {what}")
@@ -27,14 +28,13 @@ FEW = [f"{number.name} {moment}" for number in NUMBERS for moment in MOMENTS]
 def test_a_rank_that_is_asked_to_stop_has_all_of_them_save(
     kind: str, engine: str, what: str, make: Callable[..., Case]
 ) -> None:
-    """Once the weights are being written there is nothing to stop for: the stage ends well."""
+    """Once training is over there is nothing to stop for: the stage ends well."""
     number, moment = what.split()
     case = make(kind, engine)
-    rank = 0 if engine == "single" or moment == "result" else 1
-    options = {"moment": moment, "nth": MOMENTS[moment], "do": "signal_self", "number": signal.Signals[number]}
-    late = moment in ("model", "result")
-    case.run(code=0 if late else 75, faults=[Fault("at", options, rank)])
-    if not late:
+    rank = 0 if engine == "single" or moment in ("tracker", "result") else 1
+    options = {"moment": moment, "nth": MOMENTS.get(moment, 1), "do": "signal_self", "number": signal.Signals[number]}
+    case.run(code=0 if moment in LATE else 75, faults=[Fault("at", options, rank)])
+    if moment not in LATE:
         assert case.checkpoints() or moment in ("loading", "reference")
         case.run(code=0)
         assert case.outcomes() == ["preempted", "done"]
@@ -57,19 +57,21 @@ def test_all_ranks_asked_at_once_are_one_request(kind: str, engine: str, make: C
 def test_a_driver_that_is_asked_at_any_moment_ends_in_order(
     kind: str, engine: str, times: int, make: Callable[..., Case]
 ) -> None:
-    long = f"stage.{kind}.max_steps=40"
+    long, steps = f"stage.{kind}.max_steps=80", 80
     case, chance = make(kind, engine, long), random.Random(times)
     for number in range(times):
         driver = case.start()
         until(lambda driver=driver: "to run" in driver.told)  # before, it is an interpreter that starts
-        time.sleep(chance.uniform(0.0, 4.0))
+        if number % 2:  # else any moment, which may be while it loads
+            before = case.reached()
+            until(lambda before=before: case.reached() > before)
+        case.pass_time(chance, 4.0, most=int(0.8 * steps * (number + 1) / times))
         driver.kill(NUMBERS[number % 3])
-        if driver.wait() == 0:
-            break
         assert driver.wait() == 75, driver.told
         assert driver.told.rstrip().splitlines()[-1].startswith("alignment: ")
+    assert case.reached() > 0
     case.run(code=0)
-    assert set(case.outcomes()[:-1]) <= {"preempted"}
+    assert set(case.outcomes()[:-1]) == {"preempted"}
     case.require_same(long)
 
 
@@ -98,7 +100,7 @@ def test_a_rank_that_stands_still_is_ended_and_tried_again(
 ) -> None:
     long = f"stage.{kind}.max_steps=100"  # or it would end in the moment between its awakening and its end
     case = make(kind, engine, long)
-    options = {"moment": what, "nth": MOMENTS[what], "do": "signal_self", "number": signal.SIGSTOP}
+    options = {"moment": what, "nth": MOMENTS.get(what, 1), "do": "signal_self", "number": signal.SIGSTOP}
     rank = 0 if engine == "single" else 1
     driver = case.run("engine.watchdog_s=4", code=0, faults=[Fault("at", options, rank)])
     assert re.search(rf"hung: rank {rank} has shown no life for \d s", driver.told)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from alignment.errors import LostError
-from alignment.life import BEATS, STACKS, Beat
+from alignment.life import BEATS, STACKS, Beat, started_by, unheard
 from alignment.pipeline.supervisor import Patience, Supervisor
 from alignment.signals import Listener
 
@@ -25,6 +27,7 @@ class World:
     def __init__(self, folder: Path, watchdog_s: float = 60.0, time_limit: float | None = None):
         self.now, self.code, self.killed_at = 0.0, None, None
         self.folder, self.said, self.facts = folder, [], []
+        self.started: dict[int, Beat] = {}
         self.script: dict[float, Callable[[], None]] = {}
         self.each: Callable[[], None] = lambda: None
         self.stop = Listener()
@@ -37,6 +40,9 @@ class World:
 
     def status(self) -> int | None:
         return self.code
+
+    def ranks(self) -> dict[int, Beat]:
+        return self.started
 
     def kill(self) -> None:
         if self.code is None:
@@ -127,6 +133,45 @@ def test_a_rank_that_is_gone_without_a_word_takes_the_job_down_and_is_named(worl
     world.watched.watch()
     assert world.killed_at == pytest.approx(5.5, abs=1)
     assert str(world.watched.fault).startswith("rank 1 was killed by signal 11")
+
+
+def test_a_rank_that_is_gone_before_its_first_beat_is_lost_in_seconds(world: World) -> None:
+    """torchrun would give the others half a minute."""
+    world.each = lambda: world.beat(0, ticks=int(world.now))
+    world.started = {0: Beat(0, NO_PID, 1, "far", 0, 0, False), 1: Beat(1, NO_PID, 1, os.uname().nodename, 0, 0, False)}
+    world.watched.watch()
+    assert world.killed_at == pytest.approx(5.5, abs=1)
+    assert type(world.watched.fault) is LostError
+    assert str(world.watched.fault).startswith("rank 1 ended without a word")
+
+
+def test_a_rank_whose_first_beat_was_its_last_or_that_lives_is_not_lost(world: World) -> None:
+    mine = os.uname().nodename
+    world.started = {1: Beat(1, NO_PID, 1, mine, 0, 0, False)}
+    world.beat(1, host=mine, ended=True)
+    living = unheard(2, os.getpid())
+    assert living is not None and not living.gone
+    world.started[2] = living
+    world.each = lambda: world.beat(0, ticks=int(world.now))
+    world.script[30] = lambda: (world.started.clear(), world.watched._started.pop(2), world.end())
+    assert world.watched.watch() == 0
+    assert world.watched.fault is None
+
+
+def test_of_the_processes_that_one_has_started_its_ranks_are_known_before_they_beat() -> None:
+    with ExitStack() as ends:
+        for rank in ("0", "11", None):
+            given = {name: value for name, value in os.environ.items() if name != "RANK"}
+            process = subprocess.Popen(["sleep", "60"], env={**given, **({"RANK": rank} if rank else {})})
+            ends.callback(process.wait)
+            ends.callback(process.kill)
+        found = started_by(os.getpid())
+        assert sorted(found) == [0, 11]
+        assert not any(beat.gone or beat.ended for beat in found.values())
+        found[11].signal(signal.SIGKILL)
+        os.waitid(os.P_PID, found[11].pid, os.WEXITED | os.WNOWAIT)  # it stays as a zombie
+        assert found[11].gone
+        assert sorted(started_by(os.getpid())) == [0]
 
 
 def test_ranks_that_end_while_the_first_one_commits_are_not_lost(world: World) -> None:
