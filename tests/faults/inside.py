@@ -65,6 +65,10 @@ def signal_self(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def rest(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 def fill(disk: str, leave: int = 0) -> None:
     fill_disk(Path(disk), leave)
 

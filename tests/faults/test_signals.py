@@ -109,6 +109,17 @@ def test_a_rank_that_stands_still_is_ended_and_tried_again(
     case.require_same(long)
 
 
+@pytest.mark.fault("{what} takes longer than the watchdog's patience")
+@pytest.mark.parametrize(("kind", "engine"), [("sft", "single"), ("dpo", "zero3")])
+@pytest.mark.parametrize("what", ["saving", "model", "result"])
+def test_one_long_operation_is_no_hang(kind: str, engine: str, what: str, make: Callable[..., Case]) -> None:
+    case = make(kind, engine, "checkpoint.asynchronous=false")
+    slow = {"moment": what, "nth": 2 if what == "saving" else 1, "do": "rest", "seconds": 12}
+    driver = case.run("engine.watchdog_s=5", code=0, faults=[Fault("at", slow, 0)])
+    assert case.outcomes() == ["done"], driver.told
+    case.require_same()
+
+
 @pytest.mark.fault("SIGSTOP of the driver, then SIGCONT")
 @cells(kinds=("dpo",), engines=("single", "ddp"))
 def test_a_driver_that_slept_does_not_take_its_ranks_for_dead(
