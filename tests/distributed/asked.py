@@ -38,7 +38,7 @@ class Asked(Keeper):
         if self._computed == self._loses:
             raise LostError
         if self._computed == self._stops:
-            self._stop.asked = "SIGTERM"
+            self.stage.stop.asked = "SIGTERM"
         if self._write is not None and self._computed - self._begun == self._behind:
             self._may_write.set()
             wait([self._write.part])
@@ -60,9 +60,9 @@ class Asked(Keeper):
             self._may_write.wait()
         return super()._part(*arguments)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         self._may_write.set()
-        super()._settle()
+        super().settle()
 
     def finish(self) -> None:
         self._may_write.set()
