@@ -258,16 +258,15 @@ def _reserve(folder: Path) -> None:
 def _leave(folder: Path, name: str, told: dict[str, Any]) -> None:
     """Say it in a file that the driver looks for; of several ranks the first one is heard."""
     told = {**told, "rank": _rank()}
-    text = canonical(told).encode()
-    if len(text) > WORD and "traceback" in told:  # its end says where
-        kept = told["traceback"][-max(0, WORD // 2 - len(text) + len(told["traceback"])) :]
-        text = canonical({**told, "traceback": kept}).encode()
+    while len(text := canonical(told).encode()) > WORD and told.get("traceback"):  # its end says where
+        told["traceback"] = told["traceback"][len(told["traceback"]) // 2 + 1 :]
     word = folder / BEATS / f"word-{_rank():05d}"
     with suppress(OSError):
         with open(os.open(word, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as stream:
             stream.write(text.ljust(WORD))  # over what is there: JSON may end in blanks
         try:
             os.link(word, folder / name)
+            word.unlink()
         except PermissionError:  # a file system without such links
             word.rename(folder / name)
 

@@ -16,6 +16,7 @@ from alignment import worker
 from alignment.errors import LostError, MachineError, PreemptedError
 from alignment.pipeline.store import Store
 from alignment.signals import SIGNALS, Stopped
+from tests.conftest import fill
 
 # What safetensors 0.8 raises on a full disk: a class of its own, the system's error number only in its text.
 SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -42,12 +43,24 @@ def test_a_full_disk_is_said_as_such_whichever_library_meets_it(error: Exception
 def test_that_another_process_is_gone_does_not_hide_why(error: Exception, tmp_path: Path) -> None:
     told = worker._known(error, tmp_path)
     assert isinstance(told, LostError)
+    (tmp_path / "beats").mkdir()
     worker._tell(tmp_path, told, "", retry=True)
     worker._tell(tmp_path, MachineError("out of memory"), "", retry=False)
     worker._tell(tmp_path, MachineError("later"), "", retry=False)
     assert "lost contact" in (tmp_path / "lost.json").read_text()
     assert "out of memory" in (tmp_path / "error.json").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["error.json", "lost.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["beats", "error.json", "lost.json"]
+
+
+def test_the_last_word_needs_no_disk_and_a_long_one_keeps_its_end(small_disk: Path) -> None:
+    (small_disk / "beats").mkdir()
+    worker._reserve(small_disk)
+    fill(small_disk)
+    trace = "".join(f'  File "x.py", line {number}, in f"\n' for number in range(5000))
+    worker._tell(small_disk, MachineError("no space left on the disk"), trace, retry=False)
+    told = json.loads((small_disk / "error.json").read_text())
+    assert told["what"] == "no space left on the disk"
+    assert told["traceback"].endswith('line 4999, in f"\n')
 
 
 def test_a_server_that_hangs_up_is_not_a_lost_process(tmp_path: Path) -> None:

@@ -12,4 +12,6 @@ from alignment.stages.context import StageContext
 def run(context: StageContext) -> dict[str, Any]:
     settings = context.experiment.model
     context.progress(0, STEPS, note="fetching the start checkpoint", force=True)
-    return import_model(fetch(settings.source), settings, context.folder / "model", context.progress, context.warn)
+    with context.busy("fetching the start checkpoint"):
+        source = fetch(settings.source)
+    return import_model(source, settings, context.folder / "model", context.progress, context.warn)

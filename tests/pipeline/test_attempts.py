@@ -68,7 +68,9 @@ def test_the_reason_is_what_the_driver_was_asked_by_or_the_stages_own_words(tmp_
     (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "SIGTERM", "rank": 0}))
     assert cause(tmp_path, 75, asked="its time limit").what == "sft has stopped (its time limit)"
     assert cause(tmp_path, 75).what == "sft has stopped (SIGTERM)"
-    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "SIGTERM: saved step 9", "rank": 0}))
+    (tmp_path / "outcome.json").write_text(
+        json.dumps({"outcome": "preempted", "why": "SIGTERM: saved step 9", "rank": 0})
+    )
     assert cause(tmp_path, 75, asked="SIGINT").what == "sft has stopped (SIGINT: saved step 9)"
     assert cause(tmp_path, 75).what == "sft has stopped (SIGTERM: saved step 9)"
 

@@ -226,7 +226,9 @@ def test_the_result_is_a_plain_folder_that_knows_its_template_and_caches_while_g
     assert model.dtype == torch.float32 and model.config.use_cache
     assert model.lm_head.weight is model.model.embed_tokens.weight, "tied weights stay tied"
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(start).chat_template
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "model", "progress.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoints", "metrics.jsonl", "model", "progress.json",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
