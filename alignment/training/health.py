@@ -83,8 +83,8 @@ class SpikeAlarm:
         self.seen += 1
         return told
 
-    def carried(self) -> list[float]:
+    def state_dict(self) -> list[float]:
         return [self.mean, self.variance, self.seen, self.quiet_until]
 
-    def take_up(self, carried: Sequence[Any]) -> None:
-        self.mean, self.variance, self.seen, self.quiet_until = carried
+    def load_state_dict(self, state: Sequence[Any]) -> None:
+        self.mean, self.variance, self.seen, self.quiet_until = state

@@ -97,9 +97,9 @@ class Keeper:
         main = ranks.rank() == 0
         if main:
             self.checkpoints.clean()
-        for step in ranks.told(self.checkpoints.found):
+        for step in ranks.broadcast(self.checkpoints.found):
             part = self.checkpoints.trouble(step, ranks.rank(), ranks.world_size())
-            why = next((told for told in ranks.gathered(part) if told), None)
+            why = next((told for told in ranks.all_gather(part) if told), None)
             if why is None:
                 self.first_step = step
                 break
@@ -112,20 +112,20 @@ class Keeper:
         before = self.checkpoints.state(self.first_step)["layout"] if self.first_step else {}
         return before if _words(before) == _words(self.layout) else {}
 
-    def take_up(self, trainer: Any) -> None:
+    def restore(self, trainer: Any) -> None:
         """Bring the chosen checkpoint into the engine. A collective."""
         with self.stage.busy(f"going on from step {self.first_step}"):
-            self._take_up(trainer, self.checkpoints.state(self.first_step))
+            self._restore(trainer, self.checkpoints.state(self.first_step))
 
-    def _take_up(self, trainer: Any, facts: dict[str, Any]) -> None:
+    def _restore(self, trainer: Any, facts: dict[str, Any]) -> None:
         saved = state.Saved(self.checkpoints.at(self.first_step))
-        state.put_in(trainer, saved)
+        state.load_state_dict(trainer, saved)
         mine = saved.generators(ranks.rank())
         if mine is not None:
             state.set_generators(mine[0], mine[1]["random"], trainer.args.device)
         same = facts["layout"].get("world_size") == ranks.world_size()
         meters = [saved.generators(rank)[1]["meter"] for rank in range(len(saved.files))]  # type: ignore[index]
-        trainer.take_up(facts["trainer"], meters[ranks.rank()] if same else None, meters)
+        trainer.load_training_state(facts["trainer"], meters[ranks.rank()] if same else None, meters)
         written, now = _words(facts["layout"]), _words(self.layout)
         how = "" if written == now else f", saved by {written}, now {now}"
         self.say(f"going on from the checkpoint of step {self.first_step}{how}")
@@ -133,7 +133,7 @@ class Keeper:
             what = f"the checkpoint of step {self.first_step} was written by another version of this program"
             self.checkpoints.warn(f"{what}: the steps from there on are computed as this one does")
 
-    def begin(self, trainer: Any) -> None:
+    def start(self, trainer: Any) -> None:
         """The first step comes now: time is counted from here."""
         self._saved_at = self._step_at = time.monotonic()
         self._save_takes = state.size(trainer) / SLOW_DISK
@@ -163,7 +163,7 @@ class Keeper:
         now = time.monotonic()
         self._slowest_step, self._step_at = max(self._slowest_step, now - self._step_at), now
         if agreed.fatal:
-            problem = ranks.told(lambda: self._problem)
+            problem = ranks.broadcast(lambda: self._problem)
             where, fix = str(self.checkpoints.folder), "free some space, or raise checkpoint.max_failures"
             raise MachineError(f"{self.settings.max_failures} saves in a row failed: {problem}", where=where, fix=fix)
         if self._write is not None and agreed.written + agreed.failed == ranks.world_size():
@@ -175,11 +175,11 @@ class Keeper:
             return
         every = self.settings.every_steps
         if self._write is None and (agreed.due or (every and step % every == 0)):
-            self._begin(trainer, step)
+            self._save(trainer, step)
 
     def safe_point(self) -> None:
         """Where nothing has to be saved: if any process was asked to stop, all do. A collective."""
-        reasons = ranks.gathered(self._why_stop())
+        reasons = ranks.all_gather(self._why_stop())
         if any(reasons):
             kept = f"the checkpoint of step {self.first_step} is kept" if self.first_step else "nothing was trained yet"
             raise PreemptedError(f"{_reason(reasons)}: {kept}")
@@ -195,12 +195,12 @@ class Keeper:
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, trainer: Any, step: int) -> None:
+    def _save(self, trainer: Any, step: int) -> None:
         """Copy the state and have it written in the thread; or, where that is asked for, or memory is too short for a
         copy, write it now."""
-        facts = {"step": step, "layout": self.layout, "record": self._record, "trainer": trainer.carried()}
+        facts = {"step": step, "layout": self.layout, "record": self._record, "trainer": trainer.training_state()}
         mine = {"meter": trainer.meter_values(), "random": state.random_state()}
-        held = state.taken_out(trainer)
+        held = state.state_dict(trainer)
         path = self.checkpoints.aside(step) / part_name(ranks.rank(), ranks.world_size())
         copy = self._copied(held) if self.settings.asynchronous else None
         part = self._thread.submit(self._part, path, held if copy is None else copy, mine)
@@ -216,7 +216,7 @@ class Keeper:
         if sum(tensor.nbytes for tensor in held.values()) >= host_share() / 2:
             return None
         try:
-            return state.copied(held)
+            return state.cpu_copy(held)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 return None
@@ -243,7 +243,7 @@ class Keeper:
         error = write.part.exception()
         told = (str(error) or repr(error)) if error is not None else None
         mine = None if told else write.part.result()
-        parts = ranks.gathered((part_name(ranks.rank(), ranks.world_size()), mine, told))
+        parts = ranks.all_gather((part_name(ranks.rank(), ranks.world_size()), mine, told))
         if ranks.rank() != 0:
             return
         problem = next((f"{text} (rank {rank})" for rank, (_, _, text) in enumerate(parts) if text), None)
@@ -265,17 +265,17 @@ class Keeper:
 
     def _stopped(self, trainer: Any, step: int) -> PreemptedError:
         """Save what this step has made, and say how that went. A collective."""
-        reason = _reason(ranks.gathered(self._why_stop()))
+        reason = _reason(ranks.all_gather(self._why_stop()))
         self.settle()
-        self._begin(trainer, step)
+        self._save(trainer, step)
         self.settle()
-        newest = ranks.told(lambda: next(iter(self.checkpoints.found()), None))  # and nobody leaves before it is there
+        newest = ranks.broadcast(lambda: next(iter(self.checkpoints.found()), None))  # nobody leaves before it is there
         if newest == step:
             return PreemptedError(f"{reason}: saved at step {step}")
         kept = f"the checkpoint of step {newest} is kept" if newest else "there is no checkpoint"
         return PreemptedError(f"{reason} at step {step}: it could not be saved, {kept}")
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Training is over, well or not: nothing is written any more. Of this process alone."""
         self._thread.shutdown(cancel_futures=True)
         self._write = None

@@ -69,7 +69,7 @@ class Meter:
         """The sums as they stand."""
         return {name: float(value) for name, value in self._values.items()}
 
-    def take_up(
+    def load_state_dict(
         self, mine: Mapping[str, float] | None, all_of_them: Sequence[Mapping[str, float]], rank: int, device: Any
     ) -> None:
         """Go on with sums of before. mine: this process's; None: the first process takes those of all together."""

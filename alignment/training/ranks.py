@@ -16,7 +16,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gathered(mine: Any) -> list[Any]:
+def all_gather(mine: Any) -> list[Any]:
     """What each process has, in the order of their ranks, on every process."""
     if world_size() == 1:
         return [mine]
@@ -25,7 +25,7 @@ def gathered(mine: Any) -> list[Any]:
     return parts
 
 
-def told(answer: Callable[[], Any]) -> Any:
+def broadcast(answer: Callable[[], Any]) -> Any:
     """What the main process answers, on every process."""
     if world_size() == 1:
         return answer()

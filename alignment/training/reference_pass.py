@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alignment.errors import TrainingError
 from alignment.files import near
-from alignment.training.ranks import gathered, told
+from alignment.training.ranks import all_gather, broadcast
 from alignment.training.reference import ReferenceStore, computing, row_digests
 
 BLOCK = 256  # pairs whose log-probs are stored together: what a killed pass loses at most
@@ -99,13 +99,13 @@ class References:
     def _ask(self, take: Callable[[], bool]) -> bool:
         self._safe_point()
         self._progress(0, 0, note="reference log-probs: another run may compute them")  # who waits is not hung
-        return bool(told(take))
+        return bool(broadcast(take))
 
     def _look(self, trainer: Any, needed: np.ndarray, known: Sequence[str]) -> tuple[list[str], np.ndarray]:
         """Open what is there: names of the segments, of which those known are not hashed again; and what is missing."""
         assert self.store is not None and self._digests is not None
         store = self.store
-        names = told(lambda: store.segments(self._warn, known))
+        names = broadcast(lambda: store.segments(self._warn, known))
         store.open(names)
         return names, needed[store.missing(self._digests[needed])]
 
@@ -127,9 +127,9 @@ class References:
                 self._progress(int(done), len(rows), note="reference log-probs")
             self.computed += len(block)
             if self.store is None:
-                for part in gathered(mine):
+                for part in all_gather(mine):
                     self._computed.update(part)
             else:
                 assert self._digests is not None
-                names += gathered(self.store.append(self._digests[list(mine)], list(mine.values())))
+                names += all_gather(self.store.append(self._digests[list(mine)], list(mine.values())))
         return names

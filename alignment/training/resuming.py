@@ -46,7 +46,7 @@ class Resumable(_Trainer):
     def first_step(self) -> int:
         return self.keeper.first_step if self.keeper else 0
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         """Engine and reference are ready: bring in the state that training goes on from."""
         self._before_training()
         if self.keeper is None:
@@ -54,8 +54,8 @@ class Resumable(_Trainer):
         self.keeper.safe_point()
         self._settle_buckets()
         if self.first_step:
-            self.keeper.take_up(self)
-        self.keeper.begin(self)
+            self.keeper.restore(self)
+        self.keeper.start(self)
         self._began = time.monotonic()
 
     def _before_training(self) -> None:
@@ -81,7 +81,7 @@ class Resumable(_Trainer):
 
     # --- what is carried ------------------------------------------------------------------------------------------
 
-    def carried(self) -> dict[str, Any]:
+    def training_state(self) -> dict[str, Any]:
         """The same on all processes, as JSON."""
         return {
             "last_logged": self._globalstep_last_logged,
@@ -91,12 +91,14 @@ class Resumable(_Trainer):
             "first_loss": self.first_loss,
             "input_tokens": self._input_tokens,
             "skipped": self.nonfinite.skipped,
-            "alarm": self.alarm.carried(),
+            "alarm": self.alarm.state_dict(),
             "seconds": self.seconds + time.monotonic() - self._began,
         }
 
-    def take_up(self, facts: dict[str, Any], meter: dict[str, float] | None, meters: list[dict[str, float]]) -> None:
-        """facts: of `carried`. meter: this process's sums, or None where those of all others have to be shared anew."""
+    def load_training_state(
+        self, facts: dict[str, Any], meter: dict[str, float] | None, meters: list[dict[str, float]]
+    ) -> None:
+        """facts: of `training_state`. meter: this process's sums, or None where all of them have to be shared anew."""
         self.state.global_step = self._saved_after = self.first_step
         self._globalstep_last_logged = facts["last_logged"]
         for name in SCHEDULE:
@@ -108,9 +110,9 @@ class Resumable(_Trainer):
             self.state.log_history = [self._row]
         self.first_loss, self._input_tokens = facts["first_loss"], facts["input_tokens"]
         self.nonfinite.skipped = list(facts["skipped"])
-        self.alarm.take_up(facts["alarm"])
+        self.alarm.load_state_dict(facts["alarm"])
         self.seconds = facts["seconds"]
-        self._meter.take_up(meter, meters, ranks.rank(), self.args.device)
+        self._meter.load_state_dict(meter, meters, ranks.rank(), self.args.device)
 
     def meter_values(self) -> dict[str, float]:
         return self._meter.values()
@@ -159,7 +161,7 @@ class Resumable(_Trainer):
         step = self.state.global_step
         own = self.batches.micro_batches(step)[self.args.process_index]
         mine = [rows for loss, rows in zip(self._micro_losses, own, strict=True) if not math.isfinite(loss)]
-        rows = [row for parts in ranks.gathered(mine) for part in parts for row in part]
+        rows = [row for parts in ranks.all_gather(mine) for part in parts for row in part]
         if self.keeper:
             self.keeper.settle()  # what is being written is good, and may be what training goes back to
         try:

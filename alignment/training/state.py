@@ -115,7 +115,7 @@ def size(trainer: Any) -> int:
 # --- out --------------------------------------------------------------------------------------------------------------
 
 
-def taken_out(trainer: Any) -> dict[str, Tensor]:
+def state_dict(trainer: Any) -> dict[str, Tensor]:
     """This process's part of a checkpoint: views of what the engine holds, good until the next update."""
     tensors: dict[str, Tensor] = {"rng:torch": torch.get_rng_state()}
     if trainer.args.device.type == "cuda":
@@ -128,13 +128,13 @@ def taken_out(trainer: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def cpu_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU and nobody else's: training may go on."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def random_state() -> dict[str, Any]:
-    """Python's and numpy's generators, as JSON; torch's are tensors of `taken_out`."""
+    """Python's and numpy's generators, as JSON; torch's are tensors of `state_dict`."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, next_gauss = random.getstate()
     return {
@@ -193,7 +193,7 @@ class Saved:
 
 
 @torch.no_grad()
-def put_in(trainer: Any, saved: Saved) -> None:
+def load_state_dict(trainer: Any, saved: Saved) -> None:
     """Weights and the optimiser's state into the engine. A collective: every process enters."""
     held = fragments(trainer)
     _require_same(trainer, saved)

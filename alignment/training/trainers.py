@@ -29,7 +29,7 @@ from alignment.training.health import NonFinite, SpikeAlarm
 from alignment.training.keeper import Keeper
 from alignment.training.metrics import UNUSED, Meter, pair_sums, reward_sums, token_sums
 from alignment.training.packing import BUCKET, IGNORED, pack
-from alignment.training.ranks import gathered
+from alignment.training.ranks import all_gather
 from alignment.training.reference_pass import References
 from alignment.training.resuming import Resumable
 from alignment.training.shared_prefix import compile_layers, install
@@ -87,7 +87,7 @@ class AlignedTrainer(Resumable):
         self._input_tokens = 0.0
         self._logged_at: float | None = None
         self._steps: Steps | None = None
-        super().__init__(model=model, callbacks=[Before(self._begin), Reporter(on_step)], **kwargs)
+        super().__init__(model=model, callbacks=[Before(self._start), Reporter(on_step)], **kwargs)
         self.remove_callback(PrinterCallback)
         self.model.register_forward_hook(self._keep_output)
         install(self._plain_model())
@@ -104,7 +104,7 @@ class AlignedTrainer(Resumable):
         if reason is None:
             precision = torch.bfloat16 if self.args.bf16 else torch.float32
             reason, attention = trial(plain, self.model_wrapped, self.branches, precision, self.args.device)
-        reason = next((one for one in gathered(reason) if one), None)  # one that cannot, and nobody does
+        reason = next((one for one in all_gather(reason) if one), None)  # one that cannot, and nobody does
         if reason is not None:
             self.say(f"rows are padded, not packed: {reason}")
             if self.packing.compile:
@@ -165,7 +165,7 @@ class AlignedTrainer(Resumable):
             if self._steps is not None:
                 self._steps.close()
             if self.keeper is not None:
-                self.keeper.finish()
+                self.keeper.close()
             self.seconds += time.monotonic() - self._began
 
     # --- one optimiser step -------------------------------------------------------------------------------------------
@@ -344,10 +344,10 @@ class DPO(_Pairs, trl.DPOTrainer):
         rows["reference"] = self._references.spread(numbers, self._labels(rows))
         return rows
 
-    def carried(self) -> dict[str, Any]:
-        return {**super().carried(), "reference": self._references.digest}
+    def training_state(self) -> dict[str, Any]:
+        return {**super().training_state(), "reference": self._references.digest}
 
-    def take_up(self, facts: dict[str, Any], *meters: Any) -> None:
+    def load_training_state(self, facts: dict[str, Any], *meters: Any) -> None:
         now = self._references.digest
         if None not in (facts["reference"], now) and facts["reference"] != now:
             raise TrainingError(
@@ -355,7 +355,7 @@ class DPO(_Pairs, trl.DPOTrainer):
                 where=self._references.where,
                 fix="delete the checkpoints of this stage, or bring back its start model",
             )
-        super().take_up(facts, *meters)
+        super().load_training_state(facts, *meters)
 
     def facts(self) -> dict[str, float]:
         return {**super().facts(), "reference_computed": self._references.computed}

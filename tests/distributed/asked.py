@@ -49,11 +49,11 @@ class Asked(Keeper):
             stream.write(json.dumps([step, *generators()]) + "\n")
         super().after_step(trainer, step, *arguments, **options)
 
-    def _begin(self, *arguments: Any) -> None:
+    def _save(self, *arguments: Any) -> None:
         self._begun = self._computed
         if self._behind:
             self._may_write.clear()
-        super()._begin(*arguments)
+        super()._save(*arguments)
 
     def _part(self, *arguments: Any) -> Any:
         if self._behind:
@@ -64,9 +64,9 @@ class Asked(Keeper):
         self._may_write.set()
         super().settle()
 
-    def finish(self) -> None:
+    def close(self) -> None:
         self._may_write.set()
-        super().finish()
+        super().close()
 
 
 def generators() -> list[str]:

@@ -91,7 +91,7 @@ def attempt(kind: str, context: Any, ends: bool, fails: bool) -> dict[str, Any]:
     except (PreemptedError, asked.LostError) as stopped:
         if ends:
             raise
-        ranks.gathered(None)  # nobody begins anew while another still writes: those of an attempt end together
+        ranks.all_gather(None)  # nobody begins anew while another still writes: those of an attempt end together
         return {"stopped": str(stopped)}
     assert ends, "it was to stop"
     return summary

@@ -33,7 +33,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "saving": (tensors, "write"),
     "committing": (Checkpoints, "commit"),
     "removing": (Checkpoints, "remove"),
-    "finishing": (Keeper, "finish"),
+    "finishing": (Keeper, "close"),
     "model": (train, "consolidate"),
     "summary": (worker, "_all_done"),
     "tracker": (Tracker, "result"),

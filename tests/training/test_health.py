@@ -149,7 +149,7 @@ def test_a_spike_is_heard_once_and_noise_is_not() -> None:
     assert alarm.hear(5.0) is not None
     assert alarm.hear(5.0) is None, "it was said"
     again = SpikeAlarm(6.0)
-    again.take_up(json.loads(json.dumps(alarm.carried())))
+    again.load_state_dict(json.loads(json.dumps(alarm.state_dict())))
     assert again == alarm
     assert SpikeAlarm(None).hear(1e9) is None
 

@@ -81,7 +81,7 @@ def test_where_one_process_cannot_pack_nobody_attends_to_packs(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This one can, and must be left as it was: padded rows come without a layout."""
-    monkeypatch.setattr("alignment.training.trainers.gathered", lambda mine: [mine, "out of memory"])
+    monkeypatch.setattr("alignment.training.trainers.all_gather", lambda mine: [mine, "out of memory"])
     said: list[str] = []
     trainer = trainers.ours("sft", models.make(*models.PACKABLE["llama"]), tmp_path, tiny_model, 1, say=said.append)
     trainers.losses(trainer)
