@@ -43,29 +43,36 @@ PEER_GONE = (
 
 def main(folder: Path) -> int:
     """Run the stage that the folder describes; the exit code is that of its error class."""
-    stop = Listener().listen(again=lambda: os._exit(130))
-    if TORCHRUN in os.environ:
-        die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
-    order = read_json(folder / "stage.json")
-    if not Store(Path(order["store"])).is_held(order["key"]):  # whoever started this died before it could say so
-        print("nobody holds the lock of this stage: its launcher is gone", flush=True)
-        return 1
-    pulse = None
+    stop, pulse = Listener(), None
     try:
-        pulse = Pulse(folder, _rank())
-        _reserve(folder)
-        _run(folder, order, stop, pulse)
-        return 0
+        with ExitStack() as deferred:
+            deferred.enter_context(stop.deferred())
+            stop.listen(again=lambda: os._exit(130))
+            if TORCHRUN in os.environ:
+                die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
+            order = read_json(folder / "stage.json")
+            if not Store(Path(order["store"])).is_held(order["key"]):  # its launcher died before it could say so
+                print("nobody holds the lock of this stage: its launcher is gone", flush=True)
+                return 1
+            pulse = Pulse(folder, _rank())
+            _reserve(folder)
+            if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # of several none may leave alone: the others would wait
+                deferred.close()
+                if stop.asked:
+                    raise Stopped(stop.asked)
+            _run(folder, order, stop, pulse)
+            return 0
     except (Stopped, PreemptedError) as why:
         return _preempted(folder, str(why))
     except Exception as error:
-        if stop.raised:  # a library has caught it (such as an import that then failed): this error is what came of it
+        with stop.deferred():
+            if stop.raised:  # a library has caught it (an import that then failed): this error is what came of it
+                traceback.print_exc()
+                return _preempted(folder, str(stop.asked))
+            known = _known(error, folder)
+            _tell(folder, known, traceback.format_exc(), retry=bool(getattr(error, "retry", known.retry)))
             traceback.print_exc()
-            return _preempted(folder, str(stop.asked))
-        known = _known(error, folder)
-        _tell(folder, known, traceback.format_exc(), retry=bool(getattr(error, "retry", known.retry)))
-        traceback.print_exc()
-        return known.exit_code
+            return known.exit_code
     finally:
         if pulse is not None:
             pulse.end()

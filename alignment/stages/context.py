@@ -80,6 +80,10 @@ class StageContext:
             self._ticks += 1
         return self._ticks
 
+    def tick(self) -> None:
+        """This process has got on, if only to where it waits for the others: who stays behind them can be named."""
+        self._ticks += 1
+
     @contextmanager
     def busy(self, note: str) -> Iterator[None]:
         """For one long operation that cannot say how far it is, such as writing a large file: while it lasts, at most
@@ -111,7 +115,7 @@ class StageContext:
         Cheap enough to be called at every step: the file is written at most five times a second. Another total, or a
         step before the last one, begins another count: what is left of it is not reckoned from what came before.
         """
-        self._ticks += 1
+        self.tick()
         now = time.monotonic()
         if self._count is None or total != self._count.total or step < self._count.last:
             self._count = _Count(total, step, now)

@@ -64,6 +64,8 @@ class Checkpoints:
         folder = self.at(step)
         if folder.is_symlink() or not folder.is_dir():
             return "it is not a folder of this store"
+        if (folder / MANIFEST).is_symlink():
+            return f"{MANIFEST} is not a plain file"
         try:
             manifest = read_json(folder / MANIFEST)
             said = manifest.pop("sha256")

@@ -176,6 +176,8 @@ class AlignedTrainer(Resumable):
         Returns this process's part of the loss times the number of processes: their mean is the loss.
         """
         micro_batches = inputs["micro_batches"]
+        if self.keeper is not None:
+            self.keeper.stage.tick()
         self._logged_at = self._logged_at or time.monotonic()
         divisor = self._new_step(inputs["weight"])
         self.current_gradient_accumulation_steps = len(micro_batches)

@@ -109,6 +109,25 @@ def test_a_rank_that_stands_still_is_ended_and_tried_again(
     case.require_same(long)
 
 
+@pytest.mark.fault("a collective that never comes")
+@cells(kinds=("sft",), engines=("ddp", "zero2"))
+def test_a_rank_that_lives_and_does_not_come_is_ended_with_all_and_tried_again(
+    kind: str, engine: str, make: Callable[..., Case]
+) -> None:
+    case = make(kind, engine)
+    driver = case.run(
+        "engine.watchdog_s=5",
+        code=0,
+        faults=[Fault("at", {"moment": "training", "nth": 4, "do": "rest", "seconds": 1000}, 1)],
+    )
+    assert re.search(r"hung: no process has got on \(behind: rank 1\) for \d+ s; attempt 2", driver.told), driver.told
+    stacks = [(case.place / "stacks" / f"rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
+    assert "torch/nn/parallel" in stacks[0] or "torch/distributed" in stacks[0], "it waits for the other one"
+    assert "in rest" in stacks[1]
+    assert case.outcomes() == ["lost", "done"]
+    case.require_same()
+
+
 @pytest.mark.fault("{what} takes longer than the watchdog's patience")
 @pytest.mark.parametrize(("kind", "engine"), [("sft", "single"), ("dpo", "zero3")])
 @pytest.mark.parametrize("what", ["saving", "model", "result"])

@@ -182,6 +182,7 @@ def test_links_in_a_work_folder_are_removed_and_never_followed(store: Store, tmp
 def test_signs_of_life_are_no_part_of_a_result_but_stacks_that_were_asked_for_stay(store: Store) -> None:
     folder = leave_an_attempt(store)
     (folder / "lost.json").write_text("{}")
+    (folder / "next_attempt.json").write_text("{}")
     (folder / "stacks" / "rank-00000.txt").write_text("")
     (folder / "stacks" / "rank-00001.txt").write_text("File ...")
     place = store.commit(KEY, {"key": KEY, "seconds": 1.0, "metrics": {}})
@@ -190,7 +191,7 @@ def test_signs_of_life_are_no_part_of_a_result_but_stacks_that_were_asked_for_st
     assert "attempts.jsonl" in record["files"]
     assert not {"beats/rank-00000.json", "lost.json", "stacks/rank-00001.txt"} & set(record["files"])
     assert [path.name for path in (place / "stacks").iterdir()] == ["rank-00001.txt"]
-    assert not [name for name in ("beats", "lost.json") if (place / name).exists()]
+    assert not [name for name in ("beats", "lost.json", "next_attempt.json") if (place / name).exists()]
 
 
 def _hold(root: Path, ready: multiprocessing.synchronize.Event) -> None:
