@@ -131,14 +131,12 @@ class Checkpoints:
         shutil.rmtree(self.aside(step), ignore_errors=True)
 
     def put_away(self, step: int, why: str) -> None:
-        """One that cannot be used: said, and moved out of the way. Only the last such one is kept, to be looked at."""
+        """One that cannot be used: said, and moved out of the way. It stays: what could not be read may be well."""
         path, kept = self.at(step), self.folder / f"damaged-{self.at(step).name}-{time.time_ns()}"
         if path.is_symlink():
             path.unlink()
             self.warn(f"checkpoint of step {step}: {why}: it is not used, the link is removed")
             return
-        for earlier in self.folder.glob("damaged-*"):
-            shutil.rmtree(earlier, ignore_errors=True)
         path.rename(kept)
         self.warn(f"checkpoint of step {step}: {why}: it is not used, and kept as {kept.name}")
 
