@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import shlex
 import signal
@@ -92,6 +94,8 @@ def _top(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run an experiment: every stage that the store lacks, then the report."""
+    for name in ("stdout", "stderr"):
+        _outlive_terminal(name)
     stop = Listener().listen(again=_end_at_once)
     try:
         from alignment import hydra_app
@@ -101,6 +105,27 @@ def run(arguments: list[str]) -> int:
         if stop.raised:  # a library has caught it: this error is what came of it
             raise Stopped(stop.asked) from error
         raise
+
+
+class _Terminal(io.FileIO):
+    """One that may go away while there is still work to save: what is said to it then is said to nobody."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def _outlive_terminal(name: str) -> None:
+    """Of the standard stream of this name: no error if it is a terminal that goes away."""
+    stream = getattr(sys, name)
+    if stream.isatty():
+        stream.flush()
+        raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 
 def _end_at_once() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -32,12 +31,10 @@ class Listener:
         self._again: Callable[[], None] | None = None
         self._deferred = 0
         self._since = 0.0
-        self._terminal: list[int] = []
 
     def listen(self, again: Callable[[], None]) -> Listener:
-        """SIGHUP stays ignored where it is (nohup). Otherwise the terminal is gone, and nothing is said to it then."""
+        """SIGHUP stays ignored where it is (nohup)."""
         self._again = again
-        self._terminal = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._hear)
@@ -53,10 +50,6 @@ class Listener:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGHUP:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            for descriptor in self._terminal:
-                os.dup2(nowhere, descriptor)
         if self.asked is None:
             self.asked, self._since = signal.Signals(number).name, now
             if not self._deferred:

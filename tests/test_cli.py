@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from alignment import cli
 from alignment.config.compose import compose
 from alignment.config.schema import Experiment
 
@@ -204,3 +206,17 @@ def test_hydras_own_flags_keep_working(tmp_path: Path) -> None:
     assert "beta: 0.25" in shown
     assert "quickstart" in alignment("run", "--help", cwd=tmp_path).stdout
     assert "conf" in alignment("run", "--info", "searchpath", cwd=tmp_path).stdout
+
+
+def test_a_terminal_that_is_gone_is_spoken_to_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before SIGHUP is heard something may be said already."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w", buffering=1) as plain:
+        monkeypatch.setattr(sys, "stdout", plain)
+        cli._outlive_terminal("stdout")
+        print("heard")
+        assert os.read(ours, 100).strip() == b"heard"
+        os.close(ours)
+        print("not heard", flush=True)
+        with pytest.raises(OSError, match="Input/output"):
+            os.write(theirs, b"what it would be without")

@@ -32,7 +32,7 @@ def test_halt_names_step_and_rows_and_logs_and_saves_nothing_of_it(
     kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison.into(monkeypatch, where, steps=[3])
-    saving = tiny.checkpoint(every_steps=1)
+    saving = tiny.checkpoint(every_steps=1, asynchronous=False)
     with pytest.raises(TrainingError) as caught:
         attempt(tmp_path / "run", kind, saving=saving)
     what = "the loss is nan" if where == "loss" else "the gradient's norm is nan"
