@@ -175,6 +175,7 @@ def test_a_terminal_that_goes_away_is_a_request_to_stop(store: Path, command: Co
     work = store / "work" / keys(command, store, settings)["sft"]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.execve(sys.executable, [sys.executable, "-m", "alignment.cli", "run", *settings], environment(store))
     os.set_blocking(terminal, False)
 
