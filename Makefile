@@ -19,8 +19,8 @@ test: check browser  ## all tests, after the checks
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(STAMP)  ## every fault in every engine, into docs/reliability.md; at most 45 minutes on two cores, best as root
-	FAULTS_RESULTS=docs/reliability.json $(BIN)/python -m pytest -n 2 --dist load -m "faults or not faults" tests/faults
-	$(BIN)/python -m tests.faults.report
+	FAULTS_RESULTS=docs/reliability.json $(BIN)/python -m pytest -n 2 --dist load -m "faults or not faults" tests/faults; \
+	  code=$$?; $(BIN)/python -m tests.faults.report && exit $$code
 
 check: $(STAMP)  ## ruff, mypy and the architecture's contracts
 	$(BIN)/ruff check alignment bench launchers tests

@@ -30,6 +30,25 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     os.replace(aside, path)
+    if durable:
+        fsync(path.parent)
+
+
+def append(path: Path, lines: str) -> None:
+    """Whole lines to the end of a file, durably, all of them or none. Where a kill or a full disk has cut the last line
+    that is there, a new one is begun. Raises OSError."""
+    with open(path, "a+b", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 1))
+        cut = stream.read(1) not in (b"", b"\n")
+        try:
+            rest = memoryview(("\n" * cut + lines).encode())
+            while rest:
+                rest = rest[stream.write(rest) :]
+            os.fsync(stream.fileno())
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
 def fsync(path: Path) -> None:
@@ -86,9 +105,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def require_room(folder: Path, size: float) -> None:
-    """Raise MachineError unless the disk of an existing folder has room for `size` bytes, and a tenth more."""
-    if (free := shutil.disk_usage(folder).free) < 1.1 * size:
+def require_room(folder: Path, size: float, free: int | None = None) -> None:
+    """Raise MachineError unless the disk of an existing folder has room for `size` bytes, and a tenth more. free:
+    bytes, where it is more than what is free now."""
+    free = shutil.disk_usage(folder).free if free is None else free
+    if free < 1.1 * size:
         what = f"{size / 1e9:.1f} GB of weights do not fit: {free / 1e9:.1f} GB free"
         raise MachineError(what, where=str(folder), fix="free some disk, or set store=...")
 

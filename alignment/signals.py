@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PASSED_ON = signal.SIGRTMIN  # a driver's to its processes: it asks once, so it is never a second request
 # One request may arrive as several signals: a terminal or a launcher sends it to the group, and torchrun passes it on.
 ECHO = 2.0
 
@@ -33,11 +34,13 @@ class Listener:
         self._since = 0.0
 
     def listen(self, again: Callable[[], None]) -> Listener:
-        """SIGHUP stays ignored where it is (nohup)."""
+        """SIGHUP stays ignored where it is (nohup). Signals that have waited for this process to listen come now."""
         self._again = again
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._hear)
+        signal.signal(PASSED_ON, self._hear)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     @contextmanager
@@ -55,5 +58,5 @@ class Listener:
             if not self._deferred:
                 self.raised = True
                 raise Stopped(self.asked)
-        elif now - self._since > ECHO and self._again is not None:
+        elif number != PASSED_ON and now - self._since > ECHO and self._again is not None:
             self._again()

@@ -118,10 +118,11 @@ def _context(folder: Path, order: dict[str, Any], store: Store, stop: Listener) 
     from alignment.stages.context import StageContext
 
     experiment = Experiment.model_validate(order["experiment"])
-    limit = experiment.launcher.time_limit
-    # Seconds that the attempt has taken already are told by the wall clock, once, and believed within reason: it may
-    # have been set meanwhile, or be another host's. From here on the monotonic one counts.
-    left = None if limit is None else limit - min(max(time.time() - order["started"], 0.0), LONGEST_START)
+    left = order["time_left"]
+    if left is not None:
+        # Seconds that the attempt has taken already are told by the wall clock, once, and believed within reason: it
+        # may have been set meanwhile, or be another host's. From here on the monotonic one counts.
+        left -= min(max(time.time() - order["started"], 0.0), LONGEST_START)
     return StageContext(
         name=order["name"],
         run=order["run"],

@@ -69,11 +69,10 @@ class TorchrunLauncher:
 
 
 def _begin(parent: int) -> None:
-    """In the new process, before its program: signals to stop are ignored until the worker listens to them itself.
+    """In the new process, before its program: signals to stop wait until the worker listens to them itself.
 
     So none is lost on an interpreter that is still starting, and none ends torchrun, which would take with it the ranks
     that still save: the driver asks those one by one.
     """
     die_with_parent(parent)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

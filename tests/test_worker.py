@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from alignment import worker
 from alignment.errors import LostError, MachineError, PreemptedError
 from alignment.pipeline.store import Store
-from alignment.signals import SIGNALS, Stopped
+from alignment.signals import PASSED_ON, SIGNALS, Listener, Stopped
 from tests.conftest import fill
 
 # What safetensors 0.8 raises on a full disk: a class of its own, the system's error number only in its text.
@@ -68,18 +68,38 @@ def test_a_server_that_hangs_up_is_not_a_lost_process(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Iterator[Path]:
-    """A work folder whose key is locked; the process's own handlers come back afterwards."""
+def own_signals() -> Iterator[None]:
+    """The process's own handlers come back afterwards."""
+    theirs = {number: signal.getsignal(number) for number in (*SIGNALS, PASSED_ON)}
+    yield
+    for number, handler in theirs.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def work(tmp_path: Path, own_signals: None) -> Iterator[Path]:
+    """A work folder whose key is locked."""
     store, key = Store(tmp_path / "store"), "ab" * 32
     folder = store.begin(key)
     (folder / "stage.json").write_text(json.dumps({"store": str(store.root), "key": key}))
-    theirs = {number: signal.getsignal(number) for number in SIGNALS}
     lock = store.lock(key)
     assert lock.acquire("test")
     yield folder
     lock.release()
-    for number, handler in theirs.items():
-        signal.signal(number, handler)
+
+
+def test_what_a_driver_passes_on_is_never_a_second_request(own_signals: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[int] = []
+    listener = Listener().listen(lambda: again.append(1))
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with listener.deferred():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        now[0] += 60
+        os.kill(os.getpid(), PASSED_ON)
+        assert (listener.asked, again) == ("SIGUSR1", [])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert again == [1]
 
 
 @pytest.mark.parametrize("how", ["let through", "caught by a library", "by the stage, saved", "under torchrun"])

@@ -351,7 +351,7 @@ def seconds(value: Any) -> int | None:
 
 
 class AnyLauncher(Settings):
-    """time_limit: seconds that an attempt at a stage may take."""
+    """time_limit: seconds that a stage may take, its retries included."""
 
     time_limit: Annotated[int | None, BeforeValidator(seconds)] = execution()
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.errors import BY_CODE, AlignmentError, LostError, PreemptedError, StageFailed
-from alignment.files import read_json
+from alignment.errors import BY_CODE, AlignmentError, LostError, MachineError, PreemptedError, StageFailed
+from alignment.files import append, read_json
 from alignment.pipeline.store import CHECKPOINTS, NEXT
 
 if TYPE_CHECKING:
     from alignment.pipeline.supervisor import Supervisor
 
 ATTEMPTS = "attempts.jsonl"
+FULL = 1 << 20  # bytes: with so few free, a process that has left no word had no room for one
 LONGEST_WAIT = 300.0  # seconds before a retry
 OUT_OF_MEMORY = "out of memory is the usual cause of signal 9"
 GOES_ON = "the same command goes on from there"
@@ -60,23 +63,28 @@ def row(folder: Path, order: Row, outcome: str, cause: str | None, ended: float 
 
 def note(folder: Path, line: Row) -> None:
     """Append it, unless the disk is full: that must not hide what the attempt came to."""
-    try:
-        with open(folder / ATTEMPTS, "ab", buffering=0) as stream:
-            stream.write((json.dumps(line) + "\n").encode())
-            os.fsync(stream.fileno())
-    except OSError:
-        return
+    with suppress(OSError):
+        append(folder / ATTEMPTS, json.dumps(line) + "\n")
 
 
 def settle(folder: Path) -> None:
-    """Before another attempt: note the one whose driver was killed before it could."""
+    """Before another attempt: note the one whose driver was killed before it could, or found the disk full."""
     order = _read(folder / "stage.json")
     if not order or not {"attempt", "started", "host", "distributed", "experiment"} <= set(order):
         return
     if any(line.get("attempt") == order["attempt"] for line in read(folder)):
         return
-    told = _read(folder / "progress.json") or {}
-    note(folder, row(folder, order, "interrupted", "its driver was killed", told.get("at", order["started"])))
+    ended = (_read(folder / "progress.json") or {}).get("at", order["started"])
+    note(folder, row(folder, order, *_left(folder), ended))
+
+
+def _left(folder: Path) -> tuple[str, str]:
+    """Outcome and cause of an attempt, as far as its processes have said: their words have their disk reserved."""
+    if error := _told(folder, "error.json") or _told(folder, "lost.json"):
+        return outcome_of(error), str(error)
+    if outcome := _read(folder / "outcome.json"):
+        return "preempted", str(outcome.get("why"))
+    return "interrupted", "its driver was killed"
 
 
 def here() -> Row:
@@ -173,15 +181,23 @@ def _told(folder: Path, name: str) -> AlignmentError | None:
     return error
 
 
+def killed(who: str, number: int, log: Path) -> LostError:
+    """number: of the signal; 0: it is not known."""
+    how = f"was killed by signal {number}" if number > 0 else "ended without a word"
+    hint = "" if number not in (0, signal.SIGKILL) else f"{OUT_OF_MEMORY}; "
+    return LostError(f"{who} {how}", fix=f"{hint}see {log}")
+
+
 def _by_code(name: str, folder: Path, code: int) -> AlignmentError:
     """What the exit code and the log of a job say that left no word."""
     log = folder / "log.txt"
     number = -code if code < 0 else code - 128 if code > 128 else 0
-    hint = f"{OUT_OF_MEMORY}; " if number == 9 else ""
-    if number:
-        error: AlignmentError = LostError(f"{name} was killed by signal {number}", fix=f"{hint}see {log}")
-    elif code == StageFailed.exit_code:  # torchrun's, of a rank that died before it could show life or leave a word
-        error = LostError(f"{name} ended without a word", fix=f"{OUT_OF_MEMORY}; see {log}")
+    if not number and shutil.disk_usage(folder).free < FULL:  # too full for its processes' words
+        error: AlignmentError = MachineError(
+            "no space left on the disk", where=str(folder), fix="free some space, or set store=..."
+        )
+    elif number or code == StageFailed.exit_code:  # torchrun's, of a rank that left no word
+        error = killed(name, number, log)
     else:
         kind = BY_CODE.get(code, StageFailed)  # a full disk may have kept its words
         error = kind(f"the stage {name} ended with exit code {code} and left no result", fix=f"see {log}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any, Protocol
 
 from alignment.config.schema import Experiment
 from alignment.errors import AlignmentError
-from alignment.files import write_json
+from alignment.files import append, write_json
 from alignment.launchers import Job, launcher_for
 from alignment.pipeline import attempts, graph
 from alignment.pipeline.graph import Node
 from alignment.pipeline.store import WARNINGS, Lock, Store
-from alignment.pipeline.supervisor import Patience, Supervisor
+from alignment.pipeline.supervisor import TIME_LIMIT, Patience, Supervisor
 from alignment.signals import Listener, Stopped
 
 
@@ -63,10 +64,11 @@ class Run:
         }  # fmt: skip
 
     def note(self, name: str, **facts: Any) -> None:
-        """Change a node's line in run.json."""
+        """Change a node's line in run.json, unless the disk is full: that must not hide what became of the stage."""
         next(node for node in self.state["nodes"] if node["name"] == name).update(facts)
         self.state["updated"] = time.time()
-        write_json(self.folder / "run.json", self.state, durable=False)
+        with suppress(OSError):
+            write_json(self.folder / "run.json", self.state, durable=False)
 
 
 def plan(run: Run) -> list[dict[str, Any]]:
@@ -154,8 +156,16 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
     """The stage's record, after as many attempts as it takes and `retries` allows."""
     folder = run.store.work(node.key)
     retries = attempts.Retries(folder, run.experiment.retries, run.experiment.retry_wait_s)
+    limit, began = run.experiment.launcher.time_limit, time.monotonic()
+
+    def left() -> float | None:
+        return None if limit is None else limit - (time.monotonic() - began)
+
+    def asked() -> str | None:
+        return stop.asked or (TIME_LIMIT if (seconds := left()) is not None and seconds <= 0 else None)
+
     while True:
-        order = _begin(run, node, observer)
+        order = _begin(run, node, left(), observer)
         _note_attempts(run, node, [*attempts.read(folder), order])
         try:
             return _attempt(run, node, order, lock, observer, stop)
@@ -167,7 +177,7 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
             if not isinstance(error, AlignmentError) or (wait := retries.next(error)) is None:
                 raise
             observer.warning(node.name, retries.says(error, order["attempt"], wait))
-        attempts.pause(wait, lambda: stop.asked)
+        attempts.pause(wait, asked)
 
 
 def _note_attempts(run: Run, node: Node, rows: list[dict[str, Any]]) -> None:
@@ -181,8 +191,11 @@ def _pass_on_warnings(folder: Path, name: str, observer: Observer) -> None:
             observer.warning(name, line)
 
 
-def _begin(run: Run, node: Node, observer: Observer) -> dict[str, Any]:
-    """A work folder with its stage.json, which is returned: all that a worker needs to know of this attempt."""
+def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict[str, Any]:
+    """A work folder with its stage.json, which is returned: all that a worker needs to know of this attempt.
+
+    left: seconds that it may take; None: any.
+    """
     run.store.require_space(run.experiment.min_free_gb)
     attempts.settle(run.store.work(node.key))
     folder = run.store.begin(node.key, partial(observer.warning, node.name))
@@ -199,11 +212,11 @@ def _begin(run: Run, node: Node, observer: Observer) -> dict[str, Any]:
         "experiment": run.experiment.model_dump(),
         "distributed": node.settings.distributed,
         "attempt": number,
+        "time_left": left,
         **attempts.here(),
     }
     write_json(folder / "stage.json", order)
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        log.write(f"--- attempt {number}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+    append(folder / "log.txt", f"--- attempt {number}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
     return order
 
 
@@ -214,7 +227,7 @@ def _attempt(
     folder, experiment = run.store.work(node.key), run.experiment
     job = Job(node.name, folder, order["distributed"], experiment.engine.threads, lock.fileno)
     handle = launcher_for(experiment.launcher).submit(job)
-    patience = Patience(experiment.engine.watchdog_s, experiment.launcher.time_limit)
+    patience = Patience(experiment.engine.watchdog_s, order["time_left"])
     watched = Supervisor(
         handle, folder, patience, stop, partial(observer.progress, node.name), partial(observer.warning, node.name)
     )

@@ -87,15 +87,12 @@ class Store:
         for stacks in folder.glob("stacks/*.txt"):
             if not stacks.stat().st_size:  # nobody had to ask
                 stacks.unlink()
-        for path in sorted(path for path in folder.rglob("*") if not path.is_symlink()):
-            name = str(path.relative_to(folder))
-            if f"{name}/".startswith(VOLATILE):
-                continue
+        for path in _lasting(folder):
             if path.is_dir():
                 folders.append(path)
             else:
                 fsync(path)
-                files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         (folder / "record.json").write_text(json.dumps({**record, "files": files}, indent=1) + "\n", encoding="utf-8")
         fsync(folder / "record.json")
         for name in PASSING:  # as late as can be: who watches takes a process without a beat for lost
@@ -143,6 +140,17 @@ class Store:
                 where=str(self.root),
                 fix="free some space, or set store=... or min_free_gb=...",
             )
+
+
+def _lasting(folder: Path) -> list[Path]:
+    """Files and folders in it that are neither VOLATILE nor links. What is volatile is not looked into: it may go."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        here = Path(place).relative_to(folder)
+        last = [name for name in (*folders, *files) if not f"{here / name}/".startswith(VOLATILE)]
+        found += [Path(place) / name for name in last if not (Path(place) / name).is_symlink()]
+        folders[:] = [name for name in folders if name in last]
+    return sorted(found)
 
 
 def _unlink(link: Path, warn: Callable[[str], None]) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from alignment import life
 from alignment.errors import LostError
 from alignment.files import read_json
 from alignment.life import Beat
-from alignment.pipeline.attempts import OUT_OF_MEMORY
-from alignment.signals import Listener
+from alignment.pipeline.attempts import killed
+from alignment.signals import PASSED_ON, Listener
 
 if TYPE_CHECKING:
     from alignment.launchers import Handle
@@ -28,13 +29,14 @@ GRACE = 5.0  # seconds that a job has to end by itself once one of its processes
 LENIENT = 6
 SILENT = 3 * life.EVERY  # seconds after which a process that should beat is out of the ordinary
 STACKS = 3.0  # seconds that processes get to write where they are
+TIME_LIMIT = "its time limit"  # why a job is asked to stop
 FAILURES = ("error.json", "lost.json")
 
 
 @dataclass(frozen=True)
 class Patience:
     """watchdog_s: seconds without a sign of life, or without getting on, after which a job is hung.
-    time_limit: seconds that the job may take before it is asked to stop; None: any."""
+    time_limit: seconds that this attempt may take before it is asked to stop; None: any."""
 
     watchdog_s: float
     time_limit: float | None = None
@@ -126,8 +128,9 @@ class Supervisor:
             return
         if not isinstance(facts, dict) or facts == self._facts:
             return
-        if self._facts and facts.get("total") == self._facts.get("total"):
-            self._stepping = self._stepping or facts.get("step", 0) > self._facts.get("step", 0)
+        same = self._facts is not None and facts.get("total") == self._facts.get("total")
+        further = same and facts.get("step", 0) > self._facts.get("step", 0)  # type: ignore[union-attr]
+        self._stepping = same and (self._stepping or further)
         self._facts = facts
         self._progress(facts)
 
@@ -136,7 +139,7 @@ class Supervisor:
         if self.asked is None:
             limit = self._patience.time_limit
             late = limit is not None and now - self._began >= limit
-            self.asked = self._stop.asked or ("its time limit" if late else None)
+            self.asked = self._stop.asked or (TIME_LIMIT if late else None)
             if self.asked is None:
                 return
             self._got_on = now  # what it does now is another thing than what it did
@@ -144,7 +147,7 @@ class Supervisor:
         for beat in self._beats.values():
             if beat.pid not in self._told and not beat.ended:
                 self._told.add(beat.pid)
-                beat.signal(signal.SIGTERM)
+                beat.signal(PASSED_ON)
 
     def _read_beats(self, now: float) -> None:
         for rank, beat in life.beats(self._folder).items():
@@ -196,8 +199,7 @@ class Supervisor:
         text = log.read_text(errors="replace") if log.exists() else ""
         said = re.findall(rf"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {victim.pid}\)", text)
         number = -int(said[-1]) if said else 0  # what torchrun says, if it got to say it
-        how = f"was killed by signal {number}" if number > 0 else "ended without a word"
-        return LostError(f"rank {victim.rank} {how}", fix=f"{OUT_OF_MEMORY}; see {log}")
+        return killed(f"rank {victim.rank}", number, log)
 
     def _behind(self) -> str:
         ticks = {rank: beat.ticks for rank, beat in self._beats.items() if not beat.ended}
@@ -212,15 +214,24 @@ class Supervisor:
         files = {beat.rank: life.stacks(self._folder, beat.rank) for beat in here}
         sizes = {}
         for beat in here:
-            with open(files[beat.rank], "a") as stream:
-                stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}\n")
-            sizes[beat.rank] = files[beat.rank].stat().st_size
+            sizes[beat.rank] = 0
+            with suppress(OSError):  # a full disk must not hide that it hangs
+                with open(files[beat.rank], "a") as stream:
+                    stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}\n")
+                sizes[beat.rank] = files[beat.rank].stat().st_size
             beat.signal(signal.SIGCONT)
             beat.signal(signal.SIGUSR2)
         until = self._clock() + STACKS
-        while self._clock() < until and any(files[r].stat().st_size == sizes[r] for r in files):
+        while self._clock() < until and any(_bytes(files[rank]) == sizes[rank] for rank in files):
             self._sleep(POLL)
         self._sleep(POLL)  # the rest of what has begun to be written
         fix = f"where its processes were is in {self._folder / life.STACKS}; engine.watchdog_s is the patience"
         self.fault = LostError(f"hung: {what}", fix=fix)
         return True
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

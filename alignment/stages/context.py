@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import Experiment
-from alignment.files import read_json, write_json, write_text
+from alignment.files import append, read_json, write_json, write_text
 from alignment.pipeline.store import NEXT, WARNINGS
 from alignment.signals import Listener
 
@@ -84,13 +83,17 @@ class StageContext:
         """This process has got on, if only to where it waits for the others: who stays behind them can be named."""
         self._ticks += 1
 
+    def note(self, text: str) -> None:
+        """Say what is being done now, beside how far the stage is."""
+        count = self._count or _Count(0, 0, 0.0)
+        self.progress(count.last, count.total, note=text, force=True)
+
     @contextmanager
     def busy(self, note: str) -> Iterator[None]:
         """For one long operation that cannot say how far it is, such as writing a large file: while it lasts, at most
         LONGEST seconds, the stage counts as getting on. A process that shows no life at all is still noticed."""
         before, self._busy_until = self._busy_until, time.monotonic() + LONGEST
-        count = self._count or _Count(0, 0, 0.0)
-        self.progress(count.last, count.total, note=note, force=True)
+        self.note(note)
         try:
             yield
         finally:
@@ -156,17 +159,7 @@ class StageContext:
         """Write the rows of metrics that wait, durably, all of them or none. Raises OSError if that cannot be done."""
         if not self._unwritten:
             return
-        path = self.folder / "metrics.jsonl"
-        with open(path, "ab", buffering=0) as stream:
-            size = stream.seek(0, os.SEEK_END)
-            try:
-                data = memoryview("".join(self._unwritten).encode())
-                while data:
-                    data = data[stream.write(data) :]
-                os.fsync(stream.fileno())
-            except OSError:
-                os.truncate(path, size)
-                raise
+        append(self.folder / "metrics.jsonl", "".join(self._unwritten))
         self._unwritten.clear()
 
     def rewind(self, step: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,17 @@ from alignment.training.rows import Sizes
 from alignment.training.trainers import Packing
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the rows are trained on: what the engine was chosen for, and which rows come in which step."""
+
+    choice: engine.Choice
+    batches: GlobalBatches
+    widths: list[int]
+    longest: int
+    config: Any
+
+
 def train(
     context: StageContext,
     sizes: Callable[[Any], Sizes],
@@ -39,7 +50,7 @@ def train(
 
     A request to stop is heeded where all processes can: raises PreemptedError then.
     """
-    settings, setup = context.settings, adapted(context.experiment.engine, context.told())
+    setup = adapted(context.experiment.engine, context.told())
     start = context.inputs["model"] / "model"
     context.progress(0, 0, note="loading the model", force=True)
     engine.start(setup, context.world_size)
@@ -49,26 +60,50 @@ def train(
     rows = _rows(context.inputs["data"] / "train")
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
     check_end_of_turn(rows, tokenizer.eos_token_id)
-    of_rows = sizes(rows)
+    setup = engine.as_before(setup, keeper.layout_before())
+    plan = _plan(context, setup, start, sizes(rows))
+    keeper.layout.update(plan.choice.layout())
+    keeper.say(plan.choice.why)
+    common = _what_every_trainer_takes(context, setup, keeper, plan)
+    arguments = engine.training_arguments(
+        context.settings, setup, plan.batches.steps, context.folder, plan.choice.checkpointing
+    )
+    trainer = make_trainer(context, start, arguments, train_dataset=rows, processing_class=tokenizer, **common)
+    written = 4 * sum(map(_size, trainer.model.parameters()))
+    _require_room(context, written, trainer, keeper.checkpoints)  # before training, not after it
+    choice = plan.choice
+    with advising(setup, choice.load, choice.checkpointing, plan.config, plan.longest, context.tell_next):
+        trainer.train()
+    if context.is_main:
+        keeper.checkpoints.make_room(written)
+    consolidate(trainer, start, context.folder, context)
+    context.flush()
+    if context.is_main:
+        _keep_best(context, keeper.checkpoints)
+    return {**_summary(trainer), "rows": len(rows), "steps": plan.batches.steps, "train_seconds": trainer.seconds}
+
+
+def _plan(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -> Plan:
+    settings = context.settings
     config = AutoConfig.from_pretrained(start, local_files_only=True)
     lengths, widths = of_rows.lengths.tolist(), of_rows.widths.tolist()
     largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
-    setup = engine.as_before(setup, keeper.layout_before())
     choice = engine.choose(settings, setup, start, config, context.world_size, max(lengths), largest)
-    keeper.layout.update(choice.layout())
-    say = print if context.is_main else lambda line: None
-    say(choice.why)
     batches = GlobalBatches(
         lengths=lengths,
         weights=of_rows.weights.tolist(),
         global_batch_size=settings.global_batch_size,
-        steps=count_steps(len(rows), settings.global_batch_size, settings.epochs, settings.max_steps),
+        steps=count_steps(len(lengths), settings.global_batch_size, settings.epochs, settings.max_steps),
         seed=settings.seed,
         world_size=context.world_size,
         tokens_per_micro_batch=choice.tokens_per_micro_batch,
         quadratic=attention_share(config),
     )
-    arguments = engine.training_arguments(settings, setup, batches.steps, context.folder, choice.checkpointing)
+    return Plan(choice, batches, widths, max(lengths), config)
+
+
+def _what_every_trainer_takes(context: StageContext, setup: Engine, keeper: Keeper, plan: Plan) -> dict[str, Any]:
+    settings = context.settings
 
     def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
         shown: dict[str, Any] = {name: metrics[name] for name in ("loss", "tokens_per_s") if name in metrics}
@@ -76,36 +111,18 @@ def train(
         if metrics:
             context.log(step, metrics)
 
-    trainer = make_trainer(
-        context,
-        start,
-        arguments,
-        batches=batches,
-        widths=widths,
-        on_step=on_step,
-        say=say,
-        warn=context.warn,
-        keeper=keeper,
-        nonfinite=NonFinite(
-            settings.nonfinite, settings.max_nonfinite, rolled_back=list(context.told().get(ROLLED_BACK, []))
-        ),
-        spike_alarm=settings.spike_alarm,
-        packing=Packing(compile=setup.compile),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
-    written = 4 * sum(map(_size, trainer.model.parameters()))
-    _require_room(context, written, trainer)  # before training, not after it
-    with advising(setup, choice.load, choice.checkpointing, config, max(lengths), context.tell_next):
-        trainer.train()
-    if context.is_main:
-        keeper.checkpoints.make_room(written)
-    with context.busy("writing the model"):
-        consolidate(trainer, start, context.folder)
-    context.flush()
-    if context.is_main:
-        _keep_best(context, keeper.checkpoints)
-    return {**_summary(trainer), "rows": len(rows), "steps": batches.steps, "train_seconds": trainer.seconds}
+    rolled_back = list(context.told().get(ROLLED_BACK, []))
+    return {
+        "batches": plan.batches,
+        "widths": plan.widths,
+        "on_step": on_step,
+        "say": keeper.say,
+        "warn": context.warn,
+        "keeper": keeper,
+        "nonfinite": NonFinite(settings.nonfinite, settings.max_nonfinite, rolled_back=rolled_back),
+        "spike_alarm": settings.spike_alarm,
+        "packing": Packing(compile=setup.compile),
+    }
 
 
 def _keeper(context: StageContext, setup: Engine) -> Keeper:
@@ -128,18 +145,18 @@ def _keeper(context: StageContext, setup: Engine) -> Keeper:
     )
 
 
-def _require_room(context: StageContext, weights: int, trainer: Any) -> None:
+def _require_room(context: StageContext, weights: int, trainer: Any, checkpoints: Checkpoints) -> None:
     """On the disk. weights: bytes of the model that will be written. Raises MachineError if it does not fit; that
     checkpoints do not is a warning: a short run saves none, and a failed save costs that save."""
-    require_room(context.folder, weights)
-    settings = context.experiment.checkpoint
-    if not context.is_main or (settings.every_minutes is None and settings.every_steps is None):
+    if not context.is_main:
+        return
+    room, settings = checkpoints.room(), checkpoints.settings
+    require_room(context.folder, weights, room)
+    if settings.every_minutes is None and settings.every_steps is None:
         return
     one = 12 * sum(_size(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
     count = settings.keep_last + settings.keep_best + 1  # one is written before another goes
-    folder = context.folder / CHECKPOINTS
-    free = shutil.disk_usage(context.folder).free + sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    if free < count * one + weights:
+    if (free := room + checkpoints.kept_bytes()) < count * one + weights:
         what = (
             f"{count} checkpoints of {one / 1e9:.1f} GB and the model need more disk than the {free / 1e9:.1f} GB free"
         )

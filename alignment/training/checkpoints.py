@@ -11,6 +11,7 @@ name and delete here is the main process, but for the parts that each process wr
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import shutil
@@ -21,11 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import schema
+from alignment.errors import InputError, MachineError
 from alignment.files import digest, fsync, read_json, sha256, write_json
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})")
 MANIFEST, STATE = "manifest.json", "state.json"
+# What a file that is not there, or is no file, is refused with. Whatever else the system says (too many open files, a
+# disk or a server that fails, permissions) says nothing about the checkpoint.
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def part_name(rank: int, world_size: int) -> str:
@@ -54,11 +59,19 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def trouble(self, step: int, part: int = 0, parts: int = 1) -> str | None:
-        """Why the checkpoint cannot be used, or None. Of its files, each part-th of so many parts is hashed."""
+        """How the checkpoint is damaged, or None. Of its files, each part-th of so many parts is hashed.
+
+        Raises MachineError where the system does not let it be read now, and InputError for one in another format:
+        neither says that it is damaged.
+        """
         try:
             return self._trouble(step, part, parts)
         except OSError as error:
-            return f"it cannot be read ({error.strerror or error})"
+            if error.errno in GONE:
+                return f"it cannot be read ({error.strerror})"
+            what = f"the checkpoint of step {step} cannot be read now ({error.strerror or error})"
+            fix = "run the same command again when it can; to go on without it, move its folder away"
+            raise MachineError(what, where=str(error.filename or self.at(step)), fix=fix) from error
 
     def _trouble(self, step: int, part: int, parts: int) -> str | None:
         folder = self.at(step)
@@ -73,11 +86,17 @@ class Checkpoints:
             if said != digest(manifest):
                 return f"its {MANIFEST} is damaged"
             if manifest["format"] != FORMAT:
-                return f"it has format {manifest['format']}, this version reads {FORMAT}"
+                what = f"the checkpoint of step {step} has format {manifest['format']}, this version reads {FORMAT}"
+                fix = "go on with the version that wrote it; to begin anew, move the folder away"
+                raise InputError(what, where=str(folder), fix=fix)
             if (manifest["key"], manifest["step"]) != (self.key, step):
                 return "it belongs to another stage or step"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return f"it has no whole {MANIFEST}"
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return f"it has no {MANIFEST}"
         there = {str(path.relative_to(folder)) for path in folder.rglob("*")} - {MANIFEST}
         if there != set(files):
             odd = sorted(there ^ set(files))[0]
@@ -138,11 +157,14 @@ class Checkpoints:
             self.warn(f"checkpoint of step {step}: {why}: it is not used, the link is removed")
             return
         path.rename(kept)
-        self.warn(f"checkpoint of step {step}: {why}: it is not used, and kept as {kept.name}")
+        until = "until the stage is done or the disk is full"
+        self.warn(f"checkpoint of step {step}: {why}: it is not used, and kept as {kept.name} {until}")
 
     def remove(self, step: int) -> None:
+        self._remove(self.at(step))
+
+    def _remove(self, path: Path) -> None:
         """The name goes first, then the files: a kill between leaves nothing that looks whole."""
-        path = self.at(step)
         if path.is_symlink():
             path.unlink()
         elif path.exists():
@@ -151,12 +173,16 @@ class Checkpoints:
             shutil.rmtree(gone, ignore_errors=True)
 
     def retain(self) -> None:
-        """Remove what settings.keep_last and keep_best do not keep. The newest one always stays."""
-        steps = self.found()
-        kept = {*steps[: self.settings.keep_last], *self.best()}
-        for step in steps:
-            if step not in kept:
-                self.remove(step)
+        """Remove what settings.keep_last and keep_best do not keep. The newest one always stays. One that cannot be
+        removed is warned of."""
+        try:
+            steps = self.found()
+            kept = {*steps[: self.settings.keep_last], *self.best()}
+            for step in steps:
+                if step not in kept:
+                    self.remove(step)
+        except OSError as error:
+            self.warn(f"checkpoints that are no longer wanted stay: {error}")
 
     def best(self) -> list[int]:
         """Steps of the settings.keep_best best, the best first."""
@@ -165,13 +191,29 @@ class Checkpoints:
         ranked = sorted(scored, key=lambda pair: pair[0] if lowest else -pair[0])
         return [step for _, step in ranked[: self.settings.keep_best]]
 
+    def room(self) -> int:
+        """Bytes that the disk has, with what `make_room` can remove."""
+        return shutil.disk_usage(self.folder).free + sum(map(_size, self._spare()))
+
+    def kept_bytes(self) -> int:
+        """Of the checkpoints that `make_room` leaves."""
+        return sum(_size(self.at(step)) for step in self._kept())
+
     def make_room(self, size: float) -> None:
-        """Of the disk, for so many bytes: if they are not free, all but the newest checkpoint and the best go."""
-        if shutil.disk_usage(self.folder).free < size:
-            kept = {*self.found()[:1], *self.best()}
-            for step in self.found():
-                if step not in kept:
-                    self.remove(step)
+        """Of the disk, for so many bytes: while they are not free, those that are put away go, then all but the newest
+        checkpoint and the best, the oldest first."""
+        for path in self._spare():
+            if shutil.disk_usage(self.folder).free >= size:
+                return
+            self._remove(path)
+
+    def _kept(self) -> set[int]:
+        return {*self.found()[:1], *self.best()}
+
+    def _spare(self) -> list[Path]:
+        kept = self._kept()
+        put_away = sorted(path for path in self.folder.glob("damaged-*") if path.is_dir() and not path.is_symlink())
+        return [*put_away, *(self.at(step) for step in reversed(self.found()) if step not in kept)]
 
     def _score(self, step: int) -> float | None:
         try:
@@ -179,3 +221,8 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

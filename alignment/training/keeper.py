@@ -7,6 +7,7 @@ goes on in a thread while training does; a write that fails on one process fails
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -52,6 +53,7 @@ class Stage(Protocol):
 
     def flush(self) -> None: ...
     def tick(self) -> None: ...
+    def note(self, text: str) -> None: ...
     def busy(self, note: str) -> AbstractContextManager[None]: ...
     def tell_next(self, **facts: Any) -> None: ...
 
@@ -84,7 +86,7 @@ class Keeper:
         self.checkpoints, self.stage, self.say, self.layout, self._record = checkpoints, stage, say, layout, record
         self.settings: schema.Checkpoint = checkpoints.settings
         self.first_step = 0
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread, self._closed = ThreadPoolExecutor(1, "checkpoint"), threading.Event()
         self._write: Write | None = None
         self._failures = 0  # in a row; the main process counts
         self._problem = ""
@@ -94,12 +96,17 @@ class Keeper:
     # --- going on -------------------------------------------------------------------------------------------------
 
     def choose(self) -> int:
-        """Find the newest whole checkpoint; those that are not are put away. A collective. Returns its step, or 0."""
+        """Find the newest whole checkpoint; those that are not are put away. A collective. Returns its step, or 0.
+
+        Raises PreemptedError, and what `Checkpoints.trouble` does.
+        """
+        self.safe_point()  # engines take long to start
         main = ranks.rank() == 0
         if main:
             self.checkpoints.clean()
         for step in ranks.broadcast(self.checkpoints.found):
-            part = self.checkpoints.trouble(step, ranks.rank(), ranks.world_size())
+            with self.stage.busy(f"looking at the checkpoint of step {step}"):
+                part = self.checkpoints.trouble(step, ranks.rank(), ranks.world_size())
             why = next((told for told in ranks.all_gather(part) if told), None)
             if why is None:
                 self.first_step = step
@@ -115,12 +122,9 @@ class Keeper:
 
     def restore(self, trainer: Any) -> None:
         """Bring the chosen checkpoint into the engine. A collective."""
-        with self.stage.busy(f"going on from step {self.first_step}"):
-            self._restore(trainer, self.checkpoints.state(self.first_step))
-
-    def _restore(self, trainer: Any, facts: dict[str, Any]) -> None:
+        facts = self.checkpoints.state(self.first_step)
         saved = state.Saved(self.checkpoints.at(self.first_step))
-        state.load_state_dict(trainer, saved)
+        state.load_state_dict(trainer, saved, self.stage.tick)
         mine = saved.generators(ranks.rank())
         if mine is not None:
             state.set_generators(mine[0], mine[1]["random"], trainer.args.device)
@@ -182,7 +186,8 @@ class Keeper:
         """Where nothing has to be saved: if any process was asked to stop, all do. A collective."""
         reasons = ranks.all_gather(self._why_stop())
         if any(reasons):
-            kept = f"the checkpoint of step {self.first_step} is kept" if self.first_step else "nothing was trained yet"
+            newest = next(iter(self.checkpoints.found()), 0)
+            kept = f"the checkpoint of step {newest} is kept" if newest else "nothing was trained yet"
             raise PreemptedError(f"{_reason(reasons)}: {kept}")
 
     def _why_stop(self) -> str | None:
@@ -206,8 +211,8 @@ class Keeper:
         copy = self._copied(held) if self.settings.asynchronous else None
         part = self._thread.submit(self._part, path, held if copy is None else copy, mine)
         if copy is None:
-            with self.stage.busy(f"saving step {step}"):
-                wait([part])
+            self.stage.note(f"saving step {step}")
+            wait([part])
         self._write = Write(step, part, facts, trainer.ranked_by(self.settings.best_by))
         if not self.settings.asynchronous:
             self.settle()
@@ -226,16 +231,22 @@ class Keeper:
     def _part(self, path: Path, held: dict[str, Tensor], facts: Any) -> dict[str, Any]:
         began = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = tensors.write(path, held, facts)
+        file = tensors.write(path, held, facts, self._may_write)
         self._save_takes = time.monotonic() - began
         return file
+
+    def _may_write(self) -> bool:
+        """Asked before every piece: that it is asked is a sign that the disk gets on."""
+        self.stage.tick()
+        return not self._closed.is_set()
 
     def settle(self) -> None:
         """Wait until all parts of what is being written are there, then conclude. A collective."""
         if self._write is not None:
-            with self.stage.busy(f"saving step {self._write.step}"):
-                wait([self._write.part])
-                self._conclude()
+            if not self._write.part.done():
+                self.stage.note(f"saving step {self._write.step}")
+            wait([self._write.part])
+            self._conclude()
 
     def _conclude(self) -> None:
         """All parts are written, or have failed: the checkpoint counts, or goes. A collective."""
@@ -277,7 +288,9 @@ class Keeper:
         return PreemptedError(f"{reason} at step {step}: it could not be saved, {kept}")
 
     def close(self) -> None:
-        """Training is over, well or not: nothing is written any more. Of this process alone."""
+        """Training is over, well or not: nothing is written any more, and what is being written is given up. Of this
+        process alone."""
+        self._closed.set()
         self._thread.shutdown(cancel_futures=True)
         self._write = None
 

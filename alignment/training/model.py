@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from alignment.config.schema import Lora
 from alignment.errors import ConfigError, TrainingError
+from alignment.training.keeper import Stage
 
 
 def load(folder: Path) -> Any:
@@ -76,43 +78,50 @@ def _check_targets(targets: str | list[str], model: Any) -> None:
             )
 
 
-def consolidate(trainer: Any, start: Path, folder: Path) -> None:
+def consolidate(trainer: Any, start: Path, folder: Path, stage: Stage) -> None:
     """Write folder/model (fp32, adapters merged) and, with LoRA, folder/adapter. Every process must call it.
 
     A fresh copy of the start model takes the trained weights, so that nothing of the trainer or the engine is left in
     what is written, and tied weights stay tied. start: folder of the model that training began from.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    trained = gather_trained(trainer)  # a collective: every process enters
+    trained = gather_trained(trainer, stage.tick)  # a collective: every process enters
     if trainer.accelerator.is_main_process:
-        unset_hf_deepspeed_config()  # else the fresh copy would be sharded over processes that are not here
-        check_whole(trained)
-        plain = load(start)
-        adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None)
-        if adapters:
-            from peft import get_peft_model
-
-            plain = get_peft_model(plain, adapters["default"])
-        _put(plain, trained)
-        if adapters:
-            plain.save_pretrained(folder / "adapter")
-            (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
-            plain = plain.merge_and_unload()
-        plain.save_pretrained(folder / "model")
-        _check_written(folder / "model", plain)
-        trainer.processing_class.save_pretrained(folder / "model")
+        with stage.busy("writing the model"):
+            _write(trainer, trained, start, folder)
     trainer.accelerator.wait_for_everyone()
 
 
-def gather_trained(trainer: Any) -> dict[str, Tensor]:
-    """name -> whole fp32 weights on the CPU, of all that was trained; empty except on the main process."""
+def _write(trainer: Any, trained: dict[str, Tensor], start: Path, folder: Path) -> None:
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else the fresh copy would be sharded over processes that are not here
+    check_whole(trained)
+    plain = load(start)
+    adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None)
+    if adapters:
+        from peft import get_peft_model
+
+        plain = get_peft_model(plain, adapters["default"])
+    _put(plain, trained)
+    if adapters:
+        plain.save_pretrained(folder / "adapter")
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
+        plain = plain.merge_and_unload()
+    plain.save_pretrained(folder / "model")
+    _check_written(folder / "model", plain)
+    trainer.processing_class.save_pretrained(folder / "model")
+
+
+def gather_trained(trainer: Any, tick: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+    """name -> whole fp32 weights on the CPU, of all that was trained; empty except on the main process. tick: called as
+    it gets on."""
     sharded = trainer.is_deepspeed_enabled
     if sharded:
         from deepspeed.utils import safe_get_full_fp32_param
     whole: dict[str, Tensor] = {}
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         if parameter.requires_grad:
+            tick()
             value = safe_get_full_fp32_param(parameter) if sharded else parameter.detach()
             if value is None:
                 raise TrainingError(f"the engine cannot give back the weights of {name}")

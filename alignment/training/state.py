@@ -9,7 +9,7 @@ and nothing is converted to resume.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,8 +193,9 @@ class Saved:
 
 
 @torch.no_grad()
-def load_state_dict(trainer: Any, saved: Saved) -> None:
-    """Weights and the optimiser's state into the engine. A collective: every process enters."""
+def load_state_dict(trainer: Any, saved: Saved, tick: Callable[[], None] = lambda: None) -> None:
+    """Weights and the optimiser's state into the engine. tick: called as it gets on. A collective: every process
+    enters."""
     held = fragments(trainer)
     _require_same(trainer, saved)
     zero: Any = trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else None
@@ -202,6 +203,7 @@ def load_state_dict(trainer: Any, saved: Saved) -> None:
         zero.checkpoint_event_prologue()  # ZeRO-3 may hold small parameters gathered
     updates: dict[int, int] = {}
     for fragment in held:
+        tick()
         for kind, value in fragment.values.items():
             saved.read(kind, fragment.name, value, fragment.start)
         known = updates.get(id(fragment.updates), 0)  # those who share a counter were moved together

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,20 @@ from torch import Tensor
 
 NAMES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 PIECE = 1 << 24  # bytes: the lock is given up between pieces, and a failing disk is noticed early
+FLUSH = 1 << 30  # bytes after which they are sent to the disk: no single wait for it takes long
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> dict[str, Any]:
+class Cancelled(Exception):
+    """Nobody wants the file any more."""
+
+
+def write(
+    path: Path, tensors: Mapping[str, Tensor], facts: Any, go_on: Callable[[], bool] = lambda: True
+) -> dict[str, Any]:
     """Write a new file durably. facts: JSON-able, kept as text under `facts` in the file's metadata.
 
-    tensors: float32, int64 or uint8; one on a GPU is brought over when its turn comes. Returns {"bytes", "sha256"}.
-    Raises OSError.
+    tensors: float32, int64 or uint8; one on a GPU is brought over when its turn comes. go_on: asked before each piece.
+    Returns {"bytes", "sha256"}. Raises OSError; Cancelled where it must not go on.
     """
     header: dict[str, Any] = {"__metadata__": {"facts": json.dumps(facts)}}
     at = 0
@@ -39,10 +46,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> dict[str, An
     digest, written = hashlib.sha256(), 0
     with open(path, "xb", buffering=0) as stream:
         for piece in _pieces(len(text).to_bytes(8, "little") + text, tensors):
+            if not go_on():
+                raise Cancelled(path)
             digest.update(piece)
-            written += len(piece)
+            before, written = written, written + len(piece)
             while piece:
                 piece = piece[stream.write(piece) :]
+            if written // FLUSH > before // FLUSH:
+                os.fsync(stream.fileno())
         os.fsync(stream.fileno())
     return {"bytes": written, "sha256": digest.hexdigest()}
 

@@ -16,9 +16,10 @@ import pytest
 
 from alignment import worker
 from alignment.pipeline.store import Store
+from alignment.signals import ECHO
 from alignment.stages import train
 from alignment.tracking import Tracker
-from alignment.training import engine, tensors, trainers
+from alignment.training import engine, model, tensors, trainers
 from alignment.training.checkpoints import Checkpoints
 from alignment.training.keeper import Keeper
 from alignment.training.reference import ReferenceStore
@@ -26,6 +27,7 @@ from tests.conftest import fill as fill_disk
 from tests.training import poison
 
 MOMENTS: dict[str, tuple[Any, str]] = {
+    "import": (worker, "_require_parents"),
     "loading": (engine, "start"),
     "trial": (trainers.AlignedTrainer, "_before_training"),
     "reference": (ReferenceStore, "append"),
@@ -35,6 +37,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "removing": (Checkpoints, "remove"),
     "finishing": (Keeper, "close"),
     "model": (train, "consolidate"),
+    "writing": (model, "_write"),
     "summary": (worker, "_all_done"),
     "tracker": (Tracker, "result"),
     "result": (Store, "commit"),
@@ -63,6 +66,25 @@ def at(moment: str, do: str, nth: int = 1, **options: Any) -> None:
 
 def signal_self(number: int) -> None:
     os.kill(os.getpid(), number)
+
+
+def insist(number: int) -> None:
+    """Twice, and far enough apart to be two requests."""
+    signal_self(number)
+    time.sleep(ECHO + 0.5)
+    signal_self(number)
+
+
+def slow_disk(seconds: float) -> None:
+    """It takes so long for each piece of a file, from now on."""
+    real = tensors._pieces
+
+    def pieces(*arguments: Any) -> Any:
+        for piece in real(*arguments):
+            time.sleep(seconds)
+            yield piece
+
+    tensors._pieces = pieces
 
 
 def rest(seconds: float) -> None:

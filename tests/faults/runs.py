@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -26,6 +27,7 @@ KINDS = ("sft", "dpo")
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
 STEPS = 6
 PATIENCE = 240  # seconds; whatever takes longer hangs
+ATTEMPT = re.compile(r"^--- attempt (\d+), ", re.MULTILINE)  # in log.txt
 DIFFERENT = ("time", "tokens_per_s")  # of two runs that are alike
 CONF = Path(__file__).with_name("conf")
 FORKING = multiprocessing.get_context("forkserver")
@@ -179,6 +181,16 @@ class Case:
     def log(self) -> str:
         paths = [*self.store.glob("work/*/log.txt"), *self.store.glob("store/*/log.txt")]
         return "".join(path.read_text(errors="replace") for path in paths)
+
+    def begun(self) -> list[int]:
+        """The step that each attempt went on from; 0 for one that began anew, or did not come to its first step."""
+        _, *parts = re.split(ATTEMPT, self.trained_log())
+        found = (re.search(r"going on from the checkpoint of step (\d+)", text) for text in parts[1::2])
+        return [int(one[1]) if one else 0 for one in found]
+
+    def trained_log(self) -> str:
+        """Of the stage that trains."""
+        return ((self.work or self.place) / "log.txt").read_text(errors="replace")
 
     def progress(self) -> dict[str, Any]:
         """What the attempt at work has told of how far it is."""

@@ -106,6 +106,31 @@ def test_what_an_attempt_leaves_to_the_next_starts_the_count_anew(tmp_path: Path
     assert retries.next(lost) is None
 
 
+def test_an_attempt_that_a_full_disk_kept_from_being_noted_is_known_by_its_processes_words(tmp_path: Path) -> None:
+    (tmp_path / "stage.json").write_text(json.dumps(ORDER))
+    (tmp_path / "outcome.json").write_text(json.dumps({"why": "SIGTERM: saved at step 4"}))
+    attempts.settle(tmp_path)
+    (tmp_path / "stage.json").write_text(json.dumps({**ORDER, "attempt": 2}))
+    tell(tmp_path, "error.json", 5, "NaN")
+    attempts.settle(tmp_path)
+    told = [(row["outcome"], row["cause"]) for row in attempts.read(tmp_path)]
+    assert told == [("preempted", "SIGTERM: saved at step 4"), ("failed", "NaN")]
+
+
+def test_a_line_that_a_kill_has_cut_spoils_none_of_the_next(tmp_path: Path) -> None:
+    attempts.note(tmp_path, {"attempt": 1})
+    with open(tmp_path / "attempts.jsonl", "a") as stream:
+        stream.write('{"attempt": 2, "outc')
+    attempts.note(tmp_path, {"attempt": 3})
+    assert attempts.read(tmp_path) == [{"attempt": 1}, {"attempt": 3}]
+
+
+def test_memory_is_the_hint_for_a_kill_only() -> None:
+    told = {number: attempts.killed("rank 0", number, Path("log.txt")) for number in (0, 9, 11)}
+    assert "out of memory" in (told[0].fix or "") and "out of memory" in (told[9].fix or "")
+    assert str(told[11]) == "rank 0 was killed by signal 11 (see log.txt)"
+
+
 def test_a_wait_between_attempts_ends_at_a_signal() -> None:
     attempts.pause(0.0, lambda: None)
     with pytest.raises(PreemptedError, match="between two attempts"):

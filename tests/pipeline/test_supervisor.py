@@ -16,7 +16,7 @@ import pytest
 from alignment.errors import LostError
 from alignment.life import BEATS, STACKS, Beat, started_by, unheard
 from alignment.pipeline.supervisor import Patience, Supervisor
-from alignment.signals import Listener
+from alignment.signals import PASSED_ON, Listener
 
 NO_PID = 2**22 + 1  # above what the kernel gives
 
@@ -101,6 +101,18 @@ def test_a_job_that_beats_but_does_not_get_on_has_six_times_as_long_until_its_fi
     )
     training.watched.watch()
     assert training.killed_at == pytest.approx(80, abs=2)
+
+
+def test_another_count_has_as_long_until_its_first_step_as_the_first_one(world: World) -> None:
+    """From the reference pass to training, say: a first step may compile, or allocate."""
+
+    def gets_on() -> None:
+        world.beat(ticks=min(30, int(world.now)))
+        world.step(int(world.now), total=100) if world.now < 30 else world.step(0, total=8)
+
+    world.each = gets_on
+    world.watched.watch()
+    assert world.killed_at == pytest.approx(390, abs=2)
 
 
 def test_who_slept_itself_starts_to_count_anew(world: World) -> None:
@@ -194,7 +206,7 @@ def test_a_request_to_stop_is_passed_on_to_each_rank_once_also_to_one_that_comes
     world.script[50] = lambda: setattr(world.stop, "asked", "SIGUSR1") if by == "signal" else None
     world.script[300] = world.end
     world.watched.watch()
-    assert [(rank, number) for rank, number, _ in told] == [(0, signal.SIGTERM), (1, signal.SIGTERM)]
+    assert [(rank, number) for rank, number, _ in told] == [(0, PASSED_ON), (1, PASSED_ON)]
     assert [at for _, _, at in told] == pytest.approx([50, 70.5], abs=1)
     why = "its time limit" if by == "limit" else "SIGUSR1"
     assert world.watched.asked == why

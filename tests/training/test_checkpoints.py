@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from alignment.errors import InputError, MachineError
 from alignment.files import digest
 from alignment.training import tensors
 from alignment.training.checkpoints import Checkpoints
@@ -88,7 +91,7 @@ def link_folder(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (Path.unlink, "missing|no whole manifest"),
+    "missing": (Path.unlink, "missing|no manifest"),
     "cut": (cut, "bytes instead of|no whole manifest|damaged"),
     "flipped": (flip, "damaged|no whole manifest|another stage"),
     "empty": (lambda path: path.write_bytes(b""), "bytes instead of|no whole manifest"),
@@ -166,8 +169,23 @@ def test_room_for_the_model_is_made_of_older_ones_only(tmp_path: Path) -> None:
         save(own, step, score)
     own.make_room(1)
     assert own.found() == [3, 2, 1]
+    size = sum(file.stat().st_size for file in own.at(2).iterdir())
+    assert abs(own.room() - size - shutil.disk_usage(own.folder).free) < 10_000_000  # others write there too
+    assert own.kept_bytes() == pytest.approx(2 * size, rel=0.1)
     own.make_room(2**60)
     assert own.found() == [3, 1]
+
+
+def test_what_was_put_away_goes_before_a_whole_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = checkpoints(tmp_path, keep_last=3)
+    for step in (1, 2, 3):
+        save(own, step)
+    own.put_away(2, "it is damaged")
+    free = iter([0, 100])  # a disk of our own would need root
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    own.make_room(50)
+    assert own.found() == [3, 1]
+    assert not list(own.folder.glob("damaged-*"))
 
 
 def test_one_of_another_format_is_said_to_be_so(tmp_path: Path) -> None:
@@ -176,7 +194,30 @@ def test_one_of_another_format_is_said_to_be_so(tmp_path: Path) -> None:
     manifest = {**json.loads(path.read_text()), "format": 99}
     manifest.pop("sha256")
     path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
-    assert own.trouble(5) == "it has format 99, this version reads 1"
+    with pytest.raises(InputError, match="step 5 has format 99, this version reads 1"):
+        own.trouble(5)
+    assert own.found() == [5]
+
+
+def test_that_the_system_refuses_a_file_now_does_not_say_that_it_is_damaged(tmp_path: Path) -> None:
+    own = checkpoints(tmp_path)
+    save(own, 5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(MachineError, match="step 5 cannot be read now"):
+            own.trouble(5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert own.trouble(5) is None
+
+
+def test_a_file_that_nobody_wants_any_more_is_given_up_between_two_pieces(tmp_path: Path) -> None:
+    asked = iter([True, False])
+    content = {"w": torch.zeros(tensors.PIECE, dtype=torch.uint8)}
+    with pytest.raises(tensors.Cancelled):
+        tensors.write(tmp_path / "file.safetensors", content, {}, lambda: next(asked))
+    assert (tmp_path / "file.safetensors").stat().st_size < tensors.PIECE
 
 
 def test_the_last_whole_one_is_never_removed(tmp_path: Path) -> None:
