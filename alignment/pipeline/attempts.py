@@ -67,7 +67,7 @@ def note(folder: Path, line: Row) -> None:
         append(folder / ATTEMPTS, json.dumps(line) + "\n")
 
 
-def settle(folder: Path) -> None:
+def note_unnoted(folder: Path) -> None:
     """Before another attempt: note the one whose driver was killed before it could, or found the disk full."""
     order = _read(folder / "stage.json")
     if not order or not {"attempt", "started", "host", "distributed", "experiment"} <= set(order):

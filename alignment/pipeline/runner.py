@@ -197,7 +197,7 @@ def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict
     left: seconds that it may take; None: any.
     """
     run.store.require_space(run.experiment.min_free_gb)
-    attempts.settle(run.store.work(node.key))
+    attempts.note_unnoted(run.store.work(node.key))
     folder = run.store.begin(node.key, partial(observer.warning, node.name))
     number = max((row.get("attempt", 0) for row in attempts.read(folder)), default=0) + 1
     order = {

@@ -79,6 +79,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_on_as_many_ranks_it_is_the_same_bit_for_bit(kind: str, variant: str, together: Path) -> None:
+    require_each_step_once(together / f"{kind}_{variant}_parts", 2)
     whole, parts = (bits(together / f"{kind}_{variant}_{arm}") for arm in ("whole", "parts"))
     assert parts[0] == whole[0]
     assert parts[1] == whole[1]
@@ -103,6 +104,12 @@ def test_every_rank_goes_on_with_its_random_numbers(kind: str, variant: str, tog
         seen.append([state for _, *states in whole for state in states])
         assert len(set(seen[rank])) == 3 * 8, "all three are drawn from at every step"
     assert all(one != other for one, other in zip(*seen, strict=True)), "every rank has numbers of its own"
+
+
+def require_each_step_once(folder: Path, ranks: int) -> None:
+    """Who was asked to stop has saved its last step, and the next one went on from there: none was computed twice."""
+    for rank in range(ranks):
+        assert [step for step, *_ in generators(folder, rank)] == list(range(1, 9))
 
 
 def generators(folder: Path, rank: int) -> list[list[Any]]:
@@ -134,6 +141,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_too(name: str, four: Path) -> None:
+    require_each_step_once(four / f"{name}_parts", 4)
     assert bits(four / f"{name}_parts") == bits(four / f"{name}_whole")
 
 
@@ -179,6 +187,7 @@ def test_on_other_numbers_of_ranks_and_engines_it_is_the_same_to_rounding(
     for launcher, usual, small, stop in JOURNEYS[journey]:
         launch(tmp_path, launcher, plan := cases(usual, small, stop))
     for name in (one["name"] for one in plan):
+        require_each_step_once(tmp_path / name, 1)
         whole, parts = rows_of(uninterrupted / name), rows_of(tmp_path / name)
         assert [row["step"] for row in parts] == [row["step"] for row in whole] == [3, 6, 8]
         for one, other in zip(whole, parts, strict=True):

@@ -109,10 +109,10 @@ def test_what_an_attempt_leaves_to_the_next_starts_the_count_anew(tmp_path: Path
 def test_an_attempt_that_a_full_disk_kept_from_being_noted_is_known_by_its_processes_words(tmp_path: Path) -> None:
     (tmp_path / "stage.json").write_text(json.dumps(ORDER))
     (tmp_path / "outcome.json").write_text(json.dumps({"why": "SIGTERM: saved at step 4"}))
-    attempts.settle(tmp_path)
+    attempts.note_unnoted(tmp_path)
     (tmp_path / "stage.json").write_text(json.dumps({**ORDER, "attempt": 2}))
     tell(tmp_path, "error.json", 5, "NaN")
-    attempts.settle(tmp_path)
+    attempts.note_unnoted(tmp_path)
     told = [(row["outcome"], row["cause"]) for row in attempts.read(tmp_path)]
     assert told == [("preempted", "SIGTERM: saved at step 4"), ("failed", "NaN")]
 
@@ -140,8 +140,8 @@ def test_a_wait_between_attempts_ends_at_a_signal() -> None:
 def test_the_attempt_of_a_killed_driver_is_noted_once_by_the_next(tmp_path: Path) -> None:
     (tmp_path / "stage.json").write_text(json.dumps(ORDER))
     (tmp_path / "progress.json").write_text(json.dumps({"step": 7, "at": 160.0}))
-    attempts.settle(tmp_path)
-    attempts.settle(tmp_path)
+    attempts.note_unnoted(tmp_path)
+    attempts.note_unnoted(tmp_path)
     assert attempts.read(tmp_path) == [
         {
             "attempt": 1, "started": 100.0, "ended": 160.0, "outcome": "interrupted", "cause": "its driver was killed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ SAME_ALWAYS = ("time", "tokens_per_s")
 
 
 class After(Listener):
-    """Asked to stop once this many ticks were counted by the stage."""
+    """Asked to stop once the stage has written so many rows of metrics."""
 
     def __init__(self, context: Any, step: int) -> None:
         super().__init__()
@@ -67,14 +68,18 @@ def weights(folder: Path) -> str:
 @pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_interrupted_is_uninterrupted_bit_for_bit_wherever_it_stops(
-    kind: str, lora: Any, precision: str, tmp_path: Path
+    kind: str, lora: Any, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = {"lora": lora, "precision": precision, "max_steps": 8}
     attempt(tmp_path / "whole", kind, **how)
+    saved = []
     for stop in (1, 3, 5, 7):
-        with pytest.raises(PreemptedError, match="SIGTERM: saved at step"):
+        with pytest.raises(PreemptedError, match="SIGTERM: saved at step") as stopped:
             attempt(tmp_path / "parts", kind, stop_after=stop, **how)
+        saved.append(str(stopped.value).rpartition(" ")[2])
+    assert saved == ["2", "4", "6", "8"]  # asked as the row of a step is there: heeded after the next one
     summary = attempt(tmp_path / "parts", kind, **how)
+    assert re.findall(r"going on from the checkpoint of step (\d+)$", capsys.readouterr().out, re.M) == saved
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     assert summary["steps"] == 8
