@@ -181,23 +181,30 @@ def _told(folder: Path, name: str) -> AlignmentError | None:
     return error
 
 
-def killed(who: str, number: int, log: Path) -> LostError:
-    """number: of the signal; 0: it is not known."""
+def silent(who: str, number: int, log: Path) -> AlignmentError:
+    """Why a process has ended that left no word. number: of the signal that ended it; 0: it is not known of any."""
+    if number <= 0 and (full := _full_disk(log.parent)):
+        return full
     how = f"was killed by signal {number}" if number > 0 else "ended without a word"
     hint = "" if number not in (0, signal.SIGKILL) else f"{OUT_OF_MEMORY}; "
     return LostError(f"{who} {how}", fix=f"{hint}see {log}")
+
+
+def _full_disk(folder: Path) -> MachineError | None:
+    """If it is too full for the words of a process."""
+    if shutil.disk_usage(folder).free >= FULL:
+        return None
+    return MachineError("no space left on the disk", where=str(folder), fix="free some space, or set store=...")
 
 
 def _by_code(name: str, folder: Path, code: int) -> AlignmentError:
     """What the exit code and the log of a job say that left no word."""
     log = folder / "log.txt"
     number = -code if code < 0 else code - 128 if code > 128 else 0
-    if not number and shutil.disk_usage(folder).free < FULL:  # too full for its processes' words
-        error: AlignmentError = MachineError(
-            "no space left on the disk", where=str(folder), fix="free some space, or set store=..."
-        )
-    elif number or code == StageFailed.exit_code:  # torchrun's, of a rank that left no word
-        error = killed(name, number, log)
+    if number or code == StageFailed.exit_code:  # torchrun's, of a rank that left no word
+        error: AlignmentError = silent(name, number, log)
+    elif full := _full_disk(folder):
+        error = full
     else:
         kind = BY_CODE.get(code, StageFailed)  # a full disk may have kept its words
         error = kind(f"the stage {name} ended with exit code {code} and left no result", fix=f"see {log}")

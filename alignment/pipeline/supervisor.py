@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment import life
-from alignment.errors import LostError
+from alignment.errors import AlignmentError, LostError
 from alignment.files import read_json
 from alignment.life import Beat
-from alignment.pipeline.attempts import killed
+from alignment.pipeline.attempts import silent
 from alignment.signals import PASSED_ON, Listener
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Supervisor:
         self._handle, self._folder, self._patience, self._stop = handle, folder, patience, stop
         self._progress, self._say, self._clock, self._sleep = progress, say, clock, sleep
         self.asked: str | None = None
-        self.fault: LostError | None = None
+        self.fault: AlignmentError | None = None
         self._began = self._awake = clock()
         self._started: dict[int, Beat] = {}  # ranks that were seen alive, whether they have beaten or not
         self._beats: dict[int, Beat] = {}
@@ -194,12 +194,12 @@ class Supervisor:
             if self._victim is None and beat.gone and not heard:
                 self._victim = beat
 
-    def _lost(self, victim: Beat) -> LostError:
+    def _lost(self, victim: Beat) -> AlignmentError:
         log = self._folder / "log.txt"
         text = log.read_text(errors="replace") if log.exists() else ""
         said = re.findall(rf"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {victim.pid}\)", text)
         number = -int(said[-1]) if said else 0  # what torchrun says, if it got to say it
-        return killed(f"rank {victim.rank}", number, log)
+        return silent(f"rank {victim.rank}", number, log)
 
     def _behind(self) -> str:
         ticks = {rank: beat.ticks for rank, beat in self._beats.items() if not beat.ended}

@@ -126,7 +126,7 @@ def test_a_line_that_a_kill_has_cut_spoils_none_of_the_next(tmp_path: Path) -> N
 
 
 def test_memory_is_the_hint_for_a_kill_only() -> None:
-    told = {number: attempts.killed("rank 0", number, Path("log.txt")) for number in (0, 9, 11)}
+    told = {number: attempts.silent("rank 0", number, Path("log.txt")) for number in (0, 9, 11)}
     assert "out of memory" in (told[0].fix or "") and "out of memory" in (told[9].fix or "")
     assert str(told[11]) == "rank 0 was killed by signal 11 (see log.txt)"
 
