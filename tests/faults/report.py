@@ -21,6 +21,7 @@ def cell(told: list[dict[str, Any]]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
+    skipped = sorted({row["fault"] for row in results if row["outcome"] == "skipped"})
     results = [row for row in results if row["outcome"] != "skipped"]
     failed = sum(row["outcome"] == "failed" for row in results)
     minutes = sum(row["seconds"] for row in results) / 60
@@ -35,6 +36,8 @@ def table(results: list[dict[str, Any]]) -> str:
         told = [row for row in results if row["fault"] == fault]
         cells = [cell([row for row in told if row["engine"] == engine]) for engine in ENGINES]
         lines.append(f"| {fault} | {' | '.join(cells)} |")
+    if skipped:
+        lines += ["", f"Not tried, because the machine could not: {'; '.join(skipped)}."]
     return "\n".join(lines)
 
 

@@ -15,20 +15,17 @@ from pathlib import Path
 import pytest
 
 from tests.faults.driver import Fault
-from tests.faults.runs import Case, cells, children, until
+from tests.faults.runs import ENGINES, Case, cells, children, faults, until
 from tests.tracking.conftest import WandbServer
 
 
-@pytest.mark.fault("NaN in the {where}, nonfinite=halt")
+@pytest.mark.fault("NaN in the {what}, nonfinite=halt")
 @pytest.mark.quick("sft-single-loss")
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-@cells()
-def test_a_nan_halts_before_it_does_harm(kind: str, engine: str, where: str, make: Callable[..., Case]) -> None:
+@faults(["loss"], ["gradient"], {("dpo", engine) for engine in ENGINES})
+def test_a_nan_halts_before_it_does_harm(kind: str, engine: str, what: str, make: Callable[..., Case]) -> None:
     """It was a fault of the machine: the same command goes on, and ends as if it had not been."""
-    if where == "gradient" and kind == "sft":
-        pytest.skip("as with DPO")
     case = make(kind, engine, "checkpoint.asynchronous=false")
-    driver = case.run(code=5, faults=[Fault("poisoned", {"where": where, "steps": [3]})])
+    driver = case.run(code=5, faults=[Fault("poisoned", {"where": what, "steps": [3]})])
     assert "step 3, " in driver.told.splitlines()[-1]
     assert [path.name for path in case.checkpoints()] == ["step-00000001", "step-00000002"]
     case.run(code=0)
