@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import os
 import shlex
@@ -95,7 +94,7 @@ def _top(arguments: list[str]) -> int:
 def run(arguments: list[str]) -> int:
     """Run an experiment: every stage that the store lacks, then the report."""
     for name in ("stdout", "stderr"):
-        _outlive_terminal(name)
+        _outlive_reader(name)
     stop = Listener().listen(again=_end_at_once)
     try:
         from alignment import hydra_app
@@ -107,24 +106,23 @@ def run(arguments: list[str]) -> int:
         raise
 
 
-class _Terminal(io.FileIO):
-    """One that may go away while there is still work to save: what is said to it then is said to nobody."""
+class _Heard(io.FileIO):
+    """A terminal, pipe or file that may go away, or be full, while there is work to watch over or to save: what it does
+    not take is said to nobody. The run's results do not lie there."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data) or 0
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
+        except OSError:
             return len(data)
 
 
-def _outlive_terminal(name: str) -> None:
-    """Of the standard stream of this name: no error if it is a terminal that goes away."""
+def _outlive_reader(name: str) -> None:
+    """Of the standard stream of this name: no error if nobody takes what is written to it."""
     stream = getattr(sys, name)
-    if stream.isatty():
+    with suppress(OSError, ValueError):  # one that is no file
+        raw = io.BufferedWriter(_Heard(stream.fileno(), "w", closefd=False))
         stream.flush()
-        raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 

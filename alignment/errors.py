@@ -57,6 +57,13 @@ def unusable(error: OSError) -> MachineError:
     return MachineError(f"cannot be used: {error.strerror or error}", where=where, fix=fix)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of Python, of PyTorch on a GPU, or of PyTorch on the CPU, which has no class for it."""
+    text = str(error).lower()
+    refused = "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    return isinstance(error, MemoryError) or refused
+
+
 class TrainingError(AlignmentError):
     """Training went wrong in a way that makes its result worthless (NaN, a wrong reference model, ...)."""
 

@@ -19,8 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 EVERY = 1.0  # seconds between two beats
+LONGEST = 3600.0  # seconds that one operation may take without a word
 SIZE = 512  # bytes of a beat's file: the same at every beat, so that a full disk cannot stop it
 BEATS, STACKS = "beats", "stacks"
+WORD = 32_768  # bytes kept free for a process's last word
 PR_SET_PDEATHSIG = 1
 
 
@@ -128,6 +130,11 @@ def unheard(rank: int, pid: int) -> Beat | None:
 
 def stacks(folder: Path, rank: int) -> Path:
     return folder / STACKS / f"rank-{rank:05d}.txt"
+
+
+def word(folder: Path, rank: int) -> Path:
+    """Where the disk for a process's last word is kept."""
+    return folder / BEATS / f"word-{rank:05d}"
 
 
 def die_with_parent(parent: int) -> None:

@@ -31,7 +31,7 @@ class Listener:
         self.raised = False
         self._again: Callable[[], None] | None = None
         self._deferred = 0
-        self._since = 0.0
+        self._since: float | None = None  # when somebody else than a driver first asked
 
     def listen(self, again: Callable[[], None]) -> Listener:
         """SIGHUP stays ignored where it is (nohup). Signals that have waited for this process to listen come now."""
@@ -53,10 +53,13 @@ class Listener:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        second = self._since is not None and now - self._since > ECHO
+        if number != PASSED_ON and self._since is None:
+            self._since = now
         if self.asked is None:
-            self.asked, self._since = signal.Signals(number).name, now
+            self.asked = signal.Signals(number).name
             if not self._deferred:
                 self.raised = True
                 raise Stopped(self.asked)
-        elif number != PASSED_ON and now - self._since > ECHO and self._again is not None:
+        elif number != PASSED_ON and second and self._again is not None:
             self._again()

@@ -19,9 +19,17 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.errors import AlignmentError, InputError, LostError, MachineError, PreemptedError, unusable
+from alignment.errors import (
+    AlignmentError,
+    InputError,
+    LostError,
+    MachineError,
+    PreemptedError,
+    is_out_of_memory,
+    unusable,
+)
 from alignment.files import canonical, digest, read_json
-from alignment.life import BEATS, Pulse, die_with_parent
+from alignment.life import WORD, Pulse, die_with_parent, word
 from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
 from alignment.signals import Listener, Stopped
@@ -34,34 +42,34 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in the processes that it starts
 NO_SPACE = r"os error (28|122)\b|No space left on device|Disk quota exceeded"  # safetensors has its own error class
 # What a process hears of another one that has died: gloo's words, NCCL's, and PyTorch's store's.
 FROM_GROUP = r"gloo|nccl|c10d|ProcessGroup|TCPStore|torch\.distributed|torch/csrc/distributed"
-WORD = 32_768  # bytes kept free for a process's last word
 LONGEST_START = 60.0  # seconds from a launch to a worker that runs
 PEER_GONE = (
-    r"closed by peer|reset by peer|broken pipe|timed? ?out|remote process exited|connection (was )?(aborted|closed)"
+    r"closed by peer|peer closed|reset by peer|connection refused"
+    r"|broken pipe|timed? ?out|remote process exited|connection (was )?(aborted|closed)"
 )
 
 
 def main(folder: Path) -> int:
     """Run the stage that the folder describes; the exit code is that of its error class."""
     stop, pulse = Listener(), None
+    deferred = ExitStack()  # of several processes none may leave alone: to its end each only notes a request
+    deferred.enter_context(stop.deferred())
     try:
-        with ExitStack() as deferred:
-            deferred.enter_context(stop.deferred())
-            stop.listen(again=lambda: os._exit(130))
-            if TORCHRUN in os.environ:
-                die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
-            order = read_json(folder / "stage.json")
-            if not Store(Path(order["store"])).is_held(order["key"]):  # its launcher died before it could say so
-                print("nobody holds the lock of this stage: its launcher is gone", flush=True)
-                return 1
-            pulse = Pulse(folder, _rank())
-            _reserve(folder)
-            if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # of several none may leave alone: the others would wait
-                deferred.close()
-                if stop.asked:
-                    raise Stopped(stop.asked)
-            _run(folder, order, stop, pulse)
-            return 0
+        stop.listen(again=lambda: _end_at_once(folder))
+        if TORCHRUN in os.environ:
+            die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
+        order = read_json(folder / "stage.json")
+        if not Store(Path(order["store"])).is_held(order["key"]):  # its launcher died before it could say so
+            print("nobody holds the lock of this stage: its launcher is gone", flush=True)
+            return 1
+        pulse = Pulse(folder, _rank())
+        _reserve(folder)
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            deferred.close()
+            if stop.asked:
+                raise Stopped(stop.asked)
+        _run(folder, order, stop, pulse)
+        return 0
     except (Stopped, PreemptedError) as why:
         return _preempted(folder, str(why))
     except Exception as error:
@@ -70,12 +78,19 @@ def main(folder: Path) -> int:
                 traceback.print_exc()
                 return _preempted(folder, str(stop.asked))
             known = _known(error, folder)
-            _tell(folder, known, traceback.format_exc(), retry=bool(getattr(error, "retry", known.retry)))
+            retry = bool(getattr(error, "retry", known.retry))
+            _tell(folder, known, traceback.format_exc(), retry, stop.asked)
             traceback.print_exc()
             return known.exit_code
     finally:
         if pulse is not None:
             pulse.end()
+
+
+def _end_at_once(folder: Path) -> None:
+    """Asked a second time: the driver, which was not, hears why."""
+    _tell(folder, LostError(f"rank {_rank()} was asked to stop a second time, and ended at once"), "", retry=True)
+    os._exit(130)
 
 
 def _preempted(folder: Path, why: str) -> int:
@@ -231,7 +246,7 @@ def _known(error: Exception, folder: Path) -> AlignmentError:
         return MachineError("no space left on the disk", where=str(folder), fix="free some space, or set store=...")
     if isinstance(error, OSError) and error.filename is not None:
         return unusable(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if is_out_of_memory(error):
         return MachineError(
             "out of memory",
             fix="lower engine.tokens_per_micro_batch, or set engine.gradient_checkpointing=true, engine=zero3, or LoRA",
@@ -251,16 +266,18 @@ def _file_loaded(error: Exception) -> str | None:
     return None
 
 
-def _tell(folder: Path, error: AlignmentError, trace: str, retry: bool) -> None:
-    """Leave the cause for the driver. That another process is gone is not the first cause: it is told elsewhere."""
+def _tell(folder: Path, error: AlignmentError, trace: str, retry: bool, asked: str | None = None) -> None:
+    """Leave the cause for the driver, and what this process was asked to stop by. That another process is gone is not
+    the first cause: it is told elsewhere."""
     told = {"code": error.exit_code, "what": error.what, "where": error.where, "fix": error.fix, "message": str(error)}
+    told |= {"asked": asked}
     name = "lost.json" if isinstance(error, LostError) else "error.json"
     _leave(folder, name, {**told, "retry": retry, "traceback": trace})
 
 
 def _reserve(folder: Path) -> None:
     """Disk for this process's last word, which may be that there is none left."""
-    (folder / BEATS / f"word-{_rank():05d}").write_bytes(b" " * WORD)
+    word(folder, _rank()).write_bytes(b" " * WORD)
 
 
 def _leave(folder: Path, name: str, told: dict[str, Any]) -> None:
@@ -268,15 +285,17 @@ def _leave(folder: Path, name: str, told: dict[str, Any]) -> None:
     told = {**told, "rank": _rank()}
     while len(text := canonical(told).encode()) > WORD and told.get("traceback"):  # its end says where
         told["traceback"] = told["traceback"][len(told["traceback"]) // 2 + 1 :]
-    word = folder / BEATS / f"word-{_rank():05d}"
+    mine = word(folder, _rank())
     with suppress(OSError):
-        with open(os.open(word, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as stream:
+        with open(os.open(mine, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as stream:
             stream.write(text.ljust(WORD))  # over what is there: JSON may end in blanks
         try:
-            os.link(word, folder / name)
-            word.unlink()
-        except PermissionError:  # a file system without such links
-            word.rename(folder / name)
+            os.link(mine, folder / name)
+            mine.unlink()
+        except FileExistsError:
+            return
+        except OSError:  # a file system without such links
+            mine.rename(folder / name)
 
 
 if __name__ == "__main__":

@@ -213,10 +213,24 @@ def test_a_terminal_that_is_gone_is_spoken_to_without_an_error(monkeypatch: pyte
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w", buffering=1) as plain:
         monkeypatch.setattr(sys, "stdout", plain)
-        cli._outlive_terminal("stdout")
+        cli._outlive_reader("stdout")
         print("heard")
         assert os.read(ours, 100).strip() == b"heard"
         os.close(ours)
         print("not heard", flush=True)
         with pytest.raises(OSError, match="Input/output"):
             os.write(theirs, b"what it would be without")
+
+
+@pytest.mark.parametrize("where", ["a full disk", "a pipe that nobody reads"])
+def test_a_run_that_nobody_hears_is_a_run(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe() if where != "a full disk" else (None, os.open("/dev/full", os.O_WRONLY))
+    if reading is not None:
+        os.close(reading)
+    with os.fdopen(writing, "w", closefd=False) as plain:
+        monkeypatch.setattr(sys, "stdout", plain)
+        cli._outlive_reader("stdout")
+        print("not heard", flush=True)
+        with pytest.raises(OSError, match=r"No space|Broken pipe"):
+            os.write(writing, b"what it would be without")
+    os.close(writing)

@@ -142,6 +142,26 @@ def test_a_signal_in_training_is_an_end_in_order_and_the_same_command_finishes(
     assert [row["outcome"] for row in tried] == ["preempted", "interrupted", "done"]
 
 
+def test_a_signal_to_a_rank_of_torchrun_that_still_starts_waits_for_it(
+    store: Path, command: Command, settings: list[str]
+) -> None:
+    """Its interpreter is not up yet; torchrun's own start hands the blocked signals on."""
+    settings = [*settings, *TWO_RANKS, "stage.sft.seed=5"]
+    work = store / "work" / keys(command, store, settings)["sft"]
+    driver = start(store, *settings)
+
+    def ranks() -> dict[int, life.Beat]:
+        return {rank: beat for pid in processes_of(work) for rank, beat in life.started_by(pid).items()}
+
+    until(lambda: 1 in ranks(), 120)
+    early = ranks()[1]
+    assert not life.beats(work), "it has not shown life yet"
+    early.signal(signal.SIGTERM)
+    output = ended(driver, 75, 60)
+    assert "SIGTERM on rank 1: nothing was trained yet" in output
+    ended(start(store, *settings), 0, 120)
+
+
 def test_a_process_that_stands_still_has_all_write_their_stacks_and_the_stage_is_tried_again(
     store: Path, command: Command, settings: list[str]
 ) -> None:
@@ -158,6 +178,19 @@ def test_a_process_that_stands_still_has_all_write_their_stacks_and_the_stage_is
         assert "rank 1 has shown no life" in written
         assert "most recent call first" in written
     assert not (store / "store" / sft / "beats").exists()
+
+
+def test_a_run_whose_output_nobody_takes_is_made_all_the_same(
+    store: Path, command: Command, settings: list[str]
+) -> None:
+    settings = [*settings, "stage.sft.seed=6"]
+    with open("/dev/full", "w") as full:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "alignment.cli", "run", *settings],
+            env=environment(store), cwd=store.parent, stdout=full, stderr=full,
+        )  # fmt: skip
+        assert driver.wait(120) == 0
+    assert states(runs(command, store)[0])["sft"] == "done"
 
 
 def test_the_first_signal_in_a_sweep_ends_the_sweep(store: Path, command: Command, settings: list[str]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from alignment import worker
@@ -86,6 +87,42 @@ def work(tmp_path: Path, own_signals: None) -> Iterator[Path]:
     assert lock.acquire("test")
     yield folder
     lock.release()
+
+
+@pytest.mark.parametrize("rename", [False, True])
+def test_a_word_is_left_on_a_file_system_without_hard_links(
+    rename: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    if rename:
+        monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "beats").mkdir()
+    worker._reserve(tmp_path)
+    worker._tell(tmp_path, MachineError("out of memory"), "", retry=False)
+    assert json.loads((tmp_path / "error.json").read_text())["what"] == "out of memory"
+    assert not list((tmp_path / "beats").iterdir())
+
+
+def test_memory_that_pytorch_refuses_on_the_cpu_is_said_as_such() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert str(worker._known(caught.value, Path("work/ab"))).startswith("out of memory")
+
+
+def test_the_first_request_of_others_after_a_drivers_is_no_second_one(
+    own_signals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again: list[int] = []
+    listener = Listener().listen(lambda: again.append(1))
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with listener.deferred():
+        for number, seen in ((PASSED_ON, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 1)):
+            os.kill(os.getpid(), number)
+            assert len(again) == seen
+            now[0] += 60
 
 
 def test_what_a_driver_passes_on_is_never_a_second_request(own_signals: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment import life
 from alignment.errors import BY_CODE, AlignmentError, LostError, MachineError, PreemptedError, StageFailed
 from alignment.files import append, read_json
 from alignment.pipeline.store import CHECKPOINTS, NEXT
@@ -47,7 +48,6 @@ def read(folder: Path) -> list[Row]:
 def row(folder: Path, order: Row, outcome: str, cause: str | None, ended: float | None = None) -> Row:
     """One line. order: stage.json. outcome: done | preempted | lost | failed | interrupted. Times: unix seconds."""
     experiment = order["experiment"]
-    processes = experiment["launcher"].get("processes", 1) if order["distributed"] else 1
     return {
         "attempt": order["attempt"],
         "started": order["started"],
@@ -56,7 +56,7 @@ def row(folder: Path, order: Row, outcome: str, cause: str | None, ended: float 
         "cause": cause,
         "step": (_read(folder / "progress.json") or {}).get("step"),
         "host": order["host"],
-        "processes": processes,
+        "processes": _processes(order),
         "strategy": experiment["engine"]["strategy"] if order["distributed"] else None,
     }
 
@@ -69,6 +69,8 @@ def note(folder: Path, line: Row) -> None:
 
 def note_unnoted(folder: Path) -> None:
     """Before another attempt: note the one whose driver was killed before it could, or found the disk full."""
+    if folder.is_symlink() or (folder / ATTEMPTS).is_symlink():  # out of the store: not ours to write to
+        return
     order = _read(folder / "stage.json")
     if not order or not {"attempt", "started", "host", "distributed", "experiment"} <= set(order):
         return
@@ -84,7 +86,7 @@ def _left(folder: Path) -> tuple[str, str]:
         return outcome_of(error), str(error)
     if outcome := _read(folder / "outcome.json"):
         return "preempted", str(outcome.get("why"))
-    return "interrupted", "its driver was killed"
+    return "interrupted", "its driver was killed, or the disk too full to say why"
 
 
 def here() -> Row:
@@ -110,11 +112,13 @@ def _step(manifest: Path) -> int | None:
 
 def cause(name: str, folder: Path, code: int, watched: Supervisor) -> AlignmentError:
     """Why an attempt ended without a result. Who was asked to stop was preempted, unless it failed by itself."""
-    error = _told(folder, "error.json") or watched.fault or _told(folder, "lost.json")
-    outcome, why = _read(folder / "outcome.json"), watched.asked
+    error, why = _told(folder, "error.json"), watched.asked
+    if error is None or (error.exit_code == StageFailed.exit_code and watched.fault):  # may be what came of the fault
+        error = watched.fault or error or _told(folder, "lost.json")
+    outcome, why = _read(folder / "outcome.json"), why or (_read(folder / "error.json") or {}).get("asked")
     # Ranks that were asked one by one end with 0 or 75. After a failure torchrun asks those that are left: no such end.
     if error is None and outcome and (why or code in (0, PreemptedError.exit_code)):
-        # The driver sends SIGTERM whatever it was asked by; what became of it only the stage knows.
+        # The driver passes on whatever it was asked by; what became of it only the stage knows.
         told, _, became = str(outcome["why"]).partition(": ")
         why = ": ".join(filter(None, (why or told, became)))
     elif error is None:
@@ -128,9 +132,9 @@ def cause(name: str, folder: Path, code: int, watched: Supervisor) -> AlignmentE
 def outcome_of(error: BaseException) -> str:
     if isinstance(error, PreemptedError):
         return "preempted"
-    if not isinstance(error, AlignmentError):
+    if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    return "lost" if error.retry else "failed"
+    return "lost" if isinstance(error, AlignmentError) and error.retry else "failed"
 
 
 class Retries:
@@ -181,18 +185,21 @@ def _told(folder: Path, name: str) -> AlignmentError | None:
     return error
 
 
-def silent(who: str, number: int, log: Path) -> AlignmentError:
-    """Why a process has ended that left no word. number: of the signal that ended it; 0: it is not known of any."""
-    if number <= 0 and (full := _full_disk(log.parent)):
+def silent(who: str, number: int, log: Path, rank: int | None = None) -> AlignmentError:
+    """Why a process, or one of all, has ended that left no word. number: of the signal that ended it; 0: it is not
+    known of any."""
+    if number <= 0 and (full := _full_disk(log.parent, rank)):
         return full
     how = f"was killed by signal {number}" if number > 0 else "ended without a word"
     hint = "" if number not in (0, signal.SIGKILL) else f"{OUT_OF_MEMORY}; "
     return LostError(f"{who} {how}", fix=f"{hint}see {log}")
 
 
-def _full_disk(folder: Path) -> MachineError | None:
-    """If it is too full for the words of a process."""
-    if shutil.disk_usage(folder).free >= FULL:
+def _full_disk(folder: Path, rank: int | None) -> MachineError | None:
+    """If it was too full to reserve the word of this process, or of any."""
+    order = _read(folder / "stage.json") or {}
+    ranks = range(_processes(order) if order else 1) if rank is None else [rank]
+    if shutil.disk_usage(folder).free >= FULL or all(_size(life.word(folder, one)) == life.WORD for one in ranks):
         return None
     return MachineError("no space left on the disk", where=str(folder), fix="free some space, or set store=...")
 
@@ -203,7 +210,7 @@ def _by_code(name: str, folder: Path, code: int) -> AlignmentError:
     number = -code if code < 0 else code - 128 if code > 128 else 0
     if number or code == StageFailed.exit_code:  # torchrun's, of a rank that left no word
         error: AlignmentError = silent(name, number, log)
-    elif full := _full_disk(folder):
+    elif full := _full_disk(folder, None):
         error = full
     else:
         kind = BY_CODE.get(code, StageFailed)  # a full disk may have kept its words
@@ -213,6 +220,18 @@ def _by_code(name: str, folder: Path, code: int) -> AlignmentError:
     except OSError:
         pass
     return error
+
+
+def _processes(order: Row) -> int:
+    """Of the attempt that stage.json describes."""
+    return int(order["experiment"]["launcher"].get("processes", 1)) if order["distributed"] else 1
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _read(path: Path) -> Row | None:

@@ -140,7 +140,7 @@ def _bring(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listener)
         started = time.monotonic()
         try:
             record = _persist(run, node, lock, observer, stop)
-        except (AlignmentError, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:
             outcome = attempts.outcome_of(error)
             state = outcome if outcome in ("preempted", "interrupted") else "failed"
             told = str(error) if state == "failed" else None
@@ -169,7 +169,7 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
         _note_attempts(run, node, [*attempts.read(folder), order])
         try:
             return _attempt(run, node, order, lock, observer, stop)
-        except (AlignmentError, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:
             what = None if isinstance(error, KeyboardInterrupt) else str(error)
             attempts.note(folder, attempts.row(folder, order, attempts.outcome_of(error), what))
             _note_attempts(run, node, attempts.read(folder))

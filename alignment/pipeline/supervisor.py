@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 POLL = 0.1  # seconds between two looks at a running job
 LOOK = 0.5  # seconds between two looks at its beats
 GRACE = 5.0  # seconds that a job has to end by itself once one of its processes has failed
-# Times the patience with a stage that does not get on: until its first step (a model may load long), and while it ends
-# (a state may be large, and a disk slow).
+# Times the patience with a stage that does not get on until its first step: a model may load long.
 LENIENT = 6
 SILENT = 3 * life.EVERY  # seconds after which a process that should beat is out of the ordinary
 STACKS = 3.0  # seconds that processes get to write where they are
@@ -174,7 +173,7 @@ class Supervisor:
         silent = max(sorted(silence), key=silence.__getitem__, default=None)
         if silent is not None and silence[silent] >= patience:
             return self._hung(f"rank {silent} has shown no life for {patience:g} s")
-        if self.asked or not self._stepping:
+        if not self._stepping:
             patience *= LENIENT
         if now - self._got_on < patience:
             return False
@@ -199,7 +198,7 @@ class Supervisor:
         text = log.read_text(errors="replace") if log.exists() else ""
         said = re.findall(rf"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {victim.pid}\)", text)
         number = -int(said[-1]) if said else 0  # what torchrun says, if it got to say it
-        return silent(f"rank {victim.rank}", number, log)
+        return silent(f"rank {victim.rank}", number, log, victim.rank)
 
     def _behind(self) -> str:
         ticks = {rank: beat.ticks for rank, beat in self._beats.items() if not beat.ended}

@@ -12,10 +12,9 @@ from typing import Any
 
 from alignment.config.schema import Experiment
 from alignment.files import append, read_json, write_json, write_text
+from alignment.life import LONGEST
 from alignment.pipeline.store import NEXT, WARNINGS
 from alignment.signals import Listener
-
-LONGEST = 3600.0  # seconds that one operation may take without a word
 
 
 @dataclass

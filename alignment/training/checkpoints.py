@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class Checkpoints:
             if error.errno not in GONE:
                 raise
             return f"it has no {MANIFEST}"
-        there = {str(path.relative_to(folder)) for path in folder.rglob("*")} - {MANIFEST}
+        there = {str(path.relative_to(folder)) for path in _within(folder)} - {MANIFEST}
         if there != set(files):
             odd = sorted(there ^ set(files))[0]
             return f"{odd} is missing" if odd in files else f"{odd} is not in its manifest"
@@ -221,6 +222,16 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """All that lies in it; unlike Path.rglob it raises OSError for a folder that cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        yield from (Path(place) / name for name in (*folders, *files))
 
 
 def _size(folder: Path) -> int:

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config.schema import Engine, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
+from alignment.life import LONGEST
 from alignment.training.memory import Load, adapter_parameters, available_bytes, needs_checkpointing
 from alignment.training.model import count_parameters
 from alignment.training.reference_pass import BLOCK
@@ -77,8 +79,9 @@ def _join_process_group() -> None:
 
 
 def _patience(engine: Engine) -> timedelta:
-    """With processes that do not answer: longer than whoever watches over them has, for where nobody does."""
-    return timedelta(seconds=max(600.0, 10 * engine.watchdog_s))
+    """With processes that do not answer: longer than whoever watches over them has, for where nobody does, and than
+    one process may be busy while the others wait."""
+    return timedelta(seconds=max(LONGEST + engine.watchdog_s, 10 * engine.watchdog_s))
 
 
 def _start_deepspeed(on_gpu: bool, patience: timedelta) -> None:
@@ -96,6 +99,8 @@ def _start_deepspeed(on_gpu: bool, patience: timedelta) -> None:
         ) from None
     if not on_gpu:  # compiled at the first start (two minutes), used by tensor-parallel inference only
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed clones the group, and says nothing of time then.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     # Before the configuration is made: it takes the number of processes from the group.
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=patience, verbose=False)
 

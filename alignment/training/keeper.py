@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -20,15 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alignment.config import schema
-from alignment.errors import MachineError, PreemptedError
+from alignment.errors import MachineError, PreemptedError, is_out_of_memory
 from alignment.signals import Listener
 from alignment.training import ranks, state, tensors
 from alignment.training.checkpoints import Checkpoints, part_name
 from alignment.training.memory import host_share
-from alignment.training.out_of_memory import is_out_of_memory
 
 # Before a time limit: seconds to spare, and how fast a disk is taken to be until a save has been timed.
 SPARE, SLOW_DISK = 5.0, 100e6
+RECENT = 20  # steps that tell how long the next one may take
 
 
 class Wishes(NamedTuple):
@@ -92,6 +93,7 @@ class Keeper:
         self._problem = ""
         self._saved_at = self._step_at = time.monotonic()
         self._slowest_step = self._save_takes = 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT)
 
     # --- going on -------------------------------------------------------------------------------------------------
 
@@ -166,7 +168,11 @@ class Keeper:
         Raises PreemptedError when all have saved, MachineError when saving has failed too often.
         """
         now = time.monotonic()
-        self._slowest_step, self._step_at = max(self._slowest_step, now - self._step_at), now
+        # The first one may have compiled: it counts once, until there are others.
+        took, self._step_at = now - self._step_at, now
+        if step > self.first_step + 1:
+            self._recent.append(took)
+        self._slowest_step = max(self._recent, default=took / 2)
         if agreed.fatal:
             problem = ranks.broadcast(lambda: self._problem)
             where, fix = str(self.checkpoints.folder), "free some space, or raise checkpoint.max_failures"
@@ -291,7 +297,7 @@ class Keeper:
         """Training is over, well or not: nothing is written any more, and what is being written is given up. Of this
         process alone."""
         self._closed.set()
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)  # an error must not wait for a slow disk
         self._write = None
 
 

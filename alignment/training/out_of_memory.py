@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from alignment.config.schema import Engine
-from alignment.errors import AlignmentError, MachineError
+from alignment.errors import AlignmentError, MachineError, is_out_of_memory
 from alignment.training.memory import (
     Load,
     activation_bytes,
@@ -49,13 +49,6 @@ def advising(
             tell_next(**{TOKENS: max(longest, load.tokens // 2)})
             told.retry = True
         raise told from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of Python, of PyTorch on a GPU, or of PyTorch on the CPU, which has no class for it."""
-    text = str(error).lower()
-    refused = "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or refused
 
 
 def advice(load: Load, checkpointing: bool, config: Any) -> str:

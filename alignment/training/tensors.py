@@ -20,7 +20,7 @@ from torch import Tensor
 
 NAMES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 PIECE = 1 << 24  # bytes: the lock is given up between pieces, and a failing disk is noticed early
-FLUSH = 1 << 30  # bytes after which they are sent to the disk: no single wait for it takes long
+FLUSH = 1 << 27  # bytes after which they are sent to the disk: no single wait for it takes long
 
 
 class Cancelled(Exception):

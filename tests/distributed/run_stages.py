@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed import distributed_c10d
 
 import alignment.stages.train as train
 import alignment.training.trainers as trainers
@@ -107,6 +109,8 @@ def observed(consolidate: Any) -> Any:
         held = [parameter.numel() for parameter in trainer.model.parameters()]
         seen.update(parameters=len(held), empty_parameters=held.count(0))
         seen.update(distributed_type=str(trainer.accelerator.distributed_type))
+        groups = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+        seen.update(group_timeouts=[group.options._timeout.total_seconds() for group in groups])
         consolidate(trainer, *arguments)
 
     return wrapped

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from alignment.life import LONGEST
 from tests.conftest import write_tiny_model
 from tests.distributed import bare
 from tests.training import models, tiny
@@ -202,6 +203,8 @@ def test_zero3_really_shards_every_parameter(name: str, together: Path) -> None:
     assert summary["empty_parameters"] == summary["parameters"]
     assert summary["trained_parameters"] == (4096 if "lora" in name else 26_944)
     assert summary["distributed_type"] == "DistributedType.DEEPSPEED"
+    assert len(summary["group_timeouts"]) >= 2, "DeepSpeed makes groups of its own"
+    assert min(summary["group_timeouts"]) > LONGEST
 
 
 @pytest.mark.parametrize("name", ["sft_zero3", "sft_zero3_padded"])

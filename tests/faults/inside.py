@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alignment import worker
 from alignment.pipeline.store import Store
@@ -85,6 +86,15 @@ def slow_disk(seconds: float) -> None:
             yield piece
 
     tensors._pieces = pieces
+
+
+def fail(what: str) -> None:
+    raise RuntimeError(what)
+
+
+def exhaust() -> None:
+    """What PyTorch's allocator refuses."""
+    torch.empty(1 << 50)
 
 
 def rest(seconds: float) -> None:

@@ -42,6 +42,42 @@ def test_a_rank_that_is_killed_costs_an_attempt_and_nothing_else(
     case.require_same()
 
 
+@pytest.mark.fault("an error in one rank: {what}")
+@faults(["training"], ["loading", "committing"], {("dpo", "ddp"), ("dpo", "zero3")})
+def test_an_error_in_one_rank_ends_all_in_seconds_with_its_words(
+    kind: str, engine: str, what: str, make: Callable[..., Case]
+) -> None:
+    case = make(kind, engine)
+    rank = 0 if engine == "single" or what in ONLY_MAIN else 1
+    began = time.monotonic()
+    broken = Fault("at", {"moment": what, "nth": min(2, MOMENTS[what]), "do": "fail", "what": "it is broken"}, rank)
+    driver = case.run("--debug", code=1, faults=[broken])
+    assert time.monotonic() - began < 30, "of which most is its start"
+    first, *trace = driver.told[driver.told.index("alignment: error: ") :].splitlines()
+    assert "RuntimeError: it is broken" in first
+    assert any("inside.py" in line for line in trace), "where it happened"
+    case.run(code=0)
+    assert case.outcomes() == ["failed", "done"]
+    case.require_same()
+
+
+@pytest.mark.fault("a rank is out of memory, engine.adapt=true")
+@cells(kinds=("dpo",))
+def test_a_rank_without_memory_has_all_of_them_go_on_with_less(
+    kind: str, engine: str, make: Callable[..., Case]
+) -> None:
+    case = make(kind, engine, "checkpoint.asynchronous=false")
+    empty = Fault("at", {"moment": "training", "nth": 4, "do": "exhaust"}, 0 if engine == "single" else 1)
+    settings = ["engine.adapt=true", "engine.tokens_per_micro_batch=512"]
+    driver = case.run(*settings, code=0, faults=[empty])
+    assert "out of memory: 512 tokens a micro-batch" in driver.told
+    assert case.outcomes() == ["lost", "done"]
+    assert case.begun() == [0, 3]
+    assert "256 tokens a micro-batch" in case.trained_log()
+    for one, other in zip(case.ground.whole(kind, engine).rows, case.result().rows, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+
+
 def _kill(pid: int) -> bool:
     """Whether it lived; a rank may have been ended meanwhile, as another one was killed before."""
     try:

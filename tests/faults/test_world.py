@@ -48,10 +48,13 @@ def test_a_nan_that_does_not_come_again_leaves_no_trace(
 
 @pytest.mark.fault("the clock jumps by {hours} hours")
 @pytest.mark.parametrize("hours", [-24, 24])
+@pytest.mark.parametrize("moment", ["start", "training"])
 @cells(kinds=("sft",), engines=("single", "zero3"))
-def test_a_clock_that_is_set_decides_nothing(kind: str, engine: str, hours: int, make: Callable[..., Case]) -> None:
+def test_a_clock_that_is_set_decides_nothing(
+    kind: str, engine: str, moment: str, hours: int, make: Callable[..., Case]
+) -> None:
     case = make(kind, engine, "launcher.time_limit=300")
-    options = {"moment": "training", "nth": 3, "do": "set_clock", "seconds": 3600.0 * hours}
+    options = {"moment": moment, "nth": 3, "do": "set_clock", "seconds": 3600.0 * hours}
     case.run(code=0, faults=[Fault("at", options)])
     assert case.outcomes() == ["done"]
     case.require_same()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from alignment import life
 from alignment.errors import InputError, LostError, PreemptedError, StageFailed, TrainingError
+from alignment.life import BEATS
 from alignment.pipeline import attempts
 
 ORDER = {
     "attempt": 1, "started": 100.0, "host": "here", "distributed": True,
     "experiment": {"launcher": {"processes": 4}, "engine": {"strategy": "ddp"}},
 }  # fmt: skip
+NOT_SAID = "its driver was killed, or the disk too full to say why"
 
 
 def tell(folder: Path, name: str, code: int, what: str, **more: Any) -> None:
@@ -106,6 +110,41 @@ def test_what_an_attempt_leaves_to_the_next_starts_the_count_anew(tmp_path: Path
     assert retries.next(lost) is None
 
 
+def test_an_error_of_a_library_may_be_what_came_of_a_dead_rank_and_one_with_a_cause_is_not(tmp_path: Path) -> None:
+    dead = LostError("rank 1 was killed by signal 9")
+    tell(tmp_path, "error.json", 1, "RuntimeError: connect failed", retry=False)
+    assert cause(tmp_path, fault=dead) is dead
+    tell(tmp_path, "error.json", 4, "out of memory", retry=False)
+    assert str(cause(tmp_path, fault=dead)) == "out of memory"
+
+
+def test_a_request_that_a_rank_got_before_an_error_that_would_be_tried_again_is_heeded(tmp_path: Path) -> None:
+    tell(tmp_path, "error.json", 5, "went back", retry=True, asked="SIGUSR1")
+    assert str(cause(tmp_path)).startswith("sft has stopped (SIGUSR1)")
+    tell(tmp_path, "error.json", 5, "NaN", retry=False, asked="SIGUSR1")
+    assert str(cause(tmp_path)) == "NaN"
+
+
+def test_nothing_is_noted_through_a_link(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "work", tmp_path / "outside"
+    folder.mkdir(), outside.write_text("theirs")
+    (folder / "stage.json").write_text(json.dumps(ORDER))
+    (folder / "attempts.jsonl").symlink_to(outside)
+    attempts.note_unnoted(folder)
+    assert outside.read_text() == "theirs"
+
+
+def test_a_full_disk_is_the_cause_only_where_a_process_had_no_room_for_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    (tmp_path / BEATS).mkdir()
+    assert str(attempts.silent("rank 1", 0, tmp_path / "log.txt", 1)).startswith(f"{tmp_path}: no space left")
+    life.word(tmp_path, 1).write_bytes(b" " * life.WORD)
+    assert str(attempts.silent("rank 1", 0, tmp_path / "log.txt", 1)).startswith("rank 1 ended without a word")
+
+
 def test_an_attempt_that_a_full_disk_kept_from_being_noted_is_known_by_its_processes_words(tmp_path: Path) -> None:
     (tmp_path / "stage.json").write_text(json.dumps(ORDER))
     (tmp_path / "outcome.json").write_text(json.dumps({"why": "SIGTERM: saved at step 4"}))
@@ -144,7 +183,7 @@ def test_the_attempt_of_a_killed_driver_is_noted_once_by_the_next(tmp_path: Path
     attempts.note_unnoted(tmp_path)
     assert attempts.read(tmp_path) == [
         {
-            "attempt": 1, "started": 100.0, "ended": 160.0, "outcome": "interrupted", "cause": "its driver was killed",
+            "attempt": 1, "started": 100.0, "ended": 160.0, "outcome": "interrupted", "cause": NOT_SAID,
             "step": 7, "host": "here", "processes": 4, "strategy": "ddp",
         }
     ]  # fmt: skip

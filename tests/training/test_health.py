@@ -159,6 +159,18 @@ def test_nothing_is_heard_before_there_is_a_mean() -> None:
     assert [alarm.hear(loss) for loss in (1.0, 50.0, 1.0)] == [None] * 3
 
 
+def test_a_spike_in_training_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainers.SFT._scale
+
+    def spiked(self: Any, *arguments: Any) -> float:
+        return float(real(self, *arguments)) * (10 if self.state.global_step == 24 else 1)
+
+    monkeypatch.setattr(trainers.SFT, "_scale", spiked)
+    attempt(tmp_path / "run", "sft", max_steps=26, spike_alarm=6.0)
+    (told,) = (tmp_path / "run" / "warnings.txt").read_text().splitlines()
+    assert told.startswith("step 25: the loss is ")
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
