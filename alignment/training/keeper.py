@@ -293,11 +293,11 @@ class Keeper:
         kept = f"the checkpoint of step {newest} is kept" if newest else "there is no checkpoint"
         return PreemptedError(f"{reason} at step {step}: it could not be saved, {kept}")
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         """Training is over, well or not: nothing is written any more, and what is being written is given up. Of this
-        process alone."""
+        process alone. wait: for the disk; an error must not."""
         self._closed.set()
-        self._thread.shutdown(wait=False, cancel_futures=True)  # an error must not wait for a slow disk
+        self._thread.shutdown(wait=wait, cancel_futures=True)
         self._write = None
 
 

@@ -159,13 +159,16 @@ class AlignedTrainer(Resumable):
         return {**super()._prepare_inputs(rest), **kept}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        done = False
         try:
-            return super().train(*args, **kwargs)
+            told = super().train(*args, **kwargs)
+            done = True
+            return told
         finally:  # a thread left behind would be waited for when the interpreter ends
             if self._steps is not None:
                 self._steps.close()
             if self.keeper is not None:
-                self.keeper.close()
+                self.keeper.close(wait=done)
             self.seconds += time.monotonic() - self._began
 
     # --- one optimiser step -------------------------------------------------------------------------------------------

@@ -64,9 +64,9 @@ class Asked(Keeper):
         self._may_write.set()
         super().settle()
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         self._may_write.set()
-        super().close()
+        super().close(wait)
 
 
 def generators() -> list[str]:
