@@ -31,7 +31,8 @@ class Beat:
     """A process as it last told of itself.
 
     born: start of the process in clock ticks since the host's; with pid it names one process, not a later one of that
-    number. beat: grows every second. ticks: grows as the stage gets on. ended: it left in order, whatever its result.
+    number. beat: grows every second. ticks: grows as the stage gets on, on all ranks alike: who has fewer is behind.
+    ended: it left in order, whatever its result. alone: grows as this process gets on with what others need not do.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class Beat:
     beat: int
     ticks: int
     ended: bool
+    alone: int = 0
 
     @property
     def here(self) -> bool:
@@ -61,11 +63,11 @@ class Beat:
 class Pulse:
     """Shows this process to be alive until `end`. Raises OSError if the folder cannot take its two small files.
 
-    ticks: asked at every beat how far the stage has come; any number that grows.
+    got_on: asked at every beat for Beat.ticks and Beat.alone.
     """
 
     def __init__(self, folder: Path, rank: int):
-        self.ticks: Callable[[], int] = lambda: 0
+        self.got_on: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._rank, self._host, self._born = rank, socket.gethostname(), _born(os.getpid()) or 0
         self._count, self._over, self._lock = 0, threading.Event(), threading.Lock()
         (folder / BEATS).mkdir(exist_ok=True)
@@ -93,7 +95,8 @@ class Pulse:
             if self._over.is_set() and not ended:
                 return
             self._count += 1
-            beat = Beat(self._rank, os.getpid(), self._born, self._host, self._count, self.ticks(), ended)
+            ticks, alone = self.got_on()
+            beat = Beat(self._rank, os.getpid(), self._born, self._host, self._count, ticks, ended, alone)
             os.pwrite(self._file, json.dumps(asdict(beat)).ljust(SIZE - 1).encode() + b"\n", 0)
 
 

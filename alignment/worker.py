@@ -106,7 +106,7 @@ def _rank() -> int:
 def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse) -> None:
     store = Store(Path(order["store"]))
     context = _context(folder, order, store, stop)
-    pulse.ticks = lambda: context.ticks
+    pulse.got_on = context.got_on
     _require_parents(store, order)
     if attempts.checkpoint(folder) < 0:  # it begins anew
         context.rewind(-1)

@@ -94,7 +94,8 @@ class Supervisor:
             self._sleep(POLL)
         else:
             self._read_beats(self._clock())
-            if code >= 0:  # else the job itself was ended by a signal, and its processes with it
+            told = self._dying is not None and (self._folder / "error.json").exists()
+            if code >= 0 and not told:  # else the job was ended by a signal, or because of what that file says
                 self._find_victim()
         self.end()
         if self._victim and not self.fault:
@@ -153,7 +154,7 @@ class Supervisor:
             before = self._beats.get(rank)
             if before is None or beat != before:
                 self._changed[rank] = now
-                if before is None or beat.ticks != before.ticks:
+                if before is None or (beat.ticks, beat.alone) != (before.ticks, before.alone):
                     self._got_on = now
                 self._beats[rank] = beat
 

@@ -44,7 +44,6 @@ class StageContext:
     stop: whether this process was asked to stop. deadline: time.monotonic() by which an attempt must have ended.
         A stage that can use several processes must look at it where all of them can; of others a request is raised.
     checkpoints: names of those that stay beside the result.
-    ticks: grows whenever the stage gets on, on every rank; who watches over hanging processes reads it.
     """
 
     name: str
@@ -62,6 +61,7 @@ class StageContext:
     deadline: float | None = None
     checkpoints: list[str] = field(default_factory=list)
     _ticks: int = 0
+    _alone: int = 0
     _busy_until: float = 0.0
     _started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0
@@ -72,20 +72,25 @@ class StageContext:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def ticks(self) -> int:
+    def got_on(self) -> tuple[int, int]:
+        """Who watches over hanging processes asks: calls of `tick`, of which all ranks have as many, and of `alone`."""
         if time.monotonic() < self._busy_until:
-            self._ticks += 1
-        return self._ticks
+            self._alone += 1
+        return self._ticks, self._alone
 
     def tick(self) -> None:
         """This process has got on, if only to where it waits for the others: who stays behind them can be named."""
         self._ticks += 1
 
+    def alone(self) -> None:
+        """This process has got on with what it does for itself, such as writing a file."""
+        self._alone += 1
+
     def note(self, text: str) -> None:
         """Say what is being done now, beside how far the stage is."""
         count = self._count or _Count(0, 0, 0.0)
-        self.progress(count.last, count.total, note=text, force=True)
+        self.alone()
+        self._tell(count.last, count.total, True, {"note": text})
 
     @contextmanager
     def busy(self, note: str) -> Iterator[None]:
@@ -118,6 +123,9 @@ class StageContext:
         step before the last one, begins another count: what is left of it is not reckoned from what came before.
         """
         self.tick()
+        self._tell(step, total, force, facts)
+
+    def _tell(self, step: int, total: int, force: bool, facts: dict[str, Any]) -> None:
         now = time.monotonic()
         if self._count is None or total != self._count.total or step < self._count.last:
             self._count = _Count(total, step, now)

@@ -54,6 +54,7 @@ class Stage(Protocol):
 
     def flush(self) -> None: ...
     def tick(self) -> None: ...
+    def alone(self) -> None: ...
     def note(self, text: str) -> None: ...
     def busy(self, note: str) -> AbstractContextManager[None]: ...
     def tell_next(self, **facts: Any) -> None: ...
@@ -126,7 +127,7 @@ class Keeper:
         """Bring the chosen checkpoint into the engine. A collective."""
         facts = self.checkpoints.state(self.first_step)
         saved = state.Saved(self.checkpoints.at(self.first_step))
-        state.load_state_dict(trainer, saved, self.stage.tick)
+        state.load_state_dict(trainer, saved, self.stage.alone)
         mine = saved.generators(ranks.rank())
         if mine is not None:
             state.set_generators(mine[0], mine[1]["random"], trainer.args.device)
@@ -243,7 +244,7 @@ class Keeper:
 
     def _may_write(self) -> bool:
         """Asked before every piece: that it is asked is a sign that the disk gets on."""
-        self.stage.tick()
+        self.stage.alone()
         return not self._closed.is_set()
 
     def settle(self) -> None:

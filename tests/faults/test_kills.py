@@ -21,9 +21,9 @@ MOMENTS = {
     "finishing": 1, "model": 1, "summary": 1, "tracker": 1, "result": 1, "fsync": 7, "rename": 3, "replace": 9,
 }  # fmt: skip
 LATE = {"finishing", "model", "summary", "tracker", "result"}  # training is over
-ONLY_MAIN = {"committing", "removing", "tracker", "result", "rename", "replace"}
+ONLY_MAIN = {"committing", "removing", "tracker", "result", "fsync", "rename", "replace"}
 EVERYWHERE = ["training", "saving", "model"]
-LEAST = {"saving": 2, "committing": 2, "removing": 4}  # checkpoints that count when the moment comes
+LEAST = {"saving": 2, "committing": 2, "removing": 2}  # checkpoints that count when the moment comes
 
 
 @pytest.mark.fault("kill -9 of a rank: {what}")
