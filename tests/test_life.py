@@ -19,7 +19,7 @@ import sys, time
 from pathlib import Path
 from alignment.life import Pulse
 pulse = Pulse(Path(sys.argv[1]), 3)
-pulse.ticks = iter(range(7, 1000)).__next__
+pulse.got_on = zip(range(7, 1000), range(2, 1000)).__next__
 sys.stdin.readline()
 pulse.end()
 """
