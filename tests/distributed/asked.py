@@ -30,7 +30,7 @@ class Asked(Keeper):
         written no sooner than so many steps later, and just then, if nobody waits for it earlier."""
         super().__init__(*arguments, **options)
         self._stops, self._loses, self._behind, self._computed, self._begun = stop, lose, behind, 0, 0
-        self._may_write = Event()
+        self._gate = Event()
         self._generators = self.checkpoints.folder.parent / f"generators-{ranks.rank()}.jsonl"
 
     def wishes(self) -> Any:
@@ -40,7 +40,7 @@ class Asked(Keeper):
         if self._computed == self._stops:
             self.stage.stop.asked = "SIGTERM"
         if self._write is not None and self._computed - self._begun == self._behind:
-            self._may_write.set()
+            self._gate.set()
             wait([self._write.part])
         return super().wishes()
 
@@ -52,20 +52,20 @@ class Asked(Keeper):
     def _save(self, *arguments: Any) -> None:
         self._begun = self._computed
         if self._behind:
-            self._may_write.clear()
+            self._gate.clear()
         super()._save(*arguments)
 
     def _part(self, *arguments: Any) -> Any:
         if self._behind:
-            self._may_write.wait()
+            self._gate.wait()
         return super()._part(*arguments)
 
     def settle(self) -> None:
-        self._may_write.set()
+        self._gate.set()
         super().settle()
 
     def close(self, wait: bool = True) -> None:
-        self._may_write.set()
+        self._gate.set()
         super().close(wait)
 
 
