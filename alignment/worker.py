@@ -125,7 +125,7 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse) -> N
         if context.is_main:
             with context.busy("storing the result"):
                 _require_same_input(context.experiment, context, order)
-                store.commit(order["key"], _record(context, order, metrics))
+                store.commit(order["key"], _record(store, context, order, metrics))
 
 
 def _context(folder: Path, order: dict[str, Any], store: Store, stop: Listener) -> StageContext:
@@ -204,11 +204,12 @@ def _all_done(context: StageContext) -> None:
             dist.barrier()
 
 
-def _record(context: StageContext, order: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+def _record(store: Store, context: StageContext, order: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
     from alignment.pipeline.identity import code_digest
 
     folder = context.folder
     started, finished = order["started"], time.time()
+    row = attempts.row(folder, order, "done", None)
     return {
         "key": order["key"],
         "name": order["name"],
@@ -225,10 +226,17 @@ def _record(context: StageContext, order: dict[str, Any], metrics: dict[str, Any
         "started": started,
         "finished": finished,
         "seconds": finished - started,
-        "attempts": [*attempts.read(folder), attempts.row(folder, order, "done", None)],
+        "attempts": [*_moved(attempts.read(folder), folder, store.result(order["key"])), row],
         "checkpoints": context.checkpoints,
         "metrics": metrics,
     }
+
+
+def _moved(rows: list[attempts.Row], work: Path, place: Path) -> list[attempts.Row]:
+    """Causes name files of the work folder, which is about to be moved."""
+    return [
+        {**row, "cause": str(row["cause"]).replace(str(work), str(place))} if row.get("cause") else row for row in rows
+    ]
 
 
 def _known(error: Exception, folder: Path) -> AlignmentError:

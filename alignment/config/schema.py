@@ -309,7 +309,7 @@ class Engine(Settings):
     param_persistence_threshold: int | None = execution(ge=0)
     threads: int | None = execution(gt=0)
     adapt: bool = execution()
-    watchdog_s: float = execution(gt=0)
+    watchdog_s: float = execution(ge=2, allow_inf_nan=False)  # a process beats every second
 
     @field_validator("tokens_per_micro_batch", "gradient_checkpointing", mode="wrap")
     @classmethod
@@ -325,7 +325,7 @@ class Engine(Settings):
 class Checkpoint(Settings):
     """When training saves its whole state beside itself, and which of these checkpoints stay."""
 
-    every_minutes: float | None = execution(gt=0)
+    every_minutes: float | None = execution(gt=0, allow_inf_nan=False)
     every_steps: int | None = execution(gt=0)
     asynchronous: bool = execution()
     keep_last: int = execution(ge=1)
@@ -345,7 +345,7 @@ def seconds(value: Any) -> int | None:
     if isinstance(value, str) and (parts := TIME.fullmatch(value)):
         days, hours, minutes, rest = (int(part or 0) for part in parts.groups())
         value = ((days * 24 + hours) * 60 + minutes) * 60 + rest
-    if type(value) is not int or value <= 0:
+    if type(value) is not int or not 0 < value < 10**9:
         raise PydanticCustomError("time", "must be [[days-]hours:]minutes:seconds, or seconds")
     return value
 

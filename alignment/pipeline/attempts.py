@@ -40,7 +40,7 @@ def read(folder: Path) -> list[Row]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and isinstance(row.get("attempt"), int):
             rows.append(row)
     return rows
 
@@ -69,8 +69,6 @@ def note(folder: Path, line: Row) -> None:
 
 def note_unnoted(folder: Path) -> None:
     """Before another attempt: note the one whose driver was killed before it could, or found the disk full."""
-    if folder.is_symlink() or (folder / ATTEMPTS).is_symlink():  # out of the store: not ours to write to
-        return
     order = _read(folder / "stage.json")
     if not order or not {"attempt", "started", "host", "distributed", "experiment"} <= set(order):
         return
@@ -160,7 +158,8 @@ class Retries:
         """attempt: number of the one that has failed."""
         start = f"from step {self._reached}" if self._reached >= 0 else "from its beginning"
         last = attempt + self._most - self._failures + 1
-        return f"{error.what}; attempt {attempt + 1} of up to {last} in {wait:g} s, {start}"
+        where = f"{error.where}: " if error.where else ""
+        return f"{where}{error.what}; attempt {attempt + 1} of up to {last} in {wait:g} s, {start}"
 
 
 def pause(seconds: float, asked: Callable[[], str | None], every: float = 0.1) -> None:
@@ -191,8 +190,8 @@ def silent(who: str, number: int, log: Path, rank: int | None = None) -> Alignme
     if number <= 0 and (full := _full_disk(log.parent, rank)):
         return full
     how = f"was killed by signal {number}" if number > 0 else "ended without a word"
-    hint = "" if number not in (0, signal.SIGKILL) else f"{OUT_OF_MEMORY}; "
-    return LostError(f"{who} {how}", fix=f"{hint}see {log}")
+    hint = {0: "; out of memory is a usual cause", signal.SIGKILL: f"; {OUT_OF_MEMORY}"}.get(number, "")
+    return LostError(f"{who} {how}", fix=f"see {log}{hint}")
 
 
 def _full_disk(folder: Path, rank: int | None) -> MachineError | None:

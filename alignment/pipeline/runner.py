@@ -15,7 +15,7 @@ from alignment.files import append, write_json
 from alignment.launchers import Job, launcher_for
 from alignment.pipeline import attempts, graph
 from alignment.pipeline.graph import Node
-from alignment.pipeline.store import WARNINGS, Lock, Store
+from alignment.pipeline.store import Lock, Store
 from alignment.pipeline.supervisor import TIME_LIMIT, Patience, Supervisor
 from alignment.signals import Listener, Stopped
 
@@ -155,6 +155,7 @@ def _bring(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listener)
 def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listener) -> dict[str, Any]:
     """The stage's record, after as many attempts as it takes and `retries` allows."""
     folder = run.store.work(node.key)
+    run.store.remove_odd(node.key, partial(observer.warning, node.name))
     retries = attempts.Retries(folder, run.experiment.retries, run.experiment.retry_wait_s)
     limit, began = run.experiment.launcher.time_limit, time.monotonic()
 
@@ -170,10 +171,9 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
         try:
             return _attempt(run, node, order, lock, observer, stop)
         except (Exception, KeyboardInterrupt) as error:
-            what = None if isinstance(error, KeyboardInterrupt) else str(error)
+            what = "ended at once, by a second signal" if isinstance(error, KeyboardInterrupt) else str(error)
             attempts.note(folder, attempts.row(folder, order, attempts.outcome_of(error), what))
             _note_attempts(run, node, attempts.read(folder))
-            _pass_on_warnings(folder, node.name, observer)
             if not isinstance(error, AlignmentError) or (wait := retries.next(error)) is None:
                 raise
             observer.warning(node.name, retries.says(error, order["attempt"], wait))
@@ -182,13 +182,6 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
 
 def _note_attempts(run: Run, node: Node, rows: list[dict[str, Any]]) -> None:
     run.note(node.name, attempts=len(rows), causes=[row["cause"] for row in rows if row.get("cause")])
-
-
-def _pass_on_warnings(folder: Path, name: str, observer: Observer) -> None:
-    """What the worker warned of goes to its log and, so that people see it, through here."""
-    if (folder / WARNINGS).is_file():
-        for line in (folder / WARNINGS).read_text(encoding="utf-8").splitlines():
-            observer.warning(name, line)
 
 
 def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict[str, Any]:
@@ -237,7 +230,7 @@ def _attempt(
         watched.end()
         raise
     record = run.store.record(node.key)
+    watched.tell_warnings(folder if record is None else run.store.result(node.key))
     if record is None:
         raise attempts.cause(node.name, folder, code, watched)
-    _pass_on_warnings(run.store.result(node.key), node.name, observer)
     return record

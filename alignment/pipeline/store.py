@@ -28,6 +28,8 @@ WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
 # What a new attempt takes over from those before: their training state, what they have told, who they were.
 KEPT = frozenset({CHECKPOINTS, NEXT, "metrics.jsonl", "attempts.jsonl", "log.txt", "stacks", "wandb_run_id"})
 
+FOLDERS = frozenset({CHECKPOINTS, "stacks"})  # of what is kept; the rest are plain files
+
 
 class Store:
     def __init__(self, root: Path):
@@ -57,25 +59,30 @@ class Store:
     def begin(self, key: str, warn: Callable[[str], None] = lambda text: None) -> Path:
         """The work folder for a new attempt, with nothing in it but what is KEPT; the caller holds the key's lock.
 
-        What is kept stays where it is: a death at any moment loses none of it. Links in its place, or anywhere in it,
-        are removed, never followed. warn: told of those.
+        What is kept stays where it is: a death at any moment loses none of it. warn: told of what `remove_odd` does.
         """
+        self.remove_odd(key, warn)
         folder = self.work(key)
-        if folder.is_symlink():
-            _unlink(folder, warn)
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder.with_name(f".{folder.name}.{time.time_ns()}")
         for path in list(folder.iterdir()):
-            if path.is_symlink():
-                _unlink(path, warn)
-            elif path.name not in KEPT:
+            if path.name not in KEPT:
                 aside.mkdir(exist_ok=True)
                 path.rename(aside / path.name)
         for remains in folder.parent.glob(f".{folder.name}.*"):
             shutil.rmtree(remains, ignore_errors=True)  # W&B's helper may live on for seconds, and write there
-        for path in [path for path in folder.rglob("*") if path.is_symlink()]:
-            _unlink(path, warn)
         return folder
+
+    def remove_odd(self, key: str, warn: Callable[[str], None] = lambda text: None) -> None:
+        """From the work folder, or in its place: links, which are never followed, and what is a folder instead of a
+        file, or no plain file. The caller holds the key's lock. warn: told of each."""
+        folder = self.work(key)
+        _remove_odd(folder, True, warn)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name in KEPT or path.is_symlink():
+                _remove_odd(path, path.name in FOLDERS, warn)
+        for path in [path for name in FOLDERS for path in (folder / name).rglob("*") if path.is_symlink()]:
+            _remove_odd(path, True, warn)
 
     def commit(self, key: str, record: dict[str, Any]) -> Path:
         """Seal the work folder and give it its place by one rename. The caller holds the key's lock.
@@ -153,9 +160,17 @@ def _lasting(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _unlink(link: Path, warn: Callable[[str], None]) -> None:
-    link.unlink()
-    warn(f"{link} was a link, which no stage makes: it is removed, and what it led to is left as it is")
+def _remove_odd(path: Path, folder: bool, warn: Callable[[str], None]) -> None:
+    """A link, or what is there and is no folder, or no plain file."""
+    if path.is_symlink():
+        path.unlink()
+        warn(f"{path} was a link, which no stage makes: it is removed, and what it led to is left as it is")
+    elif path.exists() and not (path.is_dir() if folder else path.is_file()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        warn(f"{path} was no {'folder' if folder else 'plain file'}: it is removed")
 
 
 class Lock:

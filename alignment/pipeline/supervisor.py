@@ -16,6 +16,7 @@ from alignment.errors import AlignmentError, LostError
 from alignment.files import read_json
 from alignment.life import Beat
 from alignment.pipeline.attempts import silent
+from alignment.pipeline.store import WARNINGS
 from alignment.signals import PASSED_ON, Listener
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Supervisor:
         self._looked = float("-inf")
         self._facts: dict[str, Any] | None = None
         self._stepping = False  # whether the stage has come past the first step of a count
+        self._warned = 0  # characters of the stage's warnings that were passed on
         self._told: set[int] = set()  # pids that were asked to stop
         self._dying: float | None = None  # when a failure was first seen
         self._victim: Beat | None = None  # the first process that was gone without a last beat, or without any
@@ -82,6 +84,7 @@ class Supervisor:
             now = self._clock()
             self._forgive(now)
             self._tell_progress()
+            self.tell_warnings(self._folder)
             self._ask(now)
             if not self._started or self._unheard():
                 self._started |= self._handle.ranks()
@@ -134,6 +137,17 @@ class Supervisor:
         self._facts = facts
         self._progress(facts)
 
+    def tell_warnings(self, folder: Path) -> None:
+        """Pass on the lines that the stage has left since the last look, now in this folder."""
+        try:
+            text = (folder / WARNINGS).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return
+        whole = text[self._warned : text.rfind("\n") + 1]
+        self._warned += len(whole)
+        for line in whole.splitlines():
+            self._say(line)
+
     def _ask(self, now: float) -> None:
         """Pass a request to stop on to the ranks, to each once: to those that still start as soon as they beat."""
         if self.asked is None:
@@ -143,7 +157,8 @@ class Supervisor:
             if self.asked is None:
                 return
             self._got_on = now  # what it does now is another thing than what it did
-            self._say(f"asked to stop ({self.asked}): saves and ends; a second signal ends it at once")
+            more = "; a second signal ends it at once" if self._stop.asked else ""
+            self._say(f"asked to stop ({self.asked}): saves and ends{more}")
         for beat in self._beats.values():
             if beat.pid not in self._told and not beat.ended:
                 self._told.add(beat.pid)

@@ -219,7 +219,7 @@ def progress_text(facts: Row) -> str:
     parts = [
         f"loss {words.number(loss)}" if loss is not None else "",
         f"{speed:,.0f} tokens/s" if speed is not None else "",
-        str(facts.get("note") or ""),
+        str(facts.get("note") or "") if facts.get("total") else "",  # else `facts_text` has it
     ]
     return "  ".join(part for part in parts if part)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +68,7 @@ class StageContext:
     _started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0
     _count: _Count | None = None
+    _unsaid: list[str] = field(default_factory=list)  # warnings
     _unwritten: list[str] = field(default_factory=list)  # rows of metrics that a full disk did not take
 
     @property
@@ -143,16 +146,25 @@ class StageContext:
         """Say what people should know though the stage goes on: in its log, and in the terminal at its end."""
         with suppress(OSError):
             print(f"warning: {text}", flush=True)
-            with open(self.folder / WARNINGS, "a", encoding="utf-8") as stream:
-                stream.write(" ".join(text.split()) + "\n")
+        self._unsaid.append(" ".join(text.split()) + "\n")
+        self._say()
+
+    def _say(self) -> None:
+        """Warnings that a full disk has not taken wait for the next row of metrics."""
+        if self._unsaid:
+            with suppress(OSError):
+                append(self.folder / WARNINGS, "".join(self._unsaid))
+                self._unsaid.clear()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one row to the stage's metrics.jsonl: {"step", "time" (unix seconds), name: value ...}.
+        """Append one row to the stage's metrics.jsonl: {"step", "time" (unix seconds), name: value ...}. A value that
+        is no number is left out.
 
         Rows that cannot be written now wait in memory for the next one, or for `flush`.
         """
         if not self.is_main:
             return
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._unwritten.append(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
         try:
             self.flush()
@@ -164,10 +176,18 @@ class StageContext:
 
     def flush(self) -> None:
         """Write the rows of metrics that wait, durably, all of them or none. Raises OSError if that cannot be done."""
+        self._say()
         if not self._unwritten:
             return
         append(self.folder / "metrics.jsonl", "".join(self._unwritten))
         self._unwritten.clear()
+
+    def metrics_digest(self) -> str:
+        """SHA-256 of all rows of metrics so far, also of those that are not on disk yet."""
+        path = self.folder / "metrics.jsonl"
+        digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
+        digest.update("".join(self._unwritten).encode())
+        return digest.hexdigest()
 
     def rewind(self, step: int) -> None:
         """Forget the rows of metrics after `step`, and what a killed process had half written: they come again."""

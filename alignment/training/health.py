@@ -47,7 +47,7 @@ class NonFinite:
 def _named(rows: Sequence[int]) -> str:
     shown = ", ".join(map(str, rows[:SHOWN]))
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-    return f"row{'s' if len(rows) > 1 else ''} {shown}{more} of the training split"
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more} of the training split, from 0"
 
 
 @dataclass

@@ -53,6 +53,7 @@ class Stage(Protocol):
     deadline: float | None
 
     def flush(self) -> None: ...
+    def metrics_digest(self) -> str: ...
     def tick(self) -> None: ...
     def alone(self) -> None: ...
     def note(self, text: str) -> None: ...
@@ -90,6 +91,7 @@ class Keeper:
         self.first_step = 0
         self._thread, self._closed = ThreadPoolExecutor(1, "checkpoint"), threading.Event()
         self._write: Write | None = None
+        self._due = False  # a save, on all processes alike
         self._failures = 0  # in a row; the main process counts
         self._problem = ""
         self._saved_at = self._step_at = time.monotonic()
@@ -126,6 +128,9 @@ class Keeper:
     def restore(self, trainer: Any) -> None:
         """Bring the chosen checkpoint into the engine. A collective."""
         facts = self.checkpoints.state(self.first_step)
+        if ranks.rank() == 0 and facts.get("metrics") not in (None, self.stage.metrics_digest()):
+            what = f"metrics.jsonl has not the rows that it had at step {self.first_step}"
+            self.checkpoints.warn(f"{what}: the weights are right, its history is not whole")
         saved = state.Saved(self.checkpoints.at(self.first_step))
         state.load_state_dict(trainer, saved, self.stage.alone)
         mine = saved.generators(ranks.rank())
@@ -186,7 +191,9 @@ class Keeper:
             self.settle()
             return
         every = self.settings.every_steps
-        if self._write is None and (agreed.due or (every and step % every == 0)):
+        self._due = self._due or bool(agreed.due or (every and step % every == 0))
+        if self._due and self._write is None:  # else as soon as it is done
+            self._due = False
             self._save(trainer, step)
 
     def safe_point(self) -> None:
@@ -211,7 +218,13 @@ class Keeper:
     def _save(self, trainer: Any, step: int) -> None:
         """Copy the state and have it written in the thread; or, where that is asked for, or memory is too short for a
         copy, write it now."""
-        facts = {"step": step, "layout": self.layout, "record": self._record, "trainer": trainer.training_state()}
+        facts = {
+            "metrics": self.stage.metrics_digest(),
+            "step": step,
+            "layout": self.layout,
+            "record": self._record,
+            "trainer": trainer.training_state(),
+        }
         mine = {"meter": trainer.meter_values(), "random": state.random_state()}
         held = state.state_dict(trainer)
         path = self.checkpoints.aside(step) / part_name(ranks.rank(), ranks.world_size())
@@ -288,6 +301,8 @@ class Keeper:
         self.settle()
         self._save(trainer, step)
         self.settle()
+        if ranks.rank() == 0:
+            self.checkpoints.retain()  # what the thread was to do may not come to its turn
         newest = ranks.broadcast(lambda: next(iter(self.checkpoints.found()), None))  # nobody leaves before it is there
         if newest == step:
             return PreemptedError(f"{reason}: saved at step {step}")

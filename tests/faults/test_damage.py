@@ -127,6 +127,26 @@ def test_a_link_out_of_the_store_is_not_followed(
     case.require_same()
 
 
+@pytest.mark.fault("metrics.jsonl is {what}")
+@pytest.mark.parametrize("what", ["gone", "cut", "a folder"])
+@cells(kinds=("dpo",), engines=("single", "zero2"))
+def test_rows_of_metrics_that_are_gone_are_said_and_the_weights_are_right(
+    kind: str, engine: str, what: str, ground: Ground, going_on: Callable[..., Case]
+) -> None:
+    case = going_on(kind, engine)
+    path = next(case.store.glob("work/*/metrics.jsonl"))
+    if what == "cut":
+        truncated(path, path)
+    else:
+        path.unlink()
+        if what == "a folder":
+            path.mkdir()
+    driver = case.run(code=0)
+    assert "metrics.jsonl has not the rows that it had at step 4" in driver.told
+    assert case.begun()[-1] == 4
+    assert case.result().weights == ground.whole(kind, engine).weights
+
+
 class Canary:
     def __init__(self, path: Path):
         self._path = path

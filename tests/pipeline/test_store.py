@@ -179,6 +179,26 @@ def test_links_in_a_work_folder_are_removed_and_never_followed(store: Store, tmp
     assert (outside / "step-7" / "manifest.json").read_text() == "theirs"
 
 
+def test_what_is_no_file_or_folder_where_one_belongs_is_removed_and_said(store: Store) -> None:
+    folder = leave_an_attempt(store)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").write_text("a file")
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    os.mkfifo(folder / "metrics.jsonl")  # whoever opens it would wait for ever
+    (folder / "next_attempt.json").unlink(missing_ok=True)
+    (folder / "next_attempt.json").mkdir()
+    told: list[str] = []
+    store.begin(KEY, told.append)
+    assert sorted(line.rpartition("/")[2] for line in told) == [
+        "checkpoints was no folder: it is removed",
+        "metrics.jsonl was no plain file: it is removed",
+        "next_attempt.json was no plain file: it is removed",
+    ]
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+    assert list(store.begin(KEY).iterdir()) == []
+
+
 def test_signs_of_life_are_no_part_of_a_result_but_stacks_that_were_asked_for_stay(store: Store) -> None:
     folder = leave_an_attempt(store)
     (folder / "lost.json").write_text("{}")

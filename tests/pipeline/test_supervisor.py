@@ -115,6 +115,20 @@ def test_another_count_has_as_long_until_its_first_step_as_the_first_one(world: 
     assert world.killed_at == pytest.approx(390, abs=2)
 
 
+def test_a_warning_is_passed_on_as_it_comes_and_once(world: World) -> None:
+    world.each = lambda: world.beat(ticks=int(world.now))
+    when: list[float] = []
+    world.watched._say = lambda line: (world.said.append(line), when.append(world.now))
+    path = world.folder / "warnings.txt"
+    world.script[20] = lambda: path.write_text("first\nsec")
+    world.script[40] = lambda: path.write_text("first\nsecond\n")
+    world.script[60] = world.end
+    world.watched.watch()
+    world.watched.tell_warnings(world.folder)
+    assert world.said == ["first", "second"]
+    assert when == pytest.approx([20, 40], abs=1)
+
+
 def test_who_slept_itself_starts_to_count_anew(world: World) -> None:
     world.each = lambda: world.beat(ticks=int(world.now)) if not 100 < world.now < 6140 else None
 
@@ -210,4 +224,5 @@ def test_a_request_to_stop_is_passed_on_to_each_rank_once_also_to_one_that_comes
     assert [at for _, _, at in told] == pytest.approx([50, 70.5], abs=1)
     why = "its time limit" if by == "limit" else "SIGUSR1"
     assert world.watched.asked == why
-    assert world.said == [f"asked to stop ({why}): saves and ends; a second signal ends it at once"]
+    more = "" if by == "limit" else "; a second signal ends it at once"
+    assert world.said == [f"asked to stop ({why}): saves and ends{more}"]

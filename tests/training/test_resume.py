@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 import time
+from concurrent.futures import wait
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,9 +19,9 @@ from alignment.errors import PreemptedError, TrainingError
 from alignment.files import sha256
 from alignment.signals import Listener
 from alignment.stages import dpo, sft
-from alignment.training import engine, trainers
+from alignment.training import engine, tensors, trainers
 from alignment.training.checkpoints import Checkpoints
-from alignment.training.keeper import SPARE
+from alignment.training.keeper import SPARE, Keeper
 from tests.training import tiny
 
 STAGES = {"sft": sft.run, "dpo": dpo.run}
@@ -143,6 +145,47 @@ def test_a_checkpoint_holds_all_that_training_goes_on_from(tmp_path: Path) -> No
     assert len(state["trainer"]["reference"]) == 64
     kinds = {key.split(":")[0] for key in load_file(folder / "rank-00000-of-00001.safetensors")}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq", "updates", "rng"}
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut", "none"])
+def test_rows_of_metrics_that_are_gone_are_told_of(harm: str, tmp_path: Path) -> None:
+    with pytest.raises(PreemptedError):
+        attempt(tmp_path / "run", "sft", stop_after=3)
+    path, told = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "warnings.txt"
+    if harm != "none":
+        path.write_text("" if harm == "gone" else "".join(path.read_text().splitlines(keepends=True)[1:]))
+    attempt(tmp_path / "run", "sft")
+    assert ("has not the rows that it had at step 4" in told.read_text()) if harm != "none" else not told.exists()
+
+
+def test_a_stop_leaves_as_many_checkpoints_as_are_asked_for(tmp_path: Path) -> None:
+    saving = tiny.checkpoint(every_steps=1, keep_last=1, asynchronous=False)
+    with pytest.raises(PreemptedError):
+        attempt(tmp_path / "run", "sft", stop_after=4, saving=saving)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def test_a_save_that_comes_while_another_is_written_follows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, steps, written = Keeper.wishes, [], []
+
+    def wishes(self: Any) -> Any:
+        """The write of step 2 lasts until step 5 is computed."""
+        steps.append(len(steps) + 1)
+        if steps[-1] == 5:
+            gate.set()
+            wait([self._write.part])
+        return real(self)
+
+    def write(path: Path, *arguments: Any) -> Any:
+        written.append(int(path.parent.name[-2:]))
+        assert gate.wait(60)
+        return real_write(path, *arguments)
+
+    gate, real_write = Event(), tensors.write
+    monkeypatch.setattr(Keeper, "wishes", wishes)
+    monkeypatch.setattr(tensors, "write", write)
+    attempt(tmp_path / "run", "sft", saving=tiny.checkpoint(every_steps=2), max_steps=6)
+    assert written == [2, 5], "that of step 4 was due; step 6 is the last"
 
 
 def test_a_checkpoint_whose_reference_was_another_model_is_refused(tmp_path: Path) -> None:
