@@ -36,7 +36,7 @@ def test_halt_names_step_and_rows_and_logs_and_saves_nothing_of_it(
     with pytest.raises(TrainingError) as caught:
         attempt(tmp_path / "run", kind, saving=saving)
     what = "the loss is nan" if where == "loss" else "the gradient's norm is nan"
-    assert re.match(rf"step 3, rows? [\d, ]+ of the training split: {what} ", str(caught.value))
+    assert re.match(rf"step 3, rows? [\d, ]+ of the training split, from 0: {what} ", str(caught.value))
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
     assert all(row["loss"] > 0 for row in rows(tmp_path / "run"))
     found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
