@@ -112,7 +112,8 @@ class _Heard(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data) or 0
+            written = super().write(data)
+            return len(data) if written is None else written  # None: a pipe that does not wait is full
         except OSError:
             return len(data)
 

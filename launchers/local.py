@@ -62,7 +62,7 @@ class TorchrunLauncher:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
             *("--nproc-per-node", str(self.processes), "--max-restarts", "0"),
-            *("--signals-to-handle", "SIGQUIT"),  # what is not handled stays ignored
+            *("--signals-to-handle", "SIGQUIT"),  # the others stay blocked, as `_begin` has left them
             *("-m", "alignment.worker", str(job.folder)),
         ]
         return Process(command, job, self.processes)

@@ -113,7 +113,9 @@ def cause(name: str, folder: Path, code: int, watched: Supervisor) -> AlignmentE
     error, why = _told(folder, "error.json"), watched.asked
     if error is None or (error.exit_code == StageFailed.exit_code and watched.fault):  # may be what came of the fault
         error = watched.fault or error or _told(folder, "lost.json")
-    outcome, why = _read(folder / "outcome.json"), why or (_read(folder / "error.json") or {}).get("asked")
+    if error is not None and error is not watched.fault:  # torchrun asks those whom the dead one has left
+        why = why or (_read(folder / "error.json") or {}).get("asked")
+    outcome = _read(folder / "outcome.json")
     # Ranks that were asked one by one end with 0 or 75. After a failure torchrun asks those that are left: no such end.
     if error is None and outcome and (why or code in (0, PreemptedError.exit_code)):
         # The driver passes on whatever it was asked by; what became of it only the stage knows.
@@ -184,6 +186,12 @@ def _told(folder: Path, name: str) -> AlignmentError | None:
     return error
 
 
+def word_of(folder: Path, rank: int) -> AlignmentError | None:
+    """What the process of this rank has said of its loss, if it was the first to say so."""
+    said = _read(folder / "lost.json") or {}
+    return _told(folder, "lost.json") if said.get("rank") == rank else None
+
+
 def silent(who: str, number: int, log: Path, rank: int | None = None) -> AlignmentError:
     """Why a process, or one of all, has ended that left no word. number: of the signal that ended it; 0: it is not
     known of any."""
@@ -198,7 +206,11 @@ def _full_disk(folder: Path, rank: int | None) -> MachineError | None:
     """If it was too full to reserve the word of this process, or of any."""
     order = _read(folder / "stage.json") or {}
     ranks = range(_processes(order) if order else 1) if rank is None else [rank]
-    if shutil.disk_usage(folder).free >= FULL or all(_size(life.word(folder, one)) == life.WORD for one in ranks):
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # the folder has moved on, or was removed
+        return None
+    if free >= FULL or all(_size(life.word(folder, one)) == life.WORD for one in ranks):
         return None
     return MachineError("no space left on the disk", where=str(folder), fix="free some space, or set store=...")
 

@@ -15,7 +15,7 @@ from alignment import life
 from alignment.errors import AlignmentError, LostError
 from alignment.files import read_json
 from alignment.life import Beat
-from alignment.pipeline.attempts import silent
+from alignment.pipeline.attempts import silent, word_of
 from alignment.pipeline.store import WARNINGS
 from alignment.signals import PASSED_ON, Listener
 
@@ -210,6 +210,8 @@ class Supervisor:
                 self._victim = beat
 
     def _lost(self, victim: Beat) -> AlignmentError:
+        if word := word_of(self._folder, victim.rank):
+            return word
         log = self._folder / "log.txt"
         text = log.read_text(errors="replace") if log.exists() else ""
         said = re.findall(rf"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {victim.pid}\)", text)

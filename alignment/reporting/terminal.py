@@ -302,7 +302,7 @@ class StageProgress:
         step, total = words.finite(facts.get("step")), words.finite(facts.get("total"))
         if name not in self._tasks:
             self._tasks[name] = self._live.add_task(escape(words.label(name)), total=None, facts={}, steps="")
-        steps = facts_text(facts) if total else ""
+        steps = facts_text(facts)
         self._live.update(self._tasks[name], completed=step or 0, total=total or None, facts=facts, steps=steps)
 
     def _drop(self, name: str) -> None:

@@ -161,7 +161,7 @@ class Keeper:
         late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return Wishes(
             stop=float(self._why_stop() is not None),
-            due=float(main and late),
+            due=float(main and late and self._write is None),
             written=float(done and not failed),
             failed=float(failed),
             fatal=float(main and self._failures >= self.settings.max_failures),
@@ -301,8 +301,8 @@ class Keeper:
         self.settle()
         self._save(trainer, step)
         self.settle()
-        if ranks.rank() == 0:
-            self.checkpoints.retain()  # what the thread was to do may not come to its turn
+        if ranks.rank() == 0:  # what the thread was to do may not come to its turn
+            wait([self._thread.submit(self.checkpoints.retain)])
         newest = ranks.broadcast(lambda: next(iter(self.checkpoints.found()), None))  # nobody leaves before it is there
         if newest == step:
             return PreemptedError(f"{reason}: saved at step {step}")

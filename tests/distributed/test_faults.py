@@ -49,7 +49,9 @@ def test_a_nan_on_one_rank_halts_both_before_the_update(strategy: str, where: st
     folder = together / f"halt_{strategy}_{where}"
     one, other = ((folder / f"error-{rank}.txt").read_text() for rank in range(2))
     assert one == other
-    assert re.match(r"step 3, rows? [\d, ]+ of the training split, from 0: the (loss|gradient's norm) is (nan|inf)", one)
+    assert re.match(
+        r"step 3, rows? [\d, ]+ of the training split, from 0: the (loss|gradient's norm) is (nan|inf)", one
+    )
     assert [row["step"] for row in rows_of(folder)] == [1, 2]
 
 

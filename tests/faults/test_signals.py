@@ -76,7 +76,9 @@ def test_a_rank_that_is_asked_twice_ends_at_once_and_nothing_whole_is_lost(
 ) -> None:
     case = make(kind, engine, "checkpoint.asynchronous=false")
     options = {"moment": "training", "nth": 4, "do": "insist", "number": signal.SIGTERM}
-    case.run(code=0, faults=[Fault("at", options, 0 if engine == "single" else 1)])
+    rank = 0 if engine == "single" else 1
+    driver = case.run(code=0, faults=[Fault("at", options, rank)])
+    assert f"rank {rank} was asked to stop a second time, and ended at once; attempt 2" in driver.told
     assert case.outcomes() == ["lost", "done"]
     assert case.begun() == [0, 3]
     case.require_same()

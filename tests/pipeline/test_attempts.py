@@ -114,6 +114,8 @@ def test_an_error_of_a_library_may_be_what_came_of_a_dead_rank_and_one_with_a_ca
     dead = LostError("rank 1 was killed by signal 9")
     tell(tmp_path, "error.json", 1, "RuntimeError: connect failed", retry=False)
     assert cause(tmp_path, fault=dead) is dead
+    tell(tmp_path, "error.json", 1, "RuntimeError: connect failed", retry=False, asked="SIGTERM")
+    assert cause(tmp_path, fault=dead) is dead, "torchrun asks those whom the dead one has left"
     tell(tmp_path, "error.json", 4, "out of memory", retry=False)
     assert str(cause(tmp_path, fault=dead)) == "out of memory"
 
@@ -129,6 +131,10 @@ def test_rows_that_no_attempt_has_written_are_left_out(tmp_path: Path) -> None:
     rows = ['{"attempt": "x"}', '{"attempt": null}', "[1]", '{"attempt": 2}']
     (tmp_path / "attempts.jsonl").write_text("\n".join(rows) + "\n")
     assert attempts.read(tmp_path) == [{"attempt": 2}]
+
+
+def test_a_folder_that_has_moved_on_says_nothing_of_a_disk(tmp_path: Path) -> None:
+    assert str(attempts.silent("rank 1", 0, tmp_path / "gone" / "log.txt", 1)).startswith("rank 1 ended without a word")
 
 
 def test_a_full_disk_is_the_cause_only_where_a_process_had_no_room_for_a_word(

@@ -105,6 +105,18 @@ def test_waiting_for_another_run_is_said_once_in_fifteen_seconds_with_its_name()
     assert written(screen).splitlines() == ["  SFT  waiting for other-1/sft (process 12 on node-7)"] * 2
 
 
+def test_a_note_is_said_once_whether_there_is_a_count_yet_or_not() -> None:
+    for moves in (True, False):
+        for facts in ({"step": 0, "total": 0, "note": "loading the model"}, {**FACTS, "note": "loading the model"}):
+            screen = console(terminal_=moves, width=200)
+            with terminal.StageProgress(screen) as observer:
+                observer.progress("sft", facts)
+                if observer._live:
+                    observer._live.stop()
+            frames = re.split(r"\r|\n", written(screen))
+            assert max(frame.count("loading the model") for frame in frames) == 1, (moves, facts)
+
+
 def test_on_a_terminal_one_line_moves_and_only_the_end_stays() -> None:
     screen = console(terminal_=True, width=120)
     with terminal.StageProgress(screen) as observer:

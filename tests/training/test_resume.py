@@ -10,6 +10,7 @@ import time
 from concurrent.futures import wait
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,6 +187,33 @@ def test_a_save_that_comes_while_another_is_written_follows_it(tmp_path: Path, m
     monkeypatch.setattr(tensors, "write", write)
     attempt(tmp_path / "run", "sft", saving=tiny.checkpoint(every_steps=2), max_steps=6)
     assert written == [2, 5], "that of step 4 was due; step 6 is the last"
+
+
+def test_a_save_by_the_clock_that_outlives_its_step_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time stands still but for ten minutes before step 2; its write lasts until step 5 is computed."""
+    real, real_write, gate, written, steps = Keeper.wishes, tensors.write, Event(), [], []
+    now = [1000.0]
+
+    def wishes(self: Any) -> Any:
+        steps.append(len(steps) + 1)
+        now[0] += 601 * (steps[-1] == 2)
+        if steps[-1] == 5:
+            gate.set()
+            wait([self._write.part])
+        return real(self)
+
+    def write(path: Path, *arguments: Any) -> Any:
+        written.append(int(path.parent.name[-2:]))
+        assert gate.wait(60)
+        return real_write(path, *arguments)
+
+    monkeypatch.setattr(Keeper, "wishes", wishes)
+    monkeypatch.setattr(tensors, "write", write)
+    monkeypatch.setattr("alignment.training.keeper.time", SimpleNamespace(monotonic=lambda: now[0]))
+    attempt(tmp_path / "run", "sft", saving=tiny.checkpoint(every_minutes=10), max_steps=8)
+    assert written == [2]
 
 
 def test_a_checkpoint_whose_reference_was_another_model_is_refused(tmp_path: Path) -> None:
