@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def append(path: Path, lines: str) -> None:
         except OSError:
             os.truncate(path, size)
             raise
+
+
+def remove(path: Path) -> None:
+    """Whatever it is: a folder with what is in it, a file, a pipe, a link, which is not followed. What cannot be
+    removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def fsync(path: Path) -> None:

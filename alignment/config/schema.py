@@ -346,7 +346,9 @@ def seconds(value: Any) -> int | None:
         days, hours, minutes, rest = (int(part or 0) for part in parts.groups())
         value = ((days * 24 + hours) * 60 + minutes) * 60 + rest
     if type(value) is not int or not 0 < value < 10**9:
-        raise PydanticCustomError("time", "must be [[days-]hours:]minutes:seconds, or seconds")
+        raise PydanticCustomError(
+            "time", "must be [[days-]hours:]minutes:seconds, or seconds, more than 0 and less than 1e9"
+        )
     return value
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from alignment.errors import MachineError
-from alignment.files import fsync, read_json, sha256
+from alignment.files import fsync, read_json, remove, sha256
 
 CHECKPOINTS = "checkpoints"  # of a stage at work; beside its result those that record["checkpoints"] names
 NEXT = "next_attempt.json"  # what an attempt has learned and leaves to the next one
@@ -123,7 +123,7 @@ class Store:
             return
         for path in folder.iterdir():
             if path.name not in stay:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
         if not stay:
             shutil.rmtree(folder, ignore_errors=True)
 

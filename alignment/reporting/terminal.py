@@ -120,7 +120,7 @@ def attempts_text(node: Row) -> str:
     count, causes = int(words.finite(node.get("attempts")) or 0), node.get("causes") or []
     if node["state"] == "failed" and causes and causes[-1] == node.get("error"):
         causes = causes[:-1]  # it stands there already
-    if count < 2 and (not causes or node["state"] == "preempted"):
+    if count < 2 and not causes:
         return ""
     why = f" ({'; '.join(map(str, causes))})" if causes else ""
     return f"{count} attempt{'s' if count != 1 else ''}{why}"

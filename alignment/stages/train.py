@@ -23,7 +23,7 @@ from alignment.training.batching import GlobalBatches, count_steps
 from alignment.training.checkpoints import Checkpoints
 from alignment.training.health import ROLLED_BACK, NonFinite
 from alignment.training.keeper import Keeper
-from alignment.training.memory import attention_share
+from alignment.training.memory import attention_share, size_text
 from alignment.training.model import consolidate
 from alignment.training.out_of_memory import adapted, advising
 from alignment.training.rows import Sizes
@@ -157,9 +157,7 @@ def _require_room(context: StageContext, weights: int, trainer: Any, checkpoints
     one = 12 * sum(_size(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
     count = settings.keep_last + settings.keep_best + 1  # one is written before another goes
     if (free := room + checkpoints.kept_bytes()) < count * one + weights:
-        what = (
-            f"{count} checkpoints of {one / 1e9:.1f} GB and the model need more disk than the {free / 1e9:.1f} GB free"
-        )
+        what = f"{count} checkpoints of {size_text(one)} and the model need more disk than the {size_text(free)} free"
         context.warn(f"{what}: saves will fail unless some is freed, or checkpoint.keep_last lowered")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from alignment.config import schema
 from alignment.errors import InputError, MachineError
-from alignment.files import digest, fsync, read_json, sha256, write_json
+from alignment.files import digest, fsync, read_json, remove, sha256, write_json
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})")
@@ -124,10 +124,7 @@ class Checkpoints:
             self.folder.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*"):
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
     def aside(self, step: int) -> Path:
         """Where the checkpoint is written before it counts."""
@@ -153,9 +150,9 @@ class Checkpoints:
     def put_away(self, step: int, why: str) -> None:
         """One that cannot be used: said, and moved out of the way. It stays: what could not be read may be well."""
         path, kept = self.at(step), self.folder / f"damaged-{self.at(step).name}-{time.time_ns()}"
-        if path.is_symlink():
+        if path.is_symlink() or not path.is_dir():
             path.unlink()
-            self.warn(f"checkpoint of step {step}: {why}: it is not used, the link is removed")
+            self.warn(f"checkpoint of step {step}: {why}: it is not used, and removed")
             return
         path.rename(kept)
         until = "until the stage is done or the disk is full"
@@ -171,7 +168,7 @@ class Checkpoints:
         elif path.exists():
             gone = self.folder / f".removed-{path.name}-{time.time_ns()}"
             path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            remove(gone)
 
     def retain(self) -> None:
         """Remove what settings.keep_last and keep_best do not keep. The newest one always stays. One that cannot be

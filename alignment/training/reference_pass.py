@@ -98,7 +98,7 @@ class References:
 
     def _ask(self, take: Callable[[], bool]) -> bool:
         self._safe_point()
-        self._progress(0, 0, note="reference log-probs: another run may compute them")  # who waits is not hung
+        self._progress(0, 0, note="reference log-probs: waiting for their lock")  # who waits is not hung
         return bool(broadcast(take))
 
     def _look(self, trainer: Any, needed: np.ndarray, known: Sequence[str]) -> tuple[list[str], np.ndarray]:

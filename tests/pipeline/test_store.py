@@ -106,6 +106,7 @@ def test_of_checkpoints_only_those_stay_that_the_record_names_and_they_are_no_pa
     for name in ("step-00000001", "step-00000002", ".step-00000003", "damaged-step-00000004-1"):
         (folder / "checkpoints" / name).mkdir(parents=True)
         (folder / "checkpoints" / name / "state.json").write_text("{}")
+    os.mkfifo(folder / "checkpoints" / "step-00000005")  # at which whoever opens it would wait
     place = store.commit(KEY, {"key": KEY, "seconds": 1.0, "metrics": {}, "checkpoints": ["step-00000002"]})
     assert [path.name for path in (place / "checkpoints").iterdir()] == ["step-00000002"]
     record = store.record(KEY)

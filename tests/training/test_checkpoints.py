@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -258,6 +259,17 @@ def test_a_damaged_one_is_put_away_and_said(tmp_path: Path) -> None:
     assert own.found() == []
     assert len(list(own.folder.glob("damaged-step-00000004-*"))) == 1
     assert own.told[-1].startswith("checkpoint of step 4: it is damaged")  # type: ignore[attr-defined]
+
+
+def test_a_pipe_that_is_named_like_a_checkpoint_is_removed_and_nobody_waits_at_it(tmp_path: Path) -> None:
+    own = checkpoints(tmp_path)
+    save(own, 4)
+    os.mkfifo(own.at(7))
+    os.mkfifo(own.folder / ".step-00000008")
+    own.clean()
+    assert own.trouble(7) == "it is not a folder of this store"
+    own.put_away(7, "it is not a folder of this store")
+    assert [path.name for path in own.folder.iterdir()] == ["step-00000004"]
 
 
 def test_a_checkpoint_can_be_read_by_others(tmp_path: Path) -> None:
