@@ -264,6 +264,13 @@ def _said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def state(pid: int) -> str:
+    """Of a process, as the kernel's letter: T is stopped; empty for one that is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
 def children(pid: int) -> list[int]:
     """Living processes that it has started, zombies left out, the oldest first."""
     found = []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.faults.driver import Fault
-from tests.faults.runs import Case, Driver, cells, faults, until
+from tests.faults.runs import Case, Driver, cells, faults, state, until
 
 MOMENTS = {"import": 1, "loading": 1, "reference": 1, "training": 3, "saving": 2}
 EARLY = ("import", "loading", "reference")
@@ -134,7 +134,7 @@ def test_a_second_signal_ends_it_at_once(kind: str, engine: str, make: Callable[
     """The ranks do not get to save: they are stopped meanwhile."""
     case = make(kind, engine, "checkpoint.asynchronous=false")
     driver = case.start(faults=[Fault("at", {"moment": "training", "nth": 3, "do": "signal_self", "number": 19})])
-    until(lambda: case.checkpoints())
+    until(lambda: [state(rank) for rank in driver.ranks()] == ["T"] * (1 if engine == "single" else 2))
     _ask_twice(driver)
     case.run(code=0)
     case.require_same()
