@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 class Listener:
     """Hears the signals of one process.
 
-    asked: the first signal's name, or None. While `deferred`, a request is noted for those who look at `asked`;
+    asked: the first signal's name, "its driver" for one that was passed on, or None. While `deferred`, a request is noted for those who look at `asked`;
     otherwise it is raised as Stopped. raised: whether it was; libraries may catch it, and fail otherwise because of it.
     again: called for a further signal; by itself it must end the process.
     """
@@ -57,7 +57,7 @@ class Listener:
         if number != PASSED_ON and self._since is None:
             self._since = now
         if self.asked is None:
-            self.asked = signal.Signals(number).name
+            self.asked = "its driver" if number == PASSED_ON else signal.Signals(number).name
             if not self._deferred:
                 self.raised = True
                 raise Stopped(self.asked)

@@ -109,7 +109,7 @@ def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_th
     node = runs(command, store)[0]["nodes"][0]
     assert (node["state"], node["attempts"]) == ("failed", 3)
     assert [cause[:29] for cause in node["causes"]] == [
-        *("start has stopped (its time l", "start has stopped (SIGINT) (t", "start was killed by signal 9 ")
+        *("start has stopped (its time l", "start has stopped (SIGINT)", "start was killed by signal 9 ")
     ]
     assert "3 attempts" in command(store, "status").stdout
 
