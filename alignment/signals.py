@@ -21,9 +21,9 @@ class Stopped(KeyboardInterrupt):
 class Listener:
     """Hears the signals of one process.
 
-    asked: the first signal's name, "its driver" for one that was passed on, or None. While `deferred`, a request is noted for those who look at `asked`;
-    otherwise it is raised as Stopped. raised: whether it was; libraries may catch it, and fail otherwise because of it.
-    again: called for a further signal; by itself it must end the process.
+    asked: the first signal's name, "its driver" for one that was passed on, or None. While `deferred`, a request is
+    noted for those who look at `asked`; otherwise it is raised as Stopped. raised: whether it was; libraries may catch
+    it, and fail otherwise because of it. again: called for a further signal; by itself it must end the process.
     """
 
     def __init__(self) -> None:
