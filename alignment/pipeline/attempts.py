@@ -137,6 +137,13 @@ def outcome_of(error: BaseException) -> str:
     return "lost" if isinstance(error, AlignmentError) and error.retry else "failed"
 
 
+def cause_of(error: BaseException) -> str:
+    """In one line, for the list of attempts; of a stop without its advice, which is for the moment."""
+    if isinstance(error, KeyboardInterrupt):
+        return "ended at once, by a second signal"
+    return error.what if isinstance(error, PreemptedError) else str(error)
+
+
 class Retries:
     """Counts failures in a row that brought nothing: no newer whole checkpoint, and nothing learned (NEXT) by which the
     next attempt would do otherwise."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alignment.config.schema import Experiment
-from alignment.errors import AlignmentError, PreemptedError
+from alignment.errors import AlignmentError
 from alignment.files import append, write_json
 from alignment.launchers import Job, launcher_for
 from alignment.pipeline import attempts, graph
@@ -171,10 +171,7 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
         try:
             return _attempt(run, node, order, lock, observer, stop)
         except (Exception, KeyboardInterrupt) as error:
-            what = "ended at once, by a second signal" if isinstance(error, KeyboardInterrupt) else str(error)
-            if isinstance(error, PreemptedError):  # without its advice: that is for now
-                what = error.what
-            attempts.note(folder, attempts.row(folder, order, attempts.outcome_of(error), what))
+            attempts.note(folder, attempts.row(folder, order, attempts.outcome_of(error), attempts.cause_of(error)))
             _note_attempts(run, node, attempts.read(folder))
             if not isinstance(error, AlignmentError) or (wait := retries.next(error)) is None:
                 raise

@@ -103,9 +103,7 @@ class Store:
         (folder / "record.json").write_text(json.dumps({**record, "files": files}, indent=1) + "\n", encoding="utf-8")
         fsync(folder / "record.json")
         for name in PASSING:  # as late as can be: who watches takes a process without a beat for lost
-            shutil.rmtree(folder / name, ignore_errors=True)
-            if (folder / name).is_file():
-                (folder / name).unlink()
+            remove(folder / name)
         for path in reversed(folders):  # the names in them, the work folder's last
             fsync(path)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +123,7 @@ class Store:
             if path.name not in stay:
                 remove(path)
         if not stay:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
     def lock(self, key: str) -> Lock:
         return Lock(self.root / "locks" / key[:16])

@@ -73,7 +73,7 @@ class Supervisor:
         self._looked = float("-inf")
         self._facts: dict[str, Any] | None = None
         self._stepping = False  # whether the stage has come past the first step of a count
-        self._warned = 0  # characters of the stage's warnings that were passed on
+        self._warned = 0  # bytes of the stage's warnings that were passed on
         self._told: set[int] = set()  # pids that were asked to stop
         self._dying: float | None = None  # when a failure was first seen
         self._victim: Beat | None = None  # the first process that was gone without a last beat, or without any
@@ -84,12 +84,12 @@ class Supervisor:
             now = self._clock()
             self._forgive(now)
             self._tell_progress()
-            self.tell_warnings(self._folder)
             self._ask(now)
             if not self._started or self._unheard():
                 self._started |= self._handle.ranks()
             if now - self._looked >= LOOK:
                 self._looked = now
+                self.tell_warnings(self._folder)
                 self._read_beats(now)
                 if self._judge(now):
                     code = -signal.SIGKILL
@@ -140,12 +140,14 @@ class Supervisor:
     def tell_warnings(self, folder: Path) -> None:
         """Pass on the lines that the stage has left since the last look, now in this folder."""
         try:
-            text = (folder / WARNINGS).read_text(encoding="utf-8", errors="replace")
+            with open(folder / WARNINGS, "rb") as stream:
+                stream.seek(self._warned)
+                fresh = stream.read()
         except OSError:
             return
-        whole = text[self._warned : text.rfind("\n") + 1]
+        whole = fresh[: fresh.rfind(b"\n") + 1]
         self._warned += len(whole)
-        for line in whole.splitlines():
+        for line in whole.decode(errors="replace").splitlines():
             self._say(line)
 
     def _ask(self, now: float) -> None:

@@ -143,7 +143,7 @@ class StageContext:
             write_json(self.folder / "progress.json", told, durable=False)
 
     def warn(self, text: str) -> None:
-        """Say what people should know though the stage goes on: in its log, and in the terminal at its end."""
+        """Say what people should know though the stage goes on: in its log, and, by the driver, in the terminal."""
         with suppress(OSError):
             print(f"warning: {text}", flush=True)
         self._unsaid.append(" ".join(text.split()) + "\n")

@@ -145,7 +145,7 @@ class Checkpoints:
 
     def discard(self, step: int) -> None:
         """One that could not be written."""
-        shutil.rmtree(self.aside(step), ignore_errors=True)
+        remove(self.aside(step))
 
     def put_away(self, step: int, why: str) -> None:
         """One that cannot be used: said, and moved out of the way. It stays: what could not be read may be well."""

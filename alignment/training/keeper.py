@@ -219,7 +219,7 @@ class Keeper:
         """Copy the state and have it written in the thread; or, where that is asked for, or memory is too short for a
         copy, write it now."""
         facts = {
-            "metrics": self.stage.metrics_digest(),
+            "metrics": self.stage.metrics_digest() if ranks.rank() == 0 else None,  # whose facts are written
             "step": step,
             "layout": self.layout,
             "record": self._record,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,12 @@ def test_rewinding_forgets_later_rows_and_a_torn_one(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     context.rewind(0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_value_that_is_no_number_is_left_out_of_its_row(stage: StageContext) -> None:
+    stage.log(1, {"loss": math.nan, "entropy": math.inf, "tokens": 3.0})
+    (row,) = (stage.folder / "metrics.jsonl").read_text().splitlines()
+    assert set(json.loads(row)) == {"step", "time", "tokens"}
 
 
 def test_one_long_operation_counts_as_getting_on_for_as_long_as_it_may_take(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -166,54 +167,43 @@ def test_a_stop_leaves_as_many_checkpoints_as_are_asked_for(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
 
 
-def test_a_save_that_comes_while_another_is_written_follows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, steps, written = Keeper.wishes, [], []
+@pytest.fixture
+def slow_saves(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What begins to be written stays so until step 5 is computed. written: the steps. at: called as a step is."""
+    made = SimpleNamespace(written=[], at=lambda step: None)
+    real, real_write, gate, steps = Keeper.wishes, tensors.write, Event(), itertools.count(1)
 
     def wishes(self: Any) -> Any:
-        """The write of step 2 lasts until step 5 is computed."""
-        steps.append(len(steps) + 1)
-        if steps[-1] == 5:
+        made.at(step := next(steps))
+        if step == 5:
             gate.set()
             wait([self._write.part])
         return real(self)
 
     def write(path: Path, *arguments: Any) -> Any:
-        written.append(int(path.parent.name[-2:]))
+        made.written.append(int(path.parent.name[-2:]))
         assert gate.wait(60)
         return real_write(path, *arguments)
 
-    gate, real_write = Event(), tensors.write
     monkeypatch.setattr(Keeper, "wishes", wishes)
     monkeypatch.setattr(tensors, "write", write)
+    return made
+
+
+def test_a_save_that_comes_while_another_is_written_follows_it(tmp_path: Path, slow_saves: SimpleNamespace) -> None:
     attempt(tmp_path / "run", "sft", saving=tiny.checkpoint(every_steps=2), max_steps=6)
-    assert written == [2, 5], "that of step 4 was due; step 6 is the last"
+    assert slow_saves.written == [2, 5], "that of step 4 was due; step 6 is the last"
 
 
 def test_a_save_by_the_clock_that_outlives_its_step_is_made_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_saves: SimpleNamespace
 ) -> None:
-    """Time stands still but for ten minutes before step 2; its write lasts until step 5 is computed."""
-    real, real_write, gate, written, steps = Keeper.wishes, tensors.write, Event(), [], []
+    """Time stands still but for ten minutes before step 2."""
     now = [1000.0]
-
-    def wishes(self: Any) -> Any:
-        steps.append(len(steps) + 1)
-        now[0] += 601 * (steps[-1] == 2)
-        if steps[-1] == 5:
-            gate.set()
-            wait([self._write.part])
-        return real(self)
-
-    def write(path: Path, *arguments: Any) -> Any:
-        written.append(int(path.parent.name[-2:]))
-        assert gate.wait(60)
-        return real_write(path, *arguments)
-
-    monkeypatch.setattr(Keeper, "wishes", wishes)
-    monkeypatch.setattr(tensors, "write", write)
-    monkeypatch.setattr("alignment.training.keeper.time", SimpleNamespace(monotonic=lambda: now[0]))
+    slow_saves.at = lambda step: now.append(now[-1] + 601 * (step == 2))
+    monkeypatch.setattr("alignment.training.keeper.time", SimpleNamespace(monotonic=lambda: now[-1]))
     attempt(tmp_path / "run", "sft", saving=tiny.checkpoint(every_minutes=10), max_steps=8)
-    assert written == [2]
+    assert slow_saves.written == [2]
 
 
 def test_a_checkpoint_whose_reference_was_another_model_is_refused(tmp_path: Path) -> None:
