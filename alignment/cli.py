@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"alignment: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except Stopped as asked:
-        print(f"alignment: stopped ({asked}); the same command goes on from the stages that are done", file=sys.stderr)
+        print(f"alignment: stopped ({asked}); the same command goes on from what is done and saved", file=sys.stderr)
         return PreemptedError.exit_code
     except AlignmentError as error:
         print(f"alignment: error: {error}", file=sys.stderr)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exception(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("alignment: interrupted; the same command goes on from the stages that are done", file=sys.stderr)
+        print("alignment: interrupted; the same command goes on from what is done and saved", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -163,7 +163,7 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="setting=value")
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="a further folder of configs")
     parser.add_argument("--json", action="store_true", help="machine-readable")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     from alignment.config.compose import compose
     from alignment.pipeline import runner
     from alignment.reporting import terminal

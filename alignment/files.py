@@ -92,6 +92,14 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """What it has now, in order; nothing of a folder that is moved or removed while it is looked at."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
@@ -116,12 +124,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def require_room(folder: Path, size: float, free: int | None = None) -> None:
     """Raise MachineError unless the disk of an existing folder has room for `size` bytes, and a tenth more. free:
     bytes, where it is more than what is free now."""
     free = shutil.disk_usage(folder).free if free is None else free
     if free < 1.1 * size:
-        what = f"{size / 1e9:.1f} GB of weights do not fit: {free / 1e9:.1f} GB free"
+        what = f"{size_text(size)} of weights do not fit: {size_text(free)} free"
         raise MachineError(what, where=str(folder), fix="free some disk, or set store=...")
 
 

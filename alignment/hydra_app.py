@@ -109,7 +109,9 @@ def _read(arguments: list[str]) -> Any:
     """The arguments as Hydra reads them, abbreviations included. Raises ConfigError for flags that are refused."""
 
     def error(message: str) -> NoReturn:
-        raise ConfigError(message, where="command line", fix="see alignment run --help")
+        apart = message.startswith("unrecognized arguments") and "=" in message
+        fix = "give the settings together, flags before or after all of them" if apart else "see alignment run --help"
+        raise ConfigError(message, where="command line", fix=fix)
 
     parser = get_args_parser()
     parser.error = error  # type: ignore[method-assign]

@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from alignment.files import listed
+
 EVERY = 1.0  # seconds between two beats
 LONGEST = 3600.0  # seconds that one operation may take without a word
 SIZE = 512  # bytes of a beat's file: the same at every beat, so that a full disk cannot stop it
@@ -103,7 +105,7 @@ class Pulse:
 def beats(folder: Path) -> dict[int, Beat]:
     """The last beat of each rank of a work folder; one that is just being overwritten is left out."""
     found = {}
-    for path in (folder / BEATS).glob("rank-*.json"):
+    for path in listed(folder / BEATS, "rank-*.json"):
         with suppress(OSError, ValueError, TypeError):
             beat = Beat(**json.loads(path.read_bytes()))
             found[beat.rank] = beat
@@ -116,7 +118,7 @@ def started_by(parent: int) -> dict[int, Beat]:
     They are known by their environment. It comes with their program: until then they are a copy of their parent.
     """
     found = {}
-    for path in Path(f"/proc/{parent}/task").glob("*/children"):
+    for path in listed(Path(f"/proc/{parent}/task"), "*/children"):
         with suppress(OSError):  # a thread that has ended meanwhile
             for pid in map(int, path.read_text().split()):
                 rank = _environment(pid).get("RANK", "")

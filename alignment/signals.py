@@ -10,6 +10,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PASSED_ON = signal.SIGRTMIN  # a driver's to its processes: it asks once, so it is never a second request
+TIME_LIMIT = "launcher.time_limit"  # why a stage stops that was not asked by a signal
 # One request may arrive as several signals: a terminal or a launcher sends it to the group, and torchrun passes it on.
 ECHO = 2.0
 

@@ -111,9 +111,22 @@ def test_plan_names_every_stage_and_leaves_nothing_behind(tmp_path: Path) -> Non
     assert not (tmp_path / "store").exists()
 
 
+def test_plan_says_from_which_step_a_stage_goes_on(tmp_path: Path) -> None:
+    def plan() -> dict[str, Any]:
+        nodes = json.loads(alignment("plan", "seed=1", "--json", "pipeline=sft", cwd=tmp_path).stdout)["nodes"]
+        return {node["name"]: node for node in nodes}
+
+    before = plan()["sft"]
+    saved = tmp_path / "store" / "work" / before["key"][:16] / "checkpoints" / "step-00000007"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text(json.dumps({"step": 7, "files": {}}))
+    assert [before["why"], plan()["sft"]["why"]] == ["start, rows will be new", "goes on from step 7"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
+        (["run", "seed=1", "--config-dir", ".", "pipeline=sft"], 2, "flags before or after all of them"),
         (["run", "stage.dpo.betta=1"], 2, "did you mean `stage.dpo.beta`?"),
         (["plan", "engine=zero4"], 2, "did you mean engine=zero3?"),
         (["rum"], 2, "unknown command 'rum' (did you mean 'run'?)"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,25 @@ def process(tmp_path: Path) -> subprocess.Popen[str]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return started
+
+
+def test_a_folder_that_moves_on_while_it_is_read_has_no_beats(tmp_path: Path) -> None:
+    """A worker commits its result, and the folder with it, while the driver looks."""
+    work, over = tmp_path / "work", threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            (work / "beats").mkdir(parents=True)
+            work.rename(tmp_path / "result")
+            shutil.rmtree(tmp_path / "result")
+
+    mover = threading.Thread(target=come_and_go)
+    mover.start()
+    try:
+        assert all(life.beats(work) == {} for _ in range(5000))
+    finally:
+        over.set()
+        mover.join()
 
 
 def test_a_process_beats_in_place_until_it_ends_in_order(tmp_path: Path, process: subprocess.Popen[str]) -> None:

@@ -87,18 +87,22 @@ def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_th
     import_model = keys(command, store, settings)["start"]
     work = store / "work" / import_model
     late = command(store, "run", *settings, "launcher.time_limit=1", code=75)
-    assert "asked to stop (its time limit)" in late.stdout
+    assert "asked to stop (launcher.time_limit)" in late.stdout
     assert states(runs(command, store)[0])["start"] == "preempted"
+    assert "nothing was saved in 1 s" in late.stderr and "begins anew" in late.stderr
+    again = command(store, "run", *settings, "launcher.time_limit=1", code=2)
+    assert "saved nothing in the 1 s that it had, twice in a row" in again.stderr
+    assert states(runs(command, store)[0])["start"] == "failed"
 
     driver = start(store, *settings)
     at_work(store, work)
     driver.send_signal(signal.SIGINT)
     output = ended(driver, 75, 30)
-    assert "start  asked to stop (SIGINT): saves and ends; a second signal ends it at once" in output
+    assert "start  asked to stop (SIGINT): saves what it can, and ends; a second signal ends it at once" in output
     assert output.splitlines()[-1].startswith("alignment: start has stopped")
     assert not processes_of(work)
     assert [row["outcome"] for row in map(json.loads, (work / "attempts.jsonl").read_text().splitlines())] == [
-        *("preempted", "preempted")
+        *("preempted", "preempted", "preempted")
     ]
 
     driver = start(store, *settings, "retries=0")
@@ -107,7 +111,7 @@ def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_th
     assert "start was killed by signal 9 (see " in output
     assert "out of memory is the usual cause of signal 9" in output
     node = runs(command, store)[0]["nodes"][0]
-    assert (node["state"], node["attempts"]) == ("failed", 3)
+    assert (node["state"], node["attempts"]) == ("failed", 4)
     assert [cause[:29] for cause in node["causes"]] == [
         *("start has stopped (its time l", "start has stopped (SIGINT)", "start was killed by signal 9 ")
     ]

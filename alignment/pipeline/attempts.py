@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment import life
-from alignment.errors import BY_CODE, AlignmentError, LostError, MachineError, PreemptedError, StageFailed
-from alignment.files import append, read_json
+from alignment.errors import BY_CODE, AlignmentError, ConfigError, LostError, MachineError, PreemptedError, StageFailed
+from alignment.files import append, listed, read_json
 from alignment.pipeline.store import CHECKPOINTS, NEXT
+from alignment.signals import TIME_LIMIT
 
 if TYPE_CHECKING:
     from alignment.pipeline.supervisor import Supervisor
@@ -55,6 +56,8 @@ def row(folder: Path, order: Row, outcome: str, cause: str | None, ended: float 
         "outcome": outcome,
         "cause": cause,
         "step": (_read(folder / "progress.json") or {}).get("step"),
+        "checkpoint": checkpoint(folder),
+        "time_left": order.get("time_left"),
         "host": order["host"],
         "processes": _processes(order),
         "strategy": experiment["engine"]["strategy"] if order["distributed"] else None,
@@ -94,7 +97,7 @@ def here() -> Row:
 
 def checkpoint(folder: Path) -> int:
     """The step of the newest checkpoint whose files are all there with their sizes; -1 without one."""
-    manifests = sorted(folder.glob(f"{CHECKPOINTS}/step-*/manifest.json"), reverse=True)
+    manifests = reversed(listed(folder, f"{CHECKPOINTS}/step-*/manifest.json"))
     return next((step for path in manifests if (step := _step(path)) is not None), -1)
 
 
@@ -116,8 +119,9 @@ def cause(name: str, folder: Path, code: int, watched: Supervisor) -> AlignmentE
     if error is not None and error is not watched.fault:  # torchrun asks those whom the dead one has left
         why = why or (_read(folder / "error.json") or {}).get("asked")
     outcome = _read(folder / "outcome.json")
-    # Ranks that were asked one by one end with 0 or 75. After a failure torchrun asks those that are left: no such end.
-    if error is None and outcome and (why or code in (0, PreemptedError.exit_code)):
+    # Ranks that were asked one by one end with 0 or 75, or by a second signal once they had said so. After a failure
+    # torchrun asks those that are left, and ends with 1.
+    if error is None and outcome and (why or code < 0 or code in (0, PreemptedError.exit_code)):
         # The driver passes on whatever it was asked by; what became of it only the stage knows.
         told, _, became = str(outcome["why"]).partition(": ")
         why = ": ".join(filter(None, (why or told, became)))
@@ -142,6 +146,26 @@ def cause_of(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "ended at once, by a second signal"
     return error.what if isinstance(error, PreemptedError) else str(error)
+
+
+def in_vain(name: str, folder: Path) -> AlignmentError | None:
+    """What the last attempt comes to if its time limit has ended it and nothing was saved that another one could go on
+    from. The second one in a row with no more time is an error: who starts anew on code 75 would do so for ever."""
+    rows = read(folder)
+    reached = [-1, *(row.get("checkpoint", -1) for row in rows)]
+    vain = [_late(row) and after <= before for row, before, after in zip(rows, reached, reached[1:], strict=False)]
+    if not vain or not vain[-1]:
+        return None
+    seconds = rows[-1]["time_left"]
+    if all(vain[-2:]) and len(vain) > 1 and rows[-2]["time_left"] + 1 >= seconds:
+        what = f"{name} has saved nothing in the {seconds:.0f} s that it had, twice in a row"
+        return ConfigError(what, where=TIME_LIMIT, fix="raise it: the stage needs longer than that")
+    fix = f"raise {TIME_LIMIT}, or it begins anew each time"
+    return PreemptedError(f"{name} has stopped ({TIME_LIMIT}: nothing was saved in {seconds:.0f} s)", fix=fix)
+
+
+def _late(row: Row) -> bool:
+    return row["outcome"] == "preempted" and TIME_LIMIT in str(row["cause"]) and row.get("time_left") is not None
 
 
 class Retries:

@@ -16,8 +16,8 @@ from alignment.launchers import Job, launcher_for
 from alignment.pipeline import attempts, graph
 from alignment.pipeline.graph import Node
 from alignment.pipeline.store import Lock, Store
-from alignment.pipeline.supervisor import TIME_LIMIT, Patience, Supervisor
-from alignment.signals import Listener, Stopped
+from alignment.pipeline.supervisor import Patience, Supervisor
+from alignment.signals import TIME_LIMIT, Listener, Stopped
 
 
 class Observer(Protocol):
@@ -80,15 +80,14 @@ def plan(run: Run) -> list[dict[str, Any]]:
             action, why = "reuse", "the store has it"
         else:
             fresh.add(node.name)
-            held = run.store.is_held(node.key)
+            held, reached = run.store.is_held(node.key), attempts.checkpoint(run.store.work(node.key))
             action = "wait" if held else "run"
-            why = (
-                "another run works on it"
-                if held
-                else f"{', '.join(stale)} will be new"
-                if stale
-                else "not in the store"
-            )
+            if held:
+                why = "another run works on it"
+            elif reached >= 0:
+                why = f"goes on from step {reached}"
+            else:
+                why = f"{', '.join(stale)} will be new" if stale else "not in the store"
         rows.append({"name": node.name, "kind": node.kind, "key": node.key, "action": action, "why": why})
     return rows
 
@@ -173,6 +172,8 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
         except (Exception, KeyboardInterrupt) as error:
             attempts.note(folder, attempts.row(folder, order, attempts.outcome_of(error), attempts.cause_of(error)))
             _note_attempts(run, node, attempts.read(folder))
+            if vain := attempts.in_vain(node.name, folder):
+                raise vain from error
             if not isinstance(error, AlignmentError) or (wait := retries.next(error)) is None:
                 raise
             observer.warning(node.name, retries.says(error, order["attempt"], wait))

@@ -17,7 +17,7 @@ from alignment.files import read_json
 from alignment.life import Beat
 from alignment.pipeline.attempts import silent, word_of
 from alignment.pipeline.store import WARNINGS
-from alignment.signals import PASSED_ON, Listener
+from alignment.signals import PASSED_ON, TIME_LIMIT, Listener
 
 if TYPE_CHECKING:
     from alignment.launchers import Handle
@@ -27,9 +27,9 @@ LOOK = 0.5  # seconds between two looks at its beats
 GRACE = 5.0  # seconds that a job has to end by itself once one of its processes has failed
 # Times the patience with a stage that does not get on until its first step: a model may load long.
 LENIENT = 6
+LAST_WORDS = 3.0  # seconds that torchrun has, once they are all gone, to say how each of them ended
 SILENT = 3 * life.EVERY  # seconds after which a process that should beat is out of the ordinary
 STACKS = 3.0  # seconds that processes get to write where they are
-TIME_LIMIT = "its time limit"  # why a job is asked to stop
 FAILURES = ("error.json", "lost.json")
 
 
@@ -109,11 +109,16 @@ class Supervisor:
         """End the job, whatever it does, and wait, not long, until its processes are gone."""
         self._handle.kill()
         until = time.monotonic() + 10.0
-        known = [*self._beats.values(), *self._started.values()]  # torchrun's death does not end one that still starts
-        while (left := [beat for beat in known if beat.here and not beat.gone]) and time.monotonic() < until:
-            for beat in left:
-                beat.signal(signal.SIGKILL)
+        while self._kill_ranks() and time.monotonic() < until:
             time.sleep(0.02)
+
+    def _kill_ranks(self) -> bool:
+        """Those on this host, torchrun's death does not end one that still starts. Returns whether any was left."""
+        known = [*self._beats.values(), *self._started.values()]
+        left = [beat for beat in known if beat.here and not beat.gone]
+        for beat in left:
+            beat.signal(signal.SIGKILL)
+        return bool(left)
 
     def _forgive(self, now: float) -> None:
         """Who watches has slept itself (stopped, or the machine suspended): the others could not show life either."""
@@ -160,7 +165,7 @@ class Supervisor:
                 return
             self._got_on = now  # what it does now is another thing than what it did
             more = "; a second signal ends it at once" if self._stop.asked else ""
-            self._say(f"asked to stop ({self.asked}): saves and ends{more}")
+            self._say(f"asked to stop ({self.asked}): saves what it can, and ends{more}")
         for beat in self._beats.values():
             if beat.pid not in self._told and not beat.ended:
                 self._told.add(beat.pid)
@@ -185,7 +190,10 @@ class Supervisor:
             if self._victim or any((self._folder / name).exists() for name in FAILURES):
                 self._dying = now
         if self._dying is not None:
-            return now - self._dying >= GRACE
+            if now - self._dying < GRACE:
+                return False
+            self._kill_ranks()
+            return now - self._dying >= GRACE + LAST_WORDS
         patience = self._patience.watchdog_s
         silence = {rank: now - self._changed[rank] for rank, beat in self._beats.items() if not beat.ended}
         silent = max(sorted(silence), key=silence.__getitem__, default=None)

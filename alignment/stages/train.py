@@ -14,7 +14,7 @@ from alignment.config import schema
 from alignment.config.schema import Engine
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
-from alignment.files import require_room
+from alignment.files import require_room, size_text
 from alignment.pipeline.identity import code_digest
 from alignment.pipeline.store import CHECKPOINTS
 from alignment.stages.context import StageContext
@@ -23,7 +23,7 @@ from alignment.training.batching import GlobalBatches, count_steps
 from alignment.training.checkpoints import Checkpoints
 from alignment.training.health import ROLLED_BACK, NonFinite
 from alignment.training.keeper import Keeper
-from alignment.training.memory import attention_share, size_text
+from alignment.training.memory import attention_share
 from alignment.training.model import consolidate
 from alignment.training.out_of_memory import adapted, advising
 from alignment.training.rows import Sizes

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from alignment.config import schema
 from alignment.errors import InputError, MachineError
 from alignment.files import digest, fsync, read_json, remove, sha256, write_json
@@ -29,6 +31,7 @@ from alignment.files import digest, fsync, read_json, remove, sha256, write_json
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})")
 MANIFEST, STATE = "manifest.json", "state.json"
+STATE_KEYS = {"step", "layout", "record", "trainer"}
 # What a file that is not there, or is no file, is refused with. Whatever else the system says (too many open files, a
 # disk or a server that fails, permissions) says nothing about the checkpoint.
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -110,6 +113,8 @@ class Checkpoints:
                 return f"{name} has {path.stat().st_size} bytes instead of {file['bytes']}"
             if number % parts == part and sha256(path) != file["sha256"]:
                 return f"{name} is damaged"
+            if not (_has_state(path) if name == STATE else _has_tensors(path)):  # whatever its manifest says
+                return f"{name} has not what it should"
         return None
 
     def state(self, step: int) -> dict[str, Any]:
@@ -219,6 +224,21 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+
+
+def _has_state(path: Path) -> bool:
+    try:
+        return set(read_json(path)) >= STATE_KEYS
+    except (ValueError, TypeError):
+        return False
+
+
+def _has_tensors(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def _within(folder: Path) -> Iterator[Path]:

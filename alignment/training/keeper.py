@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alignment.config import schema
 from alignment.errors import MachineError, PreemptedError, is_out_of_memory
-from alignment.signals import Listener
+from alignment.signals import TIME_LIMIT, Listener
 from alignment.training import ranks, state, tensors
 from alignment.training.checkpoints import Checkpoints, part_name
 from alignment.training.memory import host_share
@@ -210,7 +210,7 @@ class Keeper:
         if self.stage.deadline is not None:
             needed = SPARE + 2 * self._slowest_step + 2 * self._save_takes
             if time.monotonic() + needed >= self.stage.deadline:
-                return "launcher.time_limit"
+                return TIME_LIMIT
         return None
 
     # --- saving ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from alignment.files import size_text
 from alignment.training.head import BLOCK_BYTES, KEPT_BYTES
 
 FP32, BF16 = 4, 2  # bytes
@@ -274,8 +275,3 @@ def needs_checkpointing(
     line = f"gradient checkpointing {'on' if on else 'off'} ({who}): {figures}"
     fits = state + (few if on else kept) <= room
     return on, line if fits else f"{line}; memory may not suffice", fits
-
-
-def size_text(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -10,12 +10,12 @@ import torch
 
 from alignment.config.schema import Engine
 from alignment.errors import AlignmentError, MachineError, is_out_of_memory
+from alignment.files import size_text
 from alignment.training.memory import (
     Load,
     activation_bytes,
     adapter_parameters,
     checkpointed_bytes,
-    size_text,
     state_bytes,
 )
 

@@ -101,9 +101,11 @@ class Resumable(_Trainer):
         """facts: of `training_state`. meter: this process's sums, or None where all of them have to be shared anew."""
         self.state.global_step = self._saved_after = self.first_step
         self._globalstep_last_logged = facts["last_logged"]
-        for name in SCHEDULE:
-            setattr(self.lr_scheduler, name, facts["schedule"][name])
-        for group, rate in zip(self.lr_scheduler.optimizer.param_groups, facts["schedule"]["_last_lr"], strict=True):
+        groups = self.lr_scheduler.optimizer.param_groups
+        (rate,) = set(facts["schedule"]["_last_lr"])  # one for all groups, and engines differ in which empty ones stay
+        for name, value in (facts["schedule"] | {"_last_lr": [rate] * len(groups)}).items():
+            setattr(self.lr_scheduler, name, value)
+        for group in groups:
             group["lr"] = rate
         self._losses, self._row = list(facts["losses"]), facts["row"]
         if self._row:

@@ -157,7 +157,9 @@ class Case:
         return driver
 
     def arguments(self, *settings: str) -> list[str]:
-        of_stage = {"lora": "null", "max_steps": STEPS, "global_batch_size": 4, "spike_alarm": "null"}
+        of_stage = {"max_steps": STEPS, "global_batch_size": 4, "spike_alarm": "null"}
+        if not any(setting.startswith(f"stage.{self.kind}.lora") for setting in self.settings):
+            of_stage["lora"] = "null"
         several = [] if self.engine == "single" else ["launcher=torchrun", "launcher.processes=2"]
         return [
             *("--config-dir", str(CONF), f"pipeline=only_{self.kind}", *self.ground.settings),

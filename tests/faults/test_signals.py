@@ -95,7 +95,7 @@ def test_a_time_limit_is_of_all_attempts_and_is_no_loss(
     options = {"moment": "training", "nth": 4, "do": "signal_self", "number": signal.SIGKILL}
     faults = [Fault("at", options, 0)] if when != "while it trains" else []
     driver = case.run("launcher.time_limit=12", "retry_wait_s=60", code=75, faults=faults)
-    why = r"stopped \(its time limit\) between two" if faults else r"time limit, saved at|time_limit.*saved at"
+    why = r"stopped \(launcher.time_limit\) between two" if faults else r"launcher.time_limit.*saved at"
     assert re.search(why, driver.told), driver.told
     saved = max(0, case.reached())
     assert saved >= (0 if faults else 2)

@@ -87,6 +87,31 @@ def test_a_driver_that_waits_takes_over(kind: str, engine: str, make: Callable[.
     case.require_same()
 
 
+# --- another machine --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("killed, and adapters gone on with on another engine")
+@pytest.mark.quick("dpo-single-zero2")
+@pytest.mark.parametrize(
+    ("kind", "engine", "other"),
+    [("dpo", "single", "zero2"), ("sft", "ddp", "zero3"), ("dpo", "zero3", "ddp"), ("sft", "zero1", "single")],
+)
+def test_adapters_go_on_on_another_engine(kind: str, engine: str, other: str, make: Callable[..., Case]) -> None:
+    """Engines differ in what they make of a group of parameters that is empty, as that without decay is here."""
+    adapters = f"stage.{kind}.lora.rank=2"
+    case = make(kind, engine, adapters, "checkpoint.asynchronous=false")
+    options = {"moment": "training", "nth": 4, "do": "signal_self", "number": signal.SIGKILL}
+    case.run("retries=0", code=6, faults=[Fault("at", options, 0)])
+    assert (saved := case.reached()) > 0
+    case.engine = other
+    case.run(code=0)
+    assert case.begun() == [0, saved]
+    whole, mine = case.ground.whole(kind, engine, adapters).rows, case.result().rows
+    assert [row["step"] for row in mine] == [row["step"] for row in whole]
+    for one, row in zip(whole, mine, strict=True):
+        assert {name: row[name] for name in one} == pytest.approx(one, rel=1e-5, abs=1e-5)
+
+
 # --- W&B --------------------------------------------------------------------------------------------------------------
 
 

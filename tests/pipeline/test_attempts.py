@@ -70,13 +70,53 @@ def test_a_bug_is_not_taken_for_an_end_in_order(tmp_path: Path) -> None:
 
 def test_the_reason_is_what_the_driver_was_asked_by_or_the_stages_own_words(tmp_path: Path) -> None:
     (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "SIGTERM", "rank": 0}))
-    assert cause(tmp_path, 75, asked="its time limit").what == "sft has stopped (its time limit)"
+    assert cause(tmp_path, 75, asked="launcher.time_limit").what == "sft has stopped (launcher.time_limit)"
     assert cause(tmp_path, 75).what == "sft has stopped (SIGTERM)"
     (tmp_path / "outcome.json").write_text(
         json.dumps({"outcome": "preempted", "why": "SIGTERM: saved step 9", "rank": 0})
     )
     assert cause(tmp_path, 75, asked="SIGINT").what == "sft has stopped (SIGINT: saved step 9)"
     assert cause(tmp_path, 75).what == "sft has stopped (SIGTERM: saved step 9)"
+
+
+def test_a_second_signal_to_who_has_saved_and_said_so_is_no_loss(tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "preempted", "why": "SIGTERM: saved", "rank": 0}))
+    assert cause(tmp_path, -15).what == "sft has stopped (SIGTERM: saved)"
+
+
+def rows_of(folder: Path, *rows: tuple[str, int, float | None]) -> Path:
+    """attempts.jsonl. rows: cause of a stop, newest checkpoint, seconds that it had."""
+    for number, (why, reached, seconds) in enumerate(rows, start=1):
+        row = {"attempt": number, "outcome": "preempted", "cause": why, "checkpoint": reached, "time_left": seconds}
+        attempts.note(folder, row)
+    return folder
+
+
+LATE, ASKED = "sft has stopped (launcher.time_limit: saved at step 3)", "sft has stopped (SIGTERM)"
+
+
+@pytest.mark.parametrize(
+    ("rows", "code"),
+    [
+        ([], None),
+        ([(ASKED, -1, 6.0)], None),
+        ([(LATE, 3, 6.0)], None),
+        ([(LATE, 3, 6.0), (LATE, 5, 6.0)], None),
+        ([(LATE, -1, 6.0)], 75),
+        ([(ASKED, 3, None), (LATE, 3, 6.0)], 75),
+        ([(LATE, 3, 6.0), (LATE, 3, 6.0)], 75),
+        ([(LATE, -1, 6.0), (LATE, -1, 60.0)], 75),
+        ([(LATE, -1, 6.0), (ASKED, -1, 6.0), (LATE, -1, 6.0)], 75),
+        ([(LATE, -1, 6.0), (LATE, -1, 5.9)], 2),
+        ([(LATE, 3, 6.0), (LATE, 3, 6.0), (LATE, 3, 6.0)], 2),
+    ],
+)
+def test_a_time_limit_in_which_nothing_is_saved_is_said_and_then_an_error(
+    rows: list[tuple[str, int, float | None]], code: int | None, tmp_path: Path
+) -> None:
+    error = attempts.in_vain("sft", rows_of(tmp_path, *rows))
+    assert (error and error.exit_code) == code
+    assert error is None or "raise" in str(error)
 
 
 def test_who_was_asked_by_torchrun_after_a_failure_is_not_preempted(tmp_path: Path) -> None:
@@ -187,7 +227,7 @@ def test_the_attempt_of_a_killed_driver_is_noted_once_by_the_next(tmp_path: Path
     assert attempts.read(tmp_path) == [
         {
             "attempt": 1, "started": 100.0, "ended": 160.0, "outcome": "interrupted", "cause": NOT_SAID,
-            "step": 7, "host": "here", "processes": 4, "strategy": "ddp",
+            "step": 7, "checkpoint": -1, "time_left": None, "host": "here", "processes": 4, "strategy": "ddp",
         }
     ]  # fmt: skip
     with open(tmp_path / "attempts.jsonl", "a") as stream:

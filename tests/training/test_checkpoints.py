@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -26,6 +27,7 @@ from alignment.training.checkpoints import Checkpoints
 from tests.training import tiny
 
 KEY = "a" * 64
+FACTS: dict[str, Any] = {"layout": {}, "record": {}, "trainer": {}}  # of state.json, with its step
 
 
 def checkpoints(folder: Path, key: str = KEY, **settings: Any) -> Checkpoints:
@@ -40,7 +42,7 @@ def save(own: Checkpoints, step: int, score: float | None = None, values: int = 
     name = "rank-00000-of-00001.safetensors"
     content = {"weight:0:w": torch.arange(values, dtype=torch.float32)}
     file = tensors.write(own.aside(step) / name, content, {"step": step})
-    own.commit(step, {name: file}, {"step": step}, score)
+    own.commit(step, {name: file}, {"step": step, **FACTS}, score)
     return own.at(step)
 
 
@@ -64,7 +66,7 @@ def test_what_is_saved_is_whole_and_the_newest_comes_first(tmp_path: Path) -> No
         save(own, step)
     assert own.found() == [12, 7, 3]
     assert [own.trouble(step) for step in own.found()] == [None] * 3
-    assert own.state(12) == {"step": 12}
+    assert own.state(12) == {"step": 12, **FACTS}
 
 
 def cut(path: Path) -> None:
@@ -135,6 +137,19 @@ def test_a_manifest_that_was_written_to_fit_a_changed_file_is_of_no_use_without_
     manifest.pop("sha256")
     path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
     assert own.trouble(5) is not None
+
+
+@pytest.mark.parametrize("name", ["state.json", "rank-00000-of-00001.safetensors"])
+def test_a_file_that_its_manifest_was_written_to_fit_is_not_read_as_what_it_is_not(name: str, tmp_path: Path) -> None:
+    own = checkpoints(tmp_path)
+    folder = save(own, 5)
+    content = b"{}" if name == "state.json" else pickle.dumps({"weight:0:w": [1.0]}).ljust(64, b"\0")
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("sha256")
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
+    assert own.trouble(5) == f"{name} has not what it should"
 
 
 def test_every_part_of_a_check_finds_what_lies_in_its_files(tmp_path: Path) -> None:

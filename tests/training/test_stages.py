@@ -116,7 +116,7 @@ def test_a_disk_without_room_for_the_model_is_said_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
-    with pytest.raises(MachineError, match=r"GB of weights do not fit"):
+    with pytest.raises(MachineError, match=r"MB of weights do not fit"):
         run(tmp_path, tiny.sft())
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
