@@ -113,9 +113,11 @@ def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_th
     node = runs(command, store)[0]["nodes"][0]
     assert (node["state"], node["attempts"]) == ("failed", 4)
     assert [cause[:29] for cause in node["causes"]] == [
-        *("start has stopped (its time l", "start has stopped (SIGINT)", "start was killed by signal 9 ")
+        *["start has stopped (launcher.t"] * 2,
+        "start has stopped (SIGINT)",
+        "start was killed by signal 9 ",
     ]
-    assert "3 attempts" in command(store, "status").stdout
+    assert "4 attempts" in command(store, "status").stdout
 
 
 def test_a_signal_in_training_is_an_end_in_order_and_the_same_command_finishes(
