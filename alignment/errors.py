@@ -78,9 +78,13 @@ class LostError(AlignmentError):
 
 
 class PreemptedError(AlignmentError):
-    """A stage was asked to stop (a signal, a time limit) and did so in order: the same command goes on from there."""
+    """A stage was asked to stop (a signal, a time limit) and did so in order: the same command goes on from there.
+
+    kept: whether this attempt has left anything new for the next one; None: it could not, for want of a disk.
+    """
 
     exit_code = 75
+    kept: bool | None = False
 
 
 class StageFailed(AlignmentError):

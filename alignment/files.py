@@ -93,10 +93,10 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:
-    """What it has now, in order; nothing of a folder that is moved or removed while it is looked at."""
+    """What it has now, in order; nothing of a folder that is moved or removed while it is looked at. Raises OSError."""
     try:
         return sorted(folder.glob(pattern))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError):  # Path.glob passes on what comes of scandir
         return []
 
 

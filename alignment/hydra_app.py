@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,7 +110,8 @@ def _read(arguments: list[str]) -> Any:
     """The arguments as Hydra reads them, abbreviations included. Raises ConfigError for flags that are refused."""
 
     def error(message: str) -> NoReturn:
-        apart = message.startswith("unrecognized arguments") and "=" in message
+        # argparse does not take up a list again after a flag
+        apart = re.match(r"unrecognized arguments:( [^- =][^ =]*=\S*)+$", message)
         fix = "give the settings together, flags before or after all of them" if apart else "see alignment run --help"
         raise ConfigError(message, where="command line", fix=fix)
 

@@ -31,7 +31,7 @@ from alignment.errors import (
 from alignment.files import canonical, digest, read_json
 from alignment.life import WORD, Pulse, die_with_parent, word
 from alignment.pipeline import attempts
-from alignment.pipeline.store import Store
+from alignment.pipeline.store import CHECKPOINTS, OUTCOME, Store
 from alignment.signals import Listener, Stopped
 
 if TYPE_CHECKING:  # imported, like all that takes long, once signals are heard
@@ -71,12 +71,12 @@ def main(folder: Path) -> int:
         _run(folder, order, stop, pulse)
         return 0
     except (Stopped, PreemptedError) as why:
-        return _preempted(folder, str(why))
+        return _preempted(folder, str(why), getattr(why, "kept", False))
     except Exception as error:
         with stop.deferred():
             if stop.raised:  # a library has caught it (an import that then failed): this error is what came of it
                 traceback.print_exc()
-                return _preempted(folder, str(stop.asked))
+                return _preempted(folder, str(stop.asked), False)
             known = _known(error, folder)
             retry = bool(getattr(error, "retry", known.retry))
             _tell(folder, known, traceback.format_exc(), retry, stop.asked)
@@ -88,13 +88,19 @@ def main(folder: Path) -> int:
 
 
 def _end_at_once(folder: Path) -> None:
-    """Asked a second time: the driver, which was not, hears why."""
+    """Asked a second time: the driver, which was not, hears why; unless what was asked for first is done."""
+    if (folder / OUTCOME).exists():
+        os._exit(_code_of_a_stop())
     _tell(folder, LostError(f"rank {_rank()} was asked to stop a second time, and ended at once"), "", retry=True)
     os._exit(130)
 
 
-def _preempted(folder: Path, why: str) -> int:
-    _leave(folder, "outcome.json", {"outcome": "preempted", "why": why})
+def _preempted(folder: Path, why: str, kept: bool | None) -> int:
+    _leave(folder, OUTCOME, {"outcome": "preempted", "why": why, "kept": kept})
+    return _code_of_a_stop()
+
+
+def _code_of_a_stop() -> int:
     # torchrun ends the others of a rank that ends otherwise, while they may still be closing their files.
     return 0 if TORCHRUN in os.environ else PreemptedError.exit_code
 
@@ -108,7 +114,7 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse) -> N
     context = _context(folder, order, store, stop)
     pulse.got_on = context.got_on
     _require_parents(store, order)
-    if attempts.checkpoint(folder) < 0:  # it begins anew
+    if not (folder / CHECKPOINTS).exists():  # it begins anew; who has looked for checkpoints knows better
         context.rewind(-1)
     stage = importlib.import_module(
         f"alignment.stages.{context.settings.kind}"

@@ -89,9 +89,9 @@ def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_th
     late = command(store, "run", *settings, "launcher.time_limit=1", code=75)
     assert "asked to stop (launcher.time_limit)" in late.stdout
     assert states(runs(command, store)[0])["start"] == "preempted"
-    assert "nothing was saved in 1 s" in late.stderr and "begins anew" in late.stderr
+    assert "in 1 s it has left nothing new" in late.stderr and "gets no further" in late.stderr
     again = command(store, "run", *settings, "launcher.time_limit=1", code=2)
-    assert "saved nothing in the 1 s that it had, twice in a row" in again.stderr
+    assert "launcher.time_limit: start has come to its time limit 2 times" in again.stderr
     assert states(runs(command, store)[0])["start"] == "failed"
 
     driver = start(store, *settings)

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,7 +145,9 @@ def test_what_a_driver_passes_on_is_never_a_second_request(own_signals: None, mo
 def test_who_is_asked_to_stop_says_so_and_ends_with_75(how: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stage(*arguments: object) -> None:
         if how == "by the stage, saved":
-            raise PreemptedError("step 7 is saved")
+            error = PreemptedError("step 7 is saved")
+            error.kept = True
+            raise error
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except Stopped:
@@ -158,9 +162,19 @@ def test_who_is_asked_to_stop_says_so_and_ends_with_75(how: str, work: Path, mon
     assert worker.main(work) == (0 if how == "under torchrun" else 75)
     told = json.loads((work / "outcome.json").read_text())
     why = "step 7 is saved" if how == "by the stage, saved" else "SIGTERM"
-    assert told == {"outcome": "preempted", "why": why, "rank": 0}
+    assert told == {"outcome": "preempted", "why": why, "rank": 0, "kept": how == "by the stage, saved"}
     assert not (work / "error.json").exists()
     assert json.loads((work / "beats" / "rank-00000.json").read_text())["ended"]
+
+
+@pytest.mark.parametrize(("done", "code"), [(True, 75), (False, 130)])
+def test_a_second_request_is_no_loss_to_who_has_stopped_already(done: bool, code: int, work: Path) -> None:
+    if done:
+        (work / "outcome.json").write_text("{}")
+    (work / "beats").mkdir(exist_ok=True)
+    program = f"from pathlib import Path; from alignment import worker; worker._end_at_once(Path({str(work)!r}))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == code
+    assert (work / "lost.json").exists() is not done
 
 
 def test_an_error_says_whether_another_attempt_may_help(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

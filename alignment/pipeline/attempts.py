@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from alignment import life
 from alignment.errors import BY_CODE, AlignmentError, ConfigError, LostError, MachineError, PreemptedError, StageFailed
 from alignment.files import append, listed, read_json
-from alignment.pipeline.store import CHECKPOINTS, NEXT
+from alignment.pipeline.store import CHECKPOINTS, NEXT, OUTCOME
 from alignment.signals import TIME_LIMIT
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def row(folder: Path, order: Row, outcome: str, cause: str | None, ended: float 
         "cause": cause,
         "step": (_read(folder / "progress.json") or {}).get("step"),
         "checkpoint": checkpoint(folder),
+        "kept": (_read(folder / OUTCOME) or {}).get("kept"),
         "time_left": order.get("time_left"),
         "host": order["host"],
         "processes": _processes(order),
@@ -85,7 +86,7 @@ def _left(folder: Path) -> tuple[str, str]:
     """Outcome and cause of an attempt, as far as its processes have said: their words have their disk reserved."""
     if error := _told(folder, "error.json") or _told(folder, "lost.json"):
         return outcome_of(error), str(error)
-    if outcome := _read(folder / "outcome.json"):
+    if outcome := _read(folder / OUTCOME):
         return "preempted", str(outcome.get("why"))
     return "interrupted", "its driver was killed, or the disk too full to say why"
 
@@ -118,7 +119,7 @@ def cause(name: str, folder: Path, code: int, watched: Supervisor) -> AlignmentE
         error = watched.fault or error or _told(folder, "lost.json")
     if error is not None and error is not watched.fault:  # torchrun asks those whom the dead one has left
         why = why or (_read(folder / "error.json") or {}).get("asked")
-    outcome = _read(folder / "outcome.json")
+    outcome = _read(folder / OUTCOME)
     # Ranks that were asked one by one end with 0 or 75, or by a second signal once they had said so. After a failure
     # torchrun asks those that are left, and ends with 1.
     if error is None and outcome and (why or code < 0 or code in (0, PreemptedError.exit_code)):
@@ -148,24 +149,30 @@ def cause_of(error: BaseException) -> str:
     return error.what if isinstance(error, PreemptedError) else str(error)
 
 
-def in_vain(name: str, folder: Path) -> AlignmentError | None:
-    """What the last attempt comes to if its time limit has ended it and nothing was saved that another one could go on
-    from. The second one in a row with no more time is an error: who starts anew on code 75 would do so for ever."""
-    rows = read(folder)
-    reached = [-1, *(row.get("checkpoint", -1) for row in rows)]
-    vain = [_late(row) and after <= before for row, before, after in zip(rows, reached, reached[1:], strict=False)]
-    if not vain or not vain[-1]:
+def in_vain(name: str, rows: list[Row]) -> AlignmentError | None:
+    """What the last one of all attempts comes to if its time limit has ended it and it has left nothing new to go on
+    from. Once more with no more time is an error: who starts the command again on code 75 would do so for ever."""
+    late: list[float] = []  # seconds that those have had, since anything was left
+    reached = -1
+    for row in rows:
+        if row.get("kept") or row.get("checkpoint", -1) > reached:
+            late.clear()
+        reached = row.get("checkpoint", -1)
+        if _late(row):
+            late.append(row["time_left"])
+    if not late or not _late(rows[-1]):
         return None
-    seconds = rows[-1]["time_left"]
-    if all(vain[-2:]) and len(vain) > 1 and rows[-2]["time_left"] + 1 >= seconds:
-        what = f"{name} has saved nothing in the {seconds:.0f} s that it had, twice in a row"
-        return ConfigError(what, where=TIME_LIMIT, fix="raise it: the stage needs longer than that")
-    fix = f"raise {TIME_LIMIT}, or it begins anew each time"
-    return PreemptedError(f"{name} has stopped ({TIME_LIMIT}: nothing was saved in {seconds:.0f} s)", fix=fix)
+    *before, seconds = late
+    if before and max(before) + 1 >= seconds:
+        what = f"{name} has come to its time limit {len(late)} times, and has left nothing new to go on from"
+        return ConfigError(what, where=TIME_LIMIT, fix=f"{seconds:.0f} s are too few: raise it")
+    what = f"{name} has stopped ({TIME_LIMIT}: in {seconds:.0f} s it has left nothing new to go on from)"
+    return PreemptedError(what, fix=f"raise {TIME_LIMIT}, or the next attempt gets no further")
 
 
 def _late(row: Row) -> bool:
-    return row["outcome"] == "preempted" and TIME_LIMIT in str(row["cause"]) and row.get("time_left") is not None
+    at_limit = row.get("outcome") == "preempted" and TIME_LIMIT in str(row.get("cause"))
+    return at_limit and row.get("kept") is False and isinstance(row.get("time_left"), float)
 
 
 class Retries:
@@ -175,13 +182,15 @@ class Retries:
     def __init__(self, folder: Path, most: int, wait_s: float):
         self._folder, self._most, self._wait_s = folder, most, wait_s
         self._failures, self._reached, self._learned = 0, checkpoint(folder), _read(folder / NEXT)
+        self.gained = False  # whether any attempt has brought something
 
     def next(self, error: AlignmentError) -> float | None:
         """Seconds to wait before the next attempt; None if there must be none."""
         if not error.retry:
             return None
         reached, learned = checkpoint(self._folder), _read(self._folder / NEXT)
-        self._failures = 1 if reached > self._reached or learned != self._learned else self._failures + 1
+        gained = reached > self._reached or learned != self._learned
+        self._failures, self.gained = 1 if gained else self._failures + 1, self.gained or gained
         self._reached, self._learned = reached, learned
         if self._failures > self._most:
             return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alignment.config.schema import Experiment
-from alignment.errors import AlignmentError
+from alignment.errors import AlignmentError, PreemptedError
 from alignment.files import append, write_json
 from alignment.launchers import Job, launcher_for
 from alignment.pipeline import attempts, graph
@@ -170,14 +170,21 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
         try:
             return _attempt(run, node, order, lock, observer, stop)
         except (Exception, KeyboardInterrupt) as error:
-            attempts.note(folder, attempts.row(folder, order, attempts.outcome_of(error), attempts.cause_of(error)))
-            _note_attempts(run, node, attempts.read(folder))
-            if vain := attempts.in_vain(node.name, folder):
+            row = attempts.row(folder, order, attempts.outcome_of(error), attempts.cause_of(error))
+            rows = [*attempts.read(folder), row]
+            attempts.note(folder, row)
+            _note_attempts(run, node, rows)
+            if vain := attempts.in_vain(node.name, rows):
                 raise vain from error
             if not isinstance(error, AlignmentError) or (wait := retries.next(error)) is None:
                 raise
             observer.warning(node.name, retries.says(error, order["attempt"], wait))
-        attempts.pause(wait, asked)
+            try:
+                attempts.pause(wait, asked)
+            except PreemptedError as stopped:
+                if stop.asked or retries.gained:
+                    raise
+                raise error from stopped  # there is no time for another one, and none has brought anything
 
 
 def _note_attempts(run: Run, node: Node, rows: list[dict[str, Any]]) -> None:

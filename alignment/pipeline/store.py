@@ -22,7 +22,8 @@ from alignment.files import fsync, read_json, remove, sha256
 CHECKPOINTS = "checkpoints"  # of a stage at work; beside its result those that record["checkpoints"] names
 NEXT = "next_attempt.json"  # what an attempt has learned and leaves to the next one
 # W&B's files and the log may still grow or go while a result is committed; checkpoints are no part of a result.
-PASSING = ("beats", "lost.json", "outcome.json", NEXT)  # of a stage at work only: gone from its result
+OUTCOME = "outcome.json"  # that, and how, a stage has stopped in order
+PASSING = ("beats", "lost.json", OUTCOME, NEXT)  # of a stage at work only: gone from its result
 VOLATILE = tuple(f"{name}/" for name in ("wandb", "log.txt", "progress.json", "stacks", CHECKPOINTS, *PASSING))
 WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
 # What a new attempt takes over from those before: their training state, what they have told, who they were.

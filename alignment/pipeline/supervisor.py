@@ -76,6 +76,7 @@ class Supervisor:
         self._warned = 0  # bytes of the stage's warnings that were passed on
         self._told: set[int] = set()  # pids that were asked to stop
         self._dying: float | None = None  # when a failure was first seen
+        self._killed = False  # whether those that it has left have been killed
         self._victim: Beat | None = None  # the first process that was gone without a last beat, or without any
 
     def watch(self) -> int:
@@ -97,8 +98,8 @@ class Supervisor:
             self._sleep(POLL)
         else:
             self._read_beats(self._clock())
-            told = self._dying is not None and (self._folder / "error.json").exists()
-            if code >= 0 and not told:  # else the job was ended by a signal, or because of what that file says
+            told = self._killed or (self._dying is not None and (self._folder / "error.json").exists())
+            if code >= 0 and not told:  # else it was ended by a signal, by this driver, or by what that file says
                 self._find_victim()
         self.end()
         if self._victim and not self.fault:
@@ -192,6 +193,7 @@ class Supervisor:
         if self._dying is not None:
             if now - self._dying < GRACE:
                 return False
+            self._killed = True
             self._kill_ranks()
             return now - self._dying >= GRACE + LAST_WORDS
         patience = self._patience.watchdog_s

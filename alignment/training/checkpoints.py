@@ -12,6 +12,7 @@ name and delete here is the main process, but for the parts that each process wr
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import re
@@ -21,8 +22,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from alignment.config import schema
 from alignment.errors import InputError, MachineError
@@ -234,11 +233,13 @@ def _has_state(path: Path) -> bool:
 
 
 def _has_tensors(path: Path) -> bool:
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except SafetensorError:
-        return False
+    """Whether it has the header of a safetensors file. Raises OSError."""
+    with open(path, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        try:
+            return size <= path.stat().st_size and isinstance(json.loads(stream.read(size)), dict)
+        except ValueError:
+            return False
 
 
 def _within(folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ import os
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,11 +115,11 @@ def remove_stale_locks(kernels: Path) -> list[Path]:
     if not locks or not Path("/proc/self/fd").is_dir():
         return []
     held = set()
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            held.add(os.readlink(descriptor))
-        except OSError:  # gone meanwhile, or another user's
-            continue
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone meanwhile, or another user's
+            for descriptor in (process / "fd").iterdir():
+                with suppress(OSError):
+                    held.add(os.readlink(descriptor))
     stale = [lock for lock in locks if str(lock.resolve()) not in held]
     for lock in stale:
         lock.unlink(missing_ok=True)

@@ -196,13 +196,16 @@ class Keeper:
             self._due = False
             self._save(trainer, step)
 
-    def safe_point(self) -> None:
-        """Where nothing has to be saved: if any process was asked to stop, all do. A collective."""
+    def safe_point(self, kept: bool = False) -> None:
+        """Where nothing has to be saved: if any process was asked to stop, all do. A collective. kept: whether what
+        was done so far stays for the next attempt."""
         reasons = ranks.all_gather(self._why_stop())
         if any(reasons):
             newest = next(iter(self.checkpoints.found()), 0)
-            kept = f"the checkpoint of step {newest} is kept" if newest else "nothing was trained yet"
-            raise PreemptedError(f"{_reason(reasons)}: {kept}")
+            left = f"the checkpoint of step {newest} is kept" if newest else "nothing was trained yet"
+            error = PreemptedError(f"{_reason(reasons)}: {left}")
+            error.kept = kept
+            raise error
 
     def _why_stop(self) -> str | None:
         if self.stage.stop.asked:
@@ -304,10 +307,11 @@ class Keeper:
         if ranks.rank() == 0:  # what the thread was to do may not come to its turn
             wait([self._thread.submit(self.checkpoints.retain)])
         newest = ranks.broadcast(lambda: next(iter(self.checkpoints.found()), None))  # nobody leaves before it is there
-        if newest == step:
-            return PreemptedError(f"{reason}: saved at step {step}")
-        kept = f"the checkpoint of step {newest} is kept" if newest else "there is no checkpoint"
-        return PreemptedError(f"{reason} at step {step}: it could not be saved, {kept}")
+        left = f"the checkpoint of step {newest} is kept" if newest else "there is no checkpoint"
+        became = f": saved at step {step}" if newest == step else f" at step {step}: it could not be saved, {left}"
+        error = PreemptedError(reason + became)
+        error.kept = True if newest == step else None
+        return error
 
     def close(self, wait: bool = True) -> None:
         """Training is over, well or not: nothing is written any more, and what is being written is given up. Of this

@@ -42,7 +42,7 @@ class References:
         self.store, self._progress, self._warn = store, progress, warn
         self._computed: dict[int, np.ndarray] = {}
         self._digests: np.ndarray | None = None
-        self._safe_point: Callable[[], None] = lambda: None
+        self._safe_point: Callable[[bool], None] = lambda kept: None
         self.computed = 0  # pairs that this run had to compute
 
     @property
@@ -75,10 +75,10 @@ class References:
         assert self._digests is not None
         return self.store[self._digests[number].tobytes()]
 
-    def complete(self, trainer: Any, safe_point: Callable[[], None]) -> None:
+    def complete(self, trainer: Any, safe_point: Callable[[bool], None]) -> None:
         """Compute what is not yet there of the rows that this run will see. A collective: every process enters.
 
-        safe_point: called wherever the pass may end and lose nothing, a collective too.
+        safe_point: called wherever the pass may end and lose nothing, a collective too; told whether anything new stays by then.
         """
         self._safe_point = safe_point
         needed = np.unique([row for step in range(trainer.batches.steps) for row in trainer.batches.rows(step)])
@@ -97,7 +97,7 @@ class References:
         trainer.say(f"reference log-probs: {found}")
 
     def _ask(self, take: Callable[[], bool]) -> bool:
-        self._safe_point()
+        self._safe_point(False)
         self._progress(0, 0, note="reference log-probs: waiting for their lock")  # who waits is not hung
         return bool(broadcast(take))
 
@@ -116,7 +116,7 @@ class References:
         batches = replace(trainer.batches, tokens_per_micro_batch=times * trainer.batches.tokens_per_micro_batch)
         rank, world = trainer.args.process_index, batches.world_size
         for first in range(0, len(rows), BLOCK):
-            self._safe_point()
+            self._safe_point(bool(names))
             block = rows[first : first + BLOCK].tolist()
             padded = block + block[:1] * max(0, world - len(block))  # every process must enter every forward
             mine: dict[int, np.ndarray] = {}

@@ -317,7 +317,7 @@ class DPO(_Pairs, trl.DPOTrainer):
 
     def _before_training(self) -> None:
         super()._before_training()
-        self._references.complete(self, self.keeper.safe_point if self.keeper else lambda: None)
+        self._references.complete(self, self.keeper.safe_point if self.keeper else lambda kept: None)
 
     def _new_step(self, divisor: float) -> Tensor:
         self._apart = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens: before any update

@@ -84,21 +84,29 @@ def test_a_rank_that_is_asked_twice_ends_at_once_and_nothing_whole_is_lost(
     case.require_same()
 
 
+# When it comes: in which step the attempt before was killed, the exit code and what is said.
+TIME_LIMITS = {
+    "while it trains": (None, 75, r"launcher.time_limit.*saved at"),
+    "between two attempts": (4, 75, r"stopped \(launcher.time_limit\) between two"),
+    "before another attempt, with nothing saved": (1, 6, "error: dpo was killed by signal 9"),
+}
+
+
 @pytest.mark.fault("the time limit comes {when}")
-@pytest.mark.parametrize("when", ["while it trains", "between two attempts"])
+@pytest.mark.parametrize("when", TIME_LIMITS)
 @cells(kinds=("dpo",), engines=("single", "zero2"))
 def test_a_time_limit_is_of_all_attempts_and_is_no_loss(
     kind: str, engine: str, when: str, make: Callable[..., Case]
 ) -> None:
     long = f"stage.{kind}.max_steps=400"
-    case = make(kind, engine, long)
-    options = {"moment": "training", "nth": 4, "do": "signal_self", "number": signal.SIGKILL}
-    faults = [Fault("at", options, 0)] if when != "while it trains" else []
-    driver = case.run("launcher.time_limit=12", "retry_wait_s=60", code=75, faults=faults)
-    why = r"stopped \(launcher.time_limit\) between two" if faults else r"launcher.time_limit.*saved at"
+    case = make(kind, engine, long, "checkpoint.asynchronous=false")
+    killed_at, code, why = TIME_LIMITS[when]
+    options = {"moment": "training", "nth": killed_at, "do": "signal_self", "number": signal.SIGKILL}
+    faults = [Fault("at", options, 0)] if killed_at else []
+    driver = case.run("launcher.time_limit=12", "retry_wait_s=60", code=code, faults=faults)
     assert re.search(why, driver.told), driver.told
     saved = max(0, case.reached())
-    assert saved >= (0 if faults else 2)
+    assert (saved > 0) is (killed_at != 1)
     case.run(code=0)
     assert case.outcomes() == ["lost" if faults else "preempted", "done"]
     assert case.begun() == [0, saved]

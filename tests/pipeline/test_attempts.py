@@ -84,37 +84,35 @@ def test_a_second_signal_to_who_has_saved_and_said_so_is_no_loss(tmp_path: Path)
     assert cause(tmp_path, -15).what == "sft has stopped (SIGTERM: saved)"
 
 
-def rows_of(folder: Path, *rows: tuple[str, int, float | None]) -> Path:
-    """attempts.jsonl. rows: cause of a stop, newest checkpoint, seconds that it had."""
-    for number, (why, reached, seconds) in enumerate(rows, start=1):
-        row = {"attempt": number, "outcome": "preempted", "cause": why, "checkpoint": reached, "time_left": seconds}
-        attempts.note(folder, row)
-    return folder
-
-
-LATE, ASKED = "sft has stopped (launcher.time_limit: saved at step 3)", "sft has stopped (SIGTERM)"
+AT_LIMIT, ASKED = ("preempted", "sft has stopped (launcher.time_limit: as you see)"), "sft has stopped (SIGTERM)"
 
 
 @pytest.mark.parametrize(
-    ("rows", "code"),
+    ("ends", "code"),  # each: outcome, cause, newest checkpoint, whether anything new was left, seconds that it had
     [
-        ([], None),
-        ([(ASKED, -1, 6.0)], None),
-        ([(LATE, 3, 6.0)], None),
-        ([(LATE, 3, 6.0), (LATE, 5, 6.0)], None),
-        ([(LATE, -1, 6.0)], 75),
-        ([(ASKED, 3, None), (LATE, 3, 6.0)], 75),
-        ([(LATE, 3, 6.0), (LATE, 3, 6.0)], 75),
-        ([(LATE, -1, 6.0), (LATE, -1, 60.0)], 75),
-        ([(LATE, -1, 6.0), (ASKED, -1, 6.0), (LATE, -1, 6.0)], 75),
-        ([(LATE, -1, 6.0), (LATE, -1, 5.9)], 2),
-        ([(LATE, 3, 6.0), (LATE, 3, 6.0), (LATE, 3, 6.0)], 2),
+        ([("preempted", ASKED, -1, False, 6.0)], None),
+        ([(*AT_LIMIT, 3, True, 6.0)], None),
+        ([(*AT_LIMIT, -1, True, 6.0)] * 3, None),  # log-probs of a reference
+        ([(*AT_LIMIT, 3, None, 6.0)] * 3, None),  # a full disk
+        ([(*AT_LIMIT, -1, False, 6.0)], 75),
+        ([(*AT_LIMIT, 3, True, 6.0), (*AT_LIMIT, 3, False, 6.0)], 75),
+        ([("lost", "killed", 3, None, 6.0), (*AT_LIMIT, 3, False, 6.0)], 75),
+        ([(*AT_LIMIT, -1, False, 6.0), (*AT_LIMIT, -1, False, 60.0)], 75),
+        (
+            [(*AT_LIMIT, -1, False, 6.0), ("lost", "killed", 3, None, 6.0), (*AT_LIMIT, 3, False, 6.0)],
+            75,
+        ),
+        ([(*AT_LIMIT, -1, False, 6.0), ("failed", "bad rows", -1, None, 6.0)], None),
+        ([(*AT_LIMIT, -1, False, 6.0), (*AT_LIMIT, -1, False, 5.9)], 2),
+        ([("lost", "killed", -1, None, 60.0), (*AT_LIMIT, -1, False, 6.0)] * 2, 2),
+        ([(*AT_LIMIT, 3, False, 6.0)] * 3, 2),
     ],
 )
-def test_a_time_limit_in_which_nothing_is_saved_is_said_and_then_an_error(
-    rows: list[tuple[str, int, float | None]], code: int | None, tmp_path: Path
+def test_a_time_limit_that_lets_nothing_be_done_is_said_and_then_an_error(
+    ends: list[tuple[str, str, int, bool | None, float]], code: int | None
 ) -> None:
-    error = attempts.in_vain("sft", rows_of(tmp_path, *rows))
+    names = ("outcome", "cause", "checkpoint", "kept", "time_left")
+    error = attempts.in_vain("sft", [{}, *(dict(zip(names, end, strict=True)) for end in ends)])
     assert (error and error.exit_code) == code
     assert error is None or "raise" in str(error)
 
@@ -227,7 +225,8 @@ def test_the_attempt_of_a_killed_driver_is_noted_once_by_the_next(tmp_path: Path
     assert attempts.read(tmp_path) == [
         {
             "attempt": 1, "started": 100.0, "ended": 160.0, "outcome": "interrupted", "cause": NOT_SAID,
-            "step": 7, "checkpoint": -1, "time_left": None, "host": "here", "processes": 4, "strategy": "ddp",
+            "step": 7, "checkpoint": -1, "kept": None, "time_left": None,
+            "host": "here", "processes": 4, "strategy": "ddp",
         }
     ]  # fmt: skip
     with open(tmp_path / "attempts.jsonl", "a") as stream:

@@ -55,8 +55,10 @@ class World:
             self.script.pop(at)()
         assert self.now < 10_000
 
-    def beat(self, rank: int = 0, *, ticks: int = 0, ended: bool = False, host: str = "far", pid: int = NO_PID) -> None:
-        beat = Beat(rank, pid, 1, host, int(self.now), ticks, ended)
+    def beat(
+        self, rank: int = 0, *, ticks: int = 0, ended: bool = False, host: str = "far", pid: int = NO_PID, born: int = 1
+    ) -> None:
+        beat = Beat(rank, pid, born, host, int(self.now), ticks, ended)
         (self.folder / BEATS / f"rank-{rank:05d}.json").write_text(json.dumps(asdict(beat)))
 
     def step(self, step: int, total: int = 100) -> None:
@@ -146,6 +148,26 @@ def test_a_failed_rank_takes_the_job_down_in_seconds(world: World) -> None:
     world.watched.watch()
     assert world.killed_at == pytest.approx(38, abs=1)
     assert world.watched.fault is None, "the error itself is the cause"
+
+
+def test_torchrun_says_how_it_ended_once_those_that_are_left_are_killed(world: World) -> None:
+    """Rank 1 has a word to say and ends, rank 0 hangs without it: what the driver kills is not the cause."""
+    left = subprocess.Popen(["sleep", "100"])
+    here = unheard(0, left.pid)
+    assert here is not None
+
+    def each() -> None:
+        if left.poll() is None:
+            world.beat(0, ticks=int(world.now), host=here.host, pid=left.pid, born=here.born)
+        elif world.code is None and world.now > 7:  # torchrun
+            world.end(1)
+
+    world.each = each
+    world.script[1] = lambda: (world.folder / "lost.json").write_text("{}")
+    assert world.watched.watch() == 1
+    assert left.poll() == -signal.SIGKILL
+    assert world.killed_at is None
+    assert world.watched.fault is None
 
 
 def test_a_rank_that_is_gone_without_a_word_takes_the_job_down_and_is_named(world: World) -> None:

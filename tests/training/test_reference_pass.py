@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import alignment.stages.dpo as dpo_stage
-from alignment.errors import TrainingError
+from alignment.errors import PreemptedError, TrainingError
 from alignment.training.reference import ReferenceStore, row_digests, weights_digest
 from alignment.training.trainers import DPO
 from tests.training import tiny
@@ -85,6 +85,27 @@ def test_a_second_run_with_another_beta_rate_loss_seed_or_adapter_computes_nothi
 def test_kept_log_probs_train_as_computed_ones_do(tmp_path: Path) -> None:
     run(tmp_path, "fill", beta=0.5)
     assert losses(run(tmp_path, "kept")) == losses(run(tmp_path, "computed", shared=False))
+
+
+def test_a_pass_that_is_asked_to_stop_keeps_what_it_has_and_says_so(
+    tmp_path: Path, scored: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignment.training.reference_pass.BLOCK", 8)
+    inputs = tiny.write_inputs(tmp_path, "dpo", ROWS)
+    context = tiny.context(tmp_path / "stopped", inputs, tiny.dpo(), tiny.engine())
+    context.shared, told = tmp_path, context.progress
+
+    def progress(step: int, total: int, **facts: Any) -> None:
+        context.stop.asked = "SIGTERM" if step >= 12 else None
+        told(step, total, **facts)
+
+    monkeypatch.setattr(context, "progress", progress)
+    with pytest.raises(PreemptedError, match="SIGTERM: nothing was trained yet") as stopped:
+        dpo_stage.run(context)
+    assert stopped.value.kept is True
+    assert len(scored) == 16
+    run(tmp_path, "again")
+    assert sorted(scored) == list(range(ROWS))
 
 
 def test_only_the_pairs_that_the_run_will_see_are_computed(tmp_path: Path, scored: list[int]) -> None:

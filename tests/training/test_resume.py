@@ -81,6 +81,7 @@ def test_interrupted_is_uninterrupted_bit_for_bit_wherever_it_stops(
         with pytest.raises(PreemptedError, match="SIGTERM: saved at step") as stopped:
             attempt(tmp_path / "parts", kind, stop_after=stop, **how)
         saved.append(str(stopped.value).rpartition(" ")[2])
+        assert stopped.value.kept
     assert saved == ["2", "4", "6", "8"]  # asked as the row of a step is there: heeded after the next one
     summary = attempt(tmp_path / "parts", kind, **how)
     assert re.findall(r"going on from the checkpoint of step (\d+)$", capsys.readouterr().out, re.M) == saved
@@ -235,8 +236,9 @@ def test_asked_before_the_first_step_nothing_is_trained(tmp_path: Path) -> None:
     inputs = tiny.write_inputs(tmp_path, "dpo")
     context = tiny.context(tmp_path / "run", inputs, tiny.dpo(), tiny.engine())
     context.stop.asked = "SIGUSR1"
-    with pytest.raises(PreemptedError, match="SIGUSR1: nothing was trained yet"):
+    with pytest.raises(PreemptedError, match="SIGUSR1: nothing was trained yet") as stopped:
         dpo.run(context)
+    assert stopped.value.kept is False
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
