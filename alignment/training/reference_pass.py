@@ -78,7 +78,7 @@ class References:
     def complete(self, trainer: Any, safe_point: Callable[[bool], None]) -> None:
         """Compute what is not yet there of the rows that this run will see. A collective: every process enters.
 
-        safe_point: called wherever the pass may end and lose nothing, a collective too; told whether anything new stays by then.
+        safe_point: a collective too, called where the pass may end and lose nothing; told whether anything new stays.
         """
         self._safe_point = safe_point
         needed = np.unique([row for step in range(trainer.batches.steps) for row in trainer.batches.rows(step)])
