@@ -103,7 +103,7 @@ def test_a_time_limit_is_of_all_attempts_and_is_no_loss(
     killed_at, code, why = TIME_LIMITS[when]
     options = {"moment": "training", "nth": killed_at, "do": "signal_self", "number": signal.SIGKILL}
     faults = [Fault("at", options, 0)] if killed_at else []
-    driver = case.run("launcher.time_limit=12", "retry_wait_s=60", code=code, faults=faults)
+    driver = case.run(f"launcher.time_limit={30 if faults else 15}", "retry_wait_s=60", code=code, faults=faults)
     assert re.search(why, driver.told), driver.told
     saved = max(0, case.reached())
     assert (saved > 0) is (killed_at != 1)
@@ -183,7 +183,7 @@ def test_a_rank_that_stands_still_is_ended_and_tried_again(
     case = make(kind, engine, long)
     options = {"moment": what, "nth": MOMENTS.get(what, 1), "do": "signal_self", "number": signal.SIGSTOP}
     rank = 0 if engine == "single" else 1
-    driver = case.run("engine.watchdog_s=4", code=0, faults=[Fault("at", options, rank)])
+    driver = case.run("engine.watchdog_s=8", code=0, faults=[Fault("at", options, rank)])
     # One that has but to end may do so when it is woken to say where it stands.
     assert case.outcomes() in (["lost", "done"], *([["done"]] if what == "model" else []))
     if len(case.outcomes()) == 2:
