@@ -103,8 +103,9 @@ class Resumable(_Trainer):
         self._globalstep_last_logged = facts["last_logged"]
         groups = self.lr_scheduler.optimizer.param_groups
         (rate,) = set(facts["schedule"]["_last_lr"])  # one for all groups, and engines differ in which empty ones stay
-        for name, value in (facts["schedule"] | {"_last_lr": [rate] * len(groups)}).items():
-            setattr(self.lr_scheduler, name, value)
+        schedule = facts["schedule"] | {"_last_lr": [rate] * len(groups)}
+        for name in SCHEDULE:
+            setattr(self.lr_scheduler, name, schedule[name])
         for group in groups:
             group["lr"] = rate
         self._losses, self._row = list(facts["losses"]), facts["row"]
