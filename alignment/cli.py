@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +95,12 @@ def run(arguments: list[str]) -> int:
         _outlive_reader(name)
     stop = Listener().listen(again=_end_at_once)
     try:
-        from alignment import hydra_app
+        from alignment import hydra_app, runs
 
-        return hydra_app.main(arguments, partial(_execute, stop))
+        session = runs.Session(stop, "--wait" in arguments, arguments)
+        code = hydra_app.main([argument for argument in arguments if argument != "--wait"], session.execute)
+        session.finish()
+        return code
     except Exception as error:
         if stop.raised:  # a library has caught it: this error is what came of it
             raise Stopped(stop.asked) from error
@@ -134,41 +135,24 @@ def _end_at_once() -> None:
     raise KeyboardInterrupt
 
 
-def _execute(stop: Listener, experiment: Any, overrides: list[str]) -> float | None:
-    """One experiment from plan to report. Returns the candidate's reward, which Hydra's sweepers may optimise."""
-    if stop.asked:  # in a sweep, while the job before ended well
-        raise Stopped(stop.asked)
-    from alignment.pipeline import runner
-    from alignment.reporting import gather, page, terminal
-
-    command = " ".join(["alignment run", *(shlex.quote(override) for override in overrides)])
-    prepared = runner.Run(experiment, command)
-    terminal.announce(prepared.id, prepared.folder, runner.plan(prepared))
-    try:
-        with terminal.StageProgress() as observer:
-            runner.execute(prepared, observer, stop)
-    except (AlignmentError, Stopped):
-        with suppress(AlignmentError, OSError):  # what there is, and what failed; the cause itself comes first
-            terminal.show_report(page.write_report(prepared.folder, prepared.store.root))
-        raise
-    report = page.write_report(prepared.folder, prepared.store.root)
-    summary = gather.summarise(prepared.state, prepared.store.root)
-    terminal.show_summary(summary, report)
-    return gather.objective(summary)
-
-
 def plan(arguments: list[str]) -> int:
     """Show what `run` would do and what it would reuse; takes the same settings."""
     parser = _parser("plan", "alignment plan [setting=value ...]", plan)
     parser.add_argument("overrides", nargs="*", metavar="setting=value")
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="a further folder of configs")
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--show-scripts", action="store_true", help="launcher=slurm: the jobs as they would be sent")
     given = parser.parse_intermixed_args(arguments)
     from alignment.config.compose import compose
     from alignment.pipeline import runner
     from alignment.reporting import terminal
 
     prepared = runner.Run(compose(given.overrides, tuple(given.config_dir)), "")
+    if given.show_scripts:
+        from alignment.reporting import queue
+
+        queue.show_scripts([prepared], prepared.id)
+        return 0
     rows = runner.plan(prepared)
     if given.json:
         _print_json({"run": prepared.id, "nodes": rows})
@@ -178,27 +162,51 @@ def plan(arguments: list[str]) -> int:
 
 
 def status(arguments: list[str]) -> int:
-    """List runs with their stages, states, durations and keys."""
-    parser = _parser("status", "alignment status [run ...]", status)
-    parser.add_argument("runs", nargs="*", help="run names or their beginnings; none = all")
+    """List runs, or those of a sweep, with their stages, states, durations and keys."""
+    parser = _parser("status", "alignment status [run or sweep ...] [--watch]", status)
+    parser.add_argument("runs", nargs="*", help="names of runs or sweeps, or their beginnings; none = all runs")
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--watch", action="store_true", help="look again every few seconds until all have ended")
     _add_store(parser)
     given = parser.parse_args(arguments)
     from alignment.pipeline.store import Store
-    from alignment.reporting import status as reading
-    from alignment.reporting import terminal
+    from alignment.reporting import targets, terminal, watching
 
     store = Store(given.store)
-    runs = reading.read_runs(store.root, store.is_held)
-    if given.runs:
-        runs = [r for r in runs if any(r["run"].startswith(name) for name in given.runs)]
-        if not runs:
-            raise ConfigError(f"no run is called {' or '.join(given.runs)}", where=str(store.root / "runs"))
+    folders = targets.run_folders(given.runs, store.root)
+    if given.watch:
+        return watching.watch(store, folders)
+    runs = watching.look(store, folders)
     if given.json:
         _print_json(runs)
     else:
         terminal.show_runs(runs, store.root)
     return 0
+
+
+def logs(arguments: list[str]) -> int:
+    """Print what a stage of a run has written, and what its job has."""
+    parser = _parser("logs", "alignment logs <run> [stage] [--follow]", logs)
+    parser.add_argument("run", help="a run's name, its beginning, or its folder")
+    parser.add_argument("stage", nargs="?", help="a stage of it; none = the one that is at work, failed, or was last")
+    parser.add_argument("--lines", type=int, default=100, metavar="N", help="the last N (default 100); 0 = all")
+    parser.add_argument("--follow", action="store_true", help="go on until the stage has ended")
+    _add_store(parser)
+    given = parser.parse_args(arguments)
+    from alignment.reporting import logs as reading
+
+    return reading.show(given.run, given.stage, given.store, given.lines, given.follow)
+
+
+def cancel(arguments: list[str]) -> int:
+    """Cancel the jobs of runs or sweeps; those that other runs wait for stay."""
+    parser = _parser("cancel", "alignment cancel <run or sweep ...>", cancel)
+    parser.add_argument("runs", nargs="+", help="names of runs or sweeps, or their beginnings")
+    _add_store(parser)
+    given = parser.parse_args(arguments)
+    from alignment.reporting import cancelling
+
+    return cancelling.cancel(given.runs, given.store)
 
 
 def report(arguments: list[str]) -> int:
@@ -262,6 +270,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
     "plan": plan,
     "status": status,
+    "logs": logs,
+    "cancel": cancel,
     "report": report,
     "chat": chat,
 }

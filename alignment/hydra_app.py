@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import hydra
 from hydra._internal import hydra as internals
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, RunMode, TaskFunction
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import compose, explain
@@ -26,7 +32,21 @@ from alignment.config.provenance import Origin
 from alignment.config.schema import Experiment
 from alignment.errors import ConfigError
 
-Execute = Callable[[Experiment, list[str]], float | None]
+
+@dataclass(frozen=True)
+class Point:
+    """One job of Hydra's: its validated experiment, and the settings that made it."""
+
+    experiment: Experiment
+    overrides: list[str]
+
+    @property
+    def command(self) -> str:
+        return " ".join(["alignment run", *(shlex.quote(override) for override in self.overrides)])
+
+
+LEARNS_NOTHING = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+Execute = Callable[[list[Point], DictConfig | None], Sequence[Any]]  # the second: the config of a multirun
 
 
 class Aside(BaseException):
@@ -66,21 +86,22 @@ class Loader(ConfigLoaderImpl):
 
 
 def main(arguments: list[str], execute: Execute) -> int:
-    """Let Hydra read the arguments; run the experiment they mean, or each job of a multirun in turn."""
+    """Let Hydra read the arguments, and have the experiments that they mean executed: one, or the jobs of a multirun as
+    its sweeper asks for them."""
     given = _read(arguments)
-    single: list[tuple[Experiment, list[str]]] = []
+    single: list[Point] = []
 
     def task(config: DictConfig) -> Any:
         app = HydraConfig.get()
         with aside():
-            experiment, overrides = compose.validate(config, app), list(app.overrides.task)
-            if app.mode == RunMode.MULTIRUN:
-                return execute(experiment, overrides)
-        single.append((experiment, overrides))  # runs when Hydra is done
+            point = Point(compose.validate(config, app), list(app.overrides.task))
+            if app.mode == RunMode.MULTIRUN:  # by another launcher than ours
+                return _value(execute([point], None)[0])
+        single.append(point)  # runs when Hydra is done
         return None
 
     try:
-        with _hydra_as_ours(arguments):
+        with _hydra_as_ours(arguments, execute):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
     except Aside as passed:
         raise passed.error from passed.error.__cause__
@@ -89,21 +110,65 @@ def main(arguments: list[str], execute: Execute) -> int:
         raise explain.refusal(error, Origin(tuple(given.overrides), folders)) from error
     except ValueError as error:  # a refusal of the arguments
         raise ConfigError(str(error), where="command line", fix="see alignment run --help") from error
-    for experiment, overrides in single:
-        execute(experiment, overrides)
+    if single:
+        execute(single, None)
     return 0
 
 
+def _value(value: Any) -> Any:
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+class Together(Launcher):
+    """Hydra's launcher of ours, in the place of its basic one: the jobs that a sweeper asks for are executed as one
+    graph, in which what is equal is made once."""
+
+    execute: ClassVar[Execute]
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._loader, self._master = hydra_context.config_loader, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        points, returns = [], []
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            config = self._loader.load_sweep_config(self._master, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+            HydraConfig.instance().set_config(config)
+            with aside():
+                points.append(Point(compose.validate(config, config.hydra), list(config.hydra.overrides.task)))
+            returns.append(JobReturn(overrides=list(overrides)))
+        with aside():
+            values = type(self).execute(points, self._master)
+        for told, value in zip(returns, values, strict=True):
+            # Hydra ends a plain sweep at the first failure that it is told of; who learns from values must know.
+            failed = isinstance(value, Exception) and learns(self._master)
+            told.status = JobStatus.FAILED if failed else JobStatus.COMPLETED
+            told.return_value = None if isinstance(value, Exception) and not failed else value
+        return returns
+
+
+def learns(master: DictConfig) -> bool:
+    """Whether the sweeper of a multirun chooses its next jobs by the values of those before."""
+    return bool(master.hydra.sweeper.get("_target_") != LEARNS_NOTHING)
+
+
 @contextmanager
-def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
-    """Hydra reads these arguments, loads configs by our loader and raises its errors instead of printing them."""
+def _hydra_as_ours(arguments: list[str], execute: Execute) -> Iterator[None]:
+    """Hydra reads these arguments, loads configs by our loader, launches by our launcher, and raises its errors instead
+    of printing them."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     theirs = sys.argv, internals.ConfigLoaderImpl
     sys.argv, internals.ConfigLoaderImpl = ["alignment run", *arguments], Loader  # type: ignore[misc]
+    launchers, name = Plugins.instance().class_name_to_class, f"{BasicLauncher.__module__}.{BasicLauncher.__name__}"
+    launchers[name], Together.execute = Together, staticmethod(execute)
     try:
         yield
     finally:
         sys.argv, internals.ConfigLoaderImpl = theirs  # type: ignore[misc]
+        launchers[name] = BasicLauncher
 
 
 def _read(arguments: list[str]) -> Any:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from alignment.allocation import allocation
 from alignment.config import schema
+from alignment.errors import ConfigError
 from alignment.launchers.base import Handle, Job, Launcher
 from alignment.launchers.local import LocalLauncher, TorchrunLauncher
+from alignment.launchers.srun import SrunLauncher
 
 __all__ = ["Handle", "Job", "Launcher", "launcher_for"]
 
 
 def launcher_for(settings: schema.Launcher) -> Launcher:
-    if isinstance(settings, schema.TorchrunLauncher):
-        return TorchrunLauncher(settings.processes)
-    return LocalLauncher()
+    """Of the processes of one stage. Under SLURM this process is in the stage's job already."""
+    if isinstance(settings, schema.SlurmLauncher):
+        if allocation() is None:
+            raise ConfigError(
+                "`launcher.kind` is slurm, and this process is in no job", fix="alignment run queues them"
+            )
+        return SrunLauncher(settings)
+    return TorchrunLauncher() if isinstance(settings, schema.TorchrunLauncher) else LocalLauncher()

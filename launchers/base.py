@@ -12,17 +12,23 @@ from alignment.life import Beat
 
 @dataclass(frozen=True)
 class Job:
-    """One stage to run.
+    """One attempt at a stage.
 
-    folder: its work folder, with stage.json. distributed: whether the stage can use several processes.
+    folder: its work folder, with stage.json. nodes, processes: so many processes on each of so many machines.
     lock: descriptor of the open lock file; the job keeps it open, so the key stays locked while anything works on it.
     """
 
     name: str
     folder: Path
-    distributed: bool
+    nodes: int
+    processes: int
+    attempt: int
     threads: int | None
     lock: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes
 
 
 class Handle(Protocol):
@@ -46,10 +52,10 @@ GROUP = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "
 GROUP |= {"ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
 
 
-def environment(job: Job, processes: int) -> dict[str, str]:
+def environment(job: Job) -> dict[str, str]:
     """The variables of a stage's processes: threads shared out before torch is imported, no silent network."""
     cores = len(os.sched_getaffinity(0))
-    threads = job.threads or max(1, cores // processes)
+    threads = job.threads or max(1, cores // job.processes)
     given = {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",

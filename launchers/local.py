@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from alignment.launchers.base import Handle, Job, environment
 from alignment.life import Beat, die_with_parent, started_by
@@ -16,18 +18,17 @@ from alignment.signals import SIGNALS
 class Process:
     """A running job: the process group that was started for it."""
 
-    def __init__(self, command: list[str], job: Job, processes: int):
-        parent, self._several = os.getpid(), processes > 1
+    def __init__(self, command: list[str], job: Job):
+        self._several = job.world_size > 1
         with open(job.folder / "log.txt", "ab") as log:
-            self._process = subprocess.Popen(
+            self._process = start(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(job, processes),
+                env=environment(job),
                 pass_fds=[job.lock],
                 start_new_session=True,  # Ctrl-C reaches the driver alone, which then has the job stop in order
-                preexec_fn=lambda: _begin(parent),
             )
 
     def status(self) -> int | None:
@@ -47,32 +48,45 @@ class LocalLauncher:
     """Every stage as one process."""
 
     def submit(self, job: Job) -> Handle:
-        return Process([sys.executable, "-m", "alignment.worker", str(job.folder)], job, 1)
+        return Process(worker(job.folder), job)
 
 
 class TorchrunLauncher:
-    """`processes` processes a training stage; everything else as one."""
-
-    def __init__(self, processes: int):
-        self.processes = processes
+    """A stage that can use several processes gets them."""
 
     def submit(self, job: Job) -> Handle:
-        if not job.distributed:
+        if job.world_size == 1:
             return LocalLauncher().submit(job)
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
-            *("--nproc-per-node", str(self.processes), "--max-restarts", "0"),
-            *("--signals-to-handle", "SIGQUIT"),  # the others stay blocked, as `_begin` has left them
-            *("-m", "alignment.worker", str(job.folder)),
-        ]
-        return Process(command, job, self.processes)
+        return Process(torchrun(job.folder, job.processes, ["--standalone", "--local-addr", "127.0.0.1"]), job)
 
 
-def _begin(parent: int) -> None:
-    """In the new process, before its program: signals to stop wait until the worker listens to them itself.
+def worker(folder: Path) -> list[str]:
+    """The command of a stage that is one process."""
+    return [sys.executable, "-m", "alignment.worker", str(folder)]
+
+
+def torchrun(folder: Path, processes: int, meeting: list[str]) -> list[str]:
+    """The command of this machine's processes of a stage. meeting: torchrun's arguments of where they meet others."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", *meeting),
+        *("--nproc-per-node", str(processes), "--max-restarts", "0"),
+        *("--signals-to-handle", "SIGQUIT"),  # the others stay blocked, as `begin` has left them
+        *("-m", "alignment.worker", str(folder)),
+    ]
+
+
+def start(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
+    """A child that begins as `begin` says."""
+    parent = os.getpid()
+    return subprocess.Popen(command, preexec_fn=lambda: begin(parent), **how)
+
+
+def begin(parent: int) -> None:
+    """In a new process, before its program: it dies with its parent, and signals to stop wait until the worker listens
+    to them itself.
 
     So none is lost on an interpreter that is still starting, and none ends torchrun, which would take with it the ranks
-    that still save: the driver asks those one by one.
+    that still save: who asks them does so one by one.
     """
     die_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -146,7 +146,7 @@ def test_plan_says_from_which_step_a_stage_goes_on(tmp_path: Path) -> None:
         (["run", "data=path", "data.instructions.source.path=."], 3, "is a folder without a model's files"),
         (["run", "experiment=quickstart", "seed=-1"], 2, "command line: `seed` should be greater than or equal to 0"),
         (["run", "stage.dpo.beta=strong"], 2, "command line: `stage.dpo.beta` should be a valid number, got 'strong'"),
-        (["run", "launcher.kind=slrm"], 2, "`launcher.kind` should be one of 'local', 'torchrun', got 'slrm'"),
+        (["run", "launcher.kind=slrm"], 2, "`launcher.kind` should be one of 'local', 'torchrun', 'slurm', got 'slrm'"),
         (["run", "-m", "seed=0,-1"], 2, "command line: `seed` should be greater than or equal to 0"),
         (["run", "-m", "model=path", "model.source.path=/a,/b"], 3, "/a: no such file or folder"),
         (["run", "-m", "name=run-${hydra:job.num}", "seed=-2,-1"], 2, "command line: `seed` should be greater than"),
@@ -193,7 +193,8 @@ def test_a_value_that_hydra_cannot_read_is_answered_with_one_that_a_shell_can_be
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_in_a_sweep_is_one_line_and_ends_it(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_point_that_fails_in_a_sweep_does_not_stop_the_others(tmp_path: Path, tiny_model: Path) -> None:
+    """The fourth point needs what has failed for the second: it is not tried again."""
     (tmp_path / "mine" / "pipeline").mkdir(parents=True)
     (tmp_path / "mine" / "pipeline" / "import.yaml").write_text(
         "# @package _global_\ndefaults:\n  - /stage@stage.import_model: import_model\n  - _self_\n"
@@ -201,13 +202,14 @@ def test_a_job_that_fails_in_a_sweep_is_one_line_and_ends_it(tmp_path: Path, tin
     )
     weightless = shutil.copytree(tiny_model, tmp_path / "weightless")
     (weightless / "model.safetensors").unlink()
-    settings = ["pipeline=import", "tracking=none", "min_free_gb=0", "model=path"]
-    sweep = f"model.source.path={tiny_model},{weightless},{tiny_model}"
+    settings = ["pipeline=import", "tracking=none", "min_free_gb=0", "model=path", "name=a,b"]
+    sweep = f"model.source.path={tiny_model},{weightless}"
     done = alignment("run", "-m", "--config-dir", "mine", *settings, sweep, cwd=tmp_path, code=3)
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "weights" in done.stderr
-    states = [node["state"] for run in status(tmp_path) for node in run["nodes"]]
-    assert sorted(states) == ["done", "failed"]
+    assert "2 of 4 points failed; the first: " in done.stderr and "weights" in done.stderr
+    runs = status(tmp_path)
+    assert sorted(node["state"] for run in runs for node in run["nodes"]) == ["done", "failed", "failed", "reused"]
+    assert sum(node.get("attempts", 0) for run in runs for node in run["nodes"]) == 2, "one that works, one that fails"
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 from alignment.config import shape
 from alignment.config.explain import ADD, MISSING, closest
 from alignment.config.provenance import Origin
-from alignment.config.schema import HIGHER_IS_BETTER, Compare, Experiment, Prepare, Stage, Train
+from alignment.config.schema import (
+    HIGHER_IS_BETTER,
+    Compare,
+    Experiment,
+    Prepare,
+    SlurmLauncher,
+    Stage,
+    TorchrunLauncher,
+    Train,
+)
 from alignment.errors import ConfigError
 
 
@@ -42,6 +51,12 @@ class Use:
     def inputs(self) -> dict[str, str]:
         return self.experiment.pipeline.nodes[self.node].inputs
 
+    @property
+    def world_size(self) -> int:
+        names = self.experiment.pipeline.nodes[self.node].stage, self.node
+        nodes, processes = self.experiment.launcher.layout(*names, distributed=self.settings.distributed)
+        return nodes * processes
+
     def role(self, role: str) -> str:
         return f"pipeline.nodes.{self.node}.inputs.{role}"
 
@@ -60,8 +75,9 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
         yield from _roles(use)
     yield from _circle(experiment)
     yield from _final(experiment)
-    if any(use.settings.distributed for use in uses):
-        yield from _engine(experiment)
+    yield from _launcher(experiment)
+    if trains := [use for use in uses if use.settings.distributed]:
+        yield from _engine(experiment, max(use.world_size for use in trains))
     for use in uses:
         for look in (_model, _prepare, _rows, _train, _reward, _compare):
             yield from look(use)
@@ -124,14 +140,31 @@ def _final(experiment: Experiment) -> Iterator[Fault]:
 # --- the engine and the launcher --------------------------------------------------------------------------------------
 
 
-def _engine(experiment: Experiment) -> Iterator[Fault]:
+def _launcher(experiment: Experiment) -> Iterator[Fault]:
+    launcher = experiment.launcher
+    if isinstance(launcher, SlurmLauncher):
+        known = {*experiment.pipeline.nodes, *experiment.stage}
+        for name in launcher.stages:
+            if name not in known:
+                yield _unknown(f"launcher.stages.{name}", name, "which is no node or stage of the pipeline", known)
+    if not isinstance(launcher, TorchrunLauncher):
+        return
+    if launcher.rank >= launcher.nodes:
+        what = f"`launcher.rank` is {launcher.rank}, and there are {launcher.nodes} nodes"
+        yield Fault(what, ("launcher.rank", "launcher.nodes"), "ranks are counted from 0")
+    if launcher.nodes > 1 and launcher.head is None:
+        what = f"`launcher.nodes` is {launcher.nodes}, and `launcher.head` is null"
+        yield Fault(what, ("launcher.head", "launcher.nodes"), "say where they meet: launcher.head=HOST:PORT")
+
+
+def _engine(experiment: Experiment, processes: int) -> Iterator[Fault]:
+    """processes: of the stage that has most."""
     strategy, offload = experiment.engine.strategy, experiment.engine.offload
-    processes = getattr(experiment.launcher, "processes", 1)
     told = f"`engine.strategy` is {strategy}"
     if strategy == "single" and processes > 1:
         yield Fault(
-            f"{told}, which is one process, and `launcher.processes` is {processes}",
-            ("engine.strategy", "launcher.processes"),
+            f"{told}, which is one process, and `launcher` gives a stage {processes}",
+            ("engine.strategy", "launcher.processes", "launcher.nodes", "launcher"),
             "engine=ddp, zero1, zero2 or zero3; or launcher=local",
         )
     if offload != "none" and not strategy.startswith("zero"):
@@ -160,13 +193,13 @@ def _engine(experiment: Experiment) -> Iterator[Fault]:
 def _train(use: Use) -> Iterator[Fault]:
     if not isinstance(use.settings, Train):
         return
-    size, processes = use.settings.global_batch_size, getattr(use.experiment.launcher, "processes", 1)
+    size, processes = use.settings.global_batch_size, use.world_size
     if size < processes:
         key = f"{use.key}.global_batch_size"
         yield Fault(
             f"`{key}` is {size}, too few for {processes} processes",
             (key, "launcher.processes"),
-            "raise it, or lower launcher.processes",
+            "raise it, or lower launcher.processes or launcher.nodes",
         )
     rows = Use(use.experiment, use.inputs["data"])
     if isinstance(rows.settings, Prepare) and rows.settings.task != use.settings.task:

@@ -7,30 +7,19 @@ A key is declared once, on one of two sides. *identity*: it can change a result,
 from __future__ import annotations
 
 import os.path
-import re
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from alignment.config.launchers import LocalLauncher, SlurmLauncher, TorchrunLauncher
+from alignment.config.settings import Settings, execution, identity
 
 SHA256 = r"^[0-9a-f]{64}$"
 NAME = r"^[a-z][a-z0-9_]*$"
 COMMIT = r"^([0-9a-f]{40}|\?\?\?)$"  # ??? = not given; refused where the source is used
+Reads = dict[str, Literal["heldout", "prompts"]]
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ means the same wherever the path is used
-
-
-def identity(**bounds: Any) -> Any:
-    """A key that can change the result of a stage."""
-    return Field(json_schema_extra={"side": "identity"}, **bounds)
-
-
-def execution(**bounds: Any) -> Any:
-    """A key that cannot change the result of a stage."""
-    return Field(json_schema_extra={"side": "execution"}, **bounds)
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 # --- where models and data come from ---------------------------------------------------------------------------------
@@ -121,7 +110,7 @@ class Stage(Settings):
     inputs: ClassVar[dict[str, str]] = {}
     optional_inputs: ClassVar[dict[str, str]] = {}
     open_inputs: ClassVar[str | None] = None
-    reads: ClassVar[dict[str, Literal["heldout", "prompts"]]] = {}
+    reads: ClassVar[Reads] = {}
     groups: ClassVar[tuple[str, ...]] = ()
     distributed: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
@@ -148,9 +137,9 @@ class Prepare(Stage):
     """Rows of a data set or of a parent -> checked, split, tokenised rows and a report of what was dropped and why."""
 
     makes = "rows"
-    inputs = {"model": "a model"}
-    optional_inputs = {"data": "pairs", "heldout": "rows"}
-    reads = {"heldout": "heldout"}
+    inputs: ClassVar[dict[str, str]] = {"model": "a model"}
+    optional_inputs: ClassVar[dict[str, str]] = {"data": "pairs", "heldout": "rows"}
+    reads: ClassVar[Reads] = {"heldout": "heldout"}
     groups = ("data",)
     packages = ("transformers", "tokenizers", "datasets")
     kind: Literal["prepare"] = identity()
@@ -185,7 +174,7 @@ class Train(Stage):
     """task: of the rows that are trained on."""
 
     makes = "a model"
-    inputs = {"model": "a model", "data": "rows"}
+    inputs: ClassVar[dict[str, str]] = {"model": "a model", "data": "rows"}
     task: ClassVar[str]
     distributed = True
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy")
@@ -229,8 +218,8 @@ class Sample(Stage):
     """Several answers of a model to each prompt."""
 
     makes = "samples"
-    inputs = {"model": "a model", "data": "rows"}
-    reads = {"data": "prompts"}
+    inputs: ClassVar[dict[str, str]] = {"model": "a model", "data": "rows"}
+    reads: ClassVar[Reads] = {"data": "prompts"}
     packages = ("torch", "transformers", "tokenizers")
     kind: Literal["sample"] = identity()
     completions_per_prompt: int = identity(ge=2)
@@ -246,7 +235,7 @@ class Judge(Stage):
     """Samples -> pairs: the best against the worst answer of each prompt by the reward."""
 
     makes = "pairs"
-    inputs = {"data": "samples"}
+    inputs: ClassVar[dict[str, str]] = {"data": "samples"}
     groups = ("reward",)
     packages = ("torch", "transformers", "tokenizers", "vaderSentiment")
     kind: Literal["judge"] = identity()
@@ -258,8 +247,8 @@ class Evaluate(Stage):
     """One model on the held-out prompts: answers, reward, stopping, length, KL to the start model, held-out loss."""
 
     makes = "answers"
-    inputs = {"model": "a model", "data": "rows", "reference": "a model"}
-    reads = {"data": "heldout"}
+    inputs: ClassVar[dict[str, str]] = {"model": "a model", "data": "rows", "reference": "a model"}
+    reads: ClassVar[Reads] = {"data": "heldout"}
     groups = ("reward",)
     packages = ("torch", "transformers", "tokenizers", "vaderSentiment")
     kind: Literal["evaluate"] = identity()
@@ -335,43 +324,7 @@ class Checkpoint(Settings):
     max_failures: int = execution(ge=1)
 
 
-TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
-
-
-def seconds(value: Any) -> int | None:
-    """Seconds of a number, or of [[days-]hours:]minutes:seconds, which YAML may have read as such a number already."""
-    if value is None:
-        return None
-    if isinstance(value, str) and (parts := TIME.fullmatch(value)):
-        days, hours, minutes, rest = (int(part or 0) for part in parts.groups())
-        value = ((days * 24 + hours) * 60 + minutes) * 60 + rest
-    if type(value) is not int or not 0 < value < 10**9:
-        raise PydanticCustomError(
-            "time", "must be [[days-]hours:]minutes:seconds, or seconds, more than 0 and less than 1e9"
-        )
-    return value
-
-
-class AnyLauncher(Settings):
-    """time_limit: seconds that a stage may take, its retries included."""
-
-    time_limit: Annotated[int | None, BeforeValidator(seconds)] = execution()
-
-
-class LocalLauncher(AnyLauncher):
-    """One process on this machine."""
-
-    kind: Literal["local"] = execution()
-
-
-class TorchrunLauncher(AnyLauncher):
-    """Several processes on this machine under torchrun, for the stages that train."""
-
-    kind: Literal["torchrun"] = execution()
-    processes: int = execution(ge=1)
-
-
-Launcher = Annotated[LocalLauncher | TorchrunLauncher, Field(discriminator="kind")]
+Launcher = Annotated[LocalLauncher | TorchrunLauncher | SlurmLauncher, Field(discriminator="kind")]
 
 
 class Tracking(Settings):

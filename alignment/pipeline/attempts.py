@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment import life
+from alignment.allocation import allocation
 from alignment.errors import BY_CODE, AlignmentError, ConfigError, LostError, MachineError, PreemptedError, StageFailed
 from alignment.files import append, listed, read_json
 from alignment.pipeline.store import CHECKPOINTS, NEXT, OUTCOME
@@ -48,7 +49,6 @@ def read(folder: Path) -> list[Row]:
 
 def row(folder: Path, order: Row, outcome: str, cause: str | None, ended: float | None = None) -> Row:
     """One line. order: stage.json. outcome: done | preempted | lost | failed | interrupted. Times: unix seconds."""
-    experiment = order["experiment"]
     return {
         "attempt": order["attempt"],
         "started": order["started"],
@@ -60,8 +60,9 @@ def row(folder: Path, order: Row, outcome: str, cause: str | None, ended: float 
         "kept": (_read(folder / OUTCOME) or {}).get("kept"),
         "time_left": order.get("time_left"),
         "host": order["host"],
-        "processes": _processes(order),
-        "strategy": experiment["engine"]["strategy"] if order["distributed"] else None,
+        "job": order.get("job"),
+        "processes": order.get("world_size", 1),
+        "strategy": order["experiment"]["engine"]["strategy"] if order["distributed"] else None,
     }
 
 
@@ -93,7 +94,12 @@ def _left(folder: Path) -> tuple[str, str]:
 
 def here() -> Row:
     """What stage.json says of the attempt itself."""
-    return {"started": time.time(), "host": socket.gethostname()}
+    mine = allocation()
+    return {
+        "started": time.time(),
+        "host": socket.gethostname(),
+        "job": mine and {"id": mine.job, "restarts": mine.restarts, "nodes": mine.nodes},
+    }
 
 
 def checkpoint(folder: Path) -> int:
@@ -245,7 +251,7 @@ def silent(who: str, number: int, log: Path, rank: int | None = None) -> Alignme
 def _full_disk(folder: Path, rank: int | None) -> MachineError | None:
     """If it was too full to reserve the word of this process, or of any."""
     order = _read(folder / "stage.json") or {}
-    ranks = range(_processes(order) if order else 1) if rank is None else [rank]
+    ranks = range(order.get("world_size", 1)) if rank is None else [rank]
     try:
         free = shutil.disk_usage(folder).free
     except OSError:  # the folder has moved on, or was removed
@@ -271,11 +277,6 @@ def _by_code(name: str, folder: Path, code: int) -> AlignmentError:
     except OSError:
         pass
     return error
-
-
-def _processes(order: Row) -> int:
-    """Of the attempt that stage.json describes."""
-    return int(order["experiment"]["launcher"].get("processes", 1)) if order["distributed"] else 1
 
 
 def _size(path: Path) -> int:

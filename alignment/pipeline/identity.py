@@ -130,15 +130,25 @@ def _noted(note: Path) -> str | None:
         return None
 
 
+SOURCES = (".py", ".yaml", ".jinja")  # what the package is made of
+
+
+def package_root() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
 @cache
 def code_digest() -> str:
     """SHA-256 over the package's own source: a fingerprint for the record, not part of any key."""
-    root = Path(__file__).resolve().parent.parent
+    return source_digest(package_root())
+
+
+def source_digest(root: Path) -> str:
     files = sorted(
         Path(folder) / name
         for folder, _, names in os.walk(root, followlinks=True)
         for name in names
-        if name.endswith((".py", ".yaml", ".jinja"))
+        if name.endswith(SOURCES)
     )
     return hashlib.sha256(
         canonical([[str(file.relative_to(root)), sha256(file)] for file in files]).encode()

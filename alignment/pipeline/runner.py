@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alignment.config.schema import Experiment
-from alignment.errors import AlignmentError, PreemptedError
+from alignment.errors import AlignmentError, LostError, PreemptedError
 from alignment.files import append, write_json
 from alignment.launchers import Job, launcher_for
 from alignment.pipeline import attempts, graph
@@ -32,10 +33,15 @@ class Observer(Protocol):
 
 @dataclass
 class Run:
-    """One experiment on its way through the store; `state` is what run.json holds."""
+    """One experiment on its way through the store; `state` is what run.json holds.
+
+    writes: whether this process is the one that writes it. (The jobs of a cluster are not: what becomes of their stages
+    lies in the store and in the work folders.)
+    """
 
     experiment: Experiment
     command: str
+    writes: bool = True
     nodes: list[Node] = field(init=False)
     store: Store = field(init=False)
     state: dict[str, Any] = field(init=False)
@@ -63,8 +69,20 @@ class Run:
             ],
         }  # fmt: skip
 
+    def node(self, name: str) -> Node:
+        return next(node for node in self.nodes if node.name == name)
+
+    def submitted(self) -> None:
+        """Its stages are jobs of a cluster from now on. Raises OSError."""
+        for line in self.state["nodes"]:
+            record = self.store.record(line["key"])
+            line.update(state="reused" if record else "queued", seconds=record["seconds"] if record else None)
+        write_json(self.folder / "run.json", self.state, durable=False)
+
     def note(self, name: str, **facts: Any) -> None:
         """Change a node's line in run.json, unless the disk is full: that must not hide what became of the stage."""
+        if not self.writes:
+            return
         next(node for node in self.state["nodes"] if node["name"] == name).update(facts)
         self.state["updated"] = time.time()
         with suppress(OSError):
@@ -92,8 +110,12 @@ def plan(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def execute(run: Run, observer: Observer, stop: Listener | None = None) -> None:
+def execute(
+    run: Run, observer: Observer, stop: Listener | None = None, failed: dict[str, AlignmentError] | None = None
+) -> None:
     """Bring every node of the run into the store. Raises the error of the first stage that fails for good.
+
+    failed: key -> why, of stages that are not tried again; those of this run are added.
 
     stop: what hears the signals of this process. The first one has the stage at work save and end (PreemptedError);
     between two stages it is raised as Stopped. A KeyboardInterrupt ends the stage at work at once.
@@ -102,31 +124,45 @@ def execute(run: Run, observer: Observer, stop: Listener | None = None) -> None:
     mine = run.store.run_lock(run.id)
     mine.wait(run.id, partial(observer.waiting, run.nodes[0].name))
     try:
-        _walk(run, observer, stop or Listener())
+        _walk(run, observer, stop or Listener(), {} if failed is None else failed)
     finally:
         mine.release()
 
 
-def _walk(run: Run, observer: Observer, stop: Listener) -> None:
+def _walk(run: Run, observer: Observer, stop: Listener, failed: dict[str, AlignmentError]) -> None:
     for node in run.nodes:
-        record = run.store.record(node.key)
-        if record is not None:
-            run.store.tidy(node.key, record)
-            run.note(node.name, state="reused", seconds=record["seconds"])
-            observer.done(node.name, "reused", record["seconds"], record["metrics"])
-            continue
-        lock = run.store.lock(node.key)
+        if node.key in failed:
+            run.note(node.name, state="failed", error=str(failed[node.key]))
+            raise failed[node.key]
         try:
-            if stop.asked:  # while the stage before was at work, which has ended well
-                raise Stopped(stop.asked)
-            lock.wait(f"{run.id}/{node.name}", partial(observer.waiting, node.name))
-            with stop.deferred():
-                _bring(run, node, lock, observer, stop)
-        except Stopped:
-            run.note(node.name, state="preempted")
+            bring(run, node, observer, stop)
+        except PreemptedError:
             raise
-        finally:
-            lock.release()
+        except AlignmentError as error:
+            failed[node.key] = error
+            raise
+
+
+def bring(run: Run, node: Node, observer: Observer, stop: Listener) -> None:
+    """Bring one node into the store, whose parents are there. Raises as `execute`."""
+    record = run.store.record(node.key)
+    if record is not None:
+        run.store.tidy(node.key, record)
+        run.note(node.name, state="reused", seconds=record["seconds"])
+        observer.done(node.name, "reused", record["seconds"], record["metrics"])
+        return
+    lock = run.store.lock(node.key)
+    try:
+        if stop.asked:  # while the stage before was at work, which has ended well
+            raise Stopped(stop.asked)
+        lock.wait(f"{run.id}/{node.name}", partial(observer.waiting, node.name))
+        with stop.deferred():
+            _bring(run, node, lock, observer, stop)
+    except Stopped:
+        run.note(node.name, state="preempted")
+        raise
+    finally:
+        lock.release()
 
 
 def _bring(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listener) -> None:
@@ -156,7 +192,7 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
     folder = run.store.work(node.key)
     run.store.remove_odd(node.key, partial(observer.warning, node.name))
     retries = attempts.Retries(folder, run.experiment.retries, run.experiment.retry_wait_s)
-    limit, began = run.experiment.launcher.time_limit, time.monotonic()
+    limit, began = run.experiment.launcher.time_to_work(node.stage, node.name), time.monotonic()
 
     def left() -> float | None:
         return None if limit is None else limit - (time.monotonic() - began)
@@ -170,6 +206,8 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
         try:
             return _attempt(run, node, order, lock, observer, stop)
         except (Exception, KeyboardInterrupt) as error:
+            if not lock.holds():
+                raise taken_over(node) from error
             row = attempts.row(folder, order, attempts.outcome_of(error), attempts.cause_of(error))
             rows = [*attempts.read(folder), row]
             attempts.note(folder, row)
@@ -185,6 +223,16 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
                 if stop.asked or retries.gained:
                     raise
                 raise error from stopped  # there is no time for another one, and none has brought anything
+
+
+def taken_over(node: Node) -> LostError:
+    """Of a process that SLURM could not reach, and has replaced: nothing of the stage is its own any more."""
+    return LostError(f"{node.name} goes on in a later start of this job: this one ends, and leaves all to it")
+
+
+def layout(run: Run, node: Node) -> tuple[int, int]:
+    """Nodes of its stage, and processes on each."""
+    return run.experiment.launcher.layout(node.stage, node.name, distributed=node.settings.distributed)
 
 
 def _note_attempts(run: Run, node: Node, rows: list[dict[str, Any]]) -> None:
@@ -211,6 +259,7 @@ def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict
         "parents": {role: {"name": parent.name, "key": parent.key} for role, parent in node.parents.items()},
         "experiment": run.experiment.model_dump(),
         "distributed": node.settings.distributed,
+        "world_size": math.prod(layout(run, node)),
         "attempt": number,
         "time_left": left,
         **attempts.here(),
@@ -225,7 +274,7 @@ def _attempt(
 ) -> dict[str, Any]:
     """One attempt at a stage: its record. Raises the error that it ended with."""
     folder, experiment = run.store.work(node.key), run.experiment
-    job = Job(node.name, folder, order["distributed"], experiment.engine.threads, lock.fileno)
+    job = Job(node.name, folder, *layout(run, node), order["attempt"], experiment.engine.threads, lock.fileno)
     handle = launcher_for(experiment.launcher).submit(job)
     patience = Patience(experiment.engine.watchdog_s, order["time_left"])
     watched = Supervisor(

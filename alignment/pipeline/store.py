@@ -13,9 +13,11 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from alignment.allocation import allocation
 from alignment.errors import MachineError
 from alignment.files import fsync, read_json, remove, sha256
 
@@ -196,11 +198,38 @@ class Lock:
         except OSError as error:
             stream.close()
             raise self._unlockable(error) from error
+        self._stream = stream
+        if not self.holds():  # of a file that was taken from under us
+            self.release()
+            return False
+        told = {"who": who, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+        if mine := allocation():
+            told |= {"job": mine.job, "restarts": mine.restarts}
         stream.seek(0)
         stream.truncate()
-        stream.write(json.dumps({"who": who, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+        stream.write(json.dumps(told))
         stream.flush()
-        self._stream = stream
+        return True
+
+    def holds(self) -> bool:
+        """Whether this process holds it, and nobody has taken it over."""
+        if self._stream is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self.path))
+        except OSError:
+            return False
+
+    def take_over(self) -> bool:
+        """From an earlier start of the same job, if that holds it: SLURM has started this one since it cannot reach the
+        other, which may live on, cut off, and holds its lock until it finds out. Returns whether it did so."""
+        before, mine = self.holder(), allocation()
+        if mine is None or before.get("job") != mine.job or before.get("restarts", 0) >= mine.restarts:
+            return False
+        if not self.is_held():
+            return False
+        with suppress(FileNotFoundError):
+            self.path.unlink()
         return True
 
     def is_held(self) -> bool:

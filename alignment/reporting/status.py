@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.reporting.gather import Row, read
+from alignment.reporting.gather import Row, read, read_rows
 from alignment.reporting.words import DONE, error_text, finite
 
 FRESH = 15.0  # seconds after its last line in which a run between two stages counts as running
 
 
-def read_runs(store: Path, is_held: Callable[[str], bool]) -> list[Row]:
-    """Every run of the store, the newest first.
+def read_runs(
+    store: Path,
+    is_held: Callable[[str], bool],
+    folders: Sequence[Path] | None = None,
+    jobs_of: Callable[[list[str]], dict[str, Row]] = lambda keys: {},
+) -> list[Row]:
+    """Every run of the store, the newest first; or those in these folders, in their order.
 
-    is_held(key) says whether a living process works on a key. A run is run.json's content with, corrected,
-    "state": done | gone | running | waiting | failed | preempted | interrupted | unreadable, "seconds": of its own
-    work, "folder", and nodes whose "state" is reused or one of these; working ones have "progress", those that this run
-    has tried "attempts" (a count) and "causes" (why each that ended without a result did).
+    is_held(key) says whether a living process works on a key. jobs_of(keys): key -> what `jobs.read` says of the job of
+    a cluster that makes it. A run is run.json's content with, corrected,
+    "state": done | gone | running | waiting | queued | failed | cancelled | preempted | interrupted | unreadable,
+    "seconds": of its own work, "folder", and nodes whose "state" is reused or one of these; working ones have
+    "progress", those that this run has tried "attempts" (a count) and "causes" (why each that ended without a result
+    did), those that are jobs of a cluster "job" and, where it waits, "why".
     gone: it was done, but the store no longer has the result; the same command makes it again.
     preempted: stopped in order. interrupted: killed, or ended at once.
     """
-    runs = [_run(file, store, is_held) for file in store.glob("runs/*/run.json")]
+    files = sorted(store.glob("runs/*/run.json")) if folders is None else [folder / "run.json" for folder in folders]
+    raw = [(file, read(file)) for file in files]
+    keys = [node["key"] for _, run in raw if isinstance(run, dict) for node in run["nodes"] if _is_open(node, store)]
+    jobs = jobs_of(list(dict.fromkeys(keys))) if keys else {}
+    runs = [_run(file, run, store, is_held, jobs) for file, run in raw]
+    if folders is not None:
+        return runs
     return sorted(runs, key=lambda run: finite(run.get("created")) or 0.0, reverse=True)
 
 
-def _run(file: Path, store: Path, is_held: Callable[[str], bool]) -> Row:
-    run = read(file)
+def _is_open(node: Row, store: Path) -> bool:
+    """Whether it is a job's to make, and not made."""
+    return node.get("state") == "queued" and not _committed(store, node["key"])
+
+
+def _committed(store: Path, key: str) -> bool:
+    return (store / "store" / key[:16] / "record.json").is_file()
+
+
+def _run(file: Path, run: Any, store: Path, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
     if not isinstance(run, dict):
         return {
             "run": file.parent.name,
@@ -37,7 +58,7 @@ def _run(file: Path, store: Path, is_held: Callable[[str], bool]) -> Row:
             "seconds": None,
             "nodes": [],
         }
-    nodes = [_node(node, store, is_held) for node in run.get("nodes") or []]
+    nodes = [_node(node, store, is_held, jobs) for node in run.get("nodes") or []]
     spent = sum(finite(node.get("seconds")) or 0.0 for node in nodes if node["state"] != "reused")
     state = _state(nodes, finite(run.get("updated")) or 0.0)
     return {
@@ -50,14 +71,16 @@ def _run(file: Path, store: Path, is_held: Callable[[str], bool]) -> Row:
     }
 
 
-def _node(node: Row, store: Path, is_held: Callable[[str], bool]) -> Row:
+def _node(node: Row, store: Path, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
     """A node with its true state: run.json of a killed run still says running."""
     key, state = node.get("key") or "", node.get("state") or "waiting"
     work = store / "work" / key[:16]
     told: Row = {**node, "state": state, "error": error_text(node.get("error"))}
     if not key:
         return told
-    committed = (store / "store" / key[:16] / "record.json").is_file()
+    committed = _committed(store, key)
+    if state == "queued":
+        return _of_a_job(told, store, committed, jobs.get(key, {}))
     if state in DONE:
         return told if committed else {**told, "state": "gone"}
     held = is_held(key)
@@ -75,11 +98,50 @@ def _node(node: Row, store: Path, is_held: Callable[[str], bool]) -> Row:
     return told
 
 
+def _of_a_job(told: Row, store: Path, committed: bool, job: Row) -> Row:
+    """A node that is a job's to make: what became of it the store, the work folder and SLURM say, not run.json."""
+    key = told["key"]
+    if committed:
+        record = read(store / "store" / key[:16] / "record.json") or {}
+        return {
+            **told,
+            "state": "done",
+            "seconds": finite(record.get("seconds")),
+            **_tried(record.get("attempts") or []),
+        }
+    work = store / "work" / key[:16]
+    told |= {"job": job.get("job"), **_tried(read_rows(work / "attempts.jsonl"))}
+    if job.get("alive"):
+        told |= {
+            "state": "queued" if job.get("waits") else "running",
+            "why": job.get("why"),
+            "nodes_used": job.get("nodes"),
+        }
+        told["progress"] = read(work / "progress.json")
+        told["seconds"] = finite((told["progress"] or {}).get("elapsed_s"))
+        return told
+    told["state"] = job.get("ended") or "waiting"
+    told["error"] = error_text(read(work / "error.json")) or job.get("why")
+    return told
+
+
+def _tried(rows: list[Row]) -> Row:
+    """Of the attempts at a stage."""
+    restarts = [finite((row.get("job") or {}).get("restarts")) or 0 for row in rows]
+    causes = [row["cause"] for row in rows if row.get("cause")]
+    return {"attempts": len(rows), "causes": causes, "restarts": int(max(restarts, default=0))}
+
+
+def is_over(run: Row) -> bool:
+    """Whether nothing of it waits or works any more."""
+    return not any(node["state"] in ("queued", "running") for node in run["nodes"])
+
+
 def _state(nodes: list[Row], updated: float) -> str:
     states = [node["state"] for node in nodes]
     if nodes and all(state in DONE for state in states):
         return "done"
-    for state in ("failed", "interrupted", "preempted", "running"):
+    for state in ("failed", "interrupted", "cancelled", "preempted", "running", "queued"):
         if state in states:
             return state
     if nodes and all(state in (*DONE, "gone") for state in states):

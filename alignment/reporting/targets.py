@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import ConfigError, InputError
 from alignment.files import read_json
 from alignment.pipeline.store import Store
+from alignment.pipeline.sweeps import FILE
 from alignment.reporting.gather import MAKES_MODEL
 
 
@@ -23,6 +25,28 @@ def run_folder(name: str, store: Path) -> Path:
     raise ConfigError(
         f"no run is called {name!r}", where=str(store / "runs"), fix=f"known: {known}" if known else "run one first"
     )
+
+
+def run_folders(names: Sequence[str], store: Path) -> list[Path] | None:
+    """Folders of all runs that these names, or beginnings of names, of runs and sweeps mean. No names: None, for all.
+
+    Raises ConfigError for a name that means nothing.
+    """
+    if not names:
+        return None
+    found: list[Path] = []
+    for name in names:
+        sweeps = [file for file in sorted(store.glob(f"sweeps/*/{FILE}")) if file.parent.name.startswith(name)]
+        of_sweeps = [store / "runs" / str(point["run"]) for file in sweeps for point in read_json(file)["points"]]
+        # A sweep is named as its runs are: who gives no more than that means them too.
+        of_runs = [file.parent for file in sorted(store.glob("runs/*/run.json")) if file.parent.name.startswith(name)]
+        exact = [folder for folder in of_runs if folder.name == name]
+        whole = [file for file in sweeps if file.parent.name == name]
+        mine = exact or (of_sweeps if whole else [*of_sweeps, *of_runs])
+        if not mine:
+            raise ConfigError(f"no run is called {name}", where=str(store / "runs"), fix="alignment status lists them")
+        found += mine
+    return list(dict.fromkeys(found))
 
 
 def models(target: str, store: Path, compare: bool) -> dict[str, Path]:

@@ -52,7 +52,7 @@ class GlobalBatches:
             raise ConfigError(
                 f"a global batch of {self.global_batch_size} cannot be shared by {self.world_size} processes",
                 where="global_batch_size",
-                fix="raise global_batch_size, or lower launcher.processes",
+                fix="raise global_batch_size, or lower launcher.processes or launcher.nodes",
             )
 
     def rows(self, step: int) -> list[int]:

@@ -14,7 +14,7 @@ IMPOSSIBLE = {
     "stage.compare.candidate=dop": "names `dop`, which `verdict` does not compare (did you mean `dpo`?)",
     "stage.compare.baseline=strat": "names `strat`, which `verdict` does not compare (did you mean `start`?)",
     "stage.compare.candidate=start": "`stage.compare.candidate` is the baseline, start (name two of: start, sft, dpo)",
-    "launcher=torchrun engine=single": "`engine.strategy` is single, which is one process, and `launcher.processes`",
+    "launcher=torchrun engine=single": "`engine.strategy` is single, which is one process, and `launcher` gives",
     "launcher=torchrun launcher.processes=16 engine=zero2": "`stage.sft.global_batch_size` is 8, too few for 16",
     "engine=zero2 engine.offload=all": "`engine.offload` is all, which needs ZeRO-3, and `engine.strategy` is zero2",
     "engine=ddp engine.offload=optimizer": "`engine.offload` is optimizer, which needs ZeRO, and",

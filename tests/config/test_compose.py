@@ -27,6 +27,7 @@ COMPLETED = {
     "model=hub": ["model.source.id=a/b", f"model.source.revision={'0' * 40}"],
     "data=path": ["data.instructions.source.path=rows.jsonl"],
     "launcher=torchrun": ["engine=ddp"],
+    "launcher=slurm": ["engine=zero2"],
 }
 
 
@@ -60,7 +61,10 @@ REFUSED = [
     (["stage.dpo.loss=sigmoidal"], "should be 'sigmoid', 'hinge' or 'ipo', got 'sigmoidal' (did you mean 'sigmoid'?)"),
     (["engine=zero4"], "command line: no engine is called 'zero4' (did you mean engine=zero3?)"),
     (["engin=zero3"], "command line: unknown key `engin` (did you mean `engine`?)"),
-    (["launcher.kind=slrm"], "`launcher.kind` should be one of 'local', 'torchrun', got 'slrm'"),
+    (
+        ["launcher.kind=slrm"],
+        "`launcher.kind` should be one of 'local', 'torchrun', 'slurm', got 'slrm' (did you mean 'slurm'?)",
+    ),
     (["launcher=torchrun", "launcher.processes=0"], "`launcher.processes` should be greater than or equal to 1, got 0"),
     (["nonsense"], "command line: `nonsense` is no setting (settings are written key=value)"),
     (["stage..seed=1"], "command line: `stage..seed=1` cannot be read (settings are written key=value)"),

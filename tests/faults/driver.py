@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from alignment.files import read_json
 from alignment.launchers.base import Job, environment
-from alignment.launchers.local import _begin
+from alignment.launchers.local import begin
 from alignment.life import Beat, unheard
 from alignment.pipeline.supervisor import GRACE
 
@@ -59,7 +59,7 @@ def drive(order: Order) -> NoReturn:
     from alignment import cli
     from alignment.pipeline import runner
 
-    runner.launcher_for = lambda settings: Forking(getattr(settings, "processes", 1), order.faults)
+    runner.launcher_for = lambda settings: Forking(order.faults)
     _leave(cli.main(order.arguments))
 
 
@@ -67,11 +67,11 @@ def drive(order: Order) -> NoReturn:
 class Forking:
     """A launcher like any other."""
 
-    processes: int
     faults: Sequence[Fault]
 
     def submit(self, job: Job) -> Ranks:
-        return Ranks(job, self.processes if job.distributed else 1, self.faults if job.distributed else ())
+        trains = read_json(job.folder / "stage.json")["distributed"]
+        return Ranks(job, job.world_size, self.faults if trains else ())
 
 
 class Ranks:
@@ -123,13 +123,13 @@ class Ranks:
         code = 1
         try:
             os.setsid()
-            _begin(self._parent)
+            begin(self._parent)
             kept = {0, 1, 2} if self._several else {0, 1, 2, job.lock}  # torchrun shares the lock, its ranks do not
             kept.add(resource_tracker._resource_tracker._fd)  # type: ignore[attr-defined]
             for handle in {int(name) for name in os.listdir("/proc/self/fd")} - kept:
                 with suppress(OSError):
                     os.close(handle)
-            given = environment(job, processes)
+            given = environment(job)
             if self._several:
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 given |= {name: str(value) for name, value in {**names, "MASTER_PORT": port}.items()}

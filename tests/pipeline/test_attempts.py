@@ -16,8 +16,8 @@ from alignment.life import BEATS
 from alignment.pipeline import attempts
 
 ORDER = {
-    "attempt": 1, "started": 100.0, "host": "here", "distributed": True,
-    "experiment": {"launcher": {"processes": 4}, "engine": {"strategy": "ddp"}},
+    "attempt": 1, "started": 100.0, "host": "here", "distributed": True, "world_size": 4,
+    "job": {"id": "12_3", "restarts": 1, "nodes": "n[1-2]"}, "experiment": {"engine": {"strategy": "ddp"}},
 }  # fmt: skip
 NOT_SAID = "its driver was killed, or the disk too full to say why"
 
@@ -226,7 +226,7 @@ def test_the_attempt_of_a_killed_driver_is_noted_once_by_the_next(tmp_path: Path
         {
             "attempt": 1, "started": 100.0, "ended": 160.0, "outcome": "interrupted", "cause": NOT_SAID,
             "step": 7, "checkpoint": -1, "kept": None, "time_left": None,
-            "host": "here", "processes": 4, "strategy": "ddp",
+            "host": "here", "job": {"id": "12_3", "restarts": 1, "nodes": "n[1-2]"}, "processes": 4, "strategy": "ddp",
         }
     ]  # fmt: skip
     with open(tmp_path / "attempts.jsonl", "a") as stream:

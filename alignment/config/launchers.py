@@ -1,0 +1,176 @@
+"""The launchers' part of the schema: where processes run and what is asked for them. All of it is execution side."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from alignment.config.settings import Settings, execution
+
+TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
+# Lines of a shell that prepare an environment. Whatever could run another program by its syntax is refused.
+SETUP = ("module", "ml", "source", ".", "export", "unset", "ulimit", "umask", "conda", "mamba", "micromamba", "spack")
+OURS = {"job-name", "output", "error", "array", "dependency", "signal", "requeue", "no-requeue", "open-mode", "chdir"}
+OURS |= {"kill-on-invalid-dep", "parsable", "wrap", "wait", "test-only", "nodes", "ntasks", "ntasks-per-node", "export"}
+
+
+def seconds(value: Any) -> int | None:
+    """Seconds of a number, or of [[days-]hours:]minutes:seconds, which YAML may have read as such a number already."""
+    if value is None:
+        return None
+    if isinstance(value, str) and (parts := TIME.fullmatch(value)):
+        days, hours, minutes, rest = (int(part or 0) for part in parts.groups())
+        value = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if type(value) is not int or not 0 < value < 10**9:
+        raise PydanticCustomError(
+            "time", "must be [[days-]hours:]minutes:seconds, or seconds, more than 0 and less than 1e9"
+        )
+    return value
+
+
+def _setup_line(line: str) -> str:
+    """A line of the set-up. It runs in the job's shell, so it may not be more than its first word says."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        words = []
+    plain = re.sub(r"\$\{?\w+\}?", "", line)  # a variable's value is no syntax
+    if not words or words[0] not in SETUP or re.search(r"[;&|<>`$()\n\\]", plain):
+        fix = f"one plain command a line: {', '.join(SETUP)}; put more into a file, and `source` it"
+        raise PydanticCustomError("setup", "is no line that sets up an environment", {"fix": fix})
+    return line
+
+
+# A word of sbatch's: it stands on a line of its own in the script.
+Word = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\"'\\`$]+$")]
+Seconds = Annotated[int | None, BeforeValidator(seconds)]
+SetupLine = Annotated[str, AfterValidator(_setup_line)]
+
+
+class AnyLauncher(Settings):
+    """time_limit: seconds that a stage may take, its retries included."""
+
+    time_limit: Seconds = execution()
+
+    def layout(self, *names: str, distributed: bool) -> tuple[int, int]:
+        """Nodes of a stage, and its processes on each. names: of its settings, and its own. distributed: whether it
+        can use several."""
+        return 1, 1
+
+    def time_to_work(self, *names: str) -> float | None:
+        """Seconds after which a stage is to have stopped by itself; None: any."""
+        return self.time_limit
+
+
+class LocalLauncher(AnyLauncher):
+    """One process on this machine."""
+
+    kind: Literal["local"] = execution()
+
+
+class TorchrunLauncher(AnyLauncher):
+    """Several processes under torchrun, for the stages that train: on this machine, or on several joined by hand."""
+
+    kind: Literal["torchrun"] = execution()
+    processes: int = execution(ge=1)
+    nodes: int = execution(ge=1)
+    rank: int = execution(ge=0)
+    head: Annotated[str, Field(pattern=r"^[^\s:/]+:[0-9]{1,5}$")] | None = execution()
+
+    def layout(self, *names: str, distributed: bool) -> tuple[int, int]:
+        return (self.nodes, self.processes) if distributed else (1, 1)
+
+
+class Resources(AnyLauncher):
+    """What the job of one stage asks SLURM for."""
+
+    nodes: int = execution(ge=1)
+    processes: int = execution(ge=1)
+    gpus_per_node: int | None = execution(ge=0)
+    cpus_per_process: int | None = execution(ge=1)
+    memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]?$")] | None = execution()
+    partition: Word | None = execution()
+    account: Word | None = execution()
+    qos: Word | None = execution()
+    constraint: Word | None = execution()
+    exclude: Word | None = execution()
+    comment: Word | None = execution()
+
+    def of_one_process(self) -> Resources:
+        """What a stage asks for that cannot use more: one process, and one GPU if any are asked for."""
+        gpus = self.gpus_per_node if self.gpus_per_node is None else min(1, self.gpus_per_node)
+        return self.model_copy(update={"nodes": 1, "processes": 1, "gpus_per_node": gpus})
+
+
+class Container(Settings):
+    """What the stages' processes run in. enroot: by SLURM's plugin Pyxis."""
+
+    kind: Literal["apptainer", "enroot"] = execution()
+    image: Word = execution()
+    options: list[Word] = execution()
+
+
+class SlurmLauncher(Resources):
+    """A job for each stage. stages: node or stage of the pipeline -> what its job asks for instead."""
+
+    kind: Literal["slurm"] = execution()
+    stages: dict[str, dict[str, Any]] = execution()
+    max_parallel: int | None = execution(ge=1)
+    grace: int = execution(ge=10, le=3600)
+    max_restarts: int = execution(ge=0)
+    setup: list[SetupLine] = execution()
+    python: Word | None = execution()
+    container: Container | None = execution()
+    interface: Word | None = execution()
+    options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Word | int | bool] = execution()
+    probe: bool = execution()
+
+    def resources(self, *names: str, distributed: bool) -> Resources:
+        """Of a stage. names: its own and its settings', the more special one last. Raises ValidationError."""
+        given = {name: getattr(self, name) for name in Resources.model_fields}
+        usual = Resources.model_construct(**given)
+        base = usual if distributed else usual.of_one_process()
+        asked = {key: value for name in names for key, value in self.stages.get(name, {}).items()}
+        return Resources.model_validate({**dict(base), **asked})
+
+    def layout(self, *names: str, distributed: bool) -> tuple[int, int]:
+        asked = self.resources(*names, distributed=distributed)
+        return (asked.nodes, asked.processes) if distributed else (1, 1)
+
+    def time_to_work(self, *names: str) -> float | None:
+        limit = self.resources(*names, distributed=True).time_limit
+        return None if limit is None else limit - self.grace
+
+    @model_validator(mode="after")
+    def _stages_ask_for_resources(self) -> SlurmLauncher:
+        for name in self.stages:
+            try:
+                self.resources(name, distributed=True)
+            except ValidationError as error:
+                fault = error.errors()[0]
+                key = ".".join(map(str, fault["loc"]))
+                known = ", ".join(Resources.model_fields)
+                what = {"at": f"stages.{name}.{key}", "what": fault["msg"], "fix": f"what a stage may ask for: {known}"}
+                raise PydanticCustomError("stages", "asks for what cannot be: `launcher.{at}`: {what}", what) from None
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_room_to_save(self) -> SlurmLauncher:
+        if self.time_limit is not None and self.time_limit <= self.grace:
+            what = "has a time_limit of {limit} s, of which grace={grace} s are for saving"
+            raise PydanticCustomError("grace", what, {"limit": self.time_limit, "grace": self.grace})
+        return self
+
+    @field_validator("options")
+    @classmethod
+    def _are_not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            key = name.replace("-", "_")
+            if name in OURS or key in Resources.model_fields or name in ("time", "mem", "gpus-per-node"):
+                fix = f"a key of conf/launcher/slurm.yaml says it, or jobs cannot do without: --{name}"
+                raise PydanticCustomError("options", "names what is not for it to say", {"fix": fix})
+        return value

@@ -1,0 +1,265 @@
+"""Runs as jobs of a SLURM cluster: one graph of what the store lacks, each key once, as few submissions as can be.
+
+jobs/<submission>/   the scripts as they were submitted, what each element of an array is to do, and what jobs print
+jobs/keys/<key16>    which job makes a key: what is queued already is not submitted again, but waited for
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from alignment.config.launchers import Resources, SlurmLauncher
+from alignment.files import read_json, write_json, write_text
+from alignment.launchers import slurm
+from alignment.pipeline import snapshot
+from alignment.pipeline.batches import Batch, Task, Wait, batches, nearest
+from alignment.pipeline.graph import Node
+from alignment.pipeline.runner import Run
+from alignment.pipeline.store import Store
+
+JOBS = "jobs"
+TEMPLATE = "job.sbatch.jinja"
+LAUNCHERS = Path(slurm.__file__).resolve().parent
+LARGEST = 1001  # of an array, where SLURM is not asked
+Say = Callable[[str], None]
+
+
+def job_of(store: Store, key: str) -> dict[str, Any] | None:
+    """{"job", "submitted", "run", "node", "out"} of the job that was last submitted for a key."""
+    try:
+        told = read_json(_note(store, key))
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) and isinstance(told.get("job"), str) else None
+
+
+def _note(store: Store, key: str) -> Path:
+    return store.root / JOBS / "keys" / f"{key[:16]}.json"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A node that is to be made, and the first of the runs that need it."""
+
+    run: Run
+    node: Node
+
+    @property
+    def launcher(self) -> SlurmLauncher:
+        launcher = self.run.experiment.launcher
+        assert isinstance(launcher, SlurmLauncher)
+        return launcher
+
+    @cached_property
+    def resources(self) -> Resources:
+        return self.launcher.resources(self.node.stage, self.node.name, distributed=self.node.settings.distributed)
+
+
+class Submission:
+    """What is missing of these runs, as jobs. queued: key -> job that makes it already.
+
+    After `submit` jobs: key -> job, of all that is queued."""
+
+    def __init__(self, runs: Sequence[Run], name: str, queued: Mapping[str, str], largest: int = LARGEST):
+        self.store, self.name, self.jobs = runs[0].store, name, dict(queued)
+        self.id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        self.folder = self.store.root / JOBS / self.id
+        self.numbers: dict[int, str] = {}  # of batches that are submitted
+        self.owners = _missing(runs)
+        above = nearest(_parents(runs))
+        tasks = [
+            Task(key, owner.node.name, _alike(owner), above[key])
+            for key, owner in self.owners.items()
+            if key not in queued
+        ]
+        self.batches = batches(tasks, queued, largest)
+
+    def scripts(self) -> list[str]:
+        """As `submit` would send them; jobs that have no number yet are named."""
+        code = self.store.root / "code" / "CODE"
+        return [self._script(batch, code, self._unnumbered) for batch in self.batches]
+
+    def waits_for(self, batch: Batch) -> str:
+        """In words: job numbers, after `submit`."""
+        return ", ".join(dict.fromkeys(_dependency(wait, self.numbers.__getitem__) for wait in batch.waits))
+
+    def _unnumbered(self, number: int) -> str:
+        return f"<{self._path(self.batches[number]).name}>"
+
+    def submit(self, say: Say = lambda text: None) -> None:
+        """Queue all batches. What is queued stays if a later one is refused: the same command submits the rest."""
+        code = snapshot.take(self.store.root)
+        for batch in self.batches:
+            script = self._script(batch, code, self.numbers.__getitem__)
+            path = self._path(batch)
+            write_json(path.with_suffix(".json"), {str(i): self._order(task) for i, task in batch.elements.items()})
+            write_text(path.with_suffix(".sbatch"), script)
+            self.numbers[batch.number] = number = slurm.submit(script)
+            for index, task in batch.elements.items():
+                job = f"{number}_{index}" if batch.array else number
+                self.jobs[task.key] = job
+                self._note(task, job, path, number, index if batch.array else None)
+            say(f"{number}  {self._label(batch)}")
+
+    def _note(self, task: Task, job: str, path: Path, number: str, index: int | None) -> None:
+        out = f"{path.name}-{number}_{index}.out" if index is not None else f"{path.name}-{number}.out"
+        owner = self.owners[task.key]
+        told = {"job": job, "submitted": time.time(), "run": owner.run.id, "node": task.name}
+        write_json(_note(self.store, task.key), {**told, "out": str(path.with_name(out))}, durable=False)
+
+    def _order(self, task: Task) -> dict[str, Any]:
+        owner = self.owners[task.key]
+        return {"run": str(owner.run.folder), "node": task.name, "key": task.key, "identity": owner.node.identity}
+
+    def _path(self, batch: Batch) -> Path:
+        """Without its ending, of the files that belong to a batch."""
+        return self.folder / f"{batch.number:03d}-{next(iter(batch.elements.values())).name}"
+
+    def _label(self, batch: Batch) -> str:
+        first, count = next(iter(batch.elements.values())), len(batch.elements)
+        return f"{first.name}-{batch.number}" if not batch.array else f"{first.name}-{batch.number}, {count} of them"
+
+    def _script(self, batch: Batch, code: Path, number_of: Callable[[int], str]) -> str:
+        owner = self.owners[next(iter(batch.elements.values())).key]
+        launcher, path = owner.launcher, self._path(batch)
+        python = launcher.python or sys.executable
+        environment = Environment(
+            loader=FileSystemLoader(LAUNCHERS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+            keep_trailing_newline=True, autoescape=False,
+        )  # fmt: skip
+        return environment.get_template(TEMPLATE).render(
+            what=f"{self._label(batch)} of {self.name}",
+            options=self._options(batch, owner, path, number_of),
+            setup=launcher.setup,
+            variables={"PYTHONPATH": shlex.quote(str(code)), "PYTHONSAFEPATH": "1", **_network(launcher)},
+            command=f"{shlex.quote(python)} -m alignment.job {shlex.quote(str(path.with_suffix('.json')))}",
+        )
+
+    def _options(
+        self, batch: Batch, owner: Owner, path: Path, number_of: Callable[[int], str]
+    ) -> dict[str, str | int | bool]:
+        launcher = owner.launcher
+        options: dict[str, str | int | bool] = {"job-name": f"{self.name}.{owner.node.name}"}
+        if batch.array:
+            most = f"%{launcher.max_parallel}" if launcher.max_parallel else ""
+            options["array"] = _ranges(batch.elements) + most
+        if batch.waits:
+            options["dependency"] = ",".join(_dependency(wait, number_of) for wait in batch.waits)
+        options["kill-on-invalid-dep"] = "yes"
+        options |= _asked(owner.resources)
+        options |= {
+            "requeue": True,
+            "open-mode": "append",
+            "output": f"{path}-%A_%a.out" if batch.array else f"{path}-%j.out",
+            "signal": f"B:USR1@{launcher.grace}",
+            "chdir": os.getcwd(),
+        }
+        return {**options, **{name: value for name, value in launcher.options.items() if value is not False}}
+
+
+def _missing(runs: Sequence[Run]) -> dict[str, Owner]:
+    """Key -> what is to be made, parents first."""
+    found: dict[str, Owner] = {}
+    done: set[str] = set()
+    for run in runs:
+        for node in run.nodes:
+            if node.key in found or node.key in done:
+                continue
+            if run.store.record(node.key) is not None:
+                done.add(node.key)
+            else:
+                found[node.key] = Owner(run, node)
+    return found
+
+
+def _parents(runs: Iterable[Run]) -> dict[str, list[str]]:
+    return {node.key: [parent.key for parent in node.parents.values()] for run in runs for node in run.nodes}
+
+
+def _alike(owner: Owner) -> tuple[Any, ...]:
+    """Equal for stages whose jobs may differ in nothing but what they work on."""
+    return owner.node.stage, owner.node.kind, owner.launcher.model_dump_json()
+
+
+def _asked(resources: Resources) -> dict[str, str | int | bool]:
+    """Resources as options of sbatch."""
+    cpus = resources.cpus_per_process
+    limit = resources.time_limit
+    asked = {
+        "nodes": resources.nodes,
+        "ntasks-per-node": 1,  # an agent, which starts the processes
+        "cpus-per-task": cpus * resources.processes if cpus else None,
+        "gpus-per-node": resources.gpus_per_node,
+        "mem": resources.memory,
+        "time": None if limit is None else -(-limit // 60),
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "exclude": resources.exclude,
+        "comment": resources.comment,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _network(launcher: SlurmLauncher) -> dict[str, str]:
+    if launcher.interface is None:
+        return {}
+    return {"NCCL_SOCKET_IFNAME": launcher.interface, "GLOO_SOCKET_IFNAME": launcher.interface}
+
+
+def _dependency(wait: Wait, number_of: Callable[[int], str]) -> str:
+    if wait.job is not None:
+        return f"{wait.how}:{wait.job}"
+    assert wait.batch is not None
+    number = number_of(wait.batch)
+    return f"{wait.how}:{number}" if wait.index is None else f"{wait.how}:{number}_{wait.index}"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """0-3,7 of 0, 1, 2, 3, 7."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+
+
+def queued(runs: Sequence[Run]) -> dict[str, str]:
+    """Key -> job, of what SLURM will make or makes already."""
+    store = runs[0].store
+    known = {key: told["job"] for key in _missing(runs) if (told := job_of(store, key))}
+    if not known:
+        return {}
+    states = slurm.states(known.values())
+    return {key: job for key, job in known.items() if job in states and states[job].lives}
+
+
+def submit(runs: Sequence[Run], name: str, say: Say = lambda text: None) -> Submission:
+    """Queue what is missing of these runs; at once, however much it is."""
+    with suppress(OSError):
+        runs[0].store.root.mkdir(parents=True, exist_ok=True)
+    lock = runs[0].store.run_lock("submit")
+    lock.wait(name, lambda by: say(f"waits for another submission (pid {by.get('pid')} on {by.get('host')})"))
+    try:
+        submission = Submission(runs, name, queued(runs), slurm.largest_array())
+        for run in runs:
+            run.submitted()
+        submission.submit(say)
+    finally:
+        lock.release()
+    return submission

@@ -1,0 +1,76 @@
+"""A sweep: which runs belong to it and what they vary. sweeps/<sweep>/sweep.json in the store."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from alignment.files import digest, read_json, write_json
+from alignment.pipeline.runner import Run
+
+FILE = "sweep.json"
+
+
+class Sweep:
+    """Of one command: the same command means the same sweep, and adds to it. Points come in one go or, from a sweeper
+    that learns, a few at a time."""
+
+    def __init__(self, settings: Sequence[str], arguments: Sequence[str]):
+        """settings: as they were given, with all their values. arguments: those of the whole command."""
+        self.command = shlex.join(["alignment", "run", *arguments])
+        self._digest = digest(sorted(settings))[:8]
+        self.id = ""
+        self.folder = Path()
+        self._points: dict[str, dict[str, Any]] = {}
+
+    def add(self, points: Iterable[tuple[Run, Sequence[str]]]) -> None:
+        """Raises OSError."""
+        first: Run | None = None
+        for run, overrides in points:
+            first = first or run
+            self._points[run.id] = {"run": run.id, "overrides": list(overrides)}
+        if first is None:
+            return
+        self.id = self.id or f"{first.experiment.name}-{self._digest}"
+        self.folder = first.store.root / "sweeps" / self.id
+        known = self._known()
+        for point in known.get("points", []):
+            self._points.setdefault(point["run"], {"run": point["run"], "overrides": point["overrides"]})
+        told = {
+            "sweep": self.id,
+            "name": first.experiment.name,
+            "created": known.get("created") or time.time(),
+            "command": self.command,
+            "launcher": first.experiment.launcher.kind,
+            "objective": [{"metric": "reward", "direction": "maximize"}],
+            "points": varied(list(self._points.values())),
+        }
+        write_json(self.folder / FILE, told, durable=False)
+
+    def _known(self) -> dict[str, Any]:
+        try:
+            told = read_json(self.folder / FILE)
+        except (OSError, ValueError):
+            return {}
+        return told if isinstance(told, dict) else {}
+
+
+def varied(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each point with "settings": the values of those settings that are not the same in all points."""
+    parser = OverridesParser.create()
+    given = [{o.key_or_group: o.value() for o in parser.parse_overrides(point["overrides"])} for point in points]
+    names = list(dict.fromkeys(name for settings in given for name in settings))
+    different = [name for name in names if any(settings.get(name) != given[0].get(name) for settings in given)]
+    return [
+        {**point, "settings": {name: _plain(settings.get(name)) for name in different}}
+        for point, settings in zip(points, given, strict=True)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -1,0 +1,67 @@
+"""What SLURM says of the jobs that make stages, and what they have said themselves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import MachineError
+from alignment.launchers import slurm
+from alignment.pipeline.store import Store
+from alignment.pipeline.submission import job_of
+
+TAIL = 65_536  # bytes of a job's output that are looked through
+# Reasons for which a job waits, in other words than SLURM's where these say little.
+REASONS = {
+    "Priority": "others have a higher priority",
+    "Resources": "no nodes are free",
+    "Dependency": "a stage before it",
+    "DependencyNeverSatisfied": "a stage before it has failed",
+    "BeginTime": "SLURM starts it again in a moment",
+    "JobArrayTaskLimit": "launcher.max_parallel",
+    "None": "SLURM has not looked at it yet",
+}
+
+
+def read(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
+    """Key -> {"job", "out": file of what it printed, "alive", "waits", "nodes", "why": it waits, or has ended,
+    "ended": failed | cancelled}. Keys that no job was submitted for are left out.
+
+    Where SLURM does not answer, its word is missing: who is not known to live counts as queued, with that as its why.
+    """
+    notes = {key: note for key in keys if (note := job_of(store, key))}
+    try:
+        states = slurm.states(note["job"] for note in notes.values())
+    except MachineError as error:
+        lost = {"alive": True, "waits": True, "why": f"unknown: {error.what}"}
+        return {key: {**note, **lost} for key, note in notes.items()}
+    return {key: {**note, **_told(note, states.get(note["job"]))} for key, note in notes.items()}
+
+
+def _told(note: dict[str, Any], state: slurm.JobState | None) -> dict[str, Any]:
+    if state is not None and state.lives:
+        why = REASONS.get(state.reason, state.reason) if state.waits else None
+        return {"alive": True, "waits": state.waits, "why": why, "nodes": state.nodes}
+    said = last_error(Path(str(note.get("out"))))
+    if state is None:
+        return {"alive": False, "ended": "failed", "why": said or f"job {note['job']} has ended without a result"}
+    cancelled = state.state == "CANCELLED"
+    because = "cancelled, or a stage before it has failed" if cancelled else f"job {note['job']}: {state.state}"
+    return {"alive": False, "ended": "cancelled" if cancelled else "failed", "why": said or because}
+
+
+def last_error(out: Path) -> str | None:
+    """What a job has said it failed of."""
+    found = re.findall(r"^alignment: error: (.*)$", "\n".join(tail(out, TAIL)), re.M)
+    return found[-1] if found else None
+
+
+def tail(path: Path, size: int = TAIL) -> list[str]:
+    """The last lines of a file that has them within its last `size` bytes; none if there is no file."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, path.stat().st_size - size))
+            return stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []

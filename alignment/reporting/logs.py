@@ -1,0 +1,86 @@
+"""`alignment logs`: what a stage has written, wherever it is now."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import ConfigError, InputError
+from alignment.pipeline.store import Store
+from alignment.pipeline.submission import job_of
+from alignment.reporting import targets, watching
+from alignment.reporting.gather import folder_of
+
+EVERY = 0.5  # seconds between two looks at a file that grows
+FIRST = ("running", "failed", "cancelled", "interrupted", "preempted", "queued", "done", "reused")
+
+
+def show(run: str, stage: str | None, root: Path, lines: int, follow: bool) -> int:
+    """lines: so many of the last ones; 0: all. Raises ConfigError or InputError."""
+    store = Store(root)
+    folder = targets.run_folder(run, store.root)
+    node = _node(watching.look(store, [folder])[0], stage)
+    shown = 0
+    for title, path in _files(store, node):
+        if path.is_file() and not follow:
+            print(f"==> {node['name']}: {title}, {path} <==")
+            text = path.read_text(errors="replace").splitlines()
+            print("\n".join(text[-lines:] if lines else text))
+            shown += 1
+    if follow:
+        return _follow(store, folder, node, lines)
+    if not shown:
+        raise InputError(f"{node['name']} has written nothing yet", where=str(folder), fix="alignment status says why")
+    return 0
+
+
+def _node(run: dict[str, Any], stage: str | None) -> dict[str, Any]:
+    nodes = run["nodes"]
+    if stage is None:
+        return min(reversed(nodes), key=lambda node: FIRST.index(node["state"]) if node["state"] in FIRST else 99)
+    for node in nodes:
+        if node["name"] == stage:
+            return dict(node)
+    known = ", ".join(node["name"] for node in nodes)
+    raise ConfigError(f"the run {run['run']} has no stage {stage!r}", where="command line", fix=f"one of: {known}")
+
+
+def _files(store: Store, node: dict[str, Any]) -> list[tuple[str, Path]]:
+    """What its job printed, if it is one, and what the stage itself did."""
+    found = []
+    if note := job_of(store, node["key"]):
+        found.append((f"job {note['job']}", Path(str(note["out"]))))
+    folder = folder_of(store.root, node["key"])
+    return [*found, ("log.txt", folder / "log.txt")] if folder else found
+
+
+def _follow(store: Store, folder: Path, node: dict[str, Any], lines: int) -> int:
+    """The files as they grow, until the stage has ended."""
+    read: dict[str, int] = {}
+    while True:
+        state = _node(watching.look(store, [folder])[0], node["name"])["state"]
+        for title, path in _files(store, node):
+            _print_new(title, path, read, lines)
+        if state not in ("running", "queued", "waiting"):
+            return 0
+        time.sleep(EVERY)
+
+
+def _print_new(title: str, path: Path, read: dict[str, int], lines: int) -> None:
+    """What a file has more than was read. A result's log is its work folder's, which has moved."""
+    try:
+        with open(path, "rb") as stream:
+            if title not in read:
+                text = stream.read()
+                last = text.splitlines(keepends=True)[-lines:] if lines else [text]
+                fresh, read[title] = b"".join(last), len(text)
+            else:
+                stream.seek(read[title])
+                fresh = stream.read()
+                read[title] += len(fresh)
+    except OSError:
+        return
+    sys.stdout.write(fresh.decode(errors="replace"))
+    sys.stdout.flush()

@@ -1,0 +1,87 @@
+"""What the terminal shows of jobs of a cluster: what was submitted, how it changes, and how to watch it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from alignment.config.schema import SlurmLauncher
+from alignment.errors import ConfigError
+from alignment.files import near, program
+from alignment.pipeline.runner import Run
+from alignment.pipeline.submission import Submission
+from alignment.reporting import words
+from alignment.reporting.status import facts_text
+
+
+def say(text: str) -> None:
+    Console(highlight=False).print(Text(text), soft_wrap=True)
+
+
+def announce(name: str, plans: Sequence[tuple[str, list[dict[str, Any]]]]) -> None:
+    """One line: how many stages the runs have together, each counted once, and what will become of them."""
+    rows = {row["key"]: row["action"] for _, plan in plans for row in plan}
+    counts = ", ".join(f"{count} to {action}" for action, count in Counter(rows.values()).items())
+    runs = f"{len(plans)} runs, " if len(plans) > 1 else ""
+    say(f"{name}  {runs}{len(rows)} stages: {counts}")
+
+
+def show_submission(name: str, queued: Submission) -> None:
+    """The graph with its job numbers, and what to type next."""
+    console = Console(highlight=False)
+    if not queued.batches:
+        already = len(queued.jobs)
+        say(f"nothing to submit{f': {already} stages are queued already' if already else ''}")
+    else:
+        console.print(_table(queued))
+    mine = program("alignment")
+    for label, command in (
+        ("watch it", f"{mine} status {name} --watch"),
+        ("logs", f"{mine} logs {name} [stage] [--follow]"),
+        ("end it", f"{mine} cancel {name}"),
+        ("scripts", near(queued.folder)),
+    ):
+        console.print(Text.assemble((f"{label:<10}", "dim"), command), soft_wrap=True)
+
+
+def _table(queued: Submission) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in ("job", "stage", "jobs", "waits for"):
+        table.add_column(column, no_wrap=column != "waits for")
+    for batch in queued.batches:
+        first = next(iter(batch.elements.values()))
+        number = queued.jobs[first.key].split("_")[0]
+        table.add_row(number, first.name, str(len(batch.elements)), queued.waits_for(batch))
+    return table
+
+
+def changes(runs: Sequence[dict[str, Any]], said: dict[str, str]) -> Iterator[str]:
+    """A line for each stage whose state is another one than was said before: key -> state. One that runs share is said
+    once."""
+    for run in runs:
+        for node in run["nodes"]:
+            state = str(node["state"])
+            if state in (said.get(node["key"]), "reused"):
+                continue
+            said[node["key"]] = state
+            note = node.get("why") if state == "queued" else node.get("error") or facts_text(node.get("progress"))
+            took = words.duration(node["seconds"]) if node.get("seconds") and state == "done" else ""
+            job = f"job {node['job']}" if node.get("job") else ""
+            yield "  ".join(filter(None, [run["run"], words.label(node["name"]), state, job, took, str(note or "")]))
+
+
+def show_scripts(runs: Sequence[Run], name: str) -> None:
+    """As they would be submitted. Raises ConfigError if these runs are no jobs of a cluster.
+
+    SLURM is not asked: what is queued already is shown too, and numbers of jobs that there are none of yet are named.
+    """
+    if not isinstance(runs[0].experiment.launcher, SlurmLauncher):
+        raise ConfigError("there are no scripts to show", where="--show-scripts", fix="add launcher=slurm")
+    for script in Submission(runs, name, {}).scripts():
+        print(script)

@@ -1,0 +1,61 @@
+"""Looks at runs again and again: those whose stages are jobs of a cluster go on without anybody here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from alignment.pipeline.store import Store
+from alignment.reporting import jobs, queue, status, terminal
+from alignment.signals import Listener, Stopped
+
+EVERY = 2.0  # seconds between two looks at the queue
+
+
+def look(store: Store, folders: Sequence[Path] | None) -> list[dict[str, Any]]:
+    """The runs of a store, or those in these folders, as they are now."""
+    return status.read_runs(store.root, store.is_held, folders, partial(jobs.read, store))
+
+
+def watch(store: Store, folders: Sequence[Path] | None, sleep: Callable[[float], None] = time.sleep) -> int:
+    """Until all have ended: in a terminal the table, which changes; elsewhere a line for each stage that does. Returns
+    the exit code: 0 if all are done, else 1."""
+    console, said = Console(highlight=False), dict[str, str]()
+    moving = console.is_terminal and not console.is_dumb_terminal
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            runs = look(store, folders)
+            if moving:
+                live.update(terminal.status_table(runs), refresh=True)
+            else:
+                for line in queue.changes(runs, said):
+                    queue.say(line)
+            if all(status.is_over(run) for run in runs):
+                return int(any(run["state"] != "done" for run in runs))
+            sleep(EVERY)
+
+
+def until_done(
+    folders: Sequence[Path], store: Store, stop: Listener, sleep: Callable[[float], None] = time.sleep
+) -> list[dict[str, Any]]:
+    """The state of each run, as status.read_runs tells it, once nothing of it waits or works any more.
+
+    Raises Stopped if this process is asked to: the jobs go on.
+    """
+    said: dict[str, str] = {}
+    with stop.deferred():
+        while True:
+            runs = look(store, folders)
+            for line in queue.changes(runs, said):
+                queue.say(line)
+            if all(status.is_over(run) for run in runs):
+                return runs
+            if stop.asked:
+                raise Stopped(f"{stop.asked}: the jobs go on, alignment cancel ends them")
+            sleep(EVERY)

@@ -1,0 +1,138 @@
+"""SLURM's commands, as far as they are needed: submit, ask, cancel, queue again. Raises MachineError if one fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from alignment.allocation import allocation
+from alignment.errors import MachineError
+
+PATIENCE = 60.0  # seconds for the controller to answer
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+AT_WORK = {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING"}
+CHUNK = 500  # jobs asked about at once
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What SLURM says of a job or an element of an array. state: its word, such as PENDING. restarts: times it was
+    queued again. seconds: it has run."""
+
+    job: str
+    state: str
+    reason: str
+    nodes: str
+    restarts: int
+    start: str
+    seconds: str
+
+    @property
+    def waits(self) -> bool:
+        return self.state in WAITING
+
+    @property
+    def lives(self) -> bool:
+        return self.state in WAITING or self.state in AT_WORK
+
+
+def head() -> str:
+    """Name of the first node of the job that this process is in: there run the batch script and rank 0."""
+    here = allocation()
+    assert here is not None
+    return call("scontrol", "show", "hostnames", here.nodes).split()[0]
+
+
+def call(*command: str, patience: float = PATIENCE, stdin: str | None = None) -> str:
+    """What the command prints."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=patience, check=False, input=stdin, env=_plain()
+        )
+    except FileNotFoundError:
+        fix = "run this on a login node of the cluster, or choose launcher=torchrun or launcher=local"
+        raise MachineError(f"no {command[0]} here: SLURM's commands are not installed", fix=fix) from None
+    except subprocess.TimeoutExpired:
+        raise MachineError(f"{command[0]} has not answered in {patience:g} s", fix="see whether SLURM is up") from None
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise MachineError(f"{command[0]} refuses: {said}", where=" ".join(command[:6]))
+    return done.stdout
+
+
+def _plain() -> dict[str, str]:
+    """Our environment without what would change how these commands answer or what they submit."""
+    ours = ("SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_", "SALLOC_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+def submit(script: str) -> str:
+    """The number of the job, or array, that the script has become."""
+    said = call("sbatch", "--parsable", stdin=script).strip()
+    return said.splitlines()[-1].split(";")[0]
+
+
+def states(jobs: Iterable[str]) -> dict[str, JobState]:
+    """Of these jobs and elements of arrays: those that SLURM still knows."""
+    wanted = sorted({job.split("_")[0] for job in jobs})
+    found: dict[str, JobState] = {}
+    for first in range(0, len(wanted), CHUNK):
+        for state in _ask(wanted[first : first + CHUNK]):
+            found[state.job] = state
+    return found
+
+
+def _ask(jobs: Sequence[str]) -> list[JobState]:
+    form = "%i|%T|%r|%N|%S|%M"
+    try:
+        said = call("squeue", "--noheader", "--states=all", "--array", f"--jobs={','.join(jobs)}", f"--format={form}")
+    except MachineError as error:
+        if "Invalid job id" not in error.what:
+            raise
+        # One that it has forgotten: alone that is an answer, among others squeue may refuse them all.
+        return [state for job in jobs for state in _ask([job])] if len(jobs) > 1 else []
+    lines = [line.split("|") for line in said.splitlines() if line.count("|") == 5]
+    return [
+        JobState(job, state, reason, nodes, 0, start, spent)
+        for job, state, reason, nodes, start, spent in (map(str.strip, line) for line in lines)
+    ]
+
+
+def state(job: str) -> str | None:
+    """SLURM's word for the state of one job; None if it knows none."""
+    found = states([job]).get(job)
+    return found.state if found else None
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    names = sorted(set(jobs))
+    for first in range(0, len(names), CHUNK):
+        call("scancel", *names[first : first + CHUNK])
+
+
+def kill_steps(job: str) -> None:
+    """All steps of the job, not its batch script."""
+    try:
+        call("scancel", "--signal=KILL", job, patience=20.0)
+    except MachineError:
+        pass  # it has no step any more, or the job itself has ended
+
+
+def requeue(job: str) -> None:
+    call("scontrol", "requeue", job)
+
+
+def largest_array() -> int:
+    """One more than the highest index of an element."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.M)
+    return int(found[1]) if found else 1001
+
+
+def silent_nodes(nodes: str) -> list[str]:
+    """Those of these nodes that do not answer, or are down. nodes: in SLURM's short form."""
+    said = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T")
+    lines = (line.split() for line in said.splitlines())
+    return sorted({name for name, state in lines if state.endswith("*") or state.startswith(("down", "fail", "drain"))})

@@ -1,0 +1,76 @@
+"""Stages as steps of the SLURM job that this process is in: srun starts an agent on each node, that one the ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+from pathlib import Path
+
+from alignment.allocation import allocation
+from alignment.config.launchers import Container, SlurmLauncher
+from alignment.launchers import slurm
+from alignment.launchers.base import Handle, Job
+from alignment.launchers.local import Process
+from alignment.life import Beat
+
+PORTS = range(20_000, 32_000)  # below those that kernels give to whoever asks for any
+
+
+class Step(Process):
+    """A running srun. Its ranks on this node are children of SLURM's daemon: they are known once they beat."""
+
+    def ranks(self) -> dict[int, Beat]:
+        return {}
+
+    def kill(self) -> None:
+        """srun alone, killed, would leave its processes to themselves."""
+        if self.status() is None and (here := allocation()):
+            slurm.kill_steps(here.job)
+        super().kill()
+
+
+class SrunLauncher:
+    def __init__(self, settings: SlurmLauncher):
+        self.settings = settings
+
+    def submit(self, job: Job) -> Handle:
+        settings = self.settings
+        command = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"]
+        command += ["--kill-on-bad-exit=1", "--unbuffered", f"--job-name={job.name}", "--input=none"]
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # a step does not take it from its job by itself
+            command.append(f"--cpus-per-task={cpus}")
+        python = settings.python or sys.executable
+        if settings.container is not None:
+            python = settings.python or "python3"
+            command += _inside(settings.container, job.folder)
+        command += [python, "-m", "alignment.launchers.agent", str(job.folder)]
+        command += ["--nodes", str(job.nodes), "--processes", str(job.processes)]
+        if job.world_size > 1:
+            command += ["--meet", f"{slurm.head()}:{free_port(job.attempt)}"]
+        return Step(command, job)
+
+
+def _inside(container: Container, folder: Path) -> list[str]:
+    """srun's arguments that have the rest of them run in a container, which sees the store and the code."""
+    seen = [str(folder.parent.parent), os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
+    if container.kind == "enroot":
+        mounts = ",".join(f"{place}:{place}" for place in seen)
+        workdir = f"--container-workdir={os.getcwd()}"
+        return [f"--container-image={container.image}", f"--container-mounts={mounts}", workdir, *container.options]
+    binds = [argument for place in seen for argument in ("--bind", place)]
+    return ["apptainer", "exec", *binds, "--pwd", os.getcwd(), *container.options, container.image]
+
+
+def free_port(attempt: int) -> int:
+    """One that nobody listens on here. Jobs that start together on one node begin to look at different ones."""
+    look = random.Random(f"{allocation()} {attempt}")
+    for port in (look.choice(PORTS) for _ in range(1000)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no port between 20000 and 32000 is free")
