@@ -54,7 +54,7 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """A cluster that runs inside `with`. Its daemons die with the thread that started it.
+    """A cluster that runs inside `with`, in a folder of its own. Its daemons die with the thread that started it.
 
     gpus: that many pretended ones on every node. network: every node has its own address and host name, and a cable
     that can be pulled; without, all nodes are names of this machine. settings: lines of slurm.conf to set otherwise.
@@ -128,10 +128,22 @@ class Cluster:
         for process in self._daemons.values():
             process.wait(10)
         self._daemons.clear()
-        if self._guard is not None and self._guard.stdin is not None:
-            self._guard.stdin.close()
-            self._guard.wait(30)
+        if self._guard is not None:
+            self._guard.kill()  # the folder stays, for whoever wants to read the logs
+            self._guard.communicate()
             self._guard = None
+
+    def reset(self) -> None:
+        """No jobs, all nodes there, all cables plugged: what the next test expects, whatever the last one did."""
+        for node in self.nodes:
+            self.start_node(node)
+            if self.network:
+                self.plug_cable(node)
+        jobs = self.run("squeue", "-h", "-o", "%A").stdout.split()
+        if jobs:
+            self.run("scancel", *jobs, check=False)  # one may end just now
+        self._until(lambda: not self.run("squeue", "-h").stdout, "the end of all jobs", 90)
+        self._until(lambda: set(self.node_states().values()) == {"idle"}, "idle nodes", 90)
 
     def _until(self, true: Callable[[], bool], what: str, timeout: float = 30) -> None:
         end = time.monotonic() + timeout
@@ -164,19 +176,22 @@ class Cluster:
 
     def kill_daemon(self, node: str) -> None:
         """SIGKILL to slurmd alone: the node's jobs go on."""
-        daemon = self._daemons.pop(node)
-        daemon.kill()
-        daemon.wait(10)
+        if daemon := self._daemons.pop(node, None):
+            daemon.kill()
+            daemon.wait(10)
 
     def kill_node(self, node: str) -> None:
         """As when the power fails: slurmd, the step daemons and all tasks are gone at once."""
-        self.kill_daemon(node)
         machine.kill(lambda: machine.processes([node]))
+        self.kill_daemon(node)
         machine.remove_cgroups(node)
 
     def start_node(self, node: str) -> None:
-        """After a kill. SLURM may take seconds to believe in the node again: `wait_node`."""
-        self._daemon_of(node)
+        """After a kill. A node that lost its power and is back before SLURM called it "down*" (`wait_node`) is believed
+        to run its jobs for another minute: wait for that first.
+        """
+        if node not in self._daemons:
+            self._daemon_of(node)
 
     def pull_cable(self, node: str) -> None:
         """The node goes on, but hears and is heard by nobody."""
@@ -197,7 +212,7 @@ class Cluster:
         return {"SLURM_CONF": str(self.conf)}
 
     def run(self, *command: str, **kw: Any) -> subprocess.CompletedProcess[str]:
-        """A command in the cluster's folder, with its environment; an exit code other than 0 is an error."""
+        """A command in the cluster's folder; `env` adds to its environment. An exit code other than 0 is an error."""
         check = kw.pop("check", True)
         done = self._client(*command, **kw)
         if check and done.returncode:
@@ -298,7 +313,7 @@ SETTINGS = {
     "SelectTypeParameters": "CR_Core_Memory",
     "SlurmdParameters": "config_overrides",  # the nodes have what slurm.conf says, not what the machine has
     "SchedulerType": "sched/backfill",
-    "SchedulerParameters": "batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2",
+    "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1",
     "PreemptType": "preempt/partition_prio",
     "PreemptMode": "REQUEUE",
     "SlurmctldParameters": "preempt_send_user_signal",  # preemption sends the signal of sbatch --signal

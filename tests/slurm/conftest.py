@@ -25,6 +25,15 @@ def slurm_network() -> Iterator[Cluster]:
     yield from running(install() or networks_refused(), network=True)
 
 
+@pytest.fixture(autouse=True)
+def _reset(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test may leave jobs running and nodes dead."""
+    clusters = [request.getfixturevalue(name) for name in ("slurm", "slurm_network") if name in request.fixturenames]
+    yield
+    for cluster in clusters:
+        cluster.reset()
+
+
 def running(refused: str | None, network: bool = False) -> Iterator[Cluster]:
     if refused and (os.environ.get("CI") or os.environ.get("ALIGNMENT_SLURM_MUST_RUN") == "1"):
         pytest.fail(refused)

@@ -1,6 +1,7 @@
 """What a cluster puts on the machine outside its folder (processes, cgroups, names, networks), and its removal.
 
-Run as a program this is a cluster's guard: it waits until its parent is gone, however that ended, and clears up.
+Run as a program this is a cluster's guard: it waits until its parent is gone, however that ended, and removes all of
+the cluster, with its folder, which nobody is left to read.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,15 +64,23 @@ def processes(nodes: Iterable[str], *marks: str) -> set[int]:
 
 
 def kill(find: Callable[[], set[int]]) -> None:
-    """SIGKILL until nothing is found: what is killed may just have made another."""
+    """SIGKILL until nothing is found. All are stopped before the first dies, so that none sees another one's death."""
     end = time.monotonic() + 10
     while pids := find():
         if time.monotonic() > end:
             raise TimeoutError(f"not to be killed: {sorted(pids)}")
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        send(signal.SIGSTOP, pids)
+        while new := find() - pids:
+            send(signal.SIGSTOP, new)
+            pids |= new
+        send(signal.SIGKILL, pids)
         time.sleep(0.02)
+
+
+def send(number: signal.Signals, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 # Cgroups
@@ -196,3 +206,4 @@ def networks_refused() -> str | None:
 if __name__ == "__main__":
     sys.stdin.read()
     clear(sys.argv[1], sys.argv[2], sys.argv[3:])
+    shutil.rmtree(Path(sys.argv[2]).parent)
