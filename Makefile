@@ -7,16 +7,20 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Where there is no GPU: PyTorch's CPU build, a tenth of the size. It is looked for here and wherever pip is told to look.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test faults check bench browser clean help
+.PHONY: demo test test-slurm faults check bench browser clean help
 
 help:            ## what can be made
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(STAMP)   ## the main job on real input: SFT, sampling, DPO, evaluation, report
 	$(BIN)/alignment run experiment=quickstart
 
 test: check browser  ## all tests, after the checks
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(MAKE) test-slurm
+
+test-slurm: $(STAMP)  ## the tests on a SLURM cluster that they start themselves, as root; part of `make test`
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 faults: $(STAMP)  ## every fault in every engine, into docs/reliability.md; at most 45 minutes on two cores, best as root
 	FAULTS_RESULTS=docs/reliability.json $(BIN)/python -m pytest -n 2 --dist load -m "faults or not faults" tests/faults; \
