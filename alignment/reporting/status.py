@@ -23,13 +23,16 @@ def read_runs(store: Path, is_held: Callable[[str], bool]) -> list[Row]:
     gone: it was done, but the store no longer has the result; the same command makes it again.
     preempted: stopped in order. interrupted: killed, or ended at once.
     """
-    runs = [_run(file, store, is_held) for file in store.glob("runs/*/run.json")]
+    runs = [read_run(file, store, is_held) for file in store.glob("runs/*/run.json")]
     return sorted(runs, key=lambda run: finite(run.get("created")) or 0.0, reverse=True)
 
 
-def _run(file: Path, store: Path, is_held: Callable[[str], bool]) -> Row:
+def read_run(file: Path, store: Path, is_held: Callable[[str], bool]) -> Row:
+    """One run by its run.json, as in `read_runs`."""
     run = read(file)
-    if not isinstance(run, dict):
+    if not isinstance(run, dict) or not all(
+        isinstance(node, dict) and "name" in node for node in run.get("nodes") or []
+    ):
         return {
             "run": file.parent.name,
             "state": "unreadable",
