@@ -12,7 +12,7 @@ from rich.text import Text
 
 from alignment.files import near
 from alignment.reporting import words
-from alignment.reporting.comparison import AS_GOOD, BEST, NOTHING, UNKNOWN, WORSE
+from alignment.reporting.comparison import AS_GOOD, BEST, LEVEL, NOTHING, UNKNOWN, WORSE
 from alignment.reporting.inference import CONFIDENCE
 from alignment.reporting.settings import called, shown_of
 from alignment.reporting.terminal import styled
@@ -104,6 +104,7 @@ def notes(content: Row) -> list[str]:
     if by:
         how = ", ".join(BY[one] for one in BY if one in by)
         lines.append(f"p   of the difference to the best, {how}; Holm's correction over all pairs of rows")
+        lines.append(f"    as good: p is not below {LEVEL:g}; intervals of differences are of each alone, uncorrected")
     if len(content["groups"]) > MOST_ROWS:
         lines.append(f"    {len(content['groups']) - MOST_ROWS} further rows are on the page and in --json")
     return lines

@@ -277,7 +277,7 @@ def _names(few: list[Row], known: list[Row]) -> str:
 
 def _open(content: Row) -> list[str]:
     """2 of 12 points failed; or, of 12 points 2 failed, 1 is running: every state but done, the commonest first."""
-    states = Counter(content["states"])
+    states: Counter[str] = Counter(content["states"])
     states.update({"without an evaluation": sum(p["state"] in DONE and not p["measured"] for p in content["points"])})
     found = [(state, count) for state, count in states.most_common() if count and state not in DONE]
     if len(found) > 1:

@@ -81,18 +81,20 @@ def _squares(results: Sequence[float]) -> float:
 
 
 def _levels(rows: Rows, key: str) -> list[str]:
-    """A level for each point; numbers of more than MOST_LEVELS values fall into bins of about equal size by rank."""
+    """A level for each point; numbers of more than MOST_LEVELS values fall into bins of about equal size by rank.
+
+    Points that lack the setting are a level of their own.
+    """
     levels = [level_of(settings, key) for settings, _ in rows]
-    values = [float(settings[key]) for settings, _ in rows if numeric(settings.get(key))]
-    if len(set(levels)) <= MOST_LEVELS or len(values) < len(rows):
+    values = {i: settings[key] for i, (settings, _) in enumerate(rows) if key in settings}
+    if len(set(levels)) <= MOST_LEVELS or not all(numeric(value) for value in values.values()):
         return levels
-    bins = max(2, min(BINS, len(rows) // 4))
-    order = sorted(range(len(rows)), key=lambda i: values[i])
+    bins = max(2, min(BINS, len(values) // 4))
     rank = 0
-    for _, equal in groupby(order, key=lambda i: values[i]):
+    for _, equal in groupby(sorted(values, key=values.__getitem__), key=values.__getitem__):
         few = list(equal)
         for i in few:  # equal values fall into one bin, that of their first
-            levels[i] = str(rank * bins // len(rows))
+            levels[i] = str(rank * bins // len(values))
         rank += len(few)
     return levels
 
