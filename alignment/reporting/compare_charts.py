@@ -69,7 +69,7 @@ def frontier(content: Row) -> Markup | None:
         dot = tag("circle", cx=frame.fx(point["kl"]), cy=frame.fy(point["reward"]), r=2.6, class_="dot seed")
         tip = f"{groups[point['group']]['label']}, point {point['number']}\n{_place(point)}"
         parts.append(tag("g", dot, class_=f"hot {colour(point['group'])}", data_tip=tip))
-    names = _names(frame, [(i, groups[i]["label"], means[i]) for i in sorted(told["pareto"])])
+    names = _names(frame, [(i, groups[i]["label"], means[i]) for i in sorted(told["pareto"]) if i < COLOURED])
     for one in reversed(told["groups"]):
         x, y = means[one["group"]]
         label = groups[one["group"]]["label"]

@@ -98,7 +98,7 @@ def _groups(points: list[Row], names: Row) -> list[Row]:
     groups = []
     for few in found.values():
         settings = {key: few[0]["settings"][key] for key in names if key in few[0]["settings"]}
-        groups.append({"label": called(settings, names) or "all points", "settings": settings, "points": few})
+        groups.append({"label": called(settings, names) or "the only combination", "settings": settings, "points": few})
     return groups
 
 
