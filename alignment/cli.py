@@ -240,7 +240,8 @@ def compare(arguments: list[str]) -> int:
     if given.json:
         _print_json(comparison.plain(content))
     else:
-        compare_terminal.show(content, compare_page.write_page(content, folder))
+        compare_terminal.show(content)
+        compare_terminal.show_page(compare_page.write_page(content, folder))
     return 0
 
 

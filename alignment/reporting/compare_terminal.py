@@ -23,8 +23,8 @@ STANDINGS = {BEST: "bold green", AS_GOOD: "green", WORSE: "red", UNKNOWN: "magen
 BY = {"paired": "paired by seed", "welch": "by Welch's test", "prompts": "by the prompts' noise alone"}
 
 
-def show(content: Row, page: Path | None, console: Console | None = None) -> None:
-    """content: of `comparison.compare`. page: where compare.html lies."""
+def show(content: Row, console: Console | None = None) -> None:
+    """content: of `comparison.compare`."""
     console = console or Console(highlight=False)
     name, points = content["objective"]["metric"], len(content["points"])
     kinds = [*content["keys"].values(), *content["seeds"]]
@@ -40,8 +40,10 @@ def show(content: Row, page: Path | None, console: Console | None = None) -> Non
         console.print(points_table(left, content))
     if content.get("wandb_group"):
         console.print(Text(f"the same grouped in W&B: group {content['wandb_group']}", "dim"), soft_wrap=True)
-    if page:
-        console.print(Text.assemble(("page  ", "dim"), near(page)), soft_wrap=True)
+
+
+def show_page(page: Path, console: Console | None = None) -> None:
+    (console or Console(highlight=False)).print(Text.assemble(("page  ", "dim"), near(page)), soft_wrap=True)
 
 
 def leaderboard(content: Row, width: int) -> Table:

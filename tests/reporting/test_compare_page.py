@@ -34,7 +34,7 @@ def text_of(page: str) -> str:
 
 def printed(told: dict[str, Any], width: int = 100) -> str:
     screen = Console(file=io.StringIO(), width=width, highlight=False, color_system=None)
-    compare_terminal.show(told, None, screen)
+    compare_terminal.show(told, screen)
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
 

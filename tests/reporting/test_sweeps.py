@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from alignment.errors import ConfigError, InputError
 from alignment.reporting import sweeps
 from alignment.reporting.settings import called, is_seed, level, short_names, shown, varied
+from tests.reporting.conftest import key as run_key
 from tests.reporting.fake_sweeps import BETA, CREATED, RATE, grid, key, write, write_run, write_sweep
 
 WAITING = {"evaluate_dpo": "waiting", "verdict": "waiting"}
@@ -44,6 +46,16 @@ def test_a_finished_point_has_its_metrics_with_the_verdict_s_intervals(tmp_path:
 def test_without_a_comparison_means_come_from_the_evaluation(tmp_path: Path) -> None:
     write_run(tmp_path, "run", {}, {"reward": 0.3}, interval=None)
     assert one(tmp_path)["metrics"] == {"reward": {"mean": 0.3, "low": None, "high": None, "confidence": None}}
+
+
+def test_of_a_whole_run_the_final_model_s_values_are_read(make_run: Callable[..., tuple[Path, Path]]) -> None:
+    folder, store = make_run()
+    (point,) = points_of(write_sweep(store, [{"run": folder.name, "settings": {}}]))
+    verdict = json.loads((store / "store" / run_key("verdict")[:16] / "verdict.json").read_text())
+    wanted = {row["metric"]: {**row["values"]["dpo"], "confidence": 0.95} for row in verdict["table"]}
+    assert (point["state"], point["metrics"], point["verdict"]) == ("done", wanted, "better")
+    assert point["training"]["stage"] == "dpo"
+    assert point["evaluation"] == run_key("evaluate_dpo")
 
 
 @pytest.mark.parametrize(
