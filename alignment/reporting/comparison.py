@@ -15,6 +15,7 @@ from alignment.reporting.words import metric as words_of
 
 Row = dict[str, Any]
 DIRECTIONS = ("maximize", "minimize")
+FIRST = ("reward", "kl", "stop_rate", "tokens", "heldout_nll")  # where there is no room for all
 LEVEL = 0.05
 AS_GOOD, WORSE, UNKNOWN, BEST, NOTHING = "as good", "worse", "not comparable", "best", "no result"
 
@@ -35,7 +36,7 @@ def compare(sweep: Row, points: list[Row], metric: str | None = None) -> Row:
     groups = _groups(placed, names)
     _mark_repeats(groups)
     seeds = [key for key in keys if is_seed(key)]
-    order = [objective["metric"], *(one["metric"] for one in sweep["objective"]), *METRICS, *known]
+    order = [objective["metric"], *(one["metric"] for one in sweep["objective"]), *FIRST, *METRICS, *known]
     metrics = [name for name in dict.fromkeys(order) if name in known]
     for group in groups:
         group["values"] = {name: value for name in metrics if (value := _value(group["counted"], name))}

@@ -37,7 +37,7 @@ def test_points_that_differ_in_seeds_alone_are_one_row_and_the_best_is_first(tmp
     ]  # fmt: skip
     first = told["groups"][0]["values"]["reward"]
     assert (first["mean"], first["noise"], first["n"]) == (pytest.approx(0.95 / 3), "seeds", 3)
-    assert told["metrics"] == ["reward", "stop_rate", "tokens", "kl"]
+    assert told["metrics"] == ["reward", "kl", "stop_rate", "tokens"]
 
 
 def test_differences_are_paired_by_seed_and_corrected_for_all_pairs(tmp_path: Path) -> None:
