@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,39 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def compare(arguments: list[str]) -> int:
+    """Show what a sweep, or several runs, have taught: table here, compare.html in the sweep's folder."""
+    parser = _parser("compare", "alignment compare [sweep | run run ...]", compare)
+    what = "a sweep's name, its beginning, or its folder; or two runs or more; none = list the sweeps"
+    parser.add_argument("names", nargs="*", metavar="sweep", help=what)
+    parser.add_argument("--metric", help="compare by this one instead of the sweep's objective: NAME or NAME:minimize")
+    parser.add_argument("--json", action="store_true", help="machine-readable; writes no page")
+    _add_store(parser)
+    given = parser.parse_args(arguments)
+    from alignment.pipeline.store import Store
+    from alignment.reporting import compare_page, compare_terminal, comparison, jobs, sweeps
+
+    if not given.names:
+        known = sweeps.list_sweeps(given.store)
+        _print_json(known) if given.json else compare_terminal.show_list(known, given.store)
+        return 0
+    if len(given.names) > 1:
+        sweep, folder = sweeps.sweep_of_runs(given.names, given.store)
+    else:
+        folder = sweeps.sweep_folder(given.names[0], given.store)
+        sweep = sweeps.read_sweep(folder)
+    store = Store(folder.parent.parent)
+    content = comparison.compare(
+        sweep, sweeps.read_points(sweep, store.root, store.is_held, partial(jobs.read, store)), given.metric
+    )
+    if given.json:
+        _print_json(comparison.plain(content))
+    else:
+        compare_terminal.show(content)
+        compare_terminal.show_page(compare_page.write_page(content, folder))
+    return 0
+
+
 def chat(arguments: list[str]) -> int:
     """Talk to the model of a run, or to any model folder; --compare asks start, SFT and DPO models alike."""
     parser = _parser("chat", "alignment chat <run or model folder> [--compare] [--prompt TEXT]", chat)
@@ -273,6 +307,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "logs": logs,
     "cancel": cancel,
     "report": report,
+    "compare": compare,
     "chat": chat,
 }
 

@@ -56,7 +56,7 @@ def seconds(arguments: list[str], cwd: Path, code: int = 0, times: int = 1) -> f
 
 
 def test_help_and_errors_of_settings_import_nothing_heavy(tmp_path: Path) -> None:
-    for command in (["--help"], ["run", "--help"], ["chat", "--help"]):
+    for command in (["--help"], ["run", "--help"], ["chat", "--help"], ["compare", "--help"], ["compare"]):
         seconds(command, tmp_path)
     for command in ("plan", "run"):
         seconds([command, "experiment=quickstart", "stage.compare.candidate=dop"], tmp_path, code=2)

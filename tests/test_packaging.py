@@ -22,7 +22,8 @@ def test_a_wheel_runs_from_any_folder(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     here = {str(f.relative_to(ROOT)) for f in (ROOT / "conf").rglob("*.*")} | {"launchers/local.py"}
     assert {f"alignment/{name}" for name in here} <= names
-    assert {"alignment/reporting/report.html.jinja", "alignment/reporting/report.css"} <= names
+    pages = ("report.html.jinja", "report.css", "compare.html.jinja", "compare.css")
+    assert {f"alignment/reporting/{name}" for name in pages} <= names
     assert not [name for name in names if name.startswith(("tests/", "launchers/", "conf/"))]
 
     site = tmp_path / "site"

@@ -31,26 +31,33 @@ def read_runs(
     preempted: stopped in order. interrupted: killed, or ended at once.
     """
     files = sorted(store.glob("runs/*/run.json")) if folders is None else [folder / "run.json" for folder in folders]
-    raw = [(file, read(file)) for file in files]
-    keys = [node["key"] for _, run in raw if isinstance(run, dict) for node in run["nodes"] if _is_open(node, store)]
-    jobs = jobs_of(list(dict.fromkeys(keys))) if keys else {}
-    runs = [_run(file, run, store, is_held, jobs) for file, run in raw]
+    jobs = jobs_of_runs(files, store, jobs_of)
+    runs = [read_run(file, store, is_held, jobs) for file in files]
     if folders is not None:
         return runs
     return sorted(runs, key=lambda run: finite(run.get("created")) or 0.0, reverse=True)
 
 
-def _is_open(node: Row, store: Path) -> bool:
-    """Whether it is a job's to make, and not made."""
-    return node.get("state") == "queued" and not _committed(store, node["key"])
+def jobs_of_runs(files: Sequence[Path], store: Path, jobs_of: Callable[[list[str]], dict[str, Row]]) -> dict[str, Row]:
+    """What is said of the jobs of all stages of these runs that are a job's to make, and not made: asked once."""
+    runs = [run for file in files if _is_readable(run := read(file))]
+    keys = {node.get("key"): None for run in runs for node in run.get("nodes") or [] if node.get("state") == "queued"}
+    missing = [key for key in keys if isinstance(key, str) and not _committed(store, key)]
+    return jobs_of(missing) if missing else {}
 
 
 def _committed(store: Path, key: str) -> bool:
     return (store / "store" / key[:16] / "record.json").is_file()
 
 
-def _run(file: Path, run: Any, store: Path, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
-    if not isinstance(run, dict):
+def _is_readable(run: Any) -> bool:
+    return isinstance(run, dict) and all(isinstance(node, dict) and "name" in node for node in run.get("nodes") or [])
+
+
+def read_run(file: Path, store: Path, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
+    """One run by its run.json, as in `read_runs`. jobs: of `jobs_of_runs`."""
+    run = read(file)
+    if not _is_readable(run):
         return {
             "run": file.parent.name,
             "state": "unreadable",

@@ -153,7 +153,7 @@ def test_the_error_of_a_failed_stage_is_the_headline(make_run: MakeRun) -> None:
 def test_reporting_imports_nothing_heavy() -> None:
     code = """
 import sys
-from alignment.reporting import gather, page, status, terminal
+from alignment.reporting import compare_page, compare_terminal, comparison, gather, page, status, sweeps, terminal
 print([name for name in ("torch", "transformers", "numpy", "plotly", "jinja2", "yaml") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

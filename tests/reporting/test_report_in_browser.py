@@ -1,4 +1,4 @@
-"""The report in a real browser: headless Chromium, driven through chromedriver's plain HTTP interface."""
+"""The pages in a real browser: headless Chromium, driven through chromedriver's plain HTTP interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from alignment.reporting import compare_page, comparison, sweeps
 from alignment.reporting.page import write_report
+from tests.reporting.fake_sweeps import BETA, grid, write_run, write_sweep
 
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -147,6 +149,22 @@ def report(make_run: Callable[..., tuple[Path, Path]]) -> Path:
     return write_report(*make_run(states={"start": "reused", "rows": "reused"}))
 
 
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Four betas of three seeds, one point that failed with words like markup, one that is not there."""
+    points = grid(
+        tmp_path, {0.05: [0.27, 0.30, 0.29], 0.1: [0.30, 0.33, 0.31], 0.3: [0.1, 0.14, 0.11], 1.0: [0.0, 0.1, 0.0]}
+    )
+    states = {"dpo": "failed", "evaluate_dpo": "waiting", "verdict": "waiting"}
+    error = '<script>document.title = "owned"</script>'
+    write_run(tmp_path, "bad", {BETA: 1.0, "seed": 3}, {"reward": 0.0}, states=states, error=error)
+    points += [{"run": run, "settings": {BETA: 1.0, "seed": 3}} for run in ("bad", "nowhere")]
+    folder = write_sweep(tmp_path, points)
+    told = sweeps.read_sweep(folder)
+    found = comparison.compare(told, sweeps.read_points(told, tmp_path, lambda key: False))
+    return compare_page.write_page(found, folder)
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (420, "light")])
 def test_the_page_is_drawn_and_nothing_goes_wrong(browser: Browser, report: Path, width: int, scheme: str) -> None:
     browser.open(report, width, scheme)
@@ -191,6 +209,38 @@ def test_the_pointer_reads_values_and_lights_up_the_lineage(browser: Browser, re
     assert browser.run(shown) == ["node-dpo"]
     browser.run("document.querySelector('[data-node=\"sft\"]').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
     assert browser.run(shown) == ["node-sft"]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (420, "light")])
+def test_the_page_of_a_sweep_is_drawn_and_nothing_goes_wrong(
+    browser: Browser, sweep: Path, width: int, scheme: str
+) -> None:
+    browser.open(sweep, width, scheme)
+    assert browser.console() == []
+    assert browser.requested() == [sweep.as_uri()]
+    assert browser.run("return document.title") == "beta · sweep", "the error's script did not run"
+    assert browser.run("return document.documentElement.scrollWidth") == width, "nothing sticks out at the side"
+    regions = ("#verdict", "#leaders", "#trade figure", "#settings figure", ".shares", ".panels", "#points")
+    for region, found in browser.inks(*regions).items():
+        assert found["colours"] > 20, region
+        assert found["ink"] > 0.01, region
+
+
+def test_every_mark_of_a_sweep_is_there_and_the_pointer_reads_it(browser: Browser, sweep: Path) -> None:
+    """Means and points of four betas with 3 seeds; each of the 3 charts of curves has 4 means and 12."""
+    browser.open(sweep)
+    drawn = browser.run(
+        """
+        const count = (s) => document.querySelectorAll(s).length;
+        const long = [...document.querySelectorAll(".panels path.line")].filter((p) => p.getTotalLength() > 50).length;
+        return {means: count("#trade .point"), points: count("#trade .dot"), lines: count("#settings path.line"), long,
+                rows: count(".leaders tbody tr"), charts: count(".leaders svg"), all: count(".every tbody tr")}
+        """
+    )
+    assert drawn == {"means": 4, "points": 12, "lines": 4, "long": 48, "rows": 4, "charts": 4, "all": 14}
+    assert "reward 0.313" in (browser.point_at("#trade g.g0[tabindex]") or "")
+    assert (browser.point_at(".panels svg.plot", 0.95) or "").startswith("step 12\nbeta=0.1 ")
+    assert "of the variance" in (browser.point_at(".shares li") or "")
 
 
 def test_opening_the_page_asks_nothing_of_any_network(browser: Browser, tmp_path: Path, report: Path) -> None:

@@ -1,0 +1,70 @@
+"""What points of a sweep were varied in: which settings, which of them are seeds, and what combinations are called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from alignment.files import canonical
+
+Row = dict[str, Any]
+UNSET = "not set"
+LONGEST = 60
+
+
+def is_seed(key: str) -> bool:
+    """Settings that only draw another sample of the same: points that differ in nothing else are one combination."""
+    return key == "seed" or key.endswith(".seed")
+
+
+def level(value: Any) -> str:
+    """Equal values, equal text, whatever type carried the number: 1 and 1.0 are one value, 1 and "1" are not."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return repr(float(value))
+    return canonical(value)
+
+
+def level_of(settings: Row, key: str) -> str:
+    """As `level`; "" where the point does not have the setting."""
+    return level(settings[key]) if key in settings else ""
+
+
+def varied(points: Iterable[Row]) -> list[str]:
+    """Keys that not all points have with the same value, in the order in which they first stand."""
+    settings = [point["settings"] for point in points]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    return [key for key in keys if len({level_of(one, key) for one in settings}) > 1]
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """stage.dpo.beta -> beta, or as many of its last parts as tell it from every other key."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        taken = [other for other in keys if other != key]
+        names[key] = next((t for t in tails if not any(f".{o}".endswith(f".{t}") for o in taken)), key)
+    return names
+
+
+def numeric(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def shown(value: Any) -> str:
+    """A setting's value as people write it, not longer than a table bears."""
+    if isinstance(value, float):
+        text = f"{value:.6g}".replace("e-0", "e-").replace("e+0", "e")
+    else:
+        text = value if isinstance(value, str) else canonical(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def shown_of(settings: Row, key: str) -> str:
+    return shown(settings[key]) if key in settings else UNSET
+
+
+def called(settings: Row, names: dict[str, str]) -> str:
+    """beta=0.1, loss=ipo: what a combination is called. names: key -> short name, of the keys that tell it apart."""
+    return ", ".join(f"{name}={shown_of(settings, key)}" for key, name in names.items())

@@ -1,0 +1,253 @@
+"""Reads what a sweep, or a few runs taken together, left behind: every point, its true state and what it measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from alignment.config.schema import Experiment
+from alignment.config.shape import side
+from alignment.errors import ConfigError, InputError
+from alignment.files import digest
+from alignment.reporting.gather import TRAINING, Stage, read, read_stage
+from alignment.reporting.status import facts_text, jobs_of_runs, read_run
+from alignment.reporting.targets import run_folder
+from alignment.reporting.words import DONE, finite, label
+
+Row = dict[str, Any]
+OBJECTIVE = {"metric": "reward", "direction": "maximize"}
+SAYS_NOTHING = tuple(n for n, f in Experiment.model_fields.items() if side(f) == "execution" and n != "pipeline")
+
+
+NOTHING_KNOWN: Row = {
+    "state": "unreadable", "note": None, "measured": False, "metrics": {}, "verdict": None, "evaluation": None,
+    "training": None, "report": False,
+}  # fmt: skip
+COUNTS = ("prompts", "heldout_nll_missing")  # of an evaluation's record: no metrics of the model
+
+# --- which sweep -----------------------------------------------------------------------------------------------------
+
+
+def list_sweeps(store: Path) -> list[Row]:
+    """The store's sweeps, the newest first: {"sweep", "name", "created", "points": how many, "command", "launcher",
+    "folder", "problem": why it cannot be read, or None}."""
+    found = []
+    for file in store.resolve().glob("sweeps/*/sweep.json"):
+        try:
+            sweep, problem = read_sweep(file.parent), None
+        except InputError as error:
+            sweep, problem = {"points": []}, error.what
+        told = {name: sweep.get(name) for name in ("name", "created", "command", "launcher")}
+        points = len(sweep["points"])
+        found.append(
+            {"sweep": file.parent.name, **told, "points": points, "folder": str(file.parent), "problem": problem}
+        )
+    return sorted(found, key=lambda sweep: (-(finite(sweep["created"]) or 0.0), sweep["sweep"]))
+
+
+def sweep_folder(name: str, store: Path) -> Path:
+    """A sweep's folder by path, by its full name, or by the beginning of its name (the newest that fits)."""
+    if (Path(name) / "sweep.json").is_file():
+        return Path(name).resolve()
+    known = list_sweeps(store)
+    names = [sweep["sweep"] for sweep in known]
+    for fits in (name.__eq__, lambda one: one.startswith(name)):
+        if folder := next((sweep["folder"] for sweep in known if name and fits(sweep["sweep"])), None):
+            return Path(folder)
+    fix = f"known: {', '.join(names[:5])}" if names else "alignment run -m key=value1,value2 makes one"
+    fix += "; runs are compared by naming two or more"
+    raise ConfigError(f"no sweep is called {name!r}", where=str(store / "sweeps"), fix=fix)
+
+
+def read_sweep(folder: Path) -> Row:
+    """sweep.json with every part of it in its place, {"sweep", "name", "created", "command", "launcher", "objective",
+    "points": [{"run" or None, "settings", "pruned"}]}. What of a point cannot be read is left empty, the point stays.
+
+    Raises InputError without a file that can be read.
+    """
+    told, where = read(folder / "sweep.json"), str(folder / "sweep.json")
+    if not isinstance(told, dict) or not isinstance(told.get("points"), list):
+        raise InputError(
+            "is no sweep.json that can be read", where=where, fix="the command of the sweep writes it anew"
+        )
+    objective = [
+        one for one in told.get("objective") or [] if isinstance(one, dict) and isinstance(one.get("metric"), str)
+    ]
+    kept = {name: told.get(name) for name in ("created", "command", "launcher", "wandb_group")}
+    return {
+        "sweep": folder.name,
+        "name": str(told.get("name") or folder.name),
+        **kept,
+        "objective": objective or [OBJECTIVE],
+        "points": [_point(point if isinstance(point, dict) else {}) for point in told["points"]],
+    }
+
+
+def _point(point: Row) -> Row:
+    run, settings = point.get("run"), point.get("settings")
+    if not isinstance(settings, dict):
+        pairs = [text.split("=", 1) for text in point.get("overrides") or [] if isinstance(text, str) and "=" in text]
+        settings = {key.lstrip("+"): value for key, value in pairs}
+    named = isinstance(run, str) and run not in ("", ".", "..") and "/" not in run
+    return {"run": run if named else None, "settings": _plain(settings), "pruned": point.get("pruned") is True}
+
+
+def _plain(settings: Row) -> Row:
+    """Numbers that JSON does not know become texts."""
+    odd = {key: str(v) for key, v in settings.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {**settings, **odd}
+
+
+def sweep_of_runs(names: list[str], store: Path) -> tuple[Row, Path]:
+    """Runs taken together as a sweep of their own, and the folder for its page. Settings: those in which their configs
+    differ, without what cannot change a result (where and how the work was done). Raises ConfigError, InputError."""
+    folders = list(dict.fromkeys(run_folder(name, store) for name in names))
+    if len(folders) < 2:
+        raise ConfigError(f"{' and '.join(names)} are one run", where=str(folders[0]), fix="name two different runs")
+    roots = list(dict.fromkeys(folder.parent.parent for folder in folders))
+    if len(roots) > 1:
+        raise ConfigError(
+            "the runs lie in different stores", where=", ".join(map(str, roots)), fix="compare within one"
+        )
+    runs = [read(folder / "run.json") for folder in folders]
+    configs = [_flat(run.get("config")) if isinstance(run, dict) else None for run in runs]
+    known = [config for config in configs if config is not None]
+    keys = [key for key in dict.fromkeys(key for config in known for key in config) if _differs(key, known)]
+    points = [
+        {"run": f.name, "settings": {k: c[k] for k in keys if c and k in c}}
+        for f, c in zip(folders, configs, strict=True)
+    ]
+    name = f"runs-{digest(sorted(folder.name for folder in folders))[:8]}"
+    created = max((finite(run.get("created")) or 0.0 for run in runs if isinstance(run, dict)), default=0.0)
+    command = f"alignment compare {' '.join(folder.name for folder in folders)}"
+    sweep = {"sweep": name, "name": f"{len(folders)} runs", "created": created, "command": command, "launcher": None}
+    return {**sweep, "objective": [OBJECTIVE], "points": [_point(point) for point in points]}, roots[
+        0
+    ] / "sweeps" / name
+
+
+def _differs(key: str, configs: list[Row]) -> bool:
+    missing = object()
+    return key.split(".")[0] not in SAYS_NOTHING and any(
+        c.get(key, missing) != configs[0].get(key, missing) for c in configs
+    )
+
+
+def _flat(config: Any, prefix: str = "") -> Row:
+    """Nested settings by dotted key; lists are values."""
+    found: Row = {}
+    for key, value in (config if isinstance(config, dict) else {}).items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+# --- its points ------------------------------------------------------------------------------------------------------
+
+
+def read_points(
+    sweep: Row,
+    store: Path,
+    is_held: Callable[[str], bool],
+    jobs_of: Callable[[list[str]], dict[str, Row]] = lambda keys: {},
+) -> list[Row]:
+    """Every point of the sweep, in its order: {"number", "run", "settings", "state", "note", "measured", "metrics",
+    "verdict", "evaluation", "training", "report"}.
+
+    state: of its run as `status.read_runs` knows it, or pruned, missing (no run.json), unreadable.
+    measured: the evaluation of its final model is in the store, and it was not pruned. Then metrics holds each metric
+    of that model, {"mean", "low", "high", "confidence"}, the interval over prompts by the verdict where there is one.
+    evaluation: the key of that evaluation; equal keys are one measurement. training: {"stage", "folder", "done"}.
+    """
+    found = []
+    files = [store / "runs" / str(point["run"]) / "run.json" for point in sweep["points"]]
+    jobs = jobs_of_runs(files, store, jobs_of)
+    for number, point in enumerate(sweep["points"], start=1):
+        told: Row = {"number": number, **NOTHING_KNOWN, "run": point["run"], "settings": point["settings"]}
+        try:
+            told.update(_read_point(point, store, is_held, jobs))
+        except (AttributeError, KeyError, TypeError, ValueError):  # JSON, but not of ours: it must not hide the others
+            told.update(NOTHING_KNOWN, note="what its run left cannot be read")
+        found.append(told)
+    return found
+
+
+def _read_point(point: Row, store: Path, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
+    if point["run"] is None:
+        return {"note": "the sweep does not say which run it is"}
+    file = store / "runs" / point["run"] / "run.json"
+    if not file.is_file():
+        why = "pruned before it began" if point["pruned"] else "no run.json: not begun yet, or deleted"
+        return {"state": "pruned" if point["pruned"] else "missing", "note": why}
+    run = read_run(file, store, is_held, jobs)
+    if run["state"] == "unreadable":
+        return {"note": "its run.json cannot be read"}
+    told: Row = {"state": run["state"], "note": _note(run), "report": (file.parent / "report.html").is_file()}
+    stages = [read_stage(node, store, _config(run)) for node in run["nodes"]]
+    told["training"] = _training(stages, str(run.get("final") or ""))
+    if point["pruned"]:
+        return {**told, "state": "pruned"}
+    told.update(_measured(stages, str(run.get("final") or "")))
+    if not told.get("measured") and run["state"] == "done":
+        told["note"] = "its final model was not evaluated, or the evaluation cannot be read"
+    return told
+
+
+def _config(run: Row) -> Row:
+    config = run.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def _note(run: Row) -> str | None:
+    """What there is to say of a run that is not done: which stage, how far, why."""
+    for node in run["nodes"]:
+        if node["state"] == run["state"] and node["state"] not in DONE:
+            far = node.get("error") or facts_text(node.get("progress"))
+            return f"{label(str(node['name']))}{f': {far}' if far else ''}"
+    return None
+
+
+def _training(stages: list[Stage], final: str) -> Row | None:
+    """The stage that trained the final model, else the last that trains: {"stage", "folder", "done"}."""
+    training = [stage for stage in stages if stage.kind in TRAINING]
+    found = next((stage for stage in training if stage.name == final), training[-1] if training else None)
+    if found is None or found.folder is None:
+        return None
+    return {"stage": found.name, "kind": found.kind, "folder": str(found.folder), "done": found.state in DONE}
+
+
+def _measured(stages: list[Stage], final: str) -> Row:
+    """What is known of the final model; of the comparison's candidate where the final model was not evaluated."""
+    done = [stage for stage in stages if stage.state in DONE]
+    compare = next((stage for stage in reversed(stages) if stage.kind == "compare"), None)
+    by_name = {stage.name: stage for stage in stages}
+    roles = {role: by_name[node] for role, node in (compare.inputs if compare else {}).items() if node in by_name}
+    ways = [(role, stage) for role, stage in roles.items() if stage.inputs.get("model") == final]
+    ways += [("", stage) for stage in stages if stage.kind == "evaluate" and stage.inputs.get("model") == final]
+    candidate = compare.settings.get("candidate", "") if compare else ""
+    ways += [(candidate, roles[candidate])] if candidate in roles else []
+    role, evaluation = next(((role, stage) for role, stage in ways if stage in done), ("", None))
+    if evaluation is None:
+        return {}
+    found = read(evaluation.folder / "evaluation.json") if evaluation.folder else None
+    means = (found.get("metrics") if isinstance(found, dict) else None) or evaluation.metrics
+    known = [name for name, value in means.items() if finite(value) is not None and name not in COUNTS]
+    metrics = {name: _only_mean(means[name]) for name in known}
+    verdict = _verdict(compare) if compare in done else {}
+    for row in verdict.get("table") or []:
+        value = (row.get("values") or {}).get(role) or {}
+        if finite(value.get("mean")) is not None:
+            bounds = {name: finite(value.get(name)) for name in ("mean", "low", "high")}
+            metrics[row.get("metric")] = {**bounds, "confidence": finite(verdict.get("confidence"))}
+    told = {"verdict": verdict.get("verdict"), "evaluation": evaluation.key}
+    return {"measured": bool(metrics), "metrics": metrics, **told}
+
+
+def _only_mean(value: Any) -> Row:
+    return {"mean": finite(value), "low": None, "high": None, "confidence": None}
+
+
+def _verdict(compare: Stage | None) -> Row:
+    found = read(compare.folder / "verdict.json") if compare and compare.folder else None
+    return found if isinstance(found, dict) else {}
