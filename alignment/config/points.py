@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import compress
-from operator import not_
+from itertools import compress, takewhile
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
@@ -65,20 +64,34 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Template:
-    """config: its hydra.overrides.task is empty. plain: the part that is not Hydra's, unresolved; links: where.
+class Stem:
+    """A config with the first of a point's overrides. odd: some interpolation may mean another thing later.
 
-    odd: some interpolation may mean another thing later. dirname: how hydra.job.override_dirname is written.
-    constant: values of interpolations of the environment alone, once they are known.
+    touched: places below which it may differ from its template.
     """
 
+    lines: Lines
     config: DictConfig
+    touched: frozenset[Path]
+    odd: bool
+
+
+@dataclass
+class Template:
+    """plain: the part of root.config that is not Hydra's, unresolved; links: where it has interpolations.
+
+    dirname: how hydra.job.override_dirname is written. constant: values of interpolations of the environment alone, as
+    they become known. last: the point before. stem: of what points in a row have in common.
+    """
+
+    root: Stem
     plain: dict[str, Any]
     links: list[Link]
-    odd: bool
     name: str
     dirname: dict[str, Any]
     constant: dict[str, Any] = field(default_factory=dict)
+    last: Lines = ()
+    stem: Stem | None = None
 
 
 class Points:
@@ -114,29 +127,25 @@ class Points:
             raise Unusual
         chooses = [self._chooses(loader, base, override) for override in overrides]
         template = self._template(loader, base, tuple(compress(lines, chooses)))
-        config, touched, odd = clone(template.config), set[Path](), template.odd
-        for override in compress(overrides, map(not_, chooses)):
-            odd = odd or any(map(_is_odd, _interpolations(override.value())))
-            touched.add(_touched(config, override, odd))
-            loader._apply_overrides_to_config([override], config)
-        task = config.hydra.overrides.task
-        for line in lines:
-            task.append(line)
+        steps = [
+            (line, None if chosen else value) for line, value, chosen in zip(lines, overrides, chooses, strict=True)
+        ]
+        grown = _grown(loader, _stem(loader, template, steps), steps)
+        config = grown.config
         config.hydra.job.override_dirname = get_overrides_dirname(overrides=overrides, **template.dirname)
         if any("${" in line for line in (*prefix, *lines)):  # these lists resolve what they hold
             Origin.of(config.hydra)
         OmegaConf.copy_cache(from_config=master, to_config=config)
-        if odd:
+        if grown.odd:
             self._known.pop((prefix, lines), None)
             return Point(config, None)
-        return Point(config, self._validated(config, template, touched, (prefix, lines), situation))
+        return Point(config, self._validated(grown, template, prefix, situation))
 
-    def _validated(
-        self, config: DictConfig, template: Template, touched: set[Path], point: tuple[Lines, Lines], situation: Any
-    ) -> Experiment:
+    def _validated(self, grown: Stem, template: Template, prefix: Lines, situation: Any) -> Experiment:
+        point = prefix, grown.lines
         at, experiment = self._known.get(point, (None, None))
         if experiment is None or at != situation:
-            experiment = compose.typed(_resolved(config, template, touched), template.name)
+            experiment = compose.typed(_resolved(grown.config, template, grown.touched), template.name)
             if checks.is_faulty(experiment):
                 raise Unusual
             self._known[point] = situation, experiment
@@ -202,10 +211,9 @@ def _made(loader: ConfigLoaderImpl, base: Any, choices: Lines) -> Template:
     while len(task):
         task.pop()
     links = [link for key in plain for link in _links(config._get_node(key), (key,))]
-    odd = any(map(_is_odd, _interpolations(plain)))
-    return Template(
-        config, plain, links, odd, compose.default_name(config.hydra), hydra["job"]["config"]["override_dirname"]
-    )
+    root = Stem((), config, frozenset(), any(map(_is_odd, _interpolations(plain))))
+    dirname = hydra["job"]["config"]["override_dirname"]
+    return Template(root, plain, links, compose.default_name(config.hydra), dirname)
 
 
 def _links(node: Any, path: Path) -> Iterator[Link]:
@@ -260,6 +268,33 @@ def clone(node: Any, parent: Node | None = None) -> Any:
 # --- a point ----------------------------------------------------------------------------------------------------------
 
 
+Steps = list[tuple[str, Override | None]]  # each line, and what it sets unless it chooses a file
+
+
+def _stem(loader: ConfigLoaderImpl, template: Template, steps: Steps) -> Stem:
+    """What to go on from: most overrides of a sweep are the same in all its points, or in many in a row."""
+    stem, lines = template.stem or template.root, tuple(line for line, _ in steps)
+    same = tuple(
+        line for line, _ in takewhile(lambda pair: pair[0] == pair[1], zip(lines, template.last, strict=False))
+    )
+    if lines[: len(stem.lines)] != stem.lines or len(same) > len(stem.lines) + 2:
+        stem = template.stem = _grown(loader, template.root, steps[: len(same)])
+    template.last = lines
+    return stem
+
+
+def _grown(loader: ConfigLoaderImpl, stem: Stem, steps: Steps) -> Stem:
+    config, touched, odd = clone(stem.config), set(stem.touched), stem.odd
+    task = config.hydra.overrides.task
+    for line, override in steps[len(stem.lines) :]:
+        if override is not None:
+            odd = odd or any(map(_is_odd, _interpolations(override.value())))
+            touched.add(_touched(config, override, odd))
+            loader._apply_overrides_to_config([override], config)
+        task.append(line)
+    return Stem(tuple(line for line, _ in steps), config, frozenset(touched), odd)
+
+
 def _touched(config: DictConfig, override: Override, odd: bool) -> Path:
     """The place below which the override, about to be applied, may change something. Raises Unusual."""
     key, removes = override.key_or_group, override.is_delete()
@@ -285,7 +320,7 @@ def _touched(config: DictConfig, override: Override, odd: bool) -> Path:
     return parts[:-1] if removes else parts
 
 
-def _resolved(config: DictConfig, template: Template, touched: set[Path]) -> dict[str, Any]:
+def _resolved(config: DictConfig, template: Template, touched: frozenset[Path]) -> dict[str, Any]:
     """What OmegaConf.to_container(resolve=True) gives for the part of the config that is not Hydra's."""
     if () in touched:
         return {key: _value(config, (key,)) for key in config if isinstance(key, str) and key != "hydra"}

@@ -29,6 +29,7 @@ from alignment.pipeline import graph
 from alignment.pipeline.identity import one_look
 from tests.config.test_compose import REFUSED
 
+MIXTURES = 20
 FAST = [
     [],
     ["seed=3"],
@@ -266,9 +267,11 @@ def test_a_wrong_point_is_refused_in_the_same_words(
 
 
 def test_any_mixture_of_overrides(loader: Loader, master: DictConfig) -> None:
-    chance = random.Random(0)
-    for _ in range(20):
-        lines = [line for lines in chance.sample(FAST[:3] + FAST[9:], 3) for line in lines]
+    """In a row, so that some begin alike."""
+    chance, before = random.Random(0), FAST[2]
+    for _ in range(MIXTURES):
+        lines = before[: chance.randint(0, 4)] + [line for lines in chance.sample(FAST[9:], 2) for line in lines]
+        before = lines
         try:
             config, experiment = slowly(loader, master, lines)
         except Exception:
