@@ -17,6 +17,8 @@ from hydra._internal import hydra as internals
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -28,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from alignment.config import compose, explain
 from alignment.config.guard import refuse_code
 from alignment.config.paths import CONF
+from alignment.config.points import Points, as_given
 from alignment.config.provenance import Origin
 from alignment.config.schema import Experiment
 from alignment.errors import ConfigError
@@ -68,21 +71,47 @@ def aside() -> Iterator[None]:
 class Loader(ConfigLoaderImpl):
     """Hydra's loader. All that Hydra acts on is loaded here: callbacks, log handlers, sweepers, each job of a sweep."""
 
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.points = Points()
+
     def load_configuration(self, *arguments: Any, **options: Any) -> DictConfig:
         config = super().load_configuration(*arguments, **options)
         with aside():
             refuse_code(config)
         return config
 
-    def load_sweep_config(self, *arguments: Any, **options: Any) -> DictConfig:
-        """Called for all jobs before the first one starts: a wrong setting of the last is not found hours later."""
-        config = super().load_sweep_config(*arguments, **options)
-        try:
-            compose.validate(config, config.hydra)
-        except ConfigError as error:
-            if not isinstance(error.__cause__, OmegaConfBaseException):  # such as ${hydra:job.num}: known to a job only
-                raise Aside(error) from error
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """Called for all jobs before the first one starts: a wrong setting of the last is not found hours later.
+
+        Sweeper and launcher both call it, for hundreds of jobs: see config/points.py.
+        """
+        point = self.points.compose(self, master_config, sweep_overrides)
+        config = point.config if point else super().load_sweep_config(master_config, sweep_overrides)
+        if point is None or point.experiment is None:
+            try:
+                compose.validate(config, config.hydra)
+            except ConfigError as error:
+                if not isinstance(error.__cause__, OmegaConfBaseException):  # such as ${hydra:job.num}: a job knows it
+                    raise Aside(error) from error
         return config
+
+    def experiment(self, master_config: DictConfig, sweep_overrides: list[str], number: int) -> Experiment:
+        """What the job of this number will run: known from load_sweep_config, or composed and validated as a job is."""
+        with aside():
+            if known := self.points.known(master_config.hydra, sweep_overrides):
+                return known
+            config = self.load_sweep_config(master_config, sweep_overrides)
+            if known := self.points.known(master_config.hydra, sweep_overrides):
+                return known
+            with open_dict(config):
+                config.hydra.job.id, config.hydra.job.num = str(number), number
+            before = HydraConfig.instance().cfg
+            try:
+                HydraConfig.instance().set_config(config)
+                return compose.validate(config, HydraConfig.get())
+            finally:
+                HydraConfig.instance().cfg = before
 
 
 def main(arguments: list[str], execute: Execute) -> int:
@@ -94,7 +123,7 @@ def main(arguments: list[str], execute: Execute) -> int:
     def task(config: DictConfig) -> Any:
         app = HydraConfig.get()
         with aside():
-            point = Point(compose.validate(config, app), list(app.overrides.task))
+            point = Point(_planned(app) or compose.validate(config, app), list(app.overrides.task))
             if app.mode == RunMode.MULTIRUN:  # by another launcher than ours
                 return _value(execute([point], None)[0])
         single.append(point)  # runs when Hydra is done
@@ -128,17 +157,14 @@ class Together(Launcher):
     execute: ClassVar[Execute]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._loader, self._master = hydra_context.config_loader, config
+        self._loader: Any = hydra_context.config_loader  # a Loader
+        self._master = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         points, returns = [], []
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
-            config = self._loader.load_sweep_config(self._master, list(overrides))
-            with open_dict(config):
-                config.hydra.job.id = config.hydra.job.num = number
-            HydraConfig.instance().set_config(config)
-            with aside():
-                points.append(Point(compose.validate(config, config.hydra), list(config.hydra.overrides.task)))
+            experiment = self._loader.experiment(self._master, list(overrides), number)
+            points.append(Point(experiment, list(overrides)))
             returns.append(JobReturn(overrides=list(overrides)))
         with aside():
             values = type(self).execute(points, self._master)
@@ -155,8 +181,14 @@ def learns(master: DictConfig) -> bool:
     return bool(master.hydra.sweeper.get("_target_") != LEARNS_NOTHING)
 
 
+def _planned(app: Any) -> Experiment | None:
+    """The experiment of this job of a sweep if it is known already; a launcher's other processes do not know it."""
+    loader = GlobalHydra.instance().config_loader()
+    return loader.points.known(app, as_given(app.overrides.task)) if isinstance(loader, Loader) else None
+
+
 @contextmanager
-def _hydra_as_ours(arguments: list[str], execute: Execute) -> Iterator[None]:
+def _hydra_as_ours(arguments: list[str], execute: Execute = lambda points, master: []) -> Iterator[None]:
     """Hydra reads these arguments, loads configs by our loader, launches by our launcher, and raises its errors instead
     of printing them."""
     os.environ["HYDRA_FULL_ERROR"] = "1"

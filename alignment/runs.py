@@ -13,6 +13,7 @@ from alignment.config.schema import SlurmLauncher
 from alignment.errors import AlignmentError, ConfigError, LostError, PreemptedError
 from alignment.hydra_app import Point, learns
 from alignment.pipeline import runner, submission, sweeps
+from alignment.pipeline.identity import one_look
 from alignment.reporting import gather, page, queue, terminal, watching
 from alignment.signals import Listener, Stopped
 
@@ -35,7 +36,8 @@ class Session:
 
         master: the config of the multirun that the points belong to, or None.
         """
-        runs = [runner.Run(point.experiment, point.command) for point in points]
+        with one_look():  # at each file that keys are made of
+            runs = [runner.Run(point.experiment, point.command) for point in points]
         self._count += len(runs)
         name = runs[0].id if master is None else self._note_sweep(master, points, runs)
         clustered = {isinstance(run.experiment.launcher, SlurmLauncher) for run in runs}

@@ -67,6 +67,10 @@ def check(experiment: Experiment, origin: Origin) -> None:
         raise ConfigError(fault.what, where=origin.where(*fault.keys), fix=fault.fix)
 
 
+def is_faulty(experiment: Experiment) -> bool:
+    return any(True for _ in _faults(experiment))
+
+
 def _faults(experiment: Experiment) -> Iterator[Fault]:
     """Lazy: what is looked at later may rest on what was found right before."""
     yield from _names(experiment)

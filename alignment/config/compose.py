@@ -49,12 +49,19 @@ def validate(config: DictConfig, hydra: Any) -> Experiment:
         raw: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise explain.refusal(error, origin) from error
-    if raw.get("name") is None:
-        choices = hydra.runtime.choices
-        raw["name"] = str(choices.get("experiment") or choices.get("pipeline") or "run").replace("/", "-")
     try:
-        experiment = Experiment.model_validate(raw)
+        experiment = typed(raw, default_name(hydra))
     except ValidationError as error:
         raise explain.first_fault(error, origin) from error
     check(experiment, origin)
     return experiment
+
+
+def typed(raw: dict[str, Any], name: str) -> Experiment:
+    """The experiment of a resolved config, called so if it has no name of its own. Raises ValidationError."""
+    return Experiment.model_validate({**raw, "name": name} if raw.get("name") is None else raw)
+
+
+def default_name(hydra: Any) -> str:
+    choices = hydra.runtime.choices
+    return str(choices.get("experiment") or choices.get("pipeline") or "run").replace("/", "-")

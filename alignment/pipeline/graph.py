@@ -7,7 +7,7 @@ from typing import Any
 
 from alignment.config.schema import Experiment, Stage
 from alignment.files import digest
-from alignment.pipeline.identity import stage_identity
+from alignment.pipeline.identity import one_look, stage_identity
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Node:
 def build(experiment: Experiment) -> list[Node]:
     """Nodes, parents before children, otherwise in the order of conf/pipeline. Raises InputError.
 
-    config/checks.py has seen to it that there is such an order and that every name means something.
+    config/checks.py has seen to it that there is such an order and that every name means something. To build the graphs
+    of many points at one moment, do it inside identity.one_look().
     """
     declared = experiment.pipeline.nodes
     built: dict[str, Node] = {}
@@ -43,8 +44,9 @@ def build(experiment: Experiment) -> list[Node]:
             built[name] = Node(name, node.stage, settings, parents, identity, digest(identity))
         return built[name]
 
-    for name in declared:
-        visit(name)
+    with one_look():
+        for name in declared:
+            visit(name)
     return list(built.values())
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -52,8 +55,12 @@ def identity_side(value: Any) -> Any:
 
 
 def _fields(value: BaseModel) -> dict[str, Any]:
-    fields = type(value).model_fields.items()
-    return {name: identity_side(getattr(value, name)) for name, field in fields if shape.side(field) == "identity"}
+    return {name: identity_side(getattr(value, name)) for name in _identity_keys(type(value))}
+
+
+@cache
+def _identity_keys(settings: type[BaseModel]) -> tuple[str, ...]:
+    return tuple(name for name, field in settings.model_fields.items() if shape.side(field) == "identity")
 
 
 def _group(experiment: Experiment, settings: Stage, group: str) -> Any:
@@ -89,11 +96,35 @@ def template_digest(chat_template: str) -> str:
     return hashlib.sha256(template_path(chat_template).read_bytes()).hexdigest()
 
 
+_seen: ContextVar[dict[Path, str] | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """In here a source is looked at once, and all who ask are told what was seen: a graph is of one moment, and so may
+    be all graphs of a sweep. Nothing is remembered after it."""
+    token = _seen.set({}) if _seen.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _seen.reset(token)
+
+
 def content_digest(path: Path) -> str:
     """SHA-256 of a file, or of a model folder: its files that are read and their names in it.
 
     Cached by size and modification time. Raises InputError if there is nothing to read.
     """
+    seen = _seen.get()
+    if seen is None:
+        return _content_digest(path)
+    if path not in seen:
+        seen[path] = _content_digest(path)
+    return seen[path]
+
+
+def _content_digest(path: Path) -> str:
     if path.is_file():
         return _file_digest(path)
     if path.is_dir():

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
 from alignment.files import digest, read_json, write_json
 from alignment.pipeline.runner import Run
 
@@ -62,6 +60,8 @@ class Sweep:
 
 def varied(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each point with "settings": the values of those settings that are not the same in all points."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow, and who reads needs none
+
     parser = OverridesParser.create()
     given = [{o.key_or_group: o.value() for o in parser.parse_overrides(point["overrides"])} for point in points]
     names = list(dict.fromkeys(name for settings in given for name in settings))

@@ -51,7 +51,8 @@ def _committed(store: Path, key: str) -> bool:
 
 
 def _is_readable(run: Any) -> bool:
-    return isinstance(run, dict) and all(isinstance(node, dict) and "name" in node for node in run.get("nodes") or [])
+    nodes = (run.get("nodes") or []) if isinstance(run, dict) else None
+    return isinstance(nodes, list) and all(isinstance(node, dict) and "name" in node for node in nodes)
 
 
 def read_run(file: Path, store: Path, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
