@@ -293,7 +293,7 @@ def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
     setup = Engine(
         strategy="single", tokens_per_micro_batch=CUDA_TOKENS if setting.device == "cuda" else CPU_TOKENS,
         gradient_checkpointing="auto", compile=False, offload="none",
-        param_persistence_threshold=None, threads=torch.get_num_threads(), adapt=False, watchdog_s=600.0,
+        param_persistence_threshold=None, hpz=1, threads=torch.get_num_threads(), adapt=False, watchdog_s=600.0,
     )  # fmt: skip
     if task == "sft":
         return Sft(kind="sft", **common), setup

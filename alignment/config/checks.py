@@ -186,11 +186,30 @@ def _engine(experiment: Experiment, processes: int) -> Iterator[Fault]:
     if experiment.engine.param_persistence_threshold is not None and strategy != "zero3":
         key = "engine.param_persistence_threshold"
         yield Fault(f"`{key}` is set, which ZeRO-3 alone knows, and {told}", (key, "engine.strategy"), "engine=zero3")
+    yield from _hpz(experiment.engine.hpz, strategy, processes)
     if experiment.engine.compile and strategy == "zero3":  # whose hooks gather weights inside what would be compiled
         yield Fault(
             f"`engine.compile` is true, and {told}, which gathers weights layer by layer",
             ("engine.compile", "engine.strategy"),
             "engine.compile=false, or engine=zero2",
+        )
+
+
+def _hpz(hpz: int, strategy: str, processes: int) -> Iterator[Fault]:
+    if hpz == 1:
+        return
+    if strategy != "zero3":
+        keys = "engine.hpz", "engine.strategy"
+        yield Fault(
+            f"`engine.hpz` is {hpz}, which ZeRO-3 alone knows, and `engine.strategy` is {strategy}",
+            keys,
+            "engine.hpz=1, or engine=zero3",
+        )
+    if processes % hpz:
+        yield Fault(
+            f"`engine.hpz` is {hpz}, which does not divide `launcher.processes`, {processes}",
+            ("engine.hpz", "launcher.processes"),
+            "the number of processes on one machine, or 1",
         )
 
 

@@ -296,6 +296,7 @@ class Engine(Settings):
     compile: bool = execution()
     offload: Literal["none", "optimizer", "all"] = execution()
     param_persistence_threshold: int | None = execution(ge=0)
+    hpz: int = execution(ge=1)
     threads: int | None = execution(gt=0)
     adapt: bool = execution()
     watchdog_s: float = execution(ge=2, allow_inf_nan=False)  # a process beats every second

@@ -231,6 +231,7 @@ def choose(
             engine.strategy,
             world_size,
             engine.offload,
+            engine.hpz,
         )
         on, why, fits = needs_checkpointing(engine.gradient_checkpointing, config, load, available)
         return Choice(tokens, on, f"{tokens} tokens a micro-batch; {why}", load), on, fits
@@ -260,6 +261,8 @@ def deepspeed_config(engine: Engine, settings: Train, on_gpu: bool) -> dict[str,
     }
     if stage == 3 and engine.param_persistence_threshold is not None:
         zero["stage3_param_persistence_threshold"] = engine.param_persistence_threshold
+    if engine.hpz > 1:
+        zero["zero_hpz_partition_size"] = engine.hpz
     if engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if engine.offload == "all":

@@ -167,12 +167,13 @@ def adapter_parameters(config: Any, rank: int, targets: str | list[str]) -> int:
     return shape.layers * rank * sum(sizes[name] for name in (names if names <= sizes.keys() else sizes))
 
 
-def state_bytes(parameters: int, trainable: int, strategy: str, world_size: int, offload: str) -> int:
+def state_bytes(parameters: int, trainable: int, strategy: str, world_size: int, offload: str, hpz: int = 1) -> int:
     """Bytes of weights, gradients and Adam's two moments on one process's device, all fp32.
 
     parameters: of the model; trainable: those of them with gradients. strategy: single, ddp, zero1, zero2 or zero3.
     offload: none, optimizer or all; what is offloaded is not on the device. DDP keeps its buckets beside the
-    gradients; DeepSpeed's optimiser has its own copy of the weights that it moves.
+    gradients; DeepSpeed's optimiser has its own copy of the weights that it moves. hpz: of engine.hpz; more than one
+    process share out a second copy of the weights.
     """
     weights, gradients, optimiser = FP32 * parameters, FP32 * trainable, 2 * FP32 * trainable
     if strategy == "ddp":
@@ -185,6 +186,7 @@ def state_bytes(parameters: int, trainable: int, strategy: str, world_size: int,
         if offload != "none":
             optimiser = 0
             gradients = 0 if stage >= 2 else gradients
+        weights += FP32 * parameters // hpz if hpz > 1 else 0
         weights = 0 if offload == "all" else weights
     return weights + gradients + optimiser
 
@@ -251,6 +253,7 @@ class Load(NamedTuple):
     strategy: str = "single"
     world_size: int = 1
     offload: str = "none"
+    hpz: int = 1
 
 
 def needs_checkpointing(
@@ -262,7 +265,7 @@ def needs_checkpointing(
     available_bytes tells. Processes may see different room: let one decide for all.
     """
     offload = load.offload if torch.cuda.is_available() else "none"  # from the host's memory to the host's memory
-    state = state_bytes(load.parameters, load.trainable, load.strategy, load.world_size, offload)
+    state = state_bytes(load.parameters, load.trainable, load.strategy, load.world_size, offload, load.hpz)
     kept = activation_bytes(config, load.tokens, load.tokens, load.precision)
     few = checkpointed_bytes(config, load.tokens, load.tokens, load.precision)
     room = USABLE * available

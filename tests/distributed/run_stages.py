@@ -66,6 +66,8 @@ def main(folder: Path) -> None:
                 (context.folder / "summary.json").write_text(json.dumps({**summary, **seen}))
             AcceleratorState._reset_state(reset_partial_state=True)  # one stage a process is the rule; here several
             GradientState._reset_state()
+            if "deepspeed" in sys.modules:  # the groups of engine.hpz
+                sys.modules["deepspeed"].utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def no_room(write: Any, steps: list[int], path: Path, *arguments: Any) -> Any:
@@ -117,12 +119,15 @@ def observed(consolidate: Any) -> Any:
 
 
 def watched(trial: Any) -> Any:
-    """Note how many parameters the engine still holds gathered after the trial, whatever came of it."""
+    """Note how many parameters the engine still holds gathered after the trial, whatever came of it, and how many
+    weights of the second copy that engine.hpz makes."""
 
     def wrapped(model: Any, *arguments: Any) -> Any:
         found = trial(model, *arguments)
         active = [getattr(parameter, "ds_active_sub_modules", ()) for parameter in model.parameters()]
+        second = [getattr(parameter, "ds_secondary_tensor", None) for parameter in model.parameters()]
         seen.update(active_after_trial=sum(map(bool, active)))
+        seen.update(second_copy=sum(part.numel() for part in second if part is not None))
         return found
 
     return wrapped

@@ -47,6 +47,13 @@ FOUR = {
     "sft_ddp": ("sft", "ddp", {}, {"tokens_per_micro_batch": 40}),
     "dpo_ddp": ("dpo", "ddp", {}, {"tokens_per_micro_batch": 60}),
     "dpo_zero3": ("dpo", "zero3", {}, {}),
+    # As on two machines of two: each has a second copy of the weights. A process has several micro-batches a step, or
+    # the model parameters that no number of ranks divides, or some that ZeRO-3 keeps whole.
+    "sft_hpz": ("sft", "zero3", {}, {"hpz": 2, "tokens_per_micro_batch": 40}),
+    "dpo_hpz_small": ("dpo", "zero3", {"start": "small"}, {"hpz": 2, "param_persistence_threshold": 60}),
+    "sft_hpz_persistent": ("sft", "zero3", {}, {"hpz": 2, "param_persistence_threshold": 600}),
+    "dpo_hpz_lora": ("dpo", "zero3", {"lora": True}, {"hpz": 2, "tokens_per_micro_batch": 60}),
+    "sft_hpz_offload": ("sft", "zero3", {}, {"hpz": 2, "offload": "all"}),
 }
 # Padded, against one process that packs; and what no stage does (tests/distributed/bare.py).
 OTHERS = {
@@ -173,7 +180,13 @@ def test_a_process_without_a_labelled_token_does_its_part(together: Path, alone:
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_train_as_one_process_does(name: str, four: Path, alone: Any) -> None:
-    require_equal(alone(FOUR[name][0], {}), four / name, four / "start")
+    kind, _, changes, _ = FOUR[name]
+    require_equal(alone(kind, changes), four / name, four / changes.get("start", "start"))
+
+
+def test_each_machine_has_a_second_copy_of_the_weights_with_hpz_alone(four: Path) -> None:
+    summaries = {name: json.loads((four / name / "summary.json").read_text()) for name in ("dpo_zero3", "sft_hpz")}
+    assert {name: summary["second_copy"] for name, summary in summaries.items()} == {"dpo_zero3": 0, "sft_hpz": 13_472}
 
 
 def test_all_ranks_write_reference_log_probs_and_a_second_run_reads_them(together: Path) -> None:

@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero3_offload": {"strategy": "zero3", "engine": {"offload": "optimizer"}, "kinds": ["sft"]},
     "zero3_offload_all": {"strategy": "zero3", "engine": {"offload": "all"}, "kinds": ["dpo"]},
     "zero3_persistent": {"strategy": "zero3", "engine": {"param_persistence_threshold": 100_000}},
+    "zero3_hpz": {"strategy": "zero3", "engine": {"hpz": 2}, "kinds": ["sft"]},
     "zero3_bf16_persistent": {  # some parameters, not all
         "strategy": "zero3", "settings": {"precision": "bf16"}, "engine": {"param_persistence_threshold": 600},
         "kinds": ["dpo"],

@@ -46,6 +46,14 @@ def test_deepspeed_takes_the_clients_optimiser_and_the_settings(strategy: str, s
     assert config["gradient_accumulation_steps"] == config["train_micro_batch_size_per_gpu"] == 1
 
 
+@pytest.mark.parametrize(("hpz", "said"), [(1, {}), (8, {"zero_hpz_partition_size": 8})])
+def test_a_second_copy_of_the_weights_is_asked_for_by_deepspeeds_name(hpz: int, said: dict[str, int]) -> None:
+    config = engine.deepspeed_config(tiny.engine("zero3", hpz=hpz), tiny.sft(), on_gpu=False)
+    assert config is not None
+    named = {name: value for name, value in config["zero_optimization"].items() if "hpz" in name}
+    assert named == said
+
+
 def test_single_and_ddp_need_no_deepspeed() -> None:
     assert engine.deepspeed_config(tiny.engine("single"), tiny.sft(), on_gpu=False) is None
     assert engine.deepspeed_config(tiny.engine("ddp"), tiny.sft(), on_gpu=False) is None

@@ -196,6 +196,7 @@ def test_the_state_is_shared_as_the_strategy_says() -> None:
     assert state("zero2", "optimizer") == weights
     assert state("zero3", "optimizer") == weights // 4
     assert state("zero3", "all") == 0
+    assert state_bytes(80, 80, "zero3", 4, "none", 2) == state("zero3") + weights // 2, "engine.hpz"
 
 
 def write(folder: Path, **files: str) -> None:

@@ -1,0 +1,497 @@
+"""The figures of docs/clusters.md, worked out from its assumptions: python -m bench.zero_arithmetic prints the tables,
+and with --write puts them into the page, each between its two marks.
+
+Standard library alone, no weights, no GPU. Bytes and operations as alignment/training/engine.py makes DeepSpeed 0.19.8
+and PyTorch spend them; what of it was checked by a run is said in the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "clusters.md"
+FP32, BF16 = 4, 2  # bytes
+GPUS = (1, 8, 16, 32)
+TOKENS = (16_384, 8192, 4096, 2048)  # of a micro-batch: what engine.tokens_per_micro_batch=auto tries
+RANK = 8  # of the adapters, on all linear layers
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the page assumes. Bytes, bytes a second in one direction, operations a second."""
+
+    a_node: int = 8  # GPUs
+    memory: float = 80e9  # of a GPU
+    usable: float = 0.8  # of it: alignment/training/memory.py leaves the rest to buffers and fragments
+    peak: float = 989e12  # bf16, dense, of a GPU
+    mfu: float = 0.4
+    nvlink: float = 450e9  # of a GPU
+    adapter: float = 400e9 / 8  # of an InfiniBand adapter
+    reached: float = 0.8  # of the links' rate
+    pcie: float = 25e9  # of a GPU, reached
+    host: float = 200e9  # of a node's memory, reached by the optimiser on the CPU
+    host_memory: float = 2e12  # of a node
+    disk: float = 5e9  # of the shared file system, all nodes together
+
+
+CLUSTER = Cluster()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama: its configuration's numbers."""
+
+    name: str
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def key(self) -> int:
+        return self.key_heads * self.head_size
+
+    @property
+    def layer_weights(self) -> int:
+        """Of the linear layers: queries and output, keys and values, the MLP's three."""
+        return self.hidden * (2 * self.hidden + 2 * self.key + 3 * self.inner)
+
+    @property
+    def parameters(self) -> int:
+        """Embedding and head (not tied), the layers with two norms each, the final norm."""
+        layers = self.layers * (self.layer_weights + 2 * self.hidden)
+        return 2 * self.vocabulary * self.hidden + layers + self.hidden
+
+    @property
+    def adapters(self) -> int:
+        """rank * (inputs + outputs) of each linear layer."""
+        h, k, i = self.hidden, self.key, self.inner
+        return self.layers * RANK * (2 * (h + h) + 2 * (h + k) + 3 * (h + i))
+
+
+MODELS = (
+    Model("7B", 32, 4096, 11008, 32, 32, 32_000),
+    Model("70B", 80, 8192, 28672, 64, 8, 32_000),
+)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """state: Psi (weights), T (trained weights), GPUs -> most bytes of weights, gradients, optimiser on one GPU; as a
+    formula for people: `bf16`, and `fp32` where precision=fp32 differs."""
+
+    name: str
+    bf16: str
+    fp32: str
+    state: Callable[[float, float, int], float]
+    fp32_state: Callable[[float, float, int], float]
+    engine: str
+    alone: bool = False  # one process, no other
+
+    @property
+    def deepspeed(self) -> bool:
+        return "zero" in self.engine
+
+
+NODE = CLUSTER.a_node
+STRATEGIES = (
+    Strategy(
+        "one GPU", "4Ψ + 12T", "4Ψ + 12T",
+        lambda p, t, n: 4 * p + 12 * t, lambda p, t, n: 4 * p + 12 * t, "single", True,
+    ),
+    Strategy("DDP", "4Ψ + 16T", "4Ψ + 16T", lambda p, t, n: 4 * p + 16 * t, lambda p, t, n: 4 * p + 16 * t, "ddp"),
+    Strategy(
+        "ZeRO-1", "2Ψ + 8T + 12T/N", "4Ψ + 4T + 12T/N",
+        lambda p, t, n: 2 * p + 8 * t + 12 * t / n, lambda p, t, n: 4 * p + 4 * t + 12 * t / n, "zero1",
+    ),
+    Strategy(
+        "ZeRO-2", "2Ψ + 16T/N", "4Ψ + 16T/N",
+        lambda p, t, n: 2 * p + 16 * t / n, lambda p, t, n: 4 * p + 16 * t / n, "zero2",
+    ),
+    Strategy(
+        "ZeRO-2, offload=optimizer", "2Ψ + 4T/N", "4Ψ",
+        lambda p, t, n: 2 * p + 4 * t / n, lambda p, t, n: 4 * p, "zero2 engine.offload=optimizer",
+    ),
+    Strategy(
+        "ZeRO-3", "2Ψ/N + 16T/N", "4Ψ/N + 16T/N",
+        lambda p, t, n: (2 * p + 16 * t) / n, lambda p, t, n: (4 * p + 16 * t) / n, "zero3",
+    ),
+    Strategy(
+        "ZeRO-3, hpZ", "2Ψ/N + 2Ψ/G + 16T/N", "4Ψ/N + 4Ψ/G + 16T/N",
+        lambda p, t, n: (2 * p + 16 * t) / n + 2 * p / NODE,
+        lambda p, t, n: (4 * p + 16 * t) / n + 4 * p / NODE, f"zero3 engine.hpz={NODE}",
+    ),
+    Strategy(
+        "ZeRO-3, offload=optimizer", "2Ψ/N", "4Ψ/N",
+        lambda p, t, n: 2 * p / n, lambda p, t, n: 4 * p / n, "zero3 engine.offload=optimizer",
+    ),
+    Strategy("ZeRO-3, offload=all", "0", "0", lambda p, t, n: 0.0, lambda p, t, n: 0.0, "zero3 engine.offload=all"),
+)  # fmt: skip
+
+
+def estimated_state(strategy: Strategy, psi: int, trained: int, gpus: int) -> float:
+    """What alignment.training.memory.state_bytes says: all in fp32, whatever the precision."""
+    name = strategy.name
+    if not strategy.deepspeed:
+        return strategy.fp32_state(psi, trained, gpus)
+    weights = FP32 * psi / (gpus if "ZeRO-3" in name else 1) + (FP32 * psi / NODE if "hpZ" in name else 0)
+    gradients = FP32 * trained / (1 if name == "ZeRO-1" else gpus)
+    kept = 0 if "offload" in name else gradients + 12 * trained / gpus
+    return 0 if "offload=all" in name else weights + kept
+
+
+def layer_activations(model: Model, autocast: bool) -> int:
+    """Bytes kept per token of one layer. autocast (no ZeRO): norms keep their input and what they normalised in fp32,
+    and their output once for each of the five projections that casts it. Else weights are bf16: norms keep their input
+    in fp32, what they normalised and their output in bf16. Attention keeps queries, keys, values and output, the MLP
+    gate, activation, up and product, all in bf16."""
+    h, i = model.hidden, model.inner
+    norms = 2 * 2 * h * FP32 + 5 * h * BF16 if autocast else 2 * (h * FP32 + 2 * h * BF16)
+    return norms + (2 + model.heads) * FP32 + 4 * h * BF16 + 4 * i * BF16
+
+
+def around(model: Model) -> int:
+    """Per token, outside the layers: the final norm, cosines and sines, the token's number."""
+    return (3 * model.hidden + 2 * model.head_size) * FP32 + 8
+
+
+def head(model: Model, tokens: int) -> int:
+    """TRL's chunked head on CUDA: a tile of logits, its weights cast, and the gradients it adds up."""
+    tile = min(tokens, 4096) * 32_768 * BF16
+    cast = min(model.vocabulary, 32_768) * model.hidden * BF16
+    return tile + cast + (model.vocabulary + tokens) * model.hidden * FP32
+
+
+def activations(model: Model, tokens: int, checkpointing: bool, autocast: bool) -> float:
+    """Bytes of a micro-batch, all its tokens scored. Under autocast each layer's weights are kept cast, too."""
+    layer, cast = layer_activations(model, autocast), BF16 * model.layer_weights if autocast else 0
+    if checkpointing:
+        inputs = model.layers * tokens * model.hidden * (FP32 if autocast else BF16)
+        layers = inputs + max(model.layers * cast, tokens * layer + cast)
+    else:
+        layers = model.layers * (tokens * layer + cast)
+    return layers + tokens * around(model) + head(model, tokens)
+
+
+def trained(model: Model, lora: bool) -> tuple[int, int]:
+    """Psi, T."""
+    return model.parameters + (model.adapters if lora else 0), model.adapters if lora else model.parameters
+
+
+def largest(model: Model, strategy: Strategy, gpus: int, lora: bool) -> tuple[int, bool] | None:
+    """Tokens of a micro-batch and whether with checkpointing, in the order in which `auto` prefers them."""
+    room = CLUSTER.usable * CLUSTER.memory - strategy.state(*trained(model, lora), gpus)
+    for checkpointing in (False, True):
+        for tokens in TOKENS:
+            if activations(model, tokens, checkpointing, not strategy.deepspeed) <= room:
+                return tokens, checkpointing
+    return None
+
+
+# --- communication and time -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one GPU sends in a step: `across` in collectives of all GPUs, `inside` in those of its node alone;
+    of `across`, `after` can not hide behind the backward pass."""
+
+    across: float
+    inside: float = 0.0
+    after: float = 0.0
+
+
+def traffic(name: str, psi: float, t: float, micro: int, gpus: int) -> Traffic:
+    """micro: micro-batches a step. A collective of S bytes sends S * (n - 1) / n a GPU, an all-reduce twice that."""
+    share, own = (gpus - 1) / gpus, (NODE - 1) / NODE
+    if name == "DDP":
+        return Traffic(2 * FP32 * t * share)
+    if name == "ZeRO-1":
+        return Traffic((2 * BF16 * t + BF16 * t) * share, after=3 * BF16 * t * share)
+    if name.startswith("ZeRO-2"):
+        return Traffic((2 * BF16 * t * micro + BF16 * t) * share, after=BF16 * t * share)
+    if name == "ZeRO-3, hpZ":
+        if t < psi:  # frozen weights never change: their second copy stays good
+            return Traffic((2 * BF16 * t + BF16 * t * micro) * share, 2 * BF16 * psi * micro * own)
+        return Traffic((BF16 * psi + BF16 * t * micro) * share, (2 * micro - 1) * BF16 * psi * own)
+    return Traffic((2 * BF16 * psi * micro + BF16 * t * micro) * share)
+
+
+def rates(adapters: int, gpus: int) -> tuple[float, float]:
+    """Bytes a second at which all GPUs, and those of a node, send; a ring of all is as fast as a node's way out."""
+    inside = CLUSTER.reached * CLUSTER.nvlink
+    return (min(inside, CLUSTER.reached * adapters * CLUSTER.adapter) if gpus > NODE else inside), inside
+
+
+def compute_seconds(psi: float, tokens: float, lora: bool, checkpointing: bool = False) -> float:
+    """Of one GPU. Forward 2 operations a weight and token, backward 4, of frozen weights 2; a second forward 2."""
+    operations = (4 if lora else 6) + (2 if checkpointing else 0)
+    return operations * psi * tokens / (CLUSTER.mfu * CLUSTER.peak)
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size < 99.95e9 else f"{size / 1e9:.0f}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}"
+
+
+def assumptions() -> str:
+    c = CLUSTER
+    rows = [
+        ["GPUs a node, G", f"{c.a_node}"],
+        ["memory of a GPU", f"{c.memory / 1e9:.0f} GB, of which {c.usable * c.memory / 1e9:.0f} GB are planned with"],
+        ["bf16 operations of a GPU", f"{c.peak / 1e12:.0f}e12 a second, {c.mfu:.0%} of them reached (MFU)"],
+        ["NVLink", f"{c.nvlink / 1e9:.0f} GB/s a GPU and direction, {c.reached:.0%} reached"],
+        ["InfiniBand", f"{c.adapter / 1e9:.0f} GB/s (400 Gb/s) an adapter and direction, {c.reached:.0%} reached"],
+        ["PCIe", f"{c.pcie / 1e9:.0f} GB/s a GPU and direction, reached"],
+        [
+            "memory of a node",
+            f"{c.host_memory / 1e12:.0f} TB, {c.host / 1e9:.0f} GB/s reached by the optimiser on the CPU",
+        ],
+        ["shared file system", f"{c.disk / 1e9:.0f} GB/s written by all nodes together"],
+    ]
+    return table(["assumed", "value"], rows)
+
+
+def models() -> str:
+    rows = []
+    for m in MODELS:
+        shape = f"{m.layers}, {m.hidden}, {m.inner}, {m.heads}, {m.key_heads}, {m.vocabulary}"
+        rows.append([m.name, shape, f"{m.layer_weights:,}", f"{m.parameters:,}", f"{m.adapters:,}"])
+    shape = "layers, hidden, MLP, heads, key heads, vocabulary"
+    return table(["model", shape, "weights of a layer's matrices", "Ψ", f"adapters of rank {RANK}"], rows)
+
+
+def bytes_a_parameter() -> str:
+    rows = []
+    for s in STRATEGIES:
+        figures = [f"{s.state(1, 1, n):.2f}".rstrip("0").rstrip(".") for n in (8, 32)]
+        figures = [f"{s.state(1, 1, 1):.0f}", "-"] if s.alone else figures
+        rows.append([s.name, f"`engine={s.engine}`", s.bf16, *figures, s.fp32])
+    return table(["strategy", "settings", "bf16: bytes a GPU", "N = 8", "N = 32", "fp32: bytes a GPU"], rows)
+
+
+def activation_table() -> str:
+    rows = []
+    for m in MODELS:
+        for autocast in (True, False):
+            name = "autocast (one GPU, DDP)" if autocast else "bf16 weights (ZeRO)"
+            sizes = [gb(activations(m, 8192, on, autocast) - head(m, 8192)) for on in (False, True)]
+            cast = gb(BF16 * m.layers * m.layer_weights) if autocast else "0"
+            per_token = layer_activations(m, autocast)
+            all_layers = f"{m.layers * per_token / 1e6:.2f} MB"
+            rows.append([m.name, name, f"{per_token:,}", all_layers, cast, *sizes])
+    names = ["model", "arithmetic", "bytes a token and layer", "a token, all layers", "cast weights, GB"]
+    return table([*names, "8192 tokens, GB", "checkpointed, GB"], rows)
+
+
+def head_table() -> str:
+    rows = []
+    for m in MODELS:
+        for vocabulary in (m.vocabulary, 128_256):
+            other = Model(m.name, m.layers, m.hidden, m.inner, m.heads, m.key_heads, vocabulary)
+            rows.append([m.name, f"{vocabulary:,}", gb(3 * 8192 * vocabulary * FP32), gb(head(other, 8192))])
+    whole = "logits, their softmax and gradient whole, fp32, GB"
+    return table(["model", "vocabulary", whole, "the chunked head with its gradients, GB"], rows)
+
+
+def fits(model: Model, lora: bool) -> str:
+    rows = []
+    for s in STRATEGIES:
+        cells = []
+        for n in GPUS:
+            if n > 1 if s.alone else n <= NODE if "hpZ" in s.name else n == 1 and s.name == "DDP":
+                cells.append("")
+                continue
+            found = largest(model, s, n, lora)
+            state = gb(s.state(*trained(model, lora), n))
+            how = "does not fit" if found is None else f"**{found[0]}**{' c' if found[1] else ''}"
+            cells.append(f"{state}: {how}")
+        rows.append([s.name, *cells])
+    return table(["strategy", *(f"{n} GPU{'s' * (n > 1)}" for n in GPUS)], rows)
+
+
+def estimator() -> str:
+    rows = []
+    for m in MODELS:
+        for lora in (False, True):
+            for name in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
+                s = next(one for one in STRATEGIES if one.name == name)
+                psi, t = trained(m, lora)
+                said, true = estimated_state(s, psi, t, 32), s.state(psi, t, 32)
+                by = f"{(said - true) / psi:+.2f}Ψ"
+                rows.append([m.name, "LoRA" if lora else "full", name, gb(true), gb(said), by])
+    return table(["model", "trained", "32 GPUs", "by hand, bf16, GB", "`state_bytes`, GB", "difference, bytes"], rows)
+
+
+def volumes() -> str:
+    rows = [
+        ["DDP", "8T", "8T (fp32 gradients)", "at the last micro-batch"],
+        ["ZeRO-1", "4T", "4T + 2T (all-reduce, then weights)", "no: after the last backward pass"],
+        ["ZeRO-2", "4T", "4KT + 2T (all-reduce, then weights)", "gradients yes, weights no"],
+        ["ZeRO-3", "4Ψ + 2T", "K (4Ψ + 2T)", "yes, by the next layers' prefetch"],
+        ["ZeRO-3, hpZ, all trained", "2Ψ + 2T", "2T + 2KT, and inside a node (4K - 2)Ψ", "yes"],
+        ["ZeRO-3, hpZ, LoRA", "-", "4T + 2KT, and inside a node 4KΨ", "yes"],
+    ]
+    return table(["strategy", "papers, K = 1", "this code, bytes a GPU sends in a step", "behind computation"], rows)
+
+
+def hidden() -> str:
+    """Tokens of a micro-batch from which on computing takes longer than what the links carry meanwhile."""
+    cases = [  # trained weights of a weight, micro-batches, operations a weight and token that hide it
+        ("ZeRO-3, all trained", "ZeRO-3", 1, 1, 6),
+        ("ZeRO-3, hpZ, all trained, K = 1", "ZeRO-3, hpZ", 1, 1, 6),
+        ("ZeRO-3, hpZ, all trained, K = 8", "ZeRO-3, hpZ", 1, 8, 6),
+        ("ZeRO-3, LoRA", "ZeRO-3", 0, 1, 4),
+        ("ZeRO-3, hpZ, LoRA", "ZeRO-3, hpZ", 0, 1, 4),
+        ("DDP, all trained, K = 1: in the backward pass", "DDP", 1, 1, 4),
+        ("ZeRO-2, all trained: gradients, in the backward pass", "ZeRO-2", 1, 1, 4),
+    ]
+    rows = []
+    for label, name, t, micro, operations in cases:
+        moved = traffic(name, 1, t, micro, 32)
+        across, cells = (moved.across - moved.after) / micro, []
+        for adapters in (1, 8):
+            outer, inner = rates(adapters, 32)
+            taken = across / outer + moved.inside / micro / inner
+            cells.append(f"{round(taken * CLUSTER.mfu * CLUSTER.peak / operations, -1):,.0f}")
+        rows.append([label, f"{across:.2f}Ψ", f"{moved.inside / micro:.2f}Ψ", f"{operations}Ψ", *cells])
+    names = ["case, 32 GPUs", "bytes across nodes", "inside", "operations a token"]
+    return table([*names, "tokens, 1 adapter a node", "tokens, 8 adapters a node"], rows)
+
+
+STEP = 16_384  # tokens of a GPU in a step
+
+
+def step_rows(model: Model, lora: bool) -> Iterator[list[str]]:
+    """On 32 GPUs, in the micro-batches that `largest` finds."""
+    psi, t = trained(model, lora)
+    for s in STRATEGIES:
+        found = largest(model, s, 32, lora)
+        if s.alone or "offload" in s.name or found is None:
+            continue
+        micro, checkpointing = STEP // found[0], found[1]
+        moved = traffic(s.name, psi, t, micro, 32)
+        compute, cells = compute_seconds(psi, STEP, lora, checkpointing), []
+        for adapters in (1, 8):
+            across, inside = rates(adapters, 32)
+            links = (moved.across - moved.after) / across + moved.inside / inside
+            cells.append(seconds(moved.across / across + moved.inside / inside))
+            cells.append(seconds(max(compute, links) + moved.after / across))
+        sent = f"{gb(moved.across)} + {gb(moved.inside)}" if moved.inside else gb(moved.across)
+        how = f"{micro} x {found[0]}{' c' if checkpointing else ''}"
+        yield [model.name, "LoRA" if lora else "full", s.name, how, sent, seconds(compute), *cells]
+
+
+def steps() -> str:
+    rows = [row for m in MODELS for lora in (False, True) for row in step_rows(m, lora)]
+    links = [f"{word}, {a}" for a in ("1 adapter", "8 adapters") for word in ("links", "step")]
+    return table(["model", "trained", "strategy", "micro-batches", "GB sent (+ inside)", "computing", *links], rows)
+
+
+def offload_table() -> str:
+    rows = []
+    for m in MODELS:
+        for nodes in (1, 2, 4):
+            psi, t, n = m.parameters, m.parameters, nodes * NODE
+            held = [gb(size * t / nodes) for size in (18, 20, 22)]
+            pcie = (4 + 2) * t / n / CLUSTER.pcie
+            adam = 30 * t / nodes / CLUSTER.host
+            computing = compute_seconds(psi, STEP, False, True)
+            rows.append([m.name, f"{nodes}", *held, seconds(pcie), seconds(adam), seconds(computing)])
+    names = ["model, full", "nodes", *(f"GB a node: {how}" for how in ("ZeRO-2", "ZeRO-3", "ZeRO-3, `all`"))]
+    return table([*names, "PCIe, s a step", "AdamW on the CPU, s", f"computing {STEP:,} tokens a GPU, s"], rows)
+
+
+def checkpoint_table() -> str:
+    rows = []
+    for m in MODELS:
+        for lora in (False, True):
+            _, t = trained(m, lora)
+            size, n = 12 * t, 32
+            copy = size / n / CLUSTER.pcie
+            written = gb(4 * m.parameters + (4 * t if lora else 0))
+            took = seconds(copy), seconds(size / CLUSTER.disk)
+            rows.append([m.name, "LoRA" if lora else "full", gb(size), gb(size / n), *took, written])
+    names = [
+        "model",
+        "trained",
+        "checkpoint, GB",
+        "a process of 32, GB",
+        "copy: training waits, s",
+        "write: behind it, s",
+    ]
+    return table([*names, "the finished model, GB"], rows)
+
+
+def host_table() -> str:
+    rows = []
+    for m in MODELS:
+        psi = m.parameters
+        rows.append([m.name, gb(NODE * 4 * psi), gb(2 * psi), gb(8 * psi)])
+    names = ["model", f"DDP, ZeRO-1, ZeRO-2: {NODE} processes load 4Ψ each, GB", "ZeRO-3: rank 0 reads 2Ψ, GB"]
+    return table([*names, "full: rank 0 at the end, 8Ψ, GB"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "assumptions": assumptions,
+    "models": models,
+    "bytes": bytes_a_parameter,
+    "activations": activation_table,
+    "head": head_table,
+    "fits-7b-full": lambda: fits(MODELS[0], False),
+    "fits-7b-lora": lambda: fits(MODELS[0], True),
+    "fits-70b-full": lambda: fits(MODELS[1], False),
+    "fits-70b-lora": lambda: fits(MODELS[1], True),
+    "estimator": estimator,
+    "volumes": volumes,
+    "hidden": hidden,
+    "steps": steps,
+    "offload": offload_table,
+    "host": host_table,
+    "checkpoints": checkpoint_table,
+}
+
+
+def marked(name: str) -> re.Pattern[str]:
+    """group 1: the lines of the table that follow its mark."""
+    return re.compile(rf"(?<=<!-- arithmetic:{name} -->\n)((?:\|.*\n)*)(?=<!-- arithmetic:end -->)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}, instead of printing")
+    if not parser.parse_args().write:
+        print("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()))
+        return
+    text = PAGE.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        text = marked(name).sub(lambda _, make=make: make() + "\n", text, count=1)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
