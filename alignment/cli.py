@@ -216,10 +216,13 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("run", help="a run's name, its beginning, or its folder")
     _add_store(parser)
     given = parser.parse_args(arguments)
-    from alignment.reporting import page, targets
+    from alignment.pipeline.store import Store
+    from alignment.reporting import page, targets, watching
 
     folder = targets.run_folder(given.run, given.store)
-    print(page.write_report(folder, folder.parent.parent))
+    store = Store(folder.parent.parent)
+    (run,) = watching.look(store, [folder])
+    print(page.write_report(folder, store.root, run if run["state"] != "unreadable" else None))
     return 0
 
 

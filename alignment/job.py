@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from alignment.files import read_json
 from alignment.launchers import slurm
 from alignment.pipeline.graph import Node
 from alignment.pipeline.runner import Run, bring
+from alignment.reporting import page
 from alignment.reporting.terminal import StageProgress
 from alignment.signals import SIGNALS, Listener, Stopped
 
@@ -85,7 +87,15 @@ def _bring(run: Run, node: Node, here: Allocation, stop: Listener) -> int:
             raise
         _say(f"{lost}")
         return _again(here, launcher, f"has lost {', '.join(gone)}")
+    _report(run)
     return 0
+
+
+def _report(run: Run) -> None:
+    """By the last of a run's jobs. That it cannot be written must not make a stage fail that is done."""
+    with suppress(AlignmentError, OSError):
+        if run.finished():
+            _say(f"{run.id} is done: {page.write_report(run.folder, run.store.root)}")
 
 
 def _again(here: Allocation, launcher: SlurmLauncher, why: str) -> int:

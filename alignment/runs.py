@@ -82,6 +82,10 @@ class Session:
         """All of them as one graph of jobs; whoever wants their values waits for them."""
         queue.announce(name, [(run.id, runner.plan(run)) for run in runs])
         queue.show_submission(name, submission.submit(runs, name, queue.say))
+        for run in runs:
+            with suppress(AlignmentError, OSError):  # its jobs write it when they are done, if there are any
+                if run.finished():
+                    page.write_report(run.folder, run.store.root)
         if not wait:
             return [None] * len(runs)
         ended = watching.until_done([run.folder for run in runs], runs[0].store, self._stop)
@@ -90,7 +94,7 @@ class Session:
     def _value(self, state: dict[str, Any], store: Path) -> Value:
         """Of a run whose jobs have ended."""
         with suppress(AlignmentError, OSError):
-            page.write_report(Path(state["folder"]), store)
+            page.write_report(Path(state["folder"]), store, state)
         failed = next((node for node in state["nodes"] if node["state"] in ("failed", "cancelled")), None)
         if failed is None:
             return gather.objective(gather.summarise(state, store))

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,16 +60,18 @@ def main(folder: Path) -> int:
         if TORCHRUN in os.environ:
             die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
         order = read_json(folder / "stage.json")
-        if not Store(Path(order["store"])).is_held(order["key"]):  # its launcher died before it could say so
+        # Its launcher died before it could say so. A file system may keep locks to one host.
+        if order["host"] == socket.gethostname() and not Store(Path(order["store"])).is_held(order["key"]):
             print("nobody holds the lock of this stage: its launcher is gone", flush=True)
             return 1
-        pulse = Pulse(folder, _rank())
+        replaced = _fence(folder)
+        pulse = Pulse(folder, _rank(), replaced)
         _reserve(folder)
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             deferred.close()
             if stop.asked:
                 raise Stopped(stop.asked)
-        _run(folder, order, stop, pulse)
+        _run(folder, order, stop, pulse, replaced)
         return 0
     except (Stopped, PreemptedError) as why:
         return _preempted(folder, str(why), getattr(why, "kept", False))
@@ -109,7 +112,23 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse) -> None:
+def _fence(folder: Path) -> Callable[[], bool]:
+    """Whether another attempt has begun meanwhile. A cluster starts a stage again elsewhere if it cannot reach a node,
+    whose processes may live on: they must not write into what is the new attempt's."""
+    path = folder / "stage.json"
+
+    def look() -> tuple[int, int] | None:
+        try:
+            found = path.stat()
+        except OSError:  # the folder is being renewed, or is a result by now
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    mine = look()
+    return lambda: (now := look()) is not None and now != mine
+
+
+def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, replaced: Callable[[], bool]) -> None:
     store = Store(Path(order["store"]))
     context = _context(folder, order, store, stop)
     pulse.got_on = context.got_on
@@ -131,6 +150,8 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse) -> N
         if context.is_main:
             with context.busy("storing the result"):
                 _require_same_input(context.experiment, context, order)
+                if replaced():
+                    raise LostError("another attempt has taken the place of this one")
                 store.commit(order["key"], _record(store, context, order, metrics))
 
 

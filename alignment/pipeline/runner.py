@@ -79,6 +79,19 @@ class Run:
             line.update(state="reused" if record else "queued", seconds=record["seconds"] if record else None)
         write_json(self.folder / "run.json", self.state, durable=False)
 
+    def finished(self) -> bool:
+        """If all its stages are in the store: say so in run.json, whoever has made them. Raises OSError."""
+        records = {node.name: self.store.record(node.key) for node in self.nodes}
+        if not all(records.values()):
+            return False
+        for line in self.state["nodes"]:
+            record = records[line["name"]] or {}
+            mine = record.get("run") == self.id
+            line.update(state="done" if mine else "reused", seconds=record["seconds"], error=None)
+        self.state["updated"] = time.time()
+        write_json(self.folder / "run.json", self.state, durable=False)
+        return True
+
     def note(self, name: str, **facts: Any) -> None:
         """Change a node's line in run.json, unless the disk is full: that must not hide what became of the stage."""
         if not self.writes:
