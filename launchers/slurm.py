@@ -48,8 +48,15 @@ def head() -> str:
 
 def call(*command: str, patience: float = PATIENCE, stdin: str | None = None) -> str:
     """What the command prints."""
+    done = _run(command, patience, stdin)
+    if done.returncode:
+        raise MachineError(f"{command[0]} refuses: {_said(done)}", where=" ".join(command[:6]))
+    return done.stdout
+
+
+def _run(command: Sequence[str], patience: float, stdin: str | None) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command, capture_output=True, text=True, timeout=patience, check=False, input=stdin, env=_plain()
         )
     except FileNotFoundError:
@@ -57,10 +64,10 @@ def call(*command: str, patience: float = PATIENCE, stdin: str | None = None) ->
         raise MachineError(f"no {command[0]} here: SLURM's commands are not installed", fix=fix) from None
     except subprocess.TimeoutExpired:
         raise MachineError(f"{command[0]} has not answered in {patience:g} s", fix="see whether SLURM is up") from None
-    if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise MachineError(f"{command[0]} refuses: {said}", where=" ".join(command[:6]))
-    return done.stdout
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    return " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
 
 
 def _plain() -> dict[str, str]:
@@ -73,6 +80,12 @@ def submit(script: str) -> str:
     """The number of the job, or array, that the script has become."""
     said = call("sbatch", "--parsable", stdin=script).strip()
     return said.splitlines()[-1].split(";")[0]
+
+
+def test(script: str, patience: float) -> tuple[bool, str]:
+    """Whether SLURM would take the script now, and its words for when that would start, or why not. Queues nothing."""
+    done = _run(("sbatch", "--test-only"), patience, script)
+    return not done.returncode, _said(done)
 
 
 def states(jobs: Iterable[str]) -> dict[str, JobState]:
