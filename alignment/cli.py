@@ -143,6 +143,9 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="a further folder of configs")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--show-scripts", action="store_true", help="launcher=slurm: the jobs as they would be sent")
+    parser.add_argument(
+        "--check", action="store_true", help="launcher=slurm: ask the cluster whether it could start them"
+    )
     given = parser.parse_intermixed_args(arguments)
     from alignment.config.compose import compose
     from alignment.pipeline import runner
@@ -154,6 +157,10 @@ def plan(arguments: list[str]) -> int:
 
         queue.show_scripts([prepared], prepared.id)
         return 0
+    if given.check:
+        from alignment.reporting import queue
+
+        queue.check([prepared], prepared.id)
     rows = runner.plan(prepared)
     if given.json:
         _print_json({"run": prepared.id, "nodes": rows})

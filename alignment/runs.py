@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from alignment.config.schema import SlurmLauncher
 from alignment.errors import AlignmentError, ConfigError, LostError, PreemptedError
 from alignment.hydra_app import Point, learns
-from alignment.pipeline import runner, submission, sweeps
+from alignment.pipeline import runner, sanity, submission, sweeps
 from alignment.pipeline.identity import one_look
 from alignment.reporting import gather, page, queue, terminal, watching
 from alignment.signals import Listener, Stopped
@@ -30,6 +30,7 @@ class Session:
         self._failed: dict[str, AlignmentError] = {}  # stages that are not tried again for the next point
         self._errors: dict[str, AlignmentError] = {}  # points that failed
         self._count = 0
+        self._probed = False  # a sweeper that learns comes back for each of its rounds
 
     def execute(self, points: Sequence[Point], master: DictConfig | None) -> Sequence[Value]:
         """The value of each point. One that fails does not stop the others: `finish` raises what became of it.
@@ -81,6 +82,8 @@ class Session:
     def _queue(self, runs: Sequence[runner.Run], name: str, wait: bool) -> Sequence[Value]:
         """All of them as one graph of jobs; whoever wants their values waits for them."""
         queue.announce(name, [(run.id, runner.plan(run)) for run in runs])
+        sanity.check(runs, name, queue.say, probe=not self._probed)
+        self._probed = True
         queue.show_submission(name, submission.submit(runs, name, queue.say))
         for run in runs:
             with suppress(AlignmentError, OSError):  # its jobs write it when they are done, if there are any

@@ -36,25 +36,28 @@ class SrunLauncher:
         self.settings = settings
 
     def submit(self, job: Job) -> Handle:
-        settings = self.settings
-        command = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"]
-        command += ["--kill-on-bad-exit=1", "--unbuffered", f"--job-name={job.name}", "--input=none"]
-        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # a step does not take it from its job by itself
-            command.append(f"--cpus-per-task={cpus}")
-        python = settings.python or sys.executable
-        if settings.container is not None:
-            python = settings.python or "python3"
-            command += _inside(settings.container, job.folder)
-        command += [python, "-m", "alignment.launchers.agent", str(job.folder)]
+        command = step(self.settings, job.name, job.nodes, job.folder.parent.parent)
+        command += ["-m", "alignment.launchers.agent", str(job.folder)]
         command += ["--nodes", str(job.nodes), "--processes", str(job.processes)]
         if job.world_size > 1:
             command += ["--meet", f"{slurm.head()}:{free_port(job.attempt)}"]
         return Step(command, job)
 
 
-def _inside(container: Container, folder: Path) -> list[str]:
+def step(settings: SlurmLauncher, name: str, nodes: int, store: Path) -> list[str]:
+    """srun's command of one python on each node, but for python's arguments. In a container that sees the store."""
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    command += ["--kill-on-bad-exit=1", "--unbuffered", f"--job-name={name}", "--input=none"]
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # a step does not take it from its job by itself
+        command.append(f"--cpus-per-task={cpus}")
+    if settings.container is None:
+        return [*command, settings.python or sys.executable]
+    return [*command, *_inside(settings.container, store), settings.python or "python3"]
+
+
+def _inside(container: Container, store: Path) -> list[str]:
     """srun's arguments that have the rest of them run in a container, which sees the store and the code."""
-    seen = [str(folder.parent.parent), os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
+    seen = [str(store), os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     if container.kind == "enroot":
         mounts = ",".join(f"{place}:{place}" for place in seen)
         workdir = f"--container-workdir={os.getcwd()}"

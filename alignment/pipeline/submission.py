@@ -77,7 +77,7 @@ class Submission:
         self.id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         self.folder = self.store.root / JOBS / self.id
         self.numbers: dict[int, str] = {}  # of batches that are submitted
-        self.owners = _missing(runs)
+        self.owners = missing(runs)
         above = nearest(_parents(runs))
         tasks = [
             Task(key, owner.node.name, _alike(owner), above[key])
@@ -133,18 +133,15 @@ class Submission:
 
     def _script(self, batch: Batch, code: Path, number_of: Callable[[int], str]) -> str:
         owner = self.owners[next(iter(batch.elements.values())).key]
-        launcher, path = owner.launcher, self._path(batch)
-        python = launcher.python or sys.executable
-        environment = Environment(
-            loader=FileSystemLoader(LAUNCHERS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-            keep_trailing_newline=True, autoescape=False,
-        )  # fmt: skip
-        return environment.get_template(TEMPLATE).render(
-            what=f"{self._label(batch)} of {self.name}",
-            options=self._options(batch, owner, path, number_of),
-            setup=launcher.setup,
-            variables={"PYTHONPATH": shlex.quote(str(code)), "PYTHONSAFEPATH": "1", **_network(launcher)},
-            command=f"{shlex.quote(python)} -m alignment.job {shlex.quote(str(path.with_suffix('.json')))}",
+        path = self._path(batch)
+        options = self._options(batch, owner, path, number_of)
+        return script(
+            f"{self._label(batch)} of {self.name}",
+            options,
+            owner.launcher,
+            code,
+            "alignment.job",
+            path.with_suffix(".json"),
         )
 
     def _options(
@@ -158,7 +155,7 @@ class Submission:
         if batch.waits:
             options["dependency"] = ",".join(_dependency(wait, number_of) for wait in batch.waits)
         options["kill-on-invalid-dep"] = "yes"
-        options |= _asked(owner.resources)
+        options |= asked(owner.resources)
         options |= {
             "requeue": True,
             "open-mode": "append",
@@ -169,7 +166,22 @@ class Submission:
         return {**options, **{name: value for name, value in launcher.options.items() if value is not False}}
 
 
-def _missing(runs: Sequence[Run]) -> dict[str, Owner]:
+def script(what: str, options: Mapping[str, Any], launcher: SlurmLauncher, code: Path, module: str, told: Path) -> str:
+    """A job's: it prepares the environment as launcher says, and runs the module, whose argument is the file `told`."""
+    environment = Environment(
+        loader=FileSystemLoader(LAUNCHERS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    return environment.get_template(TEMPLATE).render(
+        what=what,
+        options=options,
+        setup=launcher.setup,
+        variables={"PYTHONPATH": shlex.quote(str(code)), "PYTHONSAFEPATH": "1", **_network(launcher)},
+        command=f"{shlex.quote(launcher.python or sys.executable)} -m {module} {shlex.quote(str(told))}",
+    )
+
+
+def missing(runs: Sequence[Run]) -> dict[str, Owner]:
     """Key -> what is to be made, parents first."""
     found: dict[str, Owner] = {}
     done: set[str] = set()
@@ -193,11 +205,11 @@ def _alike(owner: Owner) -> tuple[Any, ...]:
     return owner.node.stage, owner.node.kind, owner.launcher.model_dump_json()
 
 
-def _asked(resources: Resources) -> dict[str, str | int | bool]:
+def asked(resources: Resources) -> dict[str, str | int | bool]:
     """Resources as options of sbatch."""
     cpus = resources.cpus_per_process
     limit = resources.time_limit
-    asked = {
+    named = {
         "nodes": resources.nodes,
         "ntasks-per-node": 1,  # an agent, which starts the processes
         "cpus-per-task": cpus * resources.processes if cpus else None,
@@ -211,7 +223,7 @@ def _asked(resources: Resources) -> dict[str, str | int | bool]:
         "exclude": resources.exclude,
         "comment": resources.comment,
     }
-    return {name: value for name, value in asked.items() if value is not None}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _network(launcher: SlurmLauncher) -> dict[str, str]:
@@ -242,7 +254,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 def queued(runs: Sequence[Run]) -> dict[str, str]:
     """Key -> job, of what SLURM will make or makes already."""
     store = runs[0].store
-    known = {key: told["job"] for key in _missing(runs) if (told := job_of(store, key))}
+    known = {key: told["job"] for key in missing(runs) if (told := job_of(store, key))}
     if not known:
         return {}
     states = slurm.states(known.values())

@@ -14,6 +14,7 @@ from rich.text import Text
 from alignment.config.schema import SlurmLauncher
 from alignment.errors import ConfigError
 from alignment.files import near, program
+from alignment.pipeline import sanity
 from alignment.pipeline.runner import Run
 from alignment.pipeline.submission import Submission
 from alignment.reporting import words
@@ -85,3 +86,11 @@ def show_scripts(runs: Sequence[Run], name: str) -> None:
         raise ConfigError("there are no scripts to show", where="--show-scripts", fix="add launcher=slurm")
     for script in Submission(runs, name, {}).scripts():
         print(script)
+
+
+def check(runs: Sequence[Run], name: str) -> None:
+    """Ask SLURM what `run` asks before it queues anything; warnings go to stderr. Raises ConfigError, MachineError."""
+    if not isinstance(runs[0].experiment.launcher, SlurmLauncher):
+        raise ConfigError("there is no cluster to ask", where="--check", fix="add launcher=slurm")
+    errors = Console(stderr=True, highlight=False)
+    sanity.check(runs, name, lambda text: errors.print(Text(text), soft_wrap=True), probe=False)
