@@ -14,9 +14,10 @@ from alignment.errors import MachineError
 from alignment.launchers import slurm
 
 ANY = {"", "UNLIMITED", "INFINITE", "NONE", "N/A", "n/a", "(null)", "NO_VAL", "ALL"}
-# Words of a node's state that keep jobs off it until somebody acts. One that saves power is woken by a job.
-NOT_UP = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "ERROR", "UNKNOWN", "NOT_RESPONDING", "INVAL"}
-NOT_UP |= {"INVALID_REG", "MAINT", "MAINTENANCE", "FUTURE", "NO_RESPOND"}
+# Words of a node's state that keep jobs off it until somebody acts.
+NOT_UP = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "ERROR", "UNKNOWN", "INVAL", "INVALID_REG"}
+NOT_UP |= {"MAINT", "MAINTENANCE", "FUTURE"}
+SILENT, WAKES = {"NOT_RESPONDING", "NO_RESPOND"}, {"POWERING_UP", "POWER_UP", "POWERED_DOWN", "POWER"}
 FIELD = re.compile(r"(?:^|\s)([A-Z][A-Za-z/:_]*)=(\S*)")
 
 
@@ -91,6 +92,21 @@ def overruling() -> dict[str, set[str]]:
     return {name: set(flags.split(",")) for name, flags in lines}
 
 
+def above(account: str) -> list[str] | None:
+    """The accounts that this one belongs to, up to root. None: accounting does not tell. Newer versions let those in
+    that belong to an account which is let in. Without accounting there are none."""
+    try:
+        form = ("--noheader", "--parsable2", "show", "associations", "format=account,parentname")
+        said = slurm.call("sacctmgr", *form, patience=5.0).lower()
+    except MachineError:
+        return []
+    parents = dict(line.split("|") for line in said.splitlines() if re.fullmatch(r"[^|]+\|[^|]+", line))
+    chain, name = list[str](), account.lower()
+    while (name := parents.get(name, "")) and name not in chain:
+        chain.append(name)
+    return chain if chain[-1:] == ["root"] else None
+
+
 def expand(nodes: str) -> list[str]:
     """The names in a list of SLURM's, as a[1-3],b."""
     plain = nodes.split(",") if "[" not in nodes else slurm.call("scontrol", "show", "hostnames", nodes).split()
@@ -119,7 +135,9 @@ def _values(line: str) -> dict[str, str]:
 
 def _machine(values: Mapping[str, str]) -> Machine:
     features = values.get("AvailableFeatures", values.get("Features", ""))
-    states = re.split(r"[+*~#!%$@^-]+", values.get("State", "UNKNOWN").upper())
+    state = values.get("State", "UNKNOWN").upper()
+    words = set(re.split(r"[+*~#!%$@^-]+", state))
+    silent = "*" in state or bool(SILENT & words)
     return Machine(
         name=values.get("NodeName", ""),
         cpus=_number(values.get("CPUEfctv")) or _number(values.get("CPUTot")) or 0,
@@ -127,7 +145,7 @@ def _machine(values: Mapping[str, str]) -> Machine:
         gpus=gpus(values.get("Gres", "")),
         features=frozenset() if features in ANY else frozenset(features.split(",")),
         partitions=frozenset(values.get("Partitions", "").split(",")) - {""},
-        up=not NOT_UP & set(states) and "*" not in values.get("State", ""),
+        up=not NOT_UP & words and (not silent or bool(WAKES & words)),  # a job wakes those that save power
     )
 
 

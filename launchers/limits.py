@@ -42,7 +42,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Fault:
-    """kind: of the limits of a partition that a QOS may overrule."""
+    """kind: of what does not hold for all users of a partition."""
 
     key: str
     what: str
@@ -67,12 +67,12 @@ def _check(ask: Ask, cluster: Cluster) -> Iterator[str]:
     first = faults[0]
     free = [partition for partition, fault in zip(partitions, faults, strict=True) if fault is None]
     if first is not None and None not in faults:
-        if not _overruled(ask, first):
+        if not _exempt(ask, first, partitions):
             others = [p for p in cluster.partitions.values() if p not in partitions]
             able = [p.name for p in others if _fault(ask, cluster, p, excluded) is None]
             fix = first.fix + (f"; partitions that could: {', '.join(able)}" if able else "")
             raise ConfigError(f"{ask.stage} {first.what}", where=ask.where(first.key), fix=fix)
-        yield f"{ask.stage} {first.what}, unless its QOS overrules that: SLURM will tell"
+        yield f"{ask.stage} {first.what}, but may be exempt: SLURM will tell"
     yield from _down(ask, cluster, free, excluded)
     if ask.asked.memory is None and free:
         yield from _memory(ask, free[0])
@@ -125,7 +125,7 @@ def _barred(ask: Ask, partition: Partition) -> Fault | None:
         if (mine := getattr(ask.asked, key)) and not names.take(mine):
             what = f"asks for {key} `{mine}`, which `{partition.name}` does not take"
             allowed = f": {', '.join(sorted(names.allowed))}" if names.allowed else ""
-            return Fault(key, what, f"one that it takes{allowed}")
+            return Fault(key, what, f"one that it takes{allowed}", key)
     return None
 
 
@@ -196,9 +196,9 @@ def _room(ask: Ask, machines: Sequence[Machine], partition: Partition, excluded:
     for key, text, meets, amount in _conditions(ask, excluded):
         fit = [machine for machine in left if meets(machine)]
         if len(fit) < asked.nodes:
-            few = f"only {len(fit)}" if fit else "none"
+            few, verb = (f"only {len(fit)}" if fit else "none"), ("is" if len(fit) < 2 else "are")
             most = "" if amount is None else f" (the largest has {max(map(amount, left))}{' MB' * (key == 'memory')})"
-            among = f"{few} of the {_count(len(left), 'node')} of {place}{so_far} is such{most}"
+            among = f"{few} of the {_count(len(left), 'node')} of {place}{so_far} {verb} such{most}"
             return Fault(key, f"asks for {_count(asked.nodes, 'node')}{text}, and {among}", FIXES[key])
         left, so_far = fit, f"{so_far}{text}"
     return None
@@ -236,9 +236,13 @@ def _wanted(ask: Ask) -> int:
     return facts.megabytes(ask.asked.memory) or 0
 
 
-def _overruled(ask: Ask, fault: Fault) -> bool:
-    """Whether the job's QOS may be one that overrules this limit. Without a name it may be any: users have defaults."""
-    if not fault.kind:
+def _exempt(ask: Ask, fault: Fault, partitions: Iterable[Partition]) -> bool:
+    """Whether this may not hold for the user: the job's QOS overrules it, or the account belongs to one that is let in.
+    A job without a QOS may have any: users have defaults."""
+    if fault.kind == "account":
+        higher = facts.above(ask.asked.account or "")
+        return higher is None or any(name in (p.accounts.allowed or ()) for p in partitions for name in higher)
+    if fault.kind not in OVERRULED:
         return False
     known = facts.overruling()
     mine = [known.get(ask.asked.qos, set())] if ask.asked.qos else known.values()

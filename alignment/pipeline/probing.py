@@ -116,7 +116,7 @@ def _send(group: Sequence[Owner], path: Path, code: Path, wanted: dict[str, Any]
 def _asks(stages: Sequence[Resources]) -> Resources:
     """As little as shows what the stages will find: GPUs as they, and a second node if they have several."""
     gpus = [asks.gpus_per_node for asks in stages if asks.gpus_per_node is not None]
-    memory = [facts.megabytes(asks.memory) or MEMORY for asks in stages if asks.memory is not None]
+    memory = [amount for asks in stages if (amount := facts.megabytes(asks.memory))]
     update = {
         "nodes": min(2, max(asks.nodes for asks in stages)),
         "processes": 1,
