@@ -88,6 +88,7 @@ class Run:
             record = records[line["name"]] or {}
             mine = record.get("run") == self.id
             line.update(state="done" if mine else "reused", seconds=record["seconds"], error=None)
+            line.update(attempts.summary(record.get("attempts") or []) if mine else {})
         self.state["updated"] = time.time()
         write_json(self.folder / "run.json", self.state, durable=False)
         return True
@@ -249,7 +250,7 @@ def layout(run: Run, node: Node) -> tuple[int, int]:
 
 
 def _note_attempts(run: Run, node: Node, rows: list[dict[str, Any]]) -> None:
-    run.note(node.name, attempts=len(rows), causes=[row["cause"] for row in rows if row.get("cause")])
+    run.note(node.name, **attempts.summary(rows))
 
 
 def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict[str, Any]:
