@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,10 +73,10 @@ class Run:
     def node(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
 
-    def submitted(self) -> None:
-        """Its stages are jobs of a cluster from now on. Raises OSError."""
+    def submitted(self, missing: Collection[str]) -> None:
+        """Its stages are jobs of a cluster from now on. missing: keys that the store lacks. Raises OSError."""
         for line in self.state["nodes"]:
-            record = self.store.record(line["key"])
+            record = None if line["key"] in missing else self.store.record(line["key"])
             line.update(state="reused" if record else "queued", seconds=record["seconds"] if record else None)
         write_json(self.folder / "run.json", self.state, durable=False)
 
