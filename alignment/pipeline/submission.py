@@ -139,6 +139,7 @@ class Submission:
             loader=FileSystemLoader(LAUNCHERS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
             keep_trailing_newline=True, autoescape=False,
         )  # fmt: skip
+        environment.filters["word"] = _word
         return environment.get_template(TEMPLATE).render(
             what=f"{self._label(batch)} of {self.name}",
             options=self._options(batch, owner, path, number_of),
@@ -162,7 +163,7 @@ class Submission:
         options |= {
             "requeue": True,
             "open-mode": "append",
-            "output": f"{path}-%A_%a.out" if batch.array else f"{path}-%j.out",
+            "output": str(path).replace("%", "%%") + ("-%A_%a.out" if batch.array else "-%j.out"),
             "signal": f"B:USR1@{launcher.grace}",
             "chdir": os.getcwd(),
         }
@@ -216,6 +217,12 @@ def _asked(resources: Resources) -> dict[str, str | int | bool]:
         "comment": resources.comment,
     }
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def _word(value: str | int | bool) -> str:
+    """A value as a line of #SBATCH has it."""
+    text = str(value)
+    return f'"{text}"' if " " in text or "\t" in text else text
 
 
 def _network(launcher: SlurmLauncher) -> dict[str, str]:
