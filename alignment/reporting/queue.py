@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,21 +24,15 @@ def say(text: str) -> None:
     Console(highlight=False).print(Text(text), soft_wrap=True)
 
 
-def announce(name: str, plans: Sequence[tuple[str, list[dict[str, Any]]]]) -> None:
-    """One line: how many stages the runs have together, each counted once, and what will become of them."""
-    rows = {row["key"]: row["action"] for _, plan in plans for row in plan}
-    counts = ", ".join(f"{count} to {action}" for action, count in Counter(rows.values()).items())
-    runs = f"{len(plans)} runs, " if len(plans) > 1 else ""
-    say(f"{name}  {runs}{len(rows)} stages: {counts}")
-
-
-def show_submission(name: str, queued: Submission) -> None:
-    """The graph with its job numbers, and what to type next."""
+def show_submission(name: str, runs: int, queued: Submission) -> None:
+    """How many stages the runs have together, each counted once; the graph with its job numbers; what to type next."""
     console = Console(highlight=False)
-    if not queued.batches:
-        already = len(queued.jobs)
-        say(f"nothing to submit{f': {already} stages are queued already' if already else ''}")
-    else:
+    fresh, missing = sum(len(batch.elements) for batch in queued.batches), len(queued.owners)
+    counts = {"submitted": fresh, "queued already": missing - fresh, "in the store": queued.count - missing}
+    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    many = f"{runs} runs, " if runs > 1 else ""
+    console.print(Text.assemble((name, "bold"), f"  {many}{queued.count} stages: {told}"), soft_wrap=True)
+    if queued.batches:
         console.print(_table(queued))
     mine = program("alignment")
     for label, command in (
@@ -48,7 +41,8 @@ def show_submission(name: str, queued: Submission) -> None:
         ("end it", f"{mine} cancel {name}"),
         ("scripts", near(queued.folder)),
     ):
-        console.print(Text.assemble((f"{label:<10}", "dim"), command), soft_wrap=True)
+        if missing and (fresh or label != "scripts"):
+            console.print(Text.assemble((f"{label:<10}", "dim"), command), soft_wrap=True)
 
 
 def _table(queued: Submission) -> Table:
