@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 def _run(order: dict[str, Any]) -> tuple[Run, Node]:
     """The run and its node. Raises InputError if this node computes another key than the submission did."""
     state = read_json(Path(order["run"]) / "run.json")
-    run = Run(Experiment.model_validate(state["config"]), state["command"], writes=False)
+    run = Run(Experiment.model_validate(state["config"]), state["command"], writes=False, sweep=state.get("sweep"))
     node = run.node(order["node"])
     if node.key != order["key"]:
         what = f"{node.name} is not what was submitted: {_difference(order['identity'], node.identity)}"

@@ -187,10 +187,15 @@ def _tracked(context: StageContext, order: dict[str, Any], store: Store) -> Any:
     tracker = Tracker.start(
         context.experiment.tracking if context.is_main else None,
         folder=context.folder,
-        run=order["run"],
+        group=order.get("sweep") or order["run"],
         name=order["name"],
         kind=order["kind"],
-        config={"identity": order["identity"], "experiment": order["experiment"], "key": order["key"]},
+        config={
+            "run": order["run"],
+            "identity": order["identity"],
+            "experiment": order["experiment"],
+            "key": order["key"],
+        },
         parents={role: (parent["name"], parent["key"]) for role, parent in order["parents"].items()},
         on_warning=context.warn,
         final_folder=store.result(order["key"]),
