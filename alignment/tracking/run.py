@@ -71,7 +71,8 @@ class Tracker:
         tracking: None on all ranks but the first. folder: the stage's work folder; all that W&B writes lies in its
         `wandb`, the run's id in `wandb_run_id`. Its `metrics.jsonl` must hold the rows that are logged here
         ({"step", "time", name: value}): a restart begins with them.
-        group: id of the sweep that the run belongs to, else of the run. name, kind: of the stage. parents: role -> (stage name, stage key).
+        group: id of the sweep that the run belongs to, else of the run. name, kind: of the stage.
+        parents: role -> (stage name, stage key).
         final_folder: where `folder` lies once its stage has succeeded, for the command that is shown.
         """
         if tracking is None or tracking.kind == "none":
