@@ -33,6 +33,7 @@ def read(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
     notes = {key: note for key in keys if (note := job_of(store, key))}
     try:
         states = slurm.states(note["job"] for note in notes.values())
+        states |= slurm.accounted(note["job"] for note in notes.values() if note["job"] not in states)
     except MachineError as error:
         lost = {"alive": True, "waits": True, "why": f"unknown: {error.what}"}
         return {key: {**note, **lost} for key, note in notes.items()}
