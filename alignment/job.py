@@ -32,7 +32,7 @@ TO_BE_KILLED = 120.0  # seconds that SLURM gets to end this process, once it has
 
 
 def main(arguments: list[str]) -> int:
-    stop = Listener().listen(again=lambda: os._exit(PreemptedError.exit_code))
+    stop = Listener().listen(again=lambda: None)  # SLURM signals more than once, and kills whom it wants to be gone
     here = allocation()
     try:
         if here is None:
