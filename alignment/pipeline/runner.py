@@ -43,6 +43,7 @@ class Run:
     experiment: Experiment
     command: str
     writes: bool = True
+    sweep: str | None = None  # that it belongs to
     nodes: list[Node] = field(init=False)
     store: Store = field(init=False)
     state: dict[str, Any] = field(init=False)
@@ -58,6 +59,7 @@ class Run:
             "created": time.time(),
             "updated": time.time(),
             "command": self.command,
+            "sweep": self.sweep,
             "config": self.experiment.model_dump(),
             "final": self.experiment.pipeline.final,
             "nodes": [
@@ -69,6 +71,9 @@ class Run:
                 for node in self.nodes
             ],
         }  # fmt: skip
+
+    def belongs_to(self, sweep: str) -> None:
+        self.sweep = self.state["sweep"] = sweep
 
     def node(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
@@ -269,6 +274,7 @@ def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict
         "kind": node.kind,
         "stage": node.stage,
         "run": run.id,
+        "sweep": run.sweep,
         "store": str(run.store.root),
         "identity": node.identity,
         "parents": {role: {"name": parent.name, "key": parent.key} for role, parent in node.parents.items()},

@@ -278,7 +278,9 @@ def submit(runs: Sequence[Run], name: str, say: Say = lambda text: None) -> Subm
     with suppress(OSError):
         runs[0].store.root.mkdir(parents=True, exist_ok=True)
     lock = runs[0].store.run_lock("submit")
-    lock.wait(name, lambda by: say(f"waits for another submission (pid {by.get('pid')} on {by.get('host')})"))
+    if not lock.acquire(name):
+        say(f"waits for another submission: {lock.holder().get('who')}")
+        lock.wait(name, lambda holder: None)
     try:
         submission = Submission(runs, name, queued(runs), slurm.largest_array())
         for run in runs:

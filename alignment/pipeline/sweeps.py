@@ -32,10 +32,11 @@ class Sweep:
         first: Run | None = None
         for run, overrides in points:
             first = first or run
+            self.id = self.id or f"{run.experiment.name}-{self._digest}"
+            run.belongs_to(self.id)
             self._points[run.id] = {"run": run.id, "overrides": list(overrides)}
         if first is None:
             return
-        self.id = self.id or f"{first.experiment.name}-{self._digest}"
         self.folder = first.store.root / "sweeps" / self.id
         known = self._known()
         for point in known.get("points", []):
@@ -47,6 +48,7 @@ class Sweep:
             "command": self.command,
             "launcher": first.experiment.launcher.kind,
             "objective": [{"metric": "reward", "direction": "maximize"}],
+            "wandb_group": self.id if first.experiment.tracking.kind == "wandb" else None,
             "points": varied(list(self._points.values())),
         }
         write_json(self.folder / FILE, told, durable=False)

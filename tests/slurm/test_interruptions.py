@@ -104,6 +104,27 @@ def test_a_job_that_runs_out_of_time_goes_on(slurm: Cluster, make: Make, undistu
     assert before == [("preempted", number) for number in range(len(before))]
 
 
+def test_a_cancelled_job_saves_and_is_not_queued_again(slurm: Cluster, make: Make) -> None:
+    project = make(slurm)
+    project.run(*TWO_NODES)
+    project.until(lambda: project.step("sft") > 10, "it trains")
+    (run,), job = project.runs(), job_of(project)
+    assert f"cancelled sft (job {job})" in project.command("cancel", run["run"])
+    slurm.wait(job, until={"CANCELLED"})
+    assert project.node("sft")["state"] == "cancelled"
+    assert list(project.store.glob("work/*/checkpoints/step-*/manifest.json"))
+
+
+def test_a_job_is_queued_again_no_more_often_than_it_may(slurm: Cluster, make: Make) -> None:
+    project = make(slurm)
+    project.run(*TWO_NODES, "launcher.max_restarts=0")
+    project.until(lambda: project.step("sft") > 10, "it trains")
+    job = job_of(project)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait(job, until={"FAILED"})
+    assert "after 0 restarts: it is not queued again" in project.node("sft")["error"]
+
+
 def test_a_node_whose_daemon_dies_is_left_and_its_processes_end_themselves(
     slurm: Cluster, make: Make, undisturbed: Project
 ) -> None:

@@ -91,9 +91,8 @@ def test_a_sweep_makes_what_is_equal_once_and_again_only_what_failed(project: Pr
     assert made(project) == WHOLE - Counter(POINT)
     assert "1 of 6 points" in project.command("compare", file.parent.name)
 
-    project.run(*sweep)
+    project.run("--wait", *sweep)
     assert submitted(project) == POINT
-    project.command("status", file.parent.name, "--watch")
     assert made(project) == WHOLE
     assert len(project.runs()) == 6
 
