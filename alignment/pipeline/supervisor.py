@@ -104,7 +104,7 @@ class Supervisor:
                 self._find_victim_elsewhere()
         self.end()
         if self._victim and not self.fault:
-            self.fault = self._lost(self._victim)
+            self.fault = self._lost(self._victim, code)
         return code
 
     def end(self) -> None:
@@ -235,11 +235,15 @@ class Supervisor:
         said = re.findall(rf"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {beat.pid}\)", text)
         return int(said[-1]) if said else None
 
-    def _lost(self, victim: Beat) -> AlignmentError:
+    def _lost(self, victim: Beat, code: int) -> AlignmentError:
+        """code: of the job, which ends as its only process did."""
         if word := word_of(self._folder, victim.rank):
             return word
         who = f"rank {victim.rank}" + ("" if victim.here else f" on {victim.host}")
-        return silent(who, -(self._said_of(victim) or 0), self._folder / "log.txt", victim.rank)
+        said = self._said_of(victim)
+        if said is None:
+            said = 128 - code if code > 128 and len(self._beats) == 1 else 0
+        return silent(who, -said, self._folder / "log.txt", victim.rank)
 
     def _behind(self) -> str:
         ticks = {rank: beat.ticks for rank, beat in self._beats.items() if not beat.ended}
