@@ -39,7 +39,7 @@ pipeline:
 """
 SEEDS = ("stage.prepare_sft.seed=0", "stage.prepare_preference.seed=0", "stage.evaluate.seed=0")
 POINT = {"dpo": 1, "evaluate_dpo": 1}
-WHOLE = {"start": 1, "rows": 1, "pairs": 1, "sft": 2, "dpo": 6, "evaluate_dpo": 6}
+WHOLE = Counter({"start": 1, "rows": 1, "pairs": 1, "sft": 2, "dpo": 6, "evaluate_dpo": 6})
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_five_hundred_points_are_queued_in_a_few_submissions(slurm: Cluster, pro
     project.run(*ON_SLURM, "+launcher.options.hold=true", "-m", f"stage.dpo.beta={betas}", "seed=0,1,2,3,4")
     took = time.monotonic() - began
     scripts = list(project.store.glob("jobs/2*/*.sbatch"))
-    assert submitted(project) == {**WHOLE, "sft": 5, "dpo": 500, "evaluate_dpo": 500}
+    assert submitted(project) == WHOLE | Counter({"sft": 5, "dpo": 500, "evaluate_dpo": 500})
     assert len(scripts) == 3 + 1 + 5 + 5
     queued = slurm.run("squeue", "--noheader", "--array", "--format=%i").stdout.split()
     assert len(queued) == 1008
