@@ -24,6 +24,7 @@ from tests.slurm.machine import Network, networks_refused
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 PORT = 29500
 STEPS = 40  # so many that a signal comes in their midst
 ONE_PROCESS = 1e-5  # as tests.distributed.test_engines_agree
@@ -57,6 +58,7 @@ class Site:
 
     network: Network | None
     addresses: dict[str, str]
+    mark: dict[str, str]  # a variable by which its guard knows all that runs there
     started: list[Command] = field(default_factory=list)
 
     def start(self, case: Case, rank: int, *settings: str) -> Command:
@@ -69,27 +71,25 @@ class Site:
         return [self.start(case, rank) for rank in (0, 1)]
 
     def run(self, case: Case, words: list[str], settings: list[str], **more: str) -> Command:
-        more |= {"ALIGNMENT_STORE": str(case.store), "ALIGNMENT_CACHE": str(case.folder / "cache"), "COLUMNS": "1000"}
+        more |= self.mark | {
+            "ALIGNMENT_STORE": str(case.store),
+            "ALIGNMENT_CACHE": str(case.folder / "cache"),
+            "COLUMNS": "1000",
+        }
         told = case.folder / f"said-{len(self.started)}.txt"
         self.started.append(Command(words, case.arguments(*settings), told, {**os.environ, **more}))
         return self.started[-1]
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
-    tag = secrets.token_hex(2)
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    tag, mark = secrets.token_hex(2), tmp_path_factory.mktemp("site") / "mark"
     nodes = [f"joined-{tag}-{number}" for number in (0, 1)]
-    if networks_refused():
-        made = Site(None, dict.fromkeys(nodes, "127.0.0.1"))
-    else:
-        network = Network(tag, nodes)
-        made = Site(network, network.make()[1])
-    yield made
-    for command in made.started:
-        command.kill()
-        command.wait()
-    if made.network:
-        made.network.remove()
+    guard = [sys.executable, "-m", "tests.slurm.machine", tag, str(mark), *nodes]
+    with subprocess.Popen(guard, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True):  # removes all, at our end
+        network = None if networks_refused() else Network(tag, nodes)
+        addresses = network.make()[1] if network else dict.fromkeys(nodes, "127.0.0.1")
+        yield Site(network, addresses, {"SLURM_CONF": str(mark)})
 
 
 @pytest.fixture(scope="module")
