@@ -105,8 +105,7 @@ class Session:
 
     def _queue(self, runs: Sequence[runner.Run], name: str, wait: bool) -> Sequence[Value]:
         """All of them as one graph of jobs; whoever wants their values waits for them."""
-        queue.announce(name, [(run.id, runner.plan(run)) for run in runs])
-        queue.show_submission(name, submission.submit(runs, name, queue.say))
+        queue.show_submission(name, len(runs), submission.submit(runs, name, queue.say))
         for run in runs:
             with suppress(AlignmentError, OSError):  # its jobs write it when they are done, if there are any
                 if run.finished():

@@ -20,6 +20,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.allocation import allocation
 from alignment.errors import (
     AlignmentError,
     InputError,
@@ -97,7 +98,12 @@ def _launcher_lives(order: dict[str, Any]) -> bool:
 
 
 def _end_at_once(folder: Path) -> None:
-    """Asked a second time: the driver, which was not, hears why; unless what was asked for first is done."""
+    """Asked a second time: the driver, which was not, hears why; unless what was asked for first is done.
+
+    Not in a cluster's job: SLURM itself signals more than once, and kills whom it wants to be gone.
+    """
+    if allocation() is not None:
+        return
     if (folder / OUTCOME).exists():
         os._exit(_code_of_a_stop())
     _tell(folder, LostError(f"rank {_rank()} was asked to stop a second time, and ended at once"), "", retry=True)
@@ -193,10 +199,15 @@ def _tracked(context: StageContext, order: dict[str, Any], store: Store) -> Any:
     tracker = Tracker.start(
         context.experiment.tracking if context.is_main else None,
         folder=context.folder,
-        run=order["run"],
+        group=order.get("sweep") or order["run"],
         name=order["name"],
         kind=order["kind"],
-        config={"identity": order["identity"], "experiment": order["experiment"], "key": order["key"]},
+        config={
+            "run": order["run"],
+            "identity": order["identity"],
+            "experiment": order["experiment"],
+            "key": order["key"],
+        },
         parents={role: (parent["name"], parent["key"]) for role, parent in order["parents"].items()},
         on_warning=context.warn,
         final_folder=store.result(order["key"]),
