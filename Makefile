@@ -23,7 +23,7 @@ test-slurm: $(STAMP)  ## the tests on a SLURM cluster that they start themselves
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 faults: $(STAMP)  ## every fault in every engine, into docs/reliability.md; at most 45 minutes on two cores, best as root
-	FAULTS_RESULTS=docs/reliability.json $(BIN)/python -m pytest -n 2 --dist load -m "faults or not faults" tests/faults; \
+	FAULTS_RESULTS=docs/reliability.json $(BIN)/python -m pytest -n 2 --dist load -m "faults or not faults" tests/faults tests/distributed/test_joined.py; \
 	  code=$$?; $(BIN)/python -m tests.faults.report && exit $$code
 
 check: $(STAMP)  ## ruff, mypy and the architecture's contracts

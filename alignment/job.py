@@ -21,6 +21,7 @@ from alignment.errors import AlignmentError, InputError, LostError, MachineError
 from alignment.files import read_json
 from alignment.launchers import slurm
 from alignment.pipeline.graph import Node
+from alignment.pipeline.identity import difference
 from alignment.pipeline.runner import Run, bring
 from alignment.reporting import page
 from alignment.reporting.terminal import StageProgress
@@ -54,17 +55,10 @@ def _run(order: dict[str, Any]) -> tuple[Run, Node]:
     run = Run(Experiment.model_validate(state["config"]), state["command"], writes=False, sweep=state.get("sweep"))
     node = run.node(order["node"])
     if node.key != order["key"]:
-        what = f"{node.name} is not what was submitted: {_difference(order['identity'], node.identity)}"
+        at, was, now = difference(order["identity"], node.identity)
+        what = f"{node.name} is not what was submitted: {at} was {was!r}, is {now!r}"
         raise InputError(what, where=f"on {os.uname().nodename}", fix="submit it again, with the same packages here")
     return run, node
-
-
-def _difference(before: Any, now: Any, at: str = "") -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            if before.get(key) != now.get(key):
-                return _difference(before.get(key), now.get(key), f"{at}.{key}" if at else key)
-    return f"{at} was {before!r}, is {now!r}"
 
 
 def _bring(run: Run, node: Node, here: Allocation, stop: Listener) -> int:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from alignment.config.schema import SlurmLauncher
+from alignment.config.schema import SlurmLauncher, TorchrunLauncher
 from alignment.errors import AlignmentError, ConfigError, LostError, PreemptedError
 from alignment.hydra_app import Point, learns
 from alignment.pipeline import runner, sanity, submission, sweeps
+from alignment.pipeline.following import Follower
 from alignment.pipeline.identity import one_look
+from alignment.pipeline.leading import Leader
 from alignment.reporting import gather, page, queue, terminal, watching
 from alignment.signals import Listener, Stopped
 
@@ -31,6 +33,8 @@ class Session:
         self._errors: dict[str, AlignmentError] = {}  # points that failed
         self._count = 0
         self._probed = False  # a sweeper that learns comes back for each of its rounds
+        self._leader: Leader | None = None  # what the other machines of a run see of this one
+        self._follower: Follower | None = None
 
     def execute(self, points: Sequence[Point], master: DictConfig | None) -> Sequence[Value]:
         """The value of each point. One that fails does not stop the others: `finish` raises what became of it.
@@ -40,6 +44,9 @@ class Session:
         with one_look():  # at each file that keys are made of
             runs = [runner.Run(point.experiment, point.command) for point in points]
         self._count += len(runs)
+        self._meet(runs)
+        if self._follower is not None:
+            return [self._here(run) for run in runs]
         name = runs[0].id if master is None else self._note_sweep(master, points, runs)
         clustered = {isinstance(run.experiment.launcher, SlurmLauncher) for run in runs}
         if clustered == {False}:
@@ -60,6 +67,22 @@ class Session:
         what = f"{len(errors)} of {self._count} points failed; the first: {first.what}"
         raise type(first)(what, where=first.where, fix=first.fix) from first
 
+    def _meet(self, runs: Sequence[runner.Run]) -> None:
+        """Where several machines were joined by hand: show the others this one."""
+        meetings = {_meeting(run) for run in runs}
+        if meetings == {None}:
+            return
+        if len(meetings) > 1:
+            what = "the points of a sweep on several machines share one launcher and one store"
+            raise ConfigError(what, where="command line", fix="sweep over something else than `launcher` and `store`")
+        launcher = runs[0].experiment.launcher
+        assert isinstance(launcher, TorchrunLauncher)
+        if launcher.rank:
+            self._follower = self._follower or Follower(runs[0].store, launcher, self._stop, queue.say)
+            return
+        self._leader = self._leader or Leader(runs[0].store, launcher, queue.say)
+        self._leader.expect(runs)
+
     def _note_sweep(self, master: DictConfig, points: Sequence[Point], runs: Sequence[runner.Run]) -> str:
         if self._sweep is None:
             self._sweep = sweeps.Sweep([*master.hydra.overrides.task, *master.hydra.overrides.hydra], self._arguments)
@@ -70,7 +93,9 @@ class Session:
         if self._stop.asked:  # while the point before ended well
             raise Stopped(self._stop.asked)
         try:
-            return _from_plan_to_report(run, self._stop, self._failed)
+            if self._follower is not None:
+                return _followed(run, self._follower)
+            return _from_plan_to_report(run, self._stop, self._failed, self._leader)
         except PreemptedError:
             raise
         except AlignmentError as error:
@@ -105,10 +130,27 @@ class Session:
         return error
 
 
-def _from_plan_to_report(run: runner.Run, stop: Listener, failed: dict[str, AlignmentError]) -> float | None:
+def _meeting(run: runner.Run) -> tuple[Any, ...] | None:
+    """Of several machines that were joined by hand: where, and as what this one."""
+    launcher = run.experiment.launcher
+    if not isinstance(launcher, TorchrunLauncher) or launcher.nodes == 1:
+        return None
+    return run.store.root, launcher.head, launcher.nodes, launcher.processes, launcher.rank
+
+
+def _followed(run: runner.Run, follower: Follower) -> float | None:
+    follower.follow(run)
+    for line in run.state["nodes"]:  # rank 0 writes run.json
+        line["state"] = "reused"
+    return gather.objective(gather.summarise(run.state, run.store.root))
+
+
+def _from_plan_to_report(
+    run: runner.Run, stop: Listener, failed: dict[str, AlignmentError], leader: Leader | None
+) -> float | None:
     terminal.announce(run.id, run.folder, runner.plan(run))
     try:
-        with terminal.StageProgress() as observer:
+        with leader.at(run) if leader else nullcontext(), terminal.StageProgress() as observer:
             runner.execute(run, observer, stop, failed)
     except (AlignmentError, Stopped):
         with suppress(AlignmentError, OSError):  # what there is, and what failed; the cause itself comes first

@@ -33,7 +33,7 @@ from alignment.errors import (
 from alignment.files import canonical, digest, read_json
 from alignment.life import WORD, Pulse, die_with_parent, word
 from alignment.pipeline import attempts
-from alignment.pipeline.store import CHECKPOINTS, OUTCOME, Store
+from alignment.pipeline.store import CHECKPOINTS, JOINED, OUTCOME, Lock, Store
 from alignment.signals import Listener, Stopped
 
 if TYPE_CHECKING:  # imported, like all that takes long, once signals are heard
@@ -61,8 +61,7 @@ def main(folder: Path) -> int:
         if TORCHRUN in os.environ:
             die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
         order = read_json(folder / "stage.json")
-        # Its launcher died before it could say so. A file system may keep locks to one host.
-        if order["host"] == socket.gethostname() and not Store(Path(order["store"])).is_held(order["key"]):
+        if not _launcher_lives(order):  # it died before it could say so
             print("nobody holds the lock of this stage: its launcher is gone", flush=True)
             return 1
         replaced = _fence(folder)
@@ -89,6 +88,13 @@ def main(folder: Path) -> int:
     finally:
         if pulse is not None:
             pulse.end()
+
+
+def _launcher_lives(order: dict[str, Any]) -> bool:
+    """Only a lock that was taken on this host is asked for: a file system may keep locks to one host."""
+    if joined := os.environ.get(JOINED):
+        return Lock(Path(joined)).is_held()
+    return order["host"] != socket.gethostname() or Store(Path(order["store"])).is_held(order["key"])
 
 
 def _end_at_once(folder: Path) -> None:

@@ -6,6 +6,7 @@ from alignment.allocation import allocation
 from alignment.config import schema
 from alignment.errors import ConfigError
 from alignment.launchers.base import Handle, Job, Launcher
+from alignment.launchers.joined import JoinedLauncher
 from alignment.launchers.local import LocalLauncher, TorchrunLauncher
 from alignment.launchers.srun import SrunLauncher
 
@@ -20,4 +21,6 @@ def launcher_for(settings: schema.Launcher) -> Launcher:
                 "`launcher.kind` is slurm, and this process is in no job", fix="alignment run queues them"
             )
         return SrunLauncher(settings)
-    return TorchrunLauncher() if isinstance(settings, schema.TorchrunLauncher) else LocalLauncher()
+    if isinstance(settings, schema.TorchrunLauncher):
+        return JoinedLauncher(settings) if settings.nodes > 1 else TorchrunLauncher()
+    return LocalLauncher()

@@ -16,9 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from alignment import life
-from alignment.launchers.local import start, torchrun, worker
-from alignment.signals import PASSED_ON, SIGNALS
+from alignment.launchers.local import ask, meeting, start, torchrun, worker
+from alignment.signals import SIGNALS
 
 POLL = 0.1  # seconds
 
@@ -27,7 +26,7 @@ class Agent:
     """Of one node. `asked`: whether its ranks are to stop in order."""
 
     def __init__(self, folder: Path, processes: int, rank: int):
-        self._folder, self._processes, self._rank = folder, processes, rank
+        self._folder, self._ranks = folder, range(rank * processes, (rank + 1) * processes)
         self._told: set[int] = set()
         self.asked = False
         for number in SIGNALS:
@@ -41,17 +40,9 @@ class Agent:
         child = start(command, stdin=subprocess.DEVNULL)
         while (code := child.poll()) is None:
             if self.asked:
-                self._pass_on()
+                ask(self._folder, self._ranks, self._told)
             time.sleep(POLL)
         return code if code >= 0 else 128 - code
-
-    def _pass_on(self) -> None:
-        """To each rank of this node once, as soon as it listens: it does when it shows life."""
-        first = self._rank * self._processes
-        for rank, beat in life.beats(self._folder).items():
-            if first <= rank < first + self._processes and beat.pid not in self._told and not beat.ended:
-                self._told.add(beat.pid)
-                beat.signal(PASSED_ON)
 
 
 def main(arguments: list[str]) -> int:
@@ -65,10 +56,8 @@ def main(arguments: list[str]) -> int:
     if given.nodes * given.processes == 1:
         command = worker(given.folder)
     else:
-        # Static: by c10d's own election rank 0 is often on another node than the one that leads.
-        host, _, port = (given.meet or "").rpartition(":")
-        meeting = ["--nnodes", str(given.nodes), "--node-rank", str(given.rank)]
-        command = torchrun(given.folder, given.processes, [*meeting, "--master-addr", host, "--master-port", port])
+        where = meeting(given.nodes, given.rank, given.meet or "")
+        command = torchrun(given.folder, given.processes, where)
     return Agent(given.folder, given.processes, given.rank).run(command)
 
 

@@ -11,22 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from alignment.launchers.base import Handle, Job, environment
-from alignment.life import Beat, die_with_parent, started_by
-from alignment.signals import SIGNALS
+from alignment.life import Beat, beats, die_with_parent, started_by
+from alignment.signals import PASSED_ON, SIGNALS
 
 
 class Process:
-    """A running job: the process group that was started for it."""
+    """A running job: the process group that was started for it.
 
-    def __init__(self, command: list[str], job: Job):
+    log: where its output goes, if not into the work folder's. more: variables of its environment.
+    """
+
+    def __init__(self, command: list[str], job: Job, log: Path | None = None, more: dict[str, str] | None = None):
         self._several = job.world_size > 1
-        with open(job.folder / "log.txt", "ab") as log:
+        with open(log or job.folder / "log.txt", "ab") as output:
             self._process = start(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(job),
+                env=environment(job) | (more or {}),
                 pass_fds=[job.lock],
                 start_new_session=True,  # Ctrl-C reaches the driver alone, which then has the job stop in order
             )
@@ -73,6 +76,24 @@ def torchrun(folder: Path, processes: int, meeting: list[str]) -> list[str]:
         *("--signals-to-handle", "SIGQUIT"),  # the others stay blocked, as `begin` has left them
         *("-m", "alignment.worker", str(folder)),
     ]
+
+
+def meeting(nodes: int, rank: int, head: str) -> list[str]:
+    """torchrun's arguments of a machine that has this rank among several. head: host:port on that of rank 0.
+
+    Static: by c10d's own election rank 0 is often on another machine than the one that leads.
+    """
+    host, _, port = head.rpartition(":")
+    return ["--nnodes", str(nodes), "--node-rank", str(rank), "--master-addr", host, "--master-port", port]
+
+
+def ask(folder: Path, ranks: range, told: set[int]) -> None:
+    """Pass a request to stop on to those ranks that live here, to each once, as soon as it listens: it does when it
+    shows life. told: their pids; grows."""
+    for rank, beat in beats(folder).items():
+        if rank in ranks and beat.pid not in told and not beat.ended:
+            told.add(beat.pid)
+            beat.signal(PASSED_ON)
 
 
 def start(command: list[str], **how: Any) -> subprocess.Popen[bytes]:

@@ -159,6 +159,8 @@ def _launcher(experiment: Experiment) -> Iterator[Fault]:
     if launcher.nodes > 1 and launcher.head is None:
         what = f"`launcher.nodes` is {launcher.nodes}, and `launcher.head` is null"
         yield Fault(what, ("launcher.head", "launcher.nodes"), "say where they meet: launcher.head=HOST:PORT")
+    elif launcher.nodes > 1 and not 0 < int(str(launcher.head).rpartition(":")[2]) < 65536:
+        yield Fault(f"`launcher.head` is {launcher.head}", ("launcher.head",), "a port is a number from 1 to 65535")
 
 
 def _engine(experiment: Experiment, processes: int) -> Iterator[Fault]:

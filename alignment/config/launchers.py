@@ -73,13 +73,17 @@ class LocalLauncher(AnyLauncher):
 
 
 class TorchrunLauncher(AnyLauncher):
-    """Several processes under torchrun, for the stages that train: on this machine, or on several joined by hand."""
+    """Several processes under torchrun, for the stages that train: on this machine, or on several joined by hand.
+
+    join_s: seconds that machines wait for each other.
+    """
 
     kind: Literal["torchrun"] = execution()
     processes: int = execution(ge=1)
     nodes: int = execution(ge=1)
     rank: int = execution(ge=0)
     head: Annotated[str, Field(pattern=r"^[^\s:/]+:[0-9]{1,5}$")] | None = execution()
+    join_s: int = execution(ge=1)
 
     def layout(self, *names: str, distributed: bool) -> tuple[int, int]:
         return (self.nodes, self.processes) if distributed else (1, 1)

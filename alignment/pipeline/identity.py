@@ -39,6 +39,15 @@ def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, s
     }
 
 
+def difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any]:
+    """Where two identities first differ, and what each has there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in {**one, **other}:
+            if one.get(key) != other.get(key):
+                return difference(one.get(key), other.get(key), f"{at}.{key}" if at else key)
+    return at, one, other
+
+
 def identity_side(value: Any) -> Any:
     """The identity half of a settings object, recursively; sources become digests of their content."""
     if isinstance(value, PathSource):

@@ -17,6 +17,7 @@ from alignment.files import append, write_json
 from alignment.launchers import Job, launcher_for
 from alignment.pipeline import attempts, graph
 from alignment.pipeline.graph import Node
+from alignment.pipeline.leading import gather
 from alignment.pipeline.store import Lock, Store
 from alignment.pipeline.supervisor import Patience, Supervisor
 from alignment.signals import TIME_LIMIT, Listener, Stopped
@@ -221,6 +222,7 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listene
         return stop.asked or (TIME_LIMIT if (seconds := left()) is not None and seconds <= 0 else None)
 
     while True:
+        gather(run, layout(run, node)[0], asked, partial(observer.warning, node.name))
         order = _begin(run, node, left(), observer)
         _note_attempts(run, node, [*attempts.read(folder), order])
         try:

@@ -27,6 +27,8 @@ NEXT = "next_attempt.json"  # what an attempt has learned and leaves to the next
 OUTCOME = "outcome.json"  # that, and how, a stage has stopped in order
 PASSING = ("beats", "lost.json", OUTCOME, NEXT)  # of a stage at work only: gone from its result
 VOLATILE = tuple(f"{name}/" for name in ("wandb", "log.txt", "progress.json", "stacks", CHECKPOINTS, *PASSING))
+# Variable of processes that a machine has started which has joined a run by hand: the lock that it holds meanwhile.
+JOINED = "ALIGNMENT_JOINED"
 WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
 # What a new attempt takes over from those before: their training state, what they have told, who they were.
 KEPT = frozenset({CHECKPOINTS, NEXT, "metrics.jsonl", "attempts.jsonl", "log.txt", "stacks", "wandb_run_id"})
@@ -134,6 +136,10 @@ class Store:
     def run_lock(self, run: str) -> Lock:
         """Held by a run's driver: run.json has one writer."""
         return Lock(self.root / "locks" / run)
+
+    def machine_lock(self, head: str, rank: int) -> Lock:
+        """Held by the machine that has this rank among those that meet there."""
+        return Lock(self.root / "locks" / f"joined-{head}-{rank}")
 
     def is_held(self, key: str) -> bool:
         """Whether a living process works on the key."""
