@@ -173,7 +173,9 @@ def trains(experiment: Experiment) -> str | None:
     """The node that trains the final model, else the last one that trains."""
     nodes = experiment.pipeline.nodes
     training = [name for name in nodes if isinstance(Use(experiment, name).settings, Train)]
-    return experiment.pipeline.final if experiment.pipeline.final in training else (training or [None])[-1]
+    if experiment.pipeline.final in training:
+        return experiment.pipeline.final
+    return training[-1] if training else None
 
 
 # --- the engine and the launcher --------------------------------------------------------------------------------------

@@ -24,9 +24,10 @@ from alignment.reporting.status import facts_text
 
 STYLES = {
     "done": "green", "reused": "cyan", "running": "bold yellow", "waiting": "dim", "failed": "bold red",
-    "interrupted": "red", "preempted": "yellow", "unreadable": "red", "gone": "magenta", "run": "bold yellow",
-    "reuse": "cyan", "wait": "magenta", "good": "green", "bad": "red", "moved": "bold", "same": "dim",
-    "better": "bold green", "worse": "bold red", "broken": "bold red", "no measurable difference": "bold",
+    "interrupted": "red", "preempted": "yellow", "pruned": "yellow", "unreadable": "red", "gone": "magenta",
+    "run": "bold yellow", "reuse": "cyan", "wait": "magenta", "good": "green", "bad": "red", "moved": "bold",
+    "same": "dim", "better": "bold green", "worse": "bold red", "broken": "bold red",
+    "no measurable difference": "bold",
 }  # fmt: skip
 MARKS = {"done": "✓", "reused": "↺", "failed": "✗", "interrupted": "✗", "preempted": "‖"}
 EVERY = 15.0  # seconds between two lines of a stage where nothing can move (a log file)
