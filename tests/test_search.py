@@ -43,7 +43,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
         ]
         names = [setting.split("=")[0] for setting in settings]
         kept = [setting for setting in given if setting.split("=")[0] not in names]
-        assert hydra_app.main([*kept, *(setting for setting in settings if "=" in setting), *vary], execute) == 0
+        assert hydra_app.main([*kept, *(one for one in settings if one[0] == "~" or "=" in one), *vary], execute) == 0
         return asked
 
     return run
