@@ -170,8 +170,10 @@ def status(arguments: list[str]) -> int:
     parser.add_argument("--watch", action="store_true", help="look again every few seconds until all have ended")
     _add_store(parser)
     given = parser.parse_args(arguments)
+    from rich.console import Console
+
     from alignment.pipeline.store import Store
-    from alignment.reporting import targets, terminal, watching
+    from alignment.reporting import queue, targets, terminal, watching
 
     store = Store(given.store)
     folders = targets.run_folders(given.runs, store.root)
@@ -180,6 +182,8 @@ def status(arguments: list[str]) -> int:
     runs = watching.look(store, folders)
     if given.json:
         _print_json(runs)
+    elif folders:
+        Console(highlight=False).print(queue.table(runs))
     else:
         terminal.show_runs(runs, store.root)
     return 0
@@ -216,10 +220,13 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("run", help="a run's name, its beginning, or its folder")
     _add_store(parser)
     given = parser.parse_args(arguments)
-    from alignment.reporting import page, targets
+    from alignment.pipeline.store import Store
+    from alignment.reporting import page, targets, watching
 
     folder = targets.run_folder(given.run, given.store)
-    print(page.write_report(folder, folder.parent.parent))
+    store = Store(folder.parent.parent)
+    (run,) = watching.look(store, [folder])
+    print(page.write_report(folder, store.root, run if run["state"] != "unreadable" else None))
     return 0
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from alignment.files import read_json
 from alignment.launchers import slurm
 from alignment.pipeline.graph import Node
 from alignment.pipeline.runner import Run, bring
+from alignment.reporting import page
 from alignment.reporting.terminal import StageProgress
 from alignment.signals import SIGNALS, Listener, Stopped
 
 QUIET = 30.0  # seconds between two lines of progress
+TOO_OFTEN = "the same command submits it again, and it goes on; launcher.max_restarts is the bound"
 TO_BE_KILLED = 120.0  # seconds that SLURM gets to end this process, once it has queued the job again
 
 
 def main(arguments: list[str]) -> int:
-    stop = Listener().listen(again=lambda: os._exit(PreemptedError.exit_code))
+    stop = Listener().listen(again=lambda: None)  # SLURM signals more than once, and kills whom it wants to be gone
     here = allocation()
     try:
         if here is None:
@@ -48,7 +51,7 @@ def main(arguments: list[str]) -> int:
 def _run(order: dict[str, Any]) -> tuple[Run, Node]:
     """The run and its node. Raises InputError if this node computes another key than the submission did."""
     state = read_json(Path(order["run"]) / "run.json")
-    run = Run(Experiment.model_validate(state["config"]), state["command"], writes=False)
+    run = Run(Experiment.model_validate(state["config"]), state["command"], writes=False, sweep=state.get("sweep"))
     node = run.node(order["node"])
     if node.key != order["key"]:
         what = f"{node.name} is not what was submitted: {_difference(order['identity'], node.identity)}"
@@ -85,17 +88,26 @@ def _bring(run: Run, node: Node, here: Allocation, stop: Listener) -> int:
             raise
         _say(f"{lost}")
         return _again(here, launcher, f"has lost {', '.join(gone)}")
+    _report(run)
     return 0
+
+
+def _report(run: Run) -> None:
+    """By the last of a run's jobs. That it cannot be written must not make a stage fail that is done."""
+    with suppress(AlignmentError, OSError):
+        if run.finished():
+            _say(f"{run.id} is done: {page.write_report(run.folder, run.store.root)}")
 
 
 def _again(here: Allocation, launcher: SlurmLauncher, why: str) -> int:
     """Queue the job again, unless it was cancelled or has been often enough. SLURM then ends this process."""
-    if here.restarts >= launcher.max_restarts:
-        _say(f"the job {why}, and was queued again {here.restarts} times: launcher.max_restarts")
-        return PreemptedError.exit_code
     state = slurm.state(here.job)
     if state != "RUNNING":  # cancelled, or queued again by SLURM itself: by now it is COMPLETING
         _say(f"the job {why}, and is {state}")
+        return PreemptedError.exit_code
+    if here.restarts >= launcher.max_restarts:
+        what = f"the job {why}, after {here.restarts} restarts: it is not queued again"
+        print(f"alignment: error: {LostError(what, fix=TOO_OFTEN)}", file=sys.stderr, flush=True)
         return PreemptedError.exit_code
     _say(f"the job {why}: it is queued again")
     slurm.requeue(here.job)

@@ -25,6 +25,7 @@ LONGEST = 3600.0  # seconds that one operation may take without a word
 SIZE = 512  # bytes of a beat's file: the same at every beat, so that a full disk cannot stop it
 BEATS, STACKS = "beats", "stacks"
 WORD = 32_768  # bytes kept free for a process's last word
+REPLACED = 6  # exit code
 PR_SET_PDEATHSIG = 1
 
 
@@ -65,11 +66,13 @@ class Beat:
 class Pulse:
     """Shows this process to be alive until `end`. Raises OSError if the folder cannot take its two small files.
 
-    got_on: asked at every beat for Beat.ticks and Beat.alone.
+    got_on: asked at every beat for Beat.ticks and Beat.alone. replaced: asked at every beat whether another process has
+    taken this one's place, which must then end at once, and leave no word.
     """
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path, rank: int, replaced: Callable[[], bool] = lambda: False):
         self.got_on: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._replaced = replaced
         self._rank, self._host, self._born = rank, socket.gethostname(), _born(os.getpid()) or 0
         self._count, self._over, self._lock = 0, threading.Event(), threading.Lock()
         (folder / BEATS).mkdir(exist_ok=True)
@@ -89,6 +92,8 @@ class Pulse:
 
     def _go_on(self) -> None:
         while not self._over.wait(EVERY):
+            if self._replaced():
+                os._exit(REPLACED)
             with suppress(OSError):
                 self._write(ended=False)
 

@@ -114,8 +114,11 @@ class Session:
 
     def _queue(self, runs: Sequence[runner.Run], name: str, wait: bool) -> None:
         """All of them as one graph of jobs; whoever wants their values waits for them."""
-        queue.announce(name, [(run.id, runner.plan(run)) for run in runs])
-        queue.show_submission(name, submission.submit(runs, name, queue.say))
+        queue.show_submission(name, len(runs), submission.submit(runs, name, queue.say))
+        for run in runs:
+            with suppress(AlignmentError, OSError):  # its jobs write it when they are done, if there are any
+                if run.finished():
+                    page.write_report(run.folder, run.store.root)
         if not wait:
             return
         store, folders = runs[0].store, [run.folder for run in runs]
@@ -127,7 +130,7 @@ class Session:
         """Of a run whose jobs have ended."""
         run.state["nodes"] = state["nodes"]  # what has become of its stages
         with suppress(AlignmentError, OSError):
-            page.write_report(Path(state["folder"]), run.store.root)
+            page.write_report(Path(state["folder"]), run.store.root, state)
         failed = next((node for node in state["nodes"] if node["state"] in ("failed", "cancelled")), None)
         if failed is not None and run.id not in self._pruned:
             self._trials.drop(run)

@@ -15,10 +15,12 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.allocation import allocation
 from alignment.errors import (
     AlignmentError,
     InputError,
@@ -59,16 +61,18 @@ def main(folder: Path) -> int:
         if TORCHRUN in os.environ:
             die_with_parent(os.getppid())  # torchrun's workers outlive a killed torchrun otherwise
         order = read_json(folder / "stage.json")
-        if not Store(Path(order["store"])).is_held(order["key"]):  # its launcher died before it could say so
+        # Its launcher died before it could say so. A file system may keep locks to one host.
+        if order["host"] == socket.gethostname() and not Store(Path(order["store"])).is_held(order["key"]):
             print("nobody holds the lock of this stage: its launcher is gone", flush=True)
             return 1
-        pulse = Pulse(folder, _rank())
+        replaced = _fence(folder)
+        pulse = Pulse(folder, _rank(), replaced)
         _reserve(folder)
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             deferred.close()
             if stop.asked:
                 raise Stopped(stop.asked)
-        _run(folder, order, stop, pulse)
+        _run(folder, order, stop, pulse, replaced)
         return 0
     except (Stopped, PreemptedError) as why:
         return _preempted(folder, str(why), getattr(why, "kept", False))
@@ -88,7 +92,12 @@ def main(folder: Path) -> int:
 
 
 def _end_at_once(folder: Path) -> None:
-    """Asked a second time: the driver, which was not, hears why; unless what was asked for first is done."""
+    """Asked a second time: the driver, which was not, hears why; unless what was asked for first is done.
+
+    Not in a cluster's job: SLURM itself signals more than once, and kills whom it wants to be gone.
+    """
+    if allocation() is not None:
+        return
     if (folder / OUTCOME).exists():
         os._exit(_code_of_a_stop())
     _tell(folder, LostError(f"rank {_rank()} was asked to stop a second time, and ended at once"), "", retry=True)
@@ -109,7 +118,23 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse) -> None:
+def _fence(folder: Path) -> Callable[[], bool]:
+    """Whether another attempt has begun meanwhile. A cluster starts a stage again elsewhere if it cannot reach a node,
+    whose processes may live on: they must not write into what is the new attempt's."""
+    path = folder / "stage.json"
+
+    def look() -> tuple[int, int] | None:
+        try:
+            found = path.stat()
+        except OSError:  # the folder is being renewed, or is a result by now
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    mine = look()
+    return lambda: (now := look()) is not None and now != mine
+
+
+def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, replaced: Callable[[], bool]) -> None:
     store = Store(Path(order["store"]))
     context = _context(folder, order, store, stop)
     pulse.got_on = context.got_on
@@ -131,6 +156,8 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse) -> N
         if context.is_main:
             with context.busy("storing the result"):
                 _require_same_input(context.experiment, context, order)
+                if replaced():
+                    raise LostError("another attempt has taken the place of this one")
                 store.commit(order["key"], _record(store, context, order, metrics))
 
 
@@ -166,10 +193,15 @@ def _tracked(context: StageContext, order: dict[str, Any], store: Store) -> Any:
     tracker = Tracker.start(
         context.experiment.tracking if context.is_main else None,
         folder=context.folder,
-        run=order["run"],
+        group=order.get("sweep") or order["run"],
         name=order["name"],
         kind=order["kind"],
-        config={"identity": order["identity"], "experiment": order["experiment"], "key": order["key"]},
+        config={
+            "run": order["run"],
+            "identity": order["identity"],
+            "experiment": order["experiment"],
+            "key": order["key"],
+        },
         parents={role: (parent["name"], parent["key"]) for role, parent in order["parents"].items()},
         on_warning=context.warn,
         final_folder=store.result(order["key"]),

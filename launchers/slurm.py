@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,16 +20,15 @@ CHUNK = 500  # jobs asked about at once
 
 @dataclass(frozen=True)
 class JobState:
-    """What SLURM says of a job or an element of an array. state: its word, such as PENDING. restarts: times it was
-    queued again. seconds: it has run."""
+    """What SLURM says of a job or an element of an array. state: its word, such as PENDING. reason: that it waits.
+    nodes: that it runs on. start: when it began or will. spent: time it has run, as SLURM writes it."""
 
     job: str
     state: str
     reason: str
     nodes: str
-    restarts: int
     start: str
-    seconds: str
+    spent: str
 
     @property
     def waits(self) -> bool:
@@ -96,9 +96,30 @@ def _ask(jobs: Sequence[str]) -> list[JobState]:
         return [state for job in jobs for state in _ask([job])] if len(jobs) > 1 else []
     lines = [line.split("|") for line in said.splitlines() if line.count("|") == 5]
     return [
-        JobState(job, state, reason, nodes, 0, start, spent)
+        JobState(job, state, reason, nodes, start, spent)
         for job, state, reason, nodes, start, spent in (map(str.strip, line) for line in lines)
     ]
+
+
+def accounted(jobs: Iterable[str]) -> dict[str, JobState]:
+    """Of jobs that the controller has forgotten, those that the accounting still knows; none where there is none."""
+    wanted = sorted(set(jobs))
+    if not wanted or shutil.which("sacct") is None:
+        return {}
+    form = "JobID,State,NodeList,Elapsed"
+    found: dict[str, JobState] = {}
+    for first in range(0, len(wanted), CHUNK):
+        asked = ",".join(wanted[first : first + CHUNK])
+        try:
+            said = call("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={asked}", f"--format={form}")
+        except MachineError:  # "Slurm accounting storage is disabled"
+            return {}
+        for line in said.splitlines():
+            if line.count("|") == 3:
+                job, word, nodes, spent = line.split("|")
+                # "CANCELLED by 1000"
+                found[job] = JobState(job, word.split()[0] if word else "", "None", nodes, "", spent)
+    return found
 
 
 def state(job: str) -> str | None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def work(tmp_path: Path, own_signals: None) -> Iterator[Path]:
     """A work folder whose key is locked."""
     store, key = Store(tmp_path / "store"), "ab" * 32
     folder = store.begin(key)
-    (folder / "stage.json").write_text(json.dumps({"store": str(store.root), "key": key}))
+    (folder / "stage.json").write_text(json.dumps({"store": str(store.root), "key": key, "host": socket.gethostname()}))
     lock = store.lock(key)
     assert lock.acquire("test")
     yield folder

@@ -159,9 +159,22 @@ def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
     keys = [override.split("=")[0].lstrip("+~") for override in origin.overrides]
     key = next((key for key in keys if key.endswith(found[1])), found[1])
     key, known = shape.known_near(Experiment, key)
+    if fresh := _new_in_an_open_mapping(key, known, origin):
+        return fresh
     if key.split(".")[-1] in known:
         return ConfigError(f"`{key}` is not among the settings chosen", where=COMMAND_LINE, fix=_who_has(key))
     return ConfigError(f"unknown key `{key}`", where=COMMAND_LINE, fix=_nearest(key, known))
+
+
+def _new_in_an_open_mapping(key: str, known: list[str], origin: Origin) -> Explained:
+    """Such as launcher.stages, whose keys are anybody's: Hydra wants a + before new ones."""
+    override = next((o for o in origin.overrides if o.split("=")[0].lstrip("+~") == key), "")
+    value = override.partition("=")[2]
+    if not known and shape.is_open(Experiment, key.rpartition(".")[0]):
+        return ConfigError(f"`{key}` is new there", where=COMMAND_LINE, fix=f"write +{override}")
+    if value.startswith("{") and shape.is_open(Experiment, key):
+        return ConfigError(f"`{key}` takes new keys one by one", where=COMMAND_LINE, fix=f"write +{key}.NAME=...")
+    return None
 
 
 def _who_has(key: str) -> str:

@@ -46,6 +46,15 @@ def known_near(root: type[BaseModel], key: str) -> tuple[str, list[str]]:
     return key, sorted(known)
 
 
+def is_open(root: type[BaseModel], key: str) -> bool:
+    """Whether the place is a mapping with keys of anybody's choice, or lies in one that holds what it does not know."""
+    places: list[Any] = [root]
+    for step in key.split("."):
+        places = [_child(m, step) if get_origin(m) is not dict else get_args(m)[1] for p in places for m in _members(p)]
+        places = [place for place in places if place is not None]
+    return any(get_origin(member) is dict or member is Any for place in places for member in _members(place))
+
+
 def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every leaf below a validated value."""
     if isinstance(value, BaseModel):

@@ -47,6 +47,14 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
+def summary(rows: list[Row]) -> Row:
+    """Of the attempts at a stage: {"attempts": how many, "causes": why each that failed did so, "restarts": times that
+    its job was queued again}."""
+    restarts = [int((row.get("job") or {}).get("restarts") or 0) for row in rows]
+    causes = [row["cause"] for row in rows if row.get("cause")]
+    return {"attempts": len(rows), "causes": causes, "restarts": max(restarts, default=0)}
+
+
 def row(folder: Path, order: Row, outcome: str, cause: str | None, ended: float | None = None) -> Row:
     """One line. order: stage.json. outcome: done | preempted | lost | failed | interrupted. Times: unix seconds."""
     return {

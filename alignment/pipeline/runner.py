@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +43,7 @@ class Run:
     experiment: Experiment
     command: str
     writes: bool = True
+    sweep: str | None = None  # that it belongs to
     nodes: list[Node] = field(init=False)
     store: Store = field(init=False)
     state: dict[str, Any] = field(init=False)
@@ -57,6 +59,7 @@ class Run:
             "created": time.time(),
             "updated": time.time(),
             "command": self.command,
+            "sweep": self.sweep,
             "config": self.experiment.model_dump(),
             "final": self.experiment.pipeline.final,
             "nodes": [
@@ -69,15 +72,32 @@ class Run:
             ],
         }  # fmt: skip
 
+    def belongs_to(self, sweep: str) -> None:
+        self.sweep = self.state["sweep"] = sweep
+
     def node(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
 
-    def submitted(self) -> None:
-        """Its stages are jobs of a cluster from now on. Raises OSError."""
+    def submitted(self, missing: Collection[str]) -> None:
+        """Its stages are jobs of a cluster from now on. missing: keys that the store lacks. Raises OSError."""
         for line in self.state["nodes"]:
-            record = self.store.record(line["key"])
+            record = None if line["key"] in missing else self.store.record(line["key"])
             line.update(state="reused" if record else "queued", seconds=record["seconds"] if record else None)
         write_json(self.folder / "run.json", self.state, durable=False)
+
+    def finished(self) -> bool:
+        """If all its stages are in the store: say so in run.json, whoever has made them. Raises OSError."""
+        records = {node.name: self.store.record(node.key) for node in self.nodes}
+        if not all(records.values()):
+            return False
+        for line in self.state["nodes"]:
+            record = records[line["name"]] or {}
+            mine = record.get("run") == self.id
+            line.update(state="done" if mine else "reused", seconds=record["seconds"], error=None)
+            line.update(attempts.summary(record.get("attempts") or []) if mine else {})
+        self.state["updated"] = time.time()
+        write_json(self.folder / "run.json", self.state, durable=False)
+        return True
 
     def note(self, name: str, **facts: Any) -> None:
         """Change a node's line in run.json, unless the disk is full: that must not hide what became of the stage."""
@@ -244,7 +264,7 @@ def layout(run: Run, node: Node) -> tuple[int, int]:
 
 
 def _note_attempts(run: Run, node: Node, rows: list[dict[str, Any]]) -> None:
-    run.note(node.name, attempts=len(rows), causes=[row["cause"] for row in rows if row.get("cause")])
+    run.note(node.name, **attempts.summary(rows))
 
 
 def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict[str, Any]:
@@ -262,6 +282,7 @@ def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict
         "kind": node.kind,
         "stage": node.stage,
         "run": run.id,
+        "sweep": run.sweep,
         "store": str(run.store.root),
         "identity": node.identity,
         "parents": {role: {"name": parent.name, "key": parent.key} for role, parent in node.parents.items()},

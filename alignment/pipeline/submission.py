@@ -78,7 +78,8 @@ class Submission:
         self.folder = self.store.root / JOBS / self.id
         self.numbers: dict[int, str] = {}  # of batches that are submitted
         self.owners = _missing(runs)
-        above = nearest(_parents(runs))
+        self.count = len({node.key for run in runs for node in run.nodes})  # of all stages, each once
+        above = nearest(_parents(self.owners))
         tasks = [
             Task(key, owner.node.name, _alike(owner), above[key])
             for key, owner in self.owners.items()
@@ -98,7 +99,7 @@ class Submission:
     def _unnumbered(self, number: int) -> str:
         return f"<{self._path(self.batches[number]).name}>"
 
-    def submit(self, say: Say = lambda text: None) -> None:
+    def submit(self) -> None:
         """Queue all batches. What is queued stays if a later one is refused: the same command submits the rest."""
         code = snapshot.take(self.store.root)
         for batch in self.batches:
@@ -111,7 +112,6 @@ class Submission:
                 job = f"{number}_{index}" if batch.array else number
                 self.jobs[task.key] = job
                 self._note(task, job, path, number, index if batch.array else None)
-            say(f"{number}  {self._label(batch)}")
 
     def _note(self, task: Task, job: str, path: Path, number: str, index: int | None) -> None:
         out = f"{path.name}-{number}_{index}.out" if index is not None else f"{path.name}-{number}.out"
@@ -139,6 +139,7 @@ class Submission:
             loader=FileSystemLoader(LAUNCHERS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
             keep_trailing_newline=True, autoescape=False,
         )  # fmt: skip
+        environment.filters["word"] = _word
         return environment.get_template(TEMPLATE).render(
             what=f"{self._label(batch)} of {self.name}",
             options=self._options(batch, owner, path, number_of),
@@ -162,7 +163,7 @@ class Submission:
         options |= {
             "requeue": True,
             "open-mode": "append",
-            "output": f"{path}-%A_%a.out" if batch.array else f"{path}-%j.out",
+            "output": str(path).replace("%", "%%") + ("-%A_%a.out" if batch.array else "-%j.out"),
             "signal": f"B:USR1@{launcher.grace}",
             "chdir": os.getcwd(),
         }
@@ -184,8 +185,12 @@ def _missing(runs: Sequence[Run]) -> dict[str, Owner]:
     return found
 
 
-def _parents(runs: Iterable[Run]) -> dict[str, list[str]]:
-    return {node.key: [parent.key for parent in node.parents.values()] for run in runs for node in run.nodes}
+def _parents(owners: Mapping[str, Owner]) -> dict[str, list[str]]:
+    """Of each the parents that are to be made too."""
+    return {
+        key: [parent.key for parent in owner.node.parents.values() if parent.key in owners]
+        for key, owner in owners.items()
+    }
 
 
 def _alike(owner: Owner) -> tuple[Any, ...]:
@@ -212,6 +217,12 @@ def _asked(resources: Resources) -> dict[str, str | int | bool]:
         "comment": resources.comment,
     }
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def _word(value: str | int | bool) -> str:
+    """A value as a line of #SBATCH has it."""
+    text = str(value)
+    return f'"{text}"' if " " in text or "\t" in text else text
 
 
 def _network(launcher: SlurmLauncher) -> dict[str, str]:
@@ -242,7 +253,8 @@ def _ranges(numbers: Iterable[int]) -> str:
 def queued(runs: Sequence[Run]) -> dict[str, str]:
     """Key -> job, of what SLURM will make or makes already."""
     store = runs[0].store
-    known = {key: told["job"] for key in _missing(runs) if (told := job_of(store, key))}
+    keys = dict.fromkeys(node.key for run in runs for node in run.nodes)
+    known = {key: told["job"] for key in keys if (told := job_of(store, key))}
     if not known:
         return {}
     states = slurm.states(known.values())
@@ -254,12 +266,14 @@ def submit(runs: Sequence[Run], name: str, say: Say = lambda text: None) -> Subm
     with suppress(OSError):
         runs[0].store.root.mkdir(parents=True, exist_ok=True)
     lock = runs[0].store.run_lock("submit")
-    lock.wait(name, lambda by: say(f"waits for another submission (pid {by.get('pid')} on {by.get('host')})"))
+    if not lock.acquire(name):
+        say(f"waits for another submission: {lock.holder().get('who')}")
+        lock.wait(name, lambda holder: None)
     try:
         submission = Submission(runs, name, queued(runs), slurm.largest_array())
         for run in runs:
-            run.submitted()
-        submission.submit(say)
+            run.submitted(submission.owners)
+        submission.submit()
     finally:
         lock.release()
     return submission

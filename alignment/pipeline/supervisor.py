@@ -101,6 +101,7 @@ class Supervisor:
             told = self._killed or (self._dying is not None and (self._folder / "error.json").exists())
             if code >= 0 and not told:  # else it was ended by a signal, by this driver, or by what that file says
                 self._find_victim()
+                self._find_victim_elsewhere()
         self.end()
         if self._victim and not self.fault:
             self.fault = self._lost(self._victim)
@@ -221,14 +222,24 @@ class Supervisor:
             if self._victim is None and beat.gone and not heard:
                 self._victim = beat
 
+    def _find_victim_elsewhere(self) -> None:
+        """One of another host, of which this one knows no more than what torchrun has said there."""
+        for _, beat in sorted(self._beats.items()):
+            if self._victim is None and not beat.ended and not beat.here and self._said_of(beat) is not None:
+                self._victim = beat
+
+    def _said_of(self, beat: Beat) -> int | None:
+        """The exit code of a rank by torchrun's words, if it got to say them."""
+        log = self._folder / "log.txt"
+        text = log.read_text(errors="replace") if log.exists() else ""
+        said = re.findall(rf"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {beat.pid}\)", text)
+        return int(said[-1]) if said else None
+
     def _lost(self, victim: Beat) -> AlignmentError:
         if word := word_of(self._folder, victim.rank):
             return word
-        log = self._folder / "log.txt"
-        text = log.read_text(errors="replace") if log.exists() else ""
-        said = re.findall(rf"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {victim.pid}\)", text)
-        number = -int(said[-1]) if said else 0  # what torchrun says, if it got to say it
-        return silent(f"rank {victim.rank}", number, log, victim.rank)
+        who = f"rank {victim.rank}" + ("" if victim.here else f" on {victim.host}")
+        return silent(who, -(self._said_of(victim) or 0), self._folder / "log.txt", victim.rank)
 
     def _behind(self) -> str:
         ticks = {rank: beat.ticks for rank, beat in self._beats.items() if not beat.ended}

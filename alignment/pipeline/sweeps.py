@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ class Sweep:
         first: Run | None = None
         for run, overrides in points:
             first = first or run
+            self.id = self.id or f"{run.experiment.name}-{self._digest}"
+            run.belongs_to(self.id)
             self._points[run.id] = {"run": run.id, "overrides": list(overrides)}
         if first is None:
             return
-        self.id = self.id or f"{first.experiment.name}-{self._digest}"
         self.folder = first.store.root / "sweeps" / self.id
         known = self._known()
         for point in known.get("points", []):
@@ -50,6 +52,7 @@ class Sweep:
             "command": self.command,
             "launcher": first.experiment.launcher.kind,
             "objective": self._told["objective"],
+            "wandb_group": self.id if first.experiment.tracking.kind == "wandb" else None,
         }
         self._write()
 
@@ -77,16 +80,22 @@ class Sweep:
 
 def varied(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each point with "settings": the values of those settings that are not the same in all points."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow, and who reads needs none
-
-    parser = OverridesParser.create()
-    given = [{o.key_or_group: o.value() for o in parser.parse_overrides(point["overrides"])} for point in points]
+    given = [dict(_setting(override) for override in point["overrides"]) for point in points]
     names = list(dict.fromkeys(name for settings in given for name in settings))
     different = [name for name in names if any(settings.get(name) != given[0].get(name) for settings in given)]
     return [
         {**point, "settings": {name: _plain(settings.get(name)) for name in different}}
         for point, settings in zip(points, given, strict=True)
     ]
+
+
+@cache
+def _setting(override: str) -> tuple[str, Any]:
+    """Key or group, and value. Hydra's parser takes milliseconds, and points have most of their settings in common."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import, and readers need none
+
+    parsed = OverridesParser.create().parse_override(override)
+    return parsed.key_or_group, parsed.value()
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,7 @@ def read(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
     notes = {key: note for key in keys if (note := job_of(store, key))}
     try:
         states = slurm.states(note["job"] for note in notes.values())
+        states |= slurm.accounted(note["job"] for note in notes.values() if note["job"] not in states)
     except MachineError as error:
         lost = {"alive": True, "waits": True, "why": f"unknown: {error.what}"}
         return {key: {**note, **lost} for key, note in notes.items()}
@@ -43,6 +44,10 @@ def _told(note: dict[str, Any], state: slurm.JobState | None) -> dict[str, Any]:
     if state is not None and state.lives:
         why = REASONS.get(state.reason, state.reason) if state.waits else None
         return {"alive": True, "waits": state.waits, "why": why, "nodes": state.nodes}
+    if (
+        state is not None and state.state == "COMPLETED"
+    ):  # by its code its result is stored: file systems may lag behind
+        return {"alive": True, "waits": False, "why": "has ended; its result is not to be seen from here yet"}
     said = last_error(Path(str(note.get("out"))))
     if state is None:
         return {"alive": False, "ended": "failed", "why": said or f"job {note['job']} has ended without a result"}

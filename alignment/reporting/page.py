@@ -9,20 +9,22 @@ from typing import Any
 
 from alignment.files import write_text
 from alignment.reporting import charts, lineage, words
-from alignment.reporting.gather import TRAINING, Model, Report, Row, Stage, changes, choose, gather, read
+from alignment.reporting.gather import TRAINING, Model, Report, Row, Stage, changes, choose, collect, gather, read
 
 HERE = Path(__file__).parent
 TILES = ("reward", "relevance", "stop_rate", "kl")
 
 
-def write_report(run_folder: Path, store: Path) -> Path:
+def write_report(run_folder: Path, store: Path, run: dict[str, Any] | None = None) -> Path:
     """Render <run folder>/report.html from run.json and the stage folders of the store, and return its path.
+
+    run: what run.json would say if it were true at this moment, of a run whose stages are jobs of a cluster.
 
     What is missing is said in its section, so a report can be written of a run that failed or is still at work.
     Raises InputError when the folder has no run.json.
     """
     path = run_folder / "report.html"
-    write_text(path, render(gather(run_folder, store)))
+    write_text(path, render(collect(run, store) if run else gather(run_folder, store)))
     return path
 
 

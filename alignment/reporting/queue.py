@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -17,28 +17,31 @@ from alignment.files import near, program
 from alignment.pipeline.runner import Run
 from alignment.pipeline.submission import Submission
 from alignment.reporting import words
+from alignment.reporting.gather import Row
 from alignment.reporting.status import facts_text
+from alignment.reporting.terminal import progress_line, status_table, styled
+
+MANY = 8  # runs: of more, only how many of their stages are in which state
+SHOWN = 12  # stages that work or failed
+ORDER = (
+    *("done", "reused", "running", "queued", "waiting", "preempted", "interrupted"),
+    *("pruned", "cancelled", "failed", "gone"),
+)
 
 
 def say(text: str) -> None:
     Console(highlight=False).print(Text(text), soft_wrap=True)
 
 
-def announce(name: str, plans: Sequence[tuple[str, list[dict[str, Any]]]]) -> None:
-    """One line: how many stages the runs have together, each counted once, and what will become of them."""
-    rows = {row["key"]: row["action"] for _, plan in plans for row in plan}
-    counts = ", ".join(f"{count} to {action}" for action, count in Counter(rows.values()).items())
-    runs = f"{len(plans)} runs, " if len(plans) > 1 else ""
-    say(f"{name}  {runs}{len(rows)} stages: {counts}")
-
-
-def show_submission(name: str, queued: Submission) -> None:
-    """The graph with its job numbers, and what to type next."""
+def show_submission(name: str, runs: int, queued: Submission) -> None:
+    """How many stages the runs have together, each counted once; the graph with its job numbers; what to type next."""
     console = Console(highlight=False)
-    if not queued.batches:
-        already = len(queued.jobs)
-        say(f"nothing to submit{f': {already} stages are queued already' if already else ''}")
-    else:
+    fresh, missing = sum(len(batch.elements) for batch in queued.batches), len(queued.owners)
+    counts = {"submitted": fresh, "queued already": missing - fresh, "in the store": queued.count - missing}
+    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    many = f"{runs} runs, " if runs > 1 else ""
+    console.print(Text.assemble((name, "bold"), f"  {many}{queued.count} stages: {told}"), soft_wrap=True)
+    if queued.batches:
         console.print(_table(queued))
     mine = program("alignment")
     for label, command in (
@@ -47,7 +50,8 @@ def show_submission(name: str, queued: Submission) -> None:
         ("end it", f"{mine} cancel {name}"),
         ("scripts", near(queued.folder)),
     ):
-        console.print(Text.assemble((f"{label:<10}", "dim"), command), soft_wrap=True)
+        if missing and (fresh or label != "scripts"):
+            console.print(Text.assemble((f"{label:<10}", "dim"), command), soft_wrap=True)
 
 
 def _table(queued: Submission) -> Table:
@@ -59,6 +63,34 @@ def _table(queued: Submission) -> Table:
         number = queued.jobs[first.key].split("_")[0]
         table.add_row(number, first.name, str(len(batch.elements)), queued.waits_for(batch))
     return table
+
+
+def table(runs: Sequence[Row]) -> RenderableType:
+    """Of runs that were asked for by name."""
+    return status_table(list(runs)) if len(runs) <= MANY else overview(runs)
+
+
+def overview(runs: Sequence[Row]) -> RenderableType:
+    """Of many runs: how many stages of each name are in which state, each stage once, and those that work or failed."""
+    nodes = {node["key"]: node for run in runs for node in run["nodes"]}
+    states = list(dict.fromkeys(state for state in ORDER for node in nodes.values() if node["state"] == state))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("stage", no_wrap=True)
+    for state in states:
+        table.add_column(styled(state), justify="right")
+    for name in dict.fromkeys(node["name"] for node in nodes.values()):
+        counts = Counter(node["state"] for node in nodes.values() if node["name"] == name)
+        table.add_row(words.label(name), *(str(counts[state] or "") for state in states))
+    lines = [_line(node) for state in ("failed", "running") for node in nodes.values() if node["state"] == state]
+    more = [Text(f"and {len(lines) - SHOWN} more", "dim")] if len(lines) > SHOWN else []
+    return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines[:SHOWN], *more)
+
+
+def _line(node: Row) -> Text:
+    """What there is to say of a stage that works or failed."""
+    job = f"job {node['job']}" if node.get("job") else ""
+    parts = [job, f"on {node['on']}" if node.get("on") else "", node.get("error") or "", progress_line(node)]
+    return Text.assemble(styled(node["state"]), f"  {words.label(node['name'])}  ", "  ".join(filter(None, parts)))
 
 
 def changes(runs: Sequence[dict[str, Any]], said: dict[str, str]) -> Iterator[str]:

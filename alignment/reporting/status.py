@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.reporting.gather import Row, read, read_rows
+from alignment.pipeline import attempts
+from alignment.reporting.gather import Row, read
 from alignment.reporting.words import DONE, error_text, finite
 
 FRESH = 15.0  # seconds after its last line in which a run between two stages counts as running
@@ -117,10 +118,10 @@ def _of_a_job(told: Row, store: Path, committed: bool, job: Row) -> Row:
             **told,
             "state": "done",
             "seconds": finite(record.get("seconds")),
-            **_tried(record.get("attempts") or []),
+            **attempts.summary(record.get("attempts") or []),
         }
     work = store / "work" / key[:16]
-    told |= {"job": job.get("job"), **_tried(read_rows(work / "attempts.jsonl"))}
+    told |= {"job": job.get("job"), **attempts.summary(attempts.read(work))}
     if job.get("alive"):
         told |= {
             "state": "queued" if job.get("waits") else "running",
@@ -133,13 +134,6 @@ def _of_a_job(told: Row, store: Path, committed: bool, job: Row) -> Row:
     told["state"] = job.get("ended") or "waiting"
     told["error"] = error_text(read(work / "error.json")) or job.get("why")
     return told
-
-
-def _tried(rows: list[Row]) -> Row:
-    """Of the attempts at a stage."""
-    restarts = [finite((row.get("job") or {}).get("restarts")) or 0 for row in rows]
-    causes = [row["cause"] for row in rows if row.get("cause")]
-    return {"attempts": len(rows), "causes": causes, "restarts": int(max(restarts, default=0))}
 
 
 def is_over(run: Row) -> bool:

@@ -24,10 +24,10 @@ from alignment.reporting.status import facts_text
 
 STYLES = {
     "done": "green", "reused": "cyan", "running": "bold yellow", "waiting": "dim", "failed": "bold red",
-    "interrupted": "red", "preempted": "yellow", "pruned": "yellow", "unreadable": "red", "gone": "magenta",
-    "run": "bold yellow", "reuse": "cyan", "wait": "magenta", "good": "green", "bad": "red", "moved": "bold",
-    "same": "dim", "better": "bold green", "worse": "bold red", "broken": "bold red",
-    "no measurable difference": "bold",
+    "interrupted": "red", "preempted": "yellow", "unreadable": "red", "gone": "magenta", "run": "bold yellow",
+    "reuse": "cyan", "wait": "magenta", "queued": "blue",
+    "cancelled": "red", "pruned": "magenta", "good": "green", "bad": "red", "moved": "bold", "same": "dim",
+    "better": "bold green", "worse": "bold red", "broken": "bold red", "no measurable difference": "bold",
 }  # fmt: skip
 MARKS = {"done": "✓", "reused": "↺", "failed": "✗", "interrupted": "✗", "preempted": "‖"}
 EVERY = 15.0  # seconds between two lines of a stage where nothing can move (a log file)
@@ -98,12 +98,15 @@ def _run_table(run: Row) -> RenderableType:
     table.add_column(min_width=2)
     for node in run.get("nodes") or []:
         state = node["state"]
-        note = facts_text(node.get("progress")) if state in ("running", "preempted", "interrupted") else ""
+        note = progress_line(node) if state in ("running", "preempted", "interrupted") else ""
         if state == "waiting" and node.get("held"):
             note = "another run works on it"
-        if state == "failed":
+        if state in ("failed", "cancelled"):
             note = node.get("error") or ""
-        note = "; ".join(filter(None, (note, attempts_text(node))))
+        if state == "queued":
+            note = node.get("why") or ""
+        job = f"job {node['job']}" if node.get("job") and state in ("queued", "running", "failed", "cancelled") else ""
+        note = "; ".join(filter(None, (job, note, attempts_text(node))))
         took = words.duration(node.get("seconds")) if node.get("seconds") is not None else ""
         table.add_row(
             "",
@@ -116,15 +119,27 @@ def _run_table(run: Row) -> RenderableType:
     return Group(head, table, "")
 
 
+def progress_line(node: Row) -> str:
+    """12/40  loss 1.69  240 tokens/s  0:31 left, of a stage at work."""
+    facts = node.get("progress")
+    if not isinstance(facts, dict):
+        return ""
+    left = words.finite(facts.get("left_s")) if node["state"] == "running" else None
+    parts = [facts_text(facts), progress_text(facts), f"{words.clock(left)} left" if left is not None else ""]
+    return "  ".join(filter(None, parts))
+
+
 def attempts_text(node: Row) -> str:
     """2 attempts (rank 1 was killed by signal 9): of a stage that the first one did not bring."""
+    restarts = int(words.finite(node.get("restarts")) or 0)
+    again = f"queued again {restarts} time{'s' if restarts != 1 else ''}" if restarts else ""
     count, causes = int(words.finite(node.get("attempts")) or 0), node.get("causes") or []
     if node["state"] == "failed" and causes and causes[-1] == node.get("error"):
         causes = causes[:-1]  # it stands there already
     if count < 2 and not causes:
-        return ""
+        return again
     why = f" ({'; '.join(map(str, causes))})" if causes else ""
-    return f"{count} attempt{'s' if count != 1 else ''}{why}"
+    return "; ".join(filter(None, (again, f"{count} attempt{'s' if count != 1 else ''}{why}")))
 
 
 # --- the end of a run ------------------------------------------------------------------------------------------------

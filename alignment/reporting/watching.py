@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from alignment.pipeline.store import Store
-from alignment.reporting import jobs, queue, status, terminal
+from alignment.reporting import jobs, queue, status
 from alignment.signals import Listener, Stopped
 
 EVERY = 2.0  # seconds between two looks at the queue
@@ -32,7 +32,7 @@ def watch(store: Store, folders: Sequence[Path] | None, sleep: Callable[[float],
         while True:
             runs = look(store, folders)
             if moving:
-                live.update(terminal.status_table(runs), refresh=True)
+                live.update(queue.table(runs), refresh=True)
             else:
                 for line in queue.changes(runs, said):
                     queue.say(line)

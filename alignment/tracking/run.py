@@ -58,7 +58,7 @@ class Tracker:
         tracking: Tracking | None,
         *,
         folder: Path,
-        run: str,
+        group: str,
         name: str,
         kind: str,
         config: Mapping[str, Any],
@@ -71,13 +71,14 @@ class Tracker:
         tracking: None on all ranks but the first. folder: the stage's work folder; all that W&B writes lies in its
         `wandb`, the run's id in `wandb_run_id`. Its `metrics.jsonl` must hold the rows that are logged here
         ({"step", "time", name: value}): a restart begins with them.
-        run: id of the experiment run, the group. name, kind: of the stage. parents: role -> (stage name, stage key).
+        group: id of the sweep that the run belongs to, else of the run. name, kind: of the stage.
+        parents: role -> (stage name, stage key).
         final_folder: where `folder` lies once its stage has succeeded, for the command that is shown.
         """
         if tracking is None or tracking.kind == "none":
             return Tracker()
         tracker = WandbTracker(folder.absolute(), (final_folder or folder).absolute(), on_warning)
-        tracker._open(tracking, run, name, kind, config, parents)
+        tracker._open(tracking, group, name, kind, config, parents)
         return tracker
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -129,7 +130,7 @@ class WandbTracker(Tracker):
     def _open(
         self,
         tracking: Tracking,
-        run: str,
+        group: str,
         name: str,
         kind: str,
         config: Mapping[str, Any],
@@ -150,7 +151,7 @@ class WandbTracker(Tracker):
             project=tracking.project,
             entity=tracking.entity,
             run_id=self.run_id,
-            run_group=run,
+            run_group=group,
             run_name=name,
             run_job_type=kind,
             reinit="create_new",

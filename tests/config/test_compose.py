@@ -70,6 +70,27 @@ REFUSED = [
         "`launcher.kind` should be one of 'local', 'torchrun', 'slurm', got 'slrm' (did you mean 'slurm'?)",
     ),
     (["launcher=torchrun", "launcher.processes=0"], "`launcher.processes` should be greater than or equal to 1, got 0"),
+    (
+        ["launcher=slurm", "launcher.stages={sft: {nodes: 8}}"],
+        "`launcher.stages` takes new keys one by one (write +launcher.stages.NAME=...)",
+    ),
+    (
+        ["launcher=slurm", "launcher.stages.sft.nodes=8"],
+        "`launcher.stages.sft.nodes` is new there (write +launcher.stages.sft.nodes=8)",
+    ),
+    (
+        ["launcher=slurm", "engine=zero2", "+launcher.stages.sft.nodse=8"],
+        "`launcher` asks for what cannot be: `launcher.stages.sft.nodse`",
+    ),
+    (
+        ["launcher=slurm", "engine=zero2", "+launcher.stages.sftt.nodes=8"],
+        "names `sftt`, which is no node or stage of the pipeline (did you mean `sft`?)",
+    ),
+    (["launcher=slurm", "launcher.setup=['module load x; rm y']"], "is no line that sets up an environment"),
+    (["launcher=slurm", "+launcher.options.time=3"], "names what is not for it to say"),
+    (["launcher=slurm", "launcher.time_limit=60"], "has a time_limit of 60 s, of which grace=120 s are for saving"),
+    (["launcher=torchrun", "engine=ddp", "launcher.nodes=2"], "`launcher.nodes` is 2, and `launcher.head` is null"),
+    (["launcher=torchrun", "engine=ddp", "launcher.rank=1"], "`launcher.rank` is 1, and there are 1 nodes"),
     (["nonsense"], "command line: `nonsense` is no setting (settings are written key=value)"),
     (["stage..seed=1"], "command line: `stage..seed=1` cannot be read (settings are written key=value)"),
     (

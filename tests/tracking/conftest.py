@@ -45,7 +45,7 @@ def helper(signal_number):
 
 tracking = Tracking(kind=spec.get("kind", "wandb"), mode=spec["mode"], project="alignment", entity=None)
 tracker = clock("start", Tracker.start, None if spec.get("other_rank") else tracking,
-    folder=folder, run="quickstart-1a2b", name="dpo", kind="dpo",
+    folder=folder, group="quickstart-1a2b", name="dpo", kind="dpo",
     config=spec.get("config", {}), parents=spec.get("parents", {}), on_warning=warnings.append,
     final_folder=Path(spec["final_folder"]) if "final_folder" in spec else None)
 for step in range(spec.get("first", 1), spec.get("last", 6) + 1):

@@ -1,0 +1,81 @@
+"""What SLURM's commands answer, as other versions and set-ups do: recorded, for none of these can run here. tests/slurm
+asks a real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignment.allocation import allocation
+from alignment.errors import MachineError
+from alignment.launchers import slurm
+
+
+def answer(folder: Path, command: str, text: str, code: int = 0, error: str = "") -> None:
+    path = folder / command
+    path.write_text(f"#!/bin/sh\ncat <<'EOF'\n{text}\nEOF\necho '{error}' >&2\nexit {code}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+def test_elements_of_an_array_are_told_apart(bin: Path) -> None:
+    lines = "12_0|RUNNING|None|n[1-2]|2026-11-26T10:00:00|1:02\n12_1|PENDING|JobArrayTaskLimit||N/A|0:00"
+    answer(bin, "squeue", lines)
+    found = slurm.states(["12_0", "12_1", "7"])
+    assert {job: (state.state, state.lives, state.waits) for job, state in found.items()} == {
+        "12_0": ("RUNNING", True, False),
+        "12_1": ("PENDING", True, True),
+    }
+    assert (found["12_0"].nodes, found["12_1"].reason) == ("n[1-2]", "JobArrayTaskLimit")
+
+
+def test_a_forgotten_job_is_no_error(bin: Path) -> None:
+    answer(bin, "squeue", "", 1, "slurm_load_jobs error: Invalid job id specified")
+    assert slurm.states(["12"]) == {}
+
+
+def test_what_the_controller_has_forgotten_the_accounting_may_know(bin: Path) -> None:
+    answer(bin, "sacct", "12_0|CANCELLED by 1000|n1|00:01:02\n13|OUT_OF_MEMORY|n2|00:00:10\n13.batch|FAILED|n2|0")
+    found = slurm.accounted(["12_0", "13"])
+    assert (found["12_0"].state, found["13"].state, found["13"].lives) == ("CANCELLED", "OUT_OF_MEMORY", False)
+    answer(bin, "sacct", "", 1, "Slurm accounting storage is disabled")
+    assert slurm.accounted(["12_0"]) == {}
+
+
+def test_a_refusal_is_one_line_in_slurm_s_words(bin: Path) -> None:
+    answer(bin, "sbatch", "", 1, "sbatch: error: Batch job submission failed: Invalid account")
+    with pytest.raises(MachineError, match=r"sbatch refuses: sbatch: error: .* Invalid account$") as caught:
+        slurm.submit("#!/bin/sh\n")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_number_of_a_job_is_found_among_a_federation_s_words(bin: Path) -> None:
+    answer(bin, "sbatch", "sbatch: your account is nearly empty\n1234;cluster2")
+    assert slurm.submit("#!/bin/sh\n") == "1234"
+
+
+def test_where_there_is_no_slurm_the_fix_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MachineError, match=r"no sbatch here.*launcher=torchrun or launcher=local"):
+        slurm.submit("#!/bin/sh\n")
+
+
+def test_nodes_that_do_not_answer_are_named(bin: Path) -> None:
+    answer(bin, "sinfo", "n1 allocated\nn2 allocated*\nn3 down\nn4 draining\nn5 mixed")
+    assert slurm.silent_nodes("n[1-5]") == ["n2", "n3", "n4"]
+
+
+def test_the_last_element_of_an_array_is_not_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM_JOB_ID of that one is the array's own number."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert allocation() is None
+    for name, value in {"JOB_ID": "12", "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    here = allocation()
+    assert here is not None and (here.job, here.restarts) == ("12_3", 2)

@@ -1,0 +1,85 @@
+"""Which stages share an array, and what they wait for; the graph of a sweep in a few submissions."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from alignment.pipeline.batches import Batch, Task, Wait, batches, nearest
+
+
+def shape(made: list[Batch]) -> list[tuple[str, list[int], list[tuple[str, int | None, int | None]]]]:
+    """(name, indices, waits) of each."""
+    return [
+        (next(iter(b.elements.values())).name, list(b.elements), [(w.how, w.batch, w.index) for w in b.waits])
+        for b in made
+    ]
+
+
+def test_a_chain_is_one_job_after_the_other() -> None:
+    tasks = [Task("a", "sft", "sft", ()), Task("b", "dpo", "dpo", ("a",)), Task("c", "evaluate", "e", ("b",))]
+    made = batches(tasks, {}, 1001)
+    assert shape(made) == [
+        ("sft", [0], []), ("dpo", [0], [("afterok", 0, None)]), ("evaluate", [0], [("afterok", 1, None)]),
+    ]  # fmt: skip
+    assert not any(batch.array for batch in made)
+
+
+def test_a_sweep_of_three_by_two_is_four_submissions() -> None:
+    """Two seeds, each with its SFT; three betas of each; an evaluation of each, after its own DPO only."""
+    tasks = [Task(f"sft{s}", "sft", "sft", ()) for s in range(2)]
+    tasks += [Task(f"dpo{b}{s}", "dpo", "dpo", (f"sft{s}",)) for b, s in product(range(3), range(2))]
+    tasks += [Task(f"eval{b}{s}", "evaluate", "e", (f"dpo{b}{s}",)) for b, s in product(range(3), range(2))]
+    made = batches(tasks, {}, 1001)
+    assert shape(made) == [
+        ("sft", [0, 1], []),
+        ("dpo", [0, 1, 2], [("afterok", 0, 0)]),
+        ("dpo", [0, 1, 2], [("afterok", 0, 1)]),
+        ("evaluate", [0, 1, 2], [("aftercorr", 1, None)]),
+        ("evaluate", [0, 1, 2], [("aftercorr", 2, None)]),
+    ]
+    assert [task.key for task in made[3].elements.values()] == ["eval00", "eval10", "eval20"]
+
+
+def test_an_element_of_an_array_keeps_its_parent_s_index() -> None:
+    """The second evaluation is in the store: the third still waits for the third DPO."""
+    tasks = [Task(f"dpo{i}", "dpo", "dpo", ()) for i in range(3)]
+    tasks += [Task(f"eval{i}", "evaluate", "e", (f"dpo{i}",)) for i in (0, 2)]
+    made = batches(tasks, {}, 1001)
+    assert shape(made)[1] == ("evaluate", [0, 2], [("aftercorr", 0, None)])
+
+
+def test_parents_at_different_indices_are_waited_for_one_by_one() -> None:
+    tasks = [Task(f"a{i}", "a", "a", ()) for i in range(2)] + [Task(f"b{i}", "b", "b", ()) for i in range(2)]
+    tasks += [Task("c0", "c", "c", ("a0", "b1")), Task("c1", "c", "c", ("a1", "b0"))]
+    made = batches(tasks, {}, 1001)
+    assert shape(made)[2:] == [
+        ("c", [0], [("aftercorr", 0, None), ("afterok", 1, 1)]),
+        ("c", [1], [("aftercorr", 0, None), ("afterok", 1, 0)]),
+    ]
+
+
+def test_what_is_queued_already_is_waited_for_and_not_submitted() -> None:
+    tasks = [Task("b", "dpo", "dpo", ("a",))]
+    (made,) = batches(tasks, {"a": "17_3"}, 1001)
+    assert made.waits == (Wait("afterok", job="17_3"),)
+
+
+def test_an_array_is_no_larger_than_the_cluster_takes() -> None:
+    tasks = [Task(f"dpo{i}", "dpo", "dpo", ()) for i in range(5)]
+    tasks += [Task(f"eval{i}", "evaluate", "e", (f"dpo{i}",)) for i in range(5)]
+    made = batches(tasks, {}, 2)
+    assert [len(batch.elements) for batch in made] == [2, 2, 1, 2, 2, 1]
+    of = {task.key: batch for batch in made for task in batch.elements.values()}
+    for number in range(5):
+        (wait,) = of[f"eval{number}"].waits
+        assert wait.batch == of[f"dpo{number}"].number
+
+
+def test_unlike_stages_never_share_an_array() -> None:
+    tasks = [Task("a", "sft", ("sft", "1 GPU"), ()), Task("b", "sft", ("sft", "8 GPUs"), ())]
+    assert len(batches(tasks, {}, 1001)) == 2
+
+
+def test_who_waits_for_the_last_of_a_chain_waits_for_all_of_it() -> None:
+    parents = {"start": [], "rows": ["start"], "sft": ["start", "rows"], "verdict": ["rows", "sft", "start"]}
+    assert nearest(parents) == {"start": (), "rows": ("start",), "sft": ("rows",), "verdict": ("sft",)}

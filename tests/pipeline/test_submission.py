@@ -1,0 +1,127 @@
+"""The scripts that would be submitted. SLURM is not asked; tests/slurm submits them to a real one."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config.compose import compose
+from alignment.config.launchers import Container
+from alignment.launchers import srun
+from alignment.launchers.base import Job
+from alignment.pipeline import snapshot
+from alignment.pipeline.runner import Run
+from alignment.pipeline.submission import Submission
+
+LAUNCHER = ["launcher=slurm", "engine=zero2", "stage.sft.global_batch_size=64", "stage.dpo.global_batch_size=64"]
+
+
+@pytest.fixture
+def composed(tmp_path: Path, tiny_settings: list[str]) -> Any:
+    def of(*settings: str) -> Run:
+        given = [*tiny_settings, "pipeline=sft_dpo", *LAUNCHER, f"store={tmp_path / 'a store'}", *settings]
+        return Run(compose(given), "")
+
+    return of
+
+
+def scripts(*runs: Run, queued: dict[str, str] | None = None) -> dict[str, dict[str, str | None]]:
+    """Stage -> option -> value, of each script."""
+    made = Submission(runs, "mine", queued or {})
+    found = {}
+    for batch, text in zip(made.batches, made.scripts(), strict=True):
+        options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.M))
+        found[next(iter(batch.elements.values())).name] = {**options, "text": text}
+    return found
+
+
+def test_a_stage_that_trains_asks_for_what_the_launcher_says(composed: Any, tmp_path: Path) -> None:
+    wanted = (
+        "launcher.nodes=4", "launcher.cpus_per_process=6", "launcher.memory=900G", "launcher.partition=train",
+        "launcher.account=lab", "launcher.qos=high", "launcher.constraint='a100&ib'", "launcher.exclude='n[1-2]'",
+        "launcher.comment='our run'", "launcher.time_limit=1-02:00:30", "+launcher.options.reservation=camp",
+        "+launcher.options.exclusive=true", "launcher.setup=['module load cuda/12.8']", "launcher.interface=ib0",
+    )  # fmt: skip
+    sft = scripts(composed(*wanted))["sft"]
+    told = {name: value for name, value in sft.items() if name not in ("text", "output", "chdir", "dependency")}
+    assert told == {
+        "job-name": "mine.sft", "kill-on-invalid-dep": "yes", "nodes": "4", "ntasks-per-node": "1",
+        "cpus-per-task": "48", "gpus-per-node": "8", "mem": "900G", "time": "1561", "partition": "train",
+        "account": "lab", "qos": "high", "constraint": "a100&ib", "exclude": "n[1-2]", "comment": '"our run"',
+        "requeue": "", "open-mode": "append", "signal": "B:USR1@120", "reservation": "camp", "exclusive": "",
+    }  # fmt: skip
+    assert str(sft["output"]).startswith(f'"{tmp_path}/a store/jobs/')
+    text = str(sft["text"])
+    assert "\nmodule load cuda/12.8\n" in text
+    assert "export GLOO_SOCKET_IFNAME=ib0\n" in text and "export NCCL_SOCKET_IFNAME=ib0\n" in text
+    assert re.search(rf"^exec {re.escape(sys.executable)} -m alignment.job '{tmp_path}/a store/jobs/", text, re.M)
+    assert sft["dependency"] == "afterok:<001-rows>"
+
+
+def test_a_stage_that_does_not_train_takes_one_process_and_any_stage_may_ask_for_something_else(composed: Any) -> None:
+    asked = (
+        "launcher.nodes=2", "launcher.cpus_per_process=4", "+launcher.stages.evaluate.time_limit=600",
+        "+launcher.stages.evaluate_sft.gpus_per_node=2", "+launcher.stages.sft.nodes=8",
+    )  # fmt: skip
+    told = scripts(composed(*asked))
+    layout = {
+        name: tuple(o.get(k) for k in ("nodes", "gpus-per-node", "cpus-per-task", "time")) for name, o in told.items()
+    }
+    assert layout["evaluate_dpo"] == ("1", "1", "4", "10")
+    assert layout["evaluate_sft"] == ("1", "2", "4", "10")
+    assert layout["rows"] == ("1", "1", "4", "1440")
+    assert (layout["sft"], layout["dpo"]) == (("8", "8", "32", "1440"), ("2", "8", "32", "1440"))
+
+
+def test_alike_stages_are_an_array_of_which_few_run_at_a_time(composed: Any) -> None:
+    runs = [composed(f"stage.dpo.beta={beta}", "launcher.max_parallel=2") for beta in (0.1, 0.2, 0.3)]
+    told = scripts(*runs)
+    assert (told["dpo"]["array"], told["evaluate_dpo"]["array"], told["sft"].get("array")) == ("0-2%2", "0-2%2", None)
+    assert told["evaluate_dpo"]["dependency"] == "aftercorr:<006-dpo>"
+    assert '"${SLURM_ARRAY_TASK_ID:-0}"' in str(told["dpo"]["text"])
+
+
+def test_what_is_queued_is_waited_for(composed: Any) -> None:
+    run = composed()
+    told = scripts(run, queued={run.node("sft").key: "41_7"})
+    assert "sft" not in told
+    assert told["pairs"]["dependency"] == "afterok:41_7"
+
+
+def test_the_code_is_copied_once_and_a_later_edit_does_not_reach_it(tmp_path: Path) -> None:
+    place = snapshot.take(tmp_path)
+    assert snapshot.take(tmp_path) == place
+    assert (place / "alignment" / "launchers" / "job.sbatch.jinja").is_file()
+    assert (place / "alignment" / "conf" / "config.yaml").is_file()
+    assert not list(place.glob("**/*.pyc"))
+
+
+@pytest.mark.parametrize("kind", ["apptainer", "enroot"])
+def test_a_container_sees_the_store_the_code_and_the_working_directory(
+    kind: str, tmp_path: Path, composed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command only: neither can be installed where this runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/code")
+    told: list[list[str]] = []
+    monkeypatch.setattr(srun, "Step", lambda command, job: told.append(command))
+    launcher = composed().experiment.launcher
+    container = Container(kind=kind, image="/images/train.sif", options=["--nv"])
+    job = Job("sft", tmp_path / "store" / "work" / "key", 1, 1, 1, None, 0)
+    srun.SrunLauncher(launcher.model_copy(update={"container": container})).submit(job)
+    (command,) = told
+    line = " ".join(command)
+    assert line.endswith(f"python3 -m alignment.launchers.agent {job.folder} --nodes 1 --processes 1")
+    store, here = tmp_path / "store", tmp_path
+    if kind == "apptainer":
+        binds = f"--bind {store} --bind {here} --bind /code"
+        assert f"apptainer exec {binds} --pwd {here} --nv /images/train.sif python3" in line
+    else:
+        mounts = f"{store}:{store},{here}:{here},/code:/code"
+        assert (
+            f"--container-image=/images/train.sif --container-mounts={mounts} --container-workdir={here} --nv" in line
+        )
