@@ -167,6 +167,9 @@ def _pruning(experiment: Experiment) -> Iterator[Fault]:
         yield Fault("`pruning` is on, and the pipeline trains nothing", ("pruning", "pruning.kind"), "pruning=none")
     elif node not in training:
         yield _unknown(key, node, "which is no node that trains", training)
+    if isinstance(experiment.launcher, TorchrunLauncher) and experiment.launcher.nodes > 1:
+        what = "`pruning` is on, and `launcher.nodes` is above 1: the machines would not stop the same trials"
+        yield Fault(what, ("pruning", "launcher.nodes"), "pruning=none, or launcher=slurm")
 
 
 def trains(experiment: Experiment) -> str | None:

@@ -18,6 +18,7 @@ from alignment.reporting.words import finite
 from alignment.signals import PRUNED, Asked
 
 Curve = dict[int, float]  # step -> the metric's value
+ROWS = "metrics.jsonl"
 EVERY = 1.0  # seconds between two looks at a stage at work
 
 
@@ -67,7 +68,7 @@ class Trials:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._runs: dict[str, Run] = {}
-        self._whole: dict[tuple[str, str], Curve] = {}  # of stages that are in the store
+        self._curves: dict[tuple[str, str], tuple[tuple[int, int], Curve]] = {}  # and the version of their file
         self._warned = False
 
     def add(self, run: Run) -> None:
@@ -85,29 +86,34 @@ class Trials:
         work = run.store.work(node.key)
         if not work.is_dir():
             return None
-        own = self._read(work, rule, node.name)
+        own = self._curve(work, rule)
+        if not own:
+            self._warn(work, rule, node.name)
         # Trials that train the same are one: they have one curve, and what becomes of it becomes of all.
-        others = {judged(one).key: one for one in self._runs.values() if judged(one).key != node.key}
-        return hopeless(own, [self._curve(one, key, rule) for key, one in others.items()], rule)
+        others = {judged(one).key: one.store.root for one in self._runs.values()}
+        del others[node.key]
+        return hopeless(own, [self._curve(folder_of(root, key), rule) for key, root in others.items()], rule)
 
-    def _curve(self, run: Run, key: str, rule: PercentilePruning) -> Curve:
-        if found := self._whole.get((key, rule.metric)):
-            return found
-        folder = folder_of(run.store.root, key)
-        curve = curve_of(folder, rule.metric)
-        if folder == run.store.result(key):
-            self._whole[key, rule.metric] = curve
-        return curve
+    def _curve(self, folder: Path | None, rule: PercentilePruning) -> Curve:
+        """Of a stage's folder; read anew if its rows have changed."""
+        try:
+            told = (folder / ROWS).stat() if folder else None
+        except OSError:
+            told = None
+        if folder is None or told is None:
+            return {}
+        place, version = (str(folder), rule.metric), (told.st_mtime_ns, told.st_size)
+        if place not in self._curves or self._curves[place][0] != version:
+            self._curves[place] = version, curve_of(folder, rule.metric)
+        return self._curves[place][1]
 
-    def _read(self, work: Path, rule: PercentilePruning, name: str) -> Curve:
-        curve = curve_of(work, rule.metric)
-        if not curve and not self._warned and (rows := read_rows(work / "metrics.jsonl")):
+    def _warn(self, work: Path, rule: PercentilePruning, name: str) -> None:
+        if not self._warned and (rows := read_rows(work / ROWS)):
             self._warned = True
             known = ", ".join(sorted({key for row in rows for key in row} - {"step", "time"}))
             self._say(
                 f"warning: pruning.metric: {name} logs no {rule.metric}, so nothing is stopped (it logs: {known})"
             )
-        return curve
 
 
 def judged(run: Run) -> Node:
@@ -118,10 +124,9 @@ def judged(run: Run) -> Node:
     return run.node(name)
 
 
-def curve_of(folder: Path | None, metric: str) -> Curve:
-    """Of a stage's folder. A step written twice (before and after a restart) counts as it was last."""
-    rows = read_rows(folder / "metrics.jsonl") if folder else []
-    values = ((row.get("step"), finite(row.get(metric))) for row in rows)
+def curve_of(folder: Path, metric: str) -> Curve:
+    """A step written twice (before and after a restart) counts as it was last."""
+    values = ((row.get("step"), finite(row.get(metric))) for row in read_rows(folder / ROWS))
     return {step: value for step, value in values if isinstance(step, int) and value is not None}
 
 

@@ -101,6 +101,10 @@ REFUSED = [
     (["objective=[]"], "`objective` list should have at least 1 item"),
     (["objective=[kl,kl]"], "command line: `objective` names a metric twice: kl, kl (name each once)"),
     (["pruning=median", "pruning.node=judged"], "names `judged`, which is no node that trains (known: sft, dpo)"),
+    (
+        ["pruning=median", "launcher=torchrun", "engine=ddp", "launcher.nodes=2", "launcher.head=a:1"],
+        "`launcher.nodes` is above 1: the machines would not stop the same trials (pruning=none, or launcher=slurm)",
+    ),
     (["pruning=media"], "command line: no pruning is called 'media' (did you mean pruning=median?)"),
     (["pruning.percentile=30"], "`pruning.percentile` is not among the settings chosen (it comes with pruning=median)"),
     (["pipeline=sft"], "`stage.judge` is set, but the pipeline has no such stage"),
