@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.plugin import Plugin
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -34,6 +35,7 @@ from alignment.config.points import Points, as_given
 from alignment.config.provenance import Origin
 from alignment.config.schema import Experiment
 from alignment.errors import ConfigError
+from alignment.search import OPTUNA, Search, learns
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ class Point:
         return " ".join(["alignment run", *(shlex.quote(override) for override in self.overrides)])
 
 
-LEARNS_NOTHING = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 Execute = Callable[[list[Point], DictConfig | None], Sequence[Any]]  # the second: the config of a multirun
 
 
@@ -176,11 +177,6 @@ class Together(Launcher):
         return returns
 
 
-def learns(master: DictConfig) -> bool:
-    """Whether the sweeper of a multirun chooses its next jobs by the values of those before."""
-    return bool(master.hydra.sweeper.get("_target_") != LEARNS_NOTHING)
-
-
 def _planned(app: Any) -> Experiment | None:
     """The experiment of this job of a sweep if it is known already; a launcher's other processes do not know it."""
     loader = GlobalHydra.instance().config_loader()
@@ -189,18 +185,21 @@ def _planned(app: Any) -> Experiment | None:
 
 @contextmanager
 def _hydra_as_ours(arguments: list[str], execute: Execute = lambda points, master: []) -> Iterator[None]:
-    """Hydra reads these arguments, loads configs by our loader, launches by our launcher, and raises its errors instead
-    of printing them."""
+    """Hydra reads these arguments, loads configs by our loader, launches by our launcher, has Optuna asked by our loop,
+    and raises its errors instead of printing them."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     theirs = sys.argv, internals.ConfigLoaderImpl
     sys.argv, internals.ConfigLoaderImpl = ["alignment run", *arguments], Loader  # type: ignore[misc]
-    launchers, name = Plugins.instance().class_name_to_class, f"{BasicLauncher.__module__}.{BasicLauncher.__name__}"
-    launchers[name], Together.execute = Together, staticmethod(execute)
+    plugins, name = Plugins.instance().class_name_to_class, f"{BasicLauncher.__module__}.{BasicLauncher.__name__}"
+    ours: dict[str, type[Plugin]] = {name: Together, **({OPTUNA: Search} if OPTUNA in plugins else {})}
+    replaced = {place: plugins[place] for place in ours}
+    plugins.update(ours)
+    Together.execute = staticmethod(execute)
     try:
         yield
     finally:
         sys.argv, internals.ConfigLoaderImpl = theirs  # type: ignore[misc]
-        launchers[name] = BasicLauncher
+        plugins.update(replaced)
 
 
 def _read(arguments: list[str]) -> Any:

@@ -9,28 +9,34 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from alignment.config.schema import SlurmLauncher, TorchrunLauncher
-from alignment.errors import AlignmentError, ConfigError, LostError, PreemptedError
-from alignment.hydra_app import Point, learns
+from alignment import search
+from alignment.config.schema import PercentilePruning, SlurmLauncher, TorchrunLauncher
+from alignment.errors import AlignmentError, ConfigError, LostError, MachineError, PreemptedError
+from alignment.hydra_app import Point
+from alignment.launchers import slurm
 from alignment.pipeline import runner, sanity, submission, sweeps
 from alignment.pipeline.following import Follower
 from alignment.pipeline.identity import one_look
 from alignment.pipeline.leading import Leader
-from alignment.reporting import gather, page, queue, terminal, watching
-from alignment.signals import Listener, Stopped
+from alignment.reporting import cancelling, gather, page, pruning, queue, terminal, watching
+from alignment.reporting.sweeps import objective
+from alignment.signals import Asked, Listener, Stopped
 
-Value = float | AlignmentError | None  # of a point: its reward, why it failed, or nothing (yet)
+# Of a point: its objective, why it has none, or nothing (yet).
+Value = float | tuple[float, ...] | AlignmentError | search.Pruned | None
 
 
 class Session:
     """What one `alignment run` asks for. stop: hears the signals of this process. wait: until jobs of a cluster have
-    ended; a sweeper that chooses its next points by the values of these waits in any case."""
+    ended; a sweep whose sweeper learns from them, or that stops hopeless trials, waits in any case."""
 
     def __init__(self, stop: Listener, wait: bool, arguments: Sequence[str]):
         self._stop, self._wait, self._arguments = stop, wait, arguments
         self._sweep: sweeps.Sweep | None = None
+        self._trials = pruning.Trials(queue.say)
         self._failed: dict[str, AlignmentError] = {}  # stages that are not tried again for the next point
         self._errors: dict[str, AlignmentError] = {}  # points that failed
+        self._pruned: dict[str, str] = {}  # points that were stopped as hopeless, and why
         self._count = 0
         self._probed = False  # a sweeper that learns comes back for each of its rounds
         self._leader: Leader | None = None  # what the other machines of a run see of this one
@@ -46,15 +52,27 @@ class Session:
         self._count += len(runs)
         self._meet(runs)
         if self._follower is not None:
-            return [self._here(run) for run in runs]
+            for run in runs:
+                self._here(run)
+            return [self._value(run, in_sweep=master is not None) for run in runs]
         name = runs[0].id if master is None else self._note_sweep(master, points, runs)
         clustered = {isinstance(run.experiment.launcher, SlurmLauncher) for run in runs}
-        if clustered == {False}:
-            return [self._here(run) for run in runs]
-        if len(clustered) > 1 or len({run.store.root for run in runs}) > 1:
+        if len(clustered) > 1 or (clustered == {True} and len({run.store.root for run in runs}) > 1):
             what = "the points of a sweep of jobs share one launcher and one store"
             raise ConfigError(what, where="command line", fix="sweep over something else than `launcher` and `store`")
-        return self._queue(runs, name, wait=self._wait or (master is not None and learns(master)))
+        going = [run for run in runs if not self._was_pruned(run)]
+        for run in going:
+            self._errors.pop(run.id, None)  # a sweeper may ask for the same point again
+        if clustered == {False}:
+            for run in going:
+                self._here(run)
+        elif going:
+            prunes = any(isinstance(run.experiment.pruning, PercentilePruning) for run in going)
+            wait = self._wait or (master is not None and (search.learns(master) or prunes))
+            self._queue(going, name, wait)
+            if not wait:
+                return [None] * len(runs)
+        return [self._value(run, in_sweep=master is not None) for run in runs]
 
     def finish(self) -> None:
         """Raises the failure of the only run, or what became of the points of a sweep."""
@@ -85,26 +103,45 @@ class Session:
 
     def _note_sweep(self, master: DictConfig, points: Sequence[Point], runs: Sequence[runner.Run]) -> str:
         if self._sweep is None:
-            self._sweep = sweeps.Sweep([*master.hydra.overrides.task, *master.hydra.overrides.hydra], self._arguments)
+            settings = [*master.hydra.overrides.task, *master.hydra.overrides.hydra]
+            looked_at = search.objective(master, runs[0].experiment)
+            self._sweep = sweeps.Sweep(settings, self._arguments, looked_at)
         self._sweep.add([(run, point.overrides) for run, point in zip(runs, points, strict=True)])
+        for run in runs:
+            self._trials.add(run)
         return self._sweep.id
 
-    def _here(self, run: runner.Run) -> Value:
+    def _value(self, run: runner.Run, in_sweep: bool) -> Value:
+        if run.id in self._errors:
+            return self._errors[run.id]
+        if run.id in self._pruned:
+            return search.Pruned(self._pruned[run.id])
+        return objective(run.state, run.store.root, run.experiment.objective) if in_sweep else None
+
+    # --- stages that run here ----------------------------------------------------------------------------------------
+
+    def _here(self, run: runner.Run) -> None:
         if self._stop.asked:  # while the point before ended well
             raise Stopped(self._stop.asked)
+        doomed = pruning.Doomed(self._stop, lambda: self._trials.look(run))
         try:
             if self._follower is not None:
-                return _followed(run, self._follower)
-            return _from_plan_to_report(run, self._stop, self._failed, self._leader)
-        except PreemptedError:
-            raise
+                _followed(run, self._follower)
+            else:
+                _from_plan_to_report(run, doomed, self._failed, self._leader)
+        except (PreemptedError, Stopped):
+            if self._stop.asked or not doomed.why:
+                raise
+            self._prune(run, doomed.why)
         except AlignmentError as error:
+            self._trials.drop(run)
             self._errors[run.id] = error
             if self._sweep is not None:
                 queue.say(f"✗ {run.id}  {error}")
-            return error
 
-    def _queue(self, runs: Sequence[runner.Run], name: str, wait: bool) -> Sequence[Value]:
+    # --- stages that are jobs of a cluster ---------------------------------------------------------------------------
+
+    def _queue(self, runs: Sequence[runner.Run], name: str, wait: bool) -> None:
         """All of them as one graph of jobs; whoever wants their values waits for them."""
         sanity.check(runs, name, queue.say, probe=not self._probed)
         self._probed = True
@@ -114,20 +151,69 @@ class Session:
                 if run.finished():
                     page.write_report(run.folder, run.store.root)
         if not wait:
-            return [None] * len(runs)
-        ended = watching.until_done([run.folder for run in runs], runs[0].store, self._stop)
-        return [self._value(state, runs[0].store.root) for state in ended]
+            return
+        store, folders = runs[0].store, [run.folder for run in runs]
+        ended = watching.until_done(folders, store, self._stop, lambda states: self._prune_jobs(runs, states))
+        for run, state in zip(runs, ended, strict=True):
+            self._end(run, state)
 
-    def _value(self, state: dict[str, Any], store: Path) -> Value:
+    def _end(self, run: runner.Run, state: dict[str, Any]) -> None:
         """Of a run whose jobs have ended."""
+        run.state["nodes"] = state["nodes"]  # what has become of its stages
         with suppress(AlignmentError, OSError):
-            page.write_report(Path(state["folder"]), store, state)
+            page.write_report(Path(state["folder"]), run.store.root, state)
         failed = next((node for node in state["nodes"] if node["state"] in ("failed", "cancelled")), None)
-        if failed is None:
-            return gather.objective(gather.summarise(state, store))
-        error = LostError(f"{failed['name']} has {failed['state']}: {failed['error']}", where=state["run"])
-        self._errors[state["run"]] = error
-        return error
+        if failed is not None and run.id not in self._pruned:
+            self._trials.drop(run)
+            self._errors[run.id] = LostError(f"{failed['name']} has {failed['state']}: {failed['error']}", where=run.id)
+
+    def _prune_jobs(self, runs: Sequence[runner.Run], states: Sequence[dict[str, Any]]) -> None:
+        """Cancel the jobs of those that are hopeless now, unless a run that goes on needs what they train."""
+        broken = {
+            state["run"] for state in states if any(n["state"] in ("failed", "cancelled") for n in state["nodes"])
+        }
+        for run in runs:
+            if run.id in broken:
+                self._trials.drop(run)
+        found = {run.id: (run, why) for run in runs if (why := self._trials.look(run))}
+        if not found:
+            return
+        store = runs[0].store
+        jobs, needed = cancelling.jobs_of(store, [run.folder for run, _ in found.values()])
+        trained = {node["key"] for node, _ in needed}
+        alone = {run.id: (run, why) for run, why in found.values() if pruning.judged(run).key not in trained}
+        if len(alone) < len(found):
+            jobs, _ = cancelling.jobs_of(store, [run.folder for run, _ in alone.values()])
+        try:
+            slurm.cancel(jobs)
+        except MachineError as error:
+            queue.say(f"warning: hopeless trials go on for now: {error}")
+            return
+        for run, why in alone.values():
+            self._prune(run, why)
+
+    # --- hopeless trials ---------------------------------------------------------------------------------------------
+
+    def _prune(self, run: runner.Run, why: str) -> None:
+        assert self._sweep is not None  # trials are those of a sweep
+        self._pruned[run.id] = why
+        self._trials.drop(run)
+        run.note_pruned(why)
+        self._sweep.prune(run)
+        queue.say(f"✂ {run.id}  pruned: {why}")
+
+    def _was_pruned(self, run: runner.Run) -> bool:
+        """By the same command, when it was given before; what another one has made of it since counts."""
+        if self._sweep is None or not self._sweep.is_pruned(run):
+            return False
+        if all(run.store.record(node.key) for node in run.nodes):
+            self._sweep.prune(run, False)
+            return False
+        if run.id not in self._pruned:
+            self._pruned[run.id] = "by this command, when it was given before"
+            queue.say(f"✂ {run.id}  was pruned {self._pruned[run.id]}")
+        self._trials.drop(run)
+        return True
 
 
 def _meeting(run: runner.Run) -> tuple[Any, ...] | None:
@@ -138,16 +224,15 @@ def _meeting(run: runner.Run) -> tuple[Any, ...] | None:
     return run.store.root, launcher.head, launcher.nodes, launcher.processes, launcher.rank
 
 
-def _followed(run: runner.Run, follower: Follower) -> float | None:
+def _followed(run: runner.Run, follower: Follower) -> None:
     follower.follow(run)
     for line in run.state["nodes"]:  # rank 0 writes run.json
         line["state"] = "reused"
-    return gather.objective(gather.summarise(run.state, run.store.root))
 
 
 def _from_plan_to_report(
-    run: runner.Run, stop: Listener, failed: dict[str, AlignmentError], leader: Leader | None
-) -> float | None:
+    run: runner.Run, stop: Asked, failed: dict[str, AlignmentError], leader: Leader | None
+) -> None:
     terminal.announce(run.id, run.folder, runner.plan(run))
     try:
         with leader.at(run) if leader else nullcontext(), terminal.StageProgress() as observer:
@@ -157,6 +242,4 @@ def _from_plan_to_report(
             terminal.show_report(page.write_report(run.folder, run.store.root))
         raise
     report = page.write_report(run.folder, run.store.root)
-    summary = gather.summarise(run.state, run.store.root)
-    terminal.show_summary(summary, report)
-    return gather.objective(summary)
+    terminal.show_summary(gather.summarise(run.state, run.store.root), report)

@@ -5,18 +5,28 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+from typing import Protocol
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PASSED_ON = signal.SIGRTMIN  # a driver's to its processes: it asks once, so it is never a second request
 TIME_LIMIT = "launcher.time_limit"  # why a stage stops that was not asked by a signal
+PRUNED = "pruned"  # the same, of a hopeless trial of a sweep
 # One request may arrive as several signals: a terminal or a launcher sends it to the group, and torchrun passes it on.
 ECHO = 2.0
 
 
 class Stopped(KeyboardInterrupt):
     """Raised in the main thread where nothing better can be done with a request to stop."""
+
+
+class Asked(Protocol):
+    """Who knows whether a run is to stop: a Listener, or one that has further reasons."""
+
+    @property
+    def asked(self) -> str | None: ...
+    def deferred(self) -> AbstractContextManager[None]: ...
 
 
 class Listener:

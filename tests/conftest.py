@@ -127,6 +127,48 @@ def tiny_stages(*names: str) -> list[str]:
     return [f"stage.{name}.{setting}" for name in names for setting in TINY_STAGES[name]]
 
 
+# The smallest pipeline whose final model is trained and evaluated, for sweeps; its rate decides how good it becomes.
+SMALL = """# @package _global_
+defaults:
+  - /stage@stage.import_model: import_model
+  - /stage@stage.prepare_sft: prepare_sft
+  - /stage@stage.sft: sft
+  - /stage@stage.evaluate: evaluate
+  - _self_
+stage:
+  prepare_sft: {splits: {heldout: 6, prompts: 0, train: 24}}
+  sft: {global_batch_size: 8, epochs: 60.0, schedule: constant, warmup_ratio: 0.0, lora: {rank: 2}}
+  evaluate: {max_new_tokens: 2}
+pipeline:
+  nodes:
+    start:    {stage: import_model, inputs: {}}
+    rows:     {stage: prepare_sft, inputs: {model: start}}
+    sft:      {stage: sft, inputs: {model: start, data: rows}}
+    measured: {stage: evaluate, inputs: {model: sft, data: rows, reference: start}}
+  final: sft
+"""
+
+
+@pytest.fixture(scope="session")
+def small_settings(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, instruction_rows: Path) -> list[str]:
+    """Settings of that pipeline, and a folder of configs that has it."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "pipeline").mkdir()
+    (folder / "pipeline" / "small.yaml").write_text(SMALL)
+    return [
+        *(
+            "--config-dir",
+            str(folder),
+            "pipeline=small",
+            "reward=sentiment",
+            "model=path",
+            f"model.source.path={tiny_model}",
+        ),
+        *("data=path", f"data.instructions.source.path={instruction_rows}"),
+        *("tracking=none", "min_free_gb=0", "engine.threads=1"),
+    ]
+
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -14,6 +14,7 @@ from alignment.config.schema import (
     HIGHER_IS_BETTER,
     Compare,
     Experiment,
+    PercentilePruning,
     Prepare,
     SlurmLauncher,
     Stage,
@@ -80,6 +81,8 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     yield from _circle(experiment)
     yield from _final(experiment)
     yield from _launcher(experiment)
+    yield from _objective(experiment)
+    yield from _pruning(experiment)
     if trains := [use for use in uses if use.settings.distributed]:
         yield from _engine(experiment, max(use.world_size for use in trains))
     for use in uses:
@@ -139,6 +142,43 @@ def _final(experiment: Experiment) -> Iterator[Fault]:
     if final.settings.makes != "a model":
         what = f"`pipeline.final` names `{final.node}`, which makes {final.settings.makes}, not a model"
         yield Fault(what, ("pipeline.final",), "name the node whose model people get")
+
+
+# --- what a sweep looks for -------------------------------------------------------------------------------------------
+
+
+def _objective(experiment: Experiment) -> Iterator[Fault]:
+    names, known = experiment.objective, [*HIGHER_IS_BETTER, *experiment.reward.terms]
+    for name in names:
+        if name not in known:
+            yield _unknown("objective", name, "which no evaluation measures", known)
+    if len(set(names)) < len(names):
+        yield Fault(f"`objective` names a metric twice: {', '.join(names)}", ("objective",), "name each once")
+
+
+def _pruning(experiment: Experiment) -> Iterator[Fault]:
+    """The stage whose metrics are looked at is one that trains."""
+    rule, key = experiment.pruning, "pruning.node"
+    if not isinstance(rule, PercentilePruning):
+        return
+    node = trains(experiment) if rule.node is None else rule.node
+    training = [name for name in experiment.pipeline.nodes if isinstance(Use(experiment, name).settings, Train)]
+    if node is None:
+        yield Fault("`pruning` is on, and the pipeline trains nothing", ("pruning", "pruning.kind"), "pruning=none")
+    elif node not in training:
+        yield _unknown(key, node, "which is no node that trains", training)
+    if isinstance(experiment.launcher, TorchrunLauncher) and experiment.launcher.nodes > 1:
+        what = "`pruning` is on, and `launcher.nodes` is above 1: the machines would not stop the same trials"
+        yield Fault(what, ("pruning", "launcher.nodes"), "pruning=none, or launcher=slurm")
+
+
+def trains(experiment: Experiment) -> str | None:
+    """The node that trains the final model, else the last one that trains."""
+    nodes = experiment.pipeline.nodes
+    training = [name for name in nodes if isinstance(Use(experiment, name).settings, Train)]
+    if experiment.pipeline.final in training:
+        return experiment.pipeline.final
+    return training[-1] if training else None
 
 
 # --- the engine and the launcher --------------------------------------------------------------------------------------

@@ -147,6 +147,8 @@ def _unknown_choice(text: str, error: Exception, origin: Origin) -> Explained:
         )
     near = difflib.get_close_matches(choice, options[1].split(), 1, 0.5)
     fix = f"did you mean {group}={near[0]}?" if near else f"choose one of: {', '.join(options[1].split())}"
+    if (group, choice) == ("hydra/sweeper", "optuna"):
+        fix = "pip install 'alignment[optuna]'"
     return ConfigError(f"no {group} is called {choice!r}", where=_chosen(group, choice, origin), fix=fix)
 
 

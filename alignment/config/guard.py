@@ -43,6 +43,9 @@ def _doors(hydra: DictConfig) -> Iterator[tuple[str, str, str]]:
             known = _leaves(_shipped(name)[0], key)
             odd = next((leaf for leaf, value in _leaves(settings, key) if (leaf, value) not in known), key)
             yield odd, "may name code for Hydra to run", f"choose one of Hydra's own: hydra/{name}=default"
+    if (plain["sweeper"] or {}).get("custom_search_space") is not None:  # Optuna's sweeper calls what this names
+        what = "names code for the sweeper to run"
+        yield "hydra.sweeper.custom_search_space", what, "hydra.sweeper.params says what is varied"
     for name in ("sweeper", "launcher"):
         try:
             named = _targets(hydra[name], f"hydra.{name}", resolve=True)

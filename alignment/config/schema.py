@@ -337,6 +337,30 @@ class Tracking(Settings):
     entity: str | None = execution()
 
 
+# --- a sweep ----------------------------------------------------------------------------------------------------------
+
+
+class NoPruning(Settings):
+    """Every trial of a sweep is trained to its end."""
+
+    kind: Literal["none"] = execution()
+
+
+class PercentilePruning(Settings):
+    """A trial of a sweep is stopped while it trains if most others were better at the same step."""
+
+    kind: Literal["percentile"] = execution()
+    metric: str = execution(min_length=1)
+    direction: Literal["minimize", "maximize"] = execution()
+    node: str | None = execution()
+    percentile: float = execution(ge=0, le=100)
+    warmup_steps: int = execution(ge=0)
+    min_trials: int = execution(ge=1)
+
+
+Pruning = Annotated[NoPruning | PercentilePruning, Field(discriminator="kind")]
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +383,7 @@ class Experiment(Settings):
     min_free_gb: float = execution(ge=0)
     retries: int = execution(ge=0)
     retry_wait_s: float = execution(ge=0)
+    objective: list[str] = execution(min_length=1)
     pipeline: Pipeline = execution()
     model: Model = identity()
     data: dict[Annotated[str, Field(pattern=NAME)], Dataset] = identity()
@@ -368,3 +393,4 @@ class Experiment(Settings):
     checkpoint: Checkpoint = execution()
     launcher: Launcher = execution()
     tracking: Tracking = execution()
+    pruning: Pruning = execution()

@@ -20,7 +20,7 @@ from alignment.pipeline.graph import Node
 from alignment.pipeline.leading import gather
 from alignment.pipeline.store import Lock, Store
 from alignment.pipeline.supervisor import Patience, Supervisor
-from alignment.signals import TIME_LIMIT, Listener, Stopped
+from alignment.signals import TIME_LIMIT, Asked, Listener, Stopped
 
 
 class Observer(Protocol):
@@ -105,6 +105,14 @@ class Run:
         if not self.writes:
             return
         next(node for node in self.state["nodes"] if node["name"] == name).update(facts)
+        self._write()
+
+    def note_pruned(self, why: str) -> None:
+        """It was a trial of a sweep, and is stopped as hopeless. Begun anew it is none any more."""
+        self.state["pruned"] = why
+        self._write()
+
+    def _write(self) -> None:
         self.state["updated"] = time.time()
         with suppress(OSError):
             write_json(self.folder / "run.json", self.state, durable=False)
@@ -132,7 +140,7 @@ def plan(run: Run) -> list[dict[str, Any]]:
 
 
 def execute(
-    run: Run, observer: Observer, stop: Listener | None = None, failed: dict[str, AlignmentError] | None = None
+    run: Run, observer: Observer, stop: Asked | None = None, failed: dict[str, AlignmentError] | None = None
 ) -> None:
     """Bring every node of the run into the store. Raises the error of the first stage that fails for good.
 
@@ -150,7 +158,7 @@ def execute(
         mine.release()
 
 
-def _walk(run: Run, observer: Observer, stop: Listener, failed: dict[str, AlignmentError]) -> None:
+def _walk(run: Run, observer: Observer, stop: Asked, failed: dict[str, AlignmentError]) -> None:
     for node in run.nodes:
         if node.key in failed:
             run.note(node.name, state="failed", error=str(failed[node.key]))
@@ -164,7 +172,7 @@ def _walk(run: Run, observer: Observer, stop: Listener, failed: dict[str, Alignm
             raise
 
 
-def bring(run: Run, node: Node, observer: Observer, stop: Listener) -> None:
+def bring(run: Run, node: Node, observer: Observer, stop: Asked) -> None:
     """Bring one node into the store, whose parents are there. Raises as `execute`."""
     record = run.store.record(node.key)
     if record is not None:
@@ -186,7 +194,7 @@ def bring(run: Run, node: Node, observer: Observer, stop: Listener) -> None:
         lock.release()
 
 
-def _bring(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listener) -> None:
+def _bring(run: Run, node: Node, lock: Lock, observer: Observer, stop: Asked) -> None:
     """With the key locked: look again (another run may have just made it), else run the stage."""
     record = run.store.record(node.key)
     state = "reused" if record else "done"
@@ -208,7 +216,7 @@ def _bring(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listener)
     observer.done(node.name, state, record["seconds"], record["metrics"])
 
 
-def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Listener) -> dict[str, Any]:
+def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Asked) -> dict[str, Any]:
     """The stage's record, after as many attempts as it takes and `retries` allows."""
     folder = run.store.work(node.key)
     run.store.remove_odd(node.key, partial(observer.warning, node.name))
@@ -293,7 +301,7 @@ def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict
 
 
 def _attempt(
-    run: Run, node: Node, order: dict[str, Any], lock: Lock, observer: Observer, stop: Listener
+    run: Run, node: Node, order: dict[str, Any], lock: Lock, observer: Observer, stop: Asked
 ) -> dict[str, Any]:
     """One attempt at a stage: its record. Raises the error that it ended with."""
     folder, experiment = run.store.work(node.key), run.experiment

@@ -17,7 +17,7 @@ from alignment.files import read_json
 from alignment.life import Beat
 from alignment.pipeline.attempts import silent, word_of
 from alignment.pipeline.store import WARNINGS
-from alignment.signals import PASSED_ON, TIME_LIMIT, Listener
+from alignment.signals import PASSED_ON, PRUNED, TIME_LIMIT, Asked
 
 if TYPE_CHECKING:
     from alignment.launchers import Handle
@@ -55,7 +55,7 @@ class Supervisor:
         handle: Handle,
         folder: Path,
         patience: Patience,
-        stop: Listener,
+        stop: Asked,
         progress: Callable[[dict[str, Any]], None],
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
@@ -166,7 +166,7 @@ class Supervisor:
             if self.asked is None:
                 return
             self._got_on = now  # what it does now is another thing than what it did
-            more = "; a second signal ends it at once" if self._stop.asked else ""
+            more = "" if self.asked in (TIME_LIMIT, PRUNED) else "; a second signal ends it at once"
             self._say(f"asked to stop ({self.asked}): saves what it can, and ends{more}")
         for beat in self._beats.values():
             if beat.pid not in self._told and not beat.ended:

@@ -19,13 +19,15 @@ class Sweep:
     """Of one command: the same command means the same sweep, and adds to it. Points come in one go or, from a sweeper
     that learns, a few at a time."""
 
-    def __init__(self, settings: Sequence[str], arguments: Sequence[str]):
-        """settings: as they were given, with all their values. arguments: those of the whole command."""
+    def __init__(self, settings: Sequence[str], arguments: Sequence[str], objective: Sequence[dict[str, str]]):
+        """settings: as they were given, with all their values. arguments: those of the whole command. objective:
+        {"metric", "direction"} of each metric that is looked at."""
         self.command = shlex.join(["alignment", "run", *arguments])
         self._digest = digest(sorted(settings))[:8]
         self.id = ""
         self.folder = Path()
         self._points: dict[str, dict[str, Any]] = {}
+        self._told: dict[str, Any] = {"objective": list(objective)}
 
     def add(self, points: Iterable[tuple[Run, Sequence[str]]]) -> None:
         """Raises OSError."""
@@ -40,18 +42,33 @@ class Sweep:
         self.folder = first.store.root / "sweeps" / self.id
         known = self._known()
         for point in known.get("points", []):
-            self._points.setdefault(point["run"], {"run": point["run"], "overrides": point["overrides"]})
-        told = {
+            mine = self._points.setdefault(point["run"], {"run": point["run"], "overrides": point["overrides"]})
+            if point.get("pruned") is True:
+                mine["pruned"] = True
+        self._told = {
             "sweep": self.id,
             "name": first.experiment.name,
             "created": known.get("created") or time.time(),
             "command": self.command,
             "launcher": first.experiment.launcher.kind,
-            "objective": [{"metric": "reward", "direction": "maximize"}],
+            "objective": self._told["objective"],
             "wandb_group": self.id if first.experiment.tracking.kind == "wandb" else None,
-            "points": varied(list(self._points.values())),
         }
-        write_json(self.folder / FILE, told, durable=False)
+        self._write()
+
+    def is_pruned(self, run: Run) -> bool:
+        """Whether the point was stopped as hopeless, now or when the same command was given before."""
+        return bool(self._points[run.id].get("pruned"))
+
+    def prune(self, run: Run, pruned: bool = True) -> None:
+        """Raises OSError."""
+        self._points[run.id].pop("pruned", None)
+        if pruned:
+            self._points[run.id]["pruned"] = True
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.folder / FILE, {**self._told, "points": varied(list(self._points.values()))}, durable=False)
 
     def _known(self) -> dict[str, Any]:
         try:

@@ -215,14 +215,6 @@ def summarise(run: Row, store: Path) -> Row:
     }
 
 
-def objective(summary: Row) -> float | None:
-    """The candidate's mean reward, for sweepers that look for its maximum; None without a comparison."""
-    for row in (summary.get("verdict") or {}).get("table") or []:
-        if row.get("metric") == "reward":
-            return finite((row.get("values") or {}).get(summary.get("candidate"), {}).get("mean"))
-    return None
-
-
 def curve_rows(stage: Stage) -> list[Row]:
     """Rows of metrics.jsonl by step. A step written twice (before and after a restart) counts as it was last."""
     rows = read_rows(stage.folder / "metrics.jsonl") if stage.folder else []

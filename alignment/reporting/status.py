@@ -24,12 +24,12 @@ def read_runs(
 
     is_held(key) says whether a living process works on a key. jobs_of(keys): key -> what `jobs.read` says of the job of
     a cluster that makes it. A run is run.json's content with, corrected,
-    "state": done | gone | running | waiting | queued | failed | cancelled | preempted | interrupted | unreadable,
-    "seconds": of its own work, "folder", and nodes whose "state" is reused or one of these; working ones have
-    "progress", those that this run has tried "attempts" (a count) and "causes" (why each that ended without a result
-    did), those that are jobs of a cluster "job" and, where it waits, "why".
+    "state": done | gone | running | waiting | queued | failed | cancelled | preempted | interrupted | pruned |
+    unreadable, "seconds": of its own work, "folder", and nodes whose "state" is reused or one of these; working ones
+    have "progress", those that this run has tried "attempts" (a count) and "causes" (why each that ended without a
+    result did), those that are jobs of a cluster "job" and, where it waits, "why".
     gone: it was done, but the store no longer has the result; the same command makes it again.
-    preempted: stopped in order. interrupted: killed, or ended at once.
+    preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
     """
     files = sorted(store.glob("runs/*/run.json")) if folders is None else [folder / "run.json" for folder in folders]
     jobs = jobs_of_runs(files, store, jobs_of)
@@ -70,6 +70,8 @@ def read_run(file: Path, store: Path, is_held: Callable[[str], bool], jobs: dict
     nodes = [_node(node, store, is_held, jobs) for node in run.get("nodes") or []]
     spent = sum(finite(node.get("seconds")) or 0.0 for node in nodes if node["state"] != "reused")
     state = _state(nodes, finite(run.get("updated")) or 0.0)
+    if run.get("pruned") and state not in ("done", "running", "queued"):
+        state = "pruned"
     return {
         **run,
         "run": run.get("run") or file.parent.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,8 @@ def _read_point(point: Row, store: Path, is_held: Callable[[str], bool], jobs: d
     stages = [read_stage(node, store, _config(run)) for node in run["nodes"]]
     told["training"] = _training(stages, str(run.get("final") or ""))
     if point["pruned"]:
-        return {**told, "state": "pruned"}
-    told.update(_measured(stages, str(run.get("final") or "")))
+        return {**told, "state": "pruned", "note": run.get("pruned")}
+    told.update(measured(stages, str(run.get("final") or "")))
     if not told.get("measured") and run["state"] == "done":
         told["note"] = "its final model was not evaluated, or the evaluation cannot be read"
     return told
@@ -217,7 +217,20 @@ def _training(stages: list[Stage], final: str) -> Row | None:
     return {"stage": found.name, "kind": found.kind, "folder": str(found.folder), "done": found.state in DONE}
 
 
-def _measured(stages: list[Stage], final: str) -> Row:
+def objective(run: Row, store: Path, metrics: Sequence[str]) -> float | tuple[float, ...] | None:
+    """What a sweeper learns of a run by its run.json: the one metric's value, or a value for each of several.
+
+    None if any of them is not known.
+    """
+    stages = [read_stage(node, store, _config(run)) for node in run.get("nodes") or []]
+    known = measured(stages, str(run.get("final") or "")).get("metrics") or {}
+    values = [known[name]["mean"] for name in metrics if name in known]
+    if len(values) < len(metrics):
+        return None
+    return tuple(values) if len(values) > 1 else float(values[0])
+
+
+def measured(stages: list[Stage], final: str) -> Row:
     """What is known of the final model; of the comparison's candidate where the final model was not evaluated."""
     done = [stage for stage in stages if stage.state in DONE]
     compare = next((stage for stage in reversed(stages) if stage.kind == "compare"), None)

@@ -25,7 +25,7 @@ def look(store: Store, folders: Sequence[Path] | None) -> list[dict[str, Any]]:
 
 def watch(store: Store, folders: Sequence[Path] | None, sleep: Callable[[float], None] = time.sleep) -> int:
     """Until all have ended: in a terminal the table, which changes; elsewhere a line for each stage that does. Returns
-    the exit code: 0 if all are done, else 1."""
+    the exit code: 0 if all are done or pruned, else 1."""
     console, said = Console(highlight=False), dict[str, str]()
     moving = console.is_terminal and not console.is_dumb_terminal
     with Live(console=console, auto_refresh=False) as live:
@@ -37,15 +37,20 @@ def watch(store: Store, folders: Sequence[Path] | None, sleep: Callable[[float],
                 for line in queue.changes(runs, said):
                     queue.say(line)
             if all(status.is_over(run) for run in runs):
-                return int(any(run["state"] != "done" for run in runs))
+                return int(any(run["state"] not in ("done", "pruned") for run in runs))
             sleep(EVERY)
 
 
 def until_done(
-    folders: Sequence[Path], store: Store, stop: Listener, sleep: Callable[[float], None] = time.sleep
+    folders: Sequence[Path],
+    store: Store,
+    stop: Listener,
+    each: Callable[[list[dict[str, Any]]], None] = lambda runs: None,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> list[dict[str, Any]]:
     """The state of each run, as status.read_runs tells it, once nothing of it waits or works any more.
 
+    each: told the states at every look, before anybody waits for the next one.
     Raises Stopped if this process is asked to: the jobs go on.
     """
     said: dict[str, str] = {}
@@ -56,6 +61,7 @@ def until_done(
                 queue.say(line)
             if all(status.is_over(run) for run in runs):
                 return runs
+            each(runs)
             if stop.asked:
                 raise Stopped(f"{stop.asked}: the jobs go on, alignment cancel ends them")
             sleep(EVERY)

@@ -123,6 +123,14 @@ def test_a_sweeper_of_an_installed_plugin_works_with_what_it_registers(tmp_path:
     refused(alignment("run", "-m", "hydra/sweeper=quick", "seed=0,1", call, cwd=tmp_path), "names os.getcwd", tmp_path)
 
 
+def test_optunas_sweeper_calls_no_function_that_a_config_names(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "sweep").mkdir(parents=True)
+    text = "defaults: [override /hydra/sweeper: optuna]\nhydra: {sweeper: {custom_search_space: os.mkdir}}"
+    (tmp_path / "mine" / "sweep" / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
+    done = alignment("run", "-m", "--config-dir", "mine", "sweep=evil", cwd=tmp_path)
+    refused(done, "evil.yaml:3: `hydra.sweeper.custom_search_space` names code", tmp_path)
+
+
 def test_hydras_own_logging_can_be_chosen(tmp_path: Path) -> None:
     done = alignment("run", "hydra/job_logging=stdout", "seed=-1", cwd=tmp_path)
     assert "`seed` should be greater than or equal to 0" in done.stderr

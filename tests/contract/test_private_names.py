@@ -16,7 +16,7 @@ from accelerate.state import GradientState
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser, run_and_report
-from hydra.core.utils import run_job
+from hydra.core.utils import JobReturn, run_job
 from hydra.plugins.sweeper import Sweeper
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl.kernels import ChunkedLogProbFunction
@@ -127,6 +127,21 @@ def test_deepspeeds_table_of_kernels_can_be_told_to_skip_one() -> None:
 def test_torch_keeps_the_lock_of_a_kernel_build_open() -> None:
     source = inspect.getsource(torch.utils.file_baton.FileBaton.try_acquire)
     assert "self.fd = os.open(self.lock_file_path, os.O_CREAT | os.O_EXCL)" in source
+
+
+def test_optunas_sweeper_leaves_the_loop_to_whoever_has_its_parts() -> None:
+    from hydra_plugins.hydra_optuna_sweeper import _impl, optuna_sweeper
+
+    given = inspect.signature(optuna_sweeper.OptunaSweeper.__init__).parameters
+    assert list(given) == list(inspect.signature(_impl.OptunaSweeperImpl.__init__).parameters)
+    loop = inspect.getsource(_impl.OptunaSweeperImpl.sweep)
+    for part in (
+        "_process_searchspace_config()", "_parse_sweeper_params_config()", "_to_grid_sampler_choices(",
+        "_configure_trials(", "create_params_from_overrides(params_conf)", "self.launcher.launch(overrides, initial",
+    ):  # fmt: skip
+        assert part in loop
+    assert "custom_search_space_extender(self.config" in inspect.getsource(_impl.OptunaSweeperImpl._configure_trials)
+    assert "_return_value: Any" in inspect.getsource(JobReturn)
 
 
 def test_hydra_loads_every_config_by_one_name_before_it_acts_on_it_and_catches_exceptions_only() -> None:

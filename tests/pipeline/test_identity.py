@@ -64,6 +64,8 @@ def other(field: Any, value: Any) -> list[Any]:
         return [*found, value + 1]
     if isinstance(value, float):
         return [*found, value * 0.5 + 0.01, value * 0.9]
+    if isinstance(value, list):
+        return [*found, [*value, "another"], 7]
     if isinstance(value, str):
         return [*found, *NAMES.get(value, []), "f" * 64, value + "x", True, 7]
     return [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignment.errors import InputError
-from alignment.reporting.gather import changes, choose, curve_rows, gather, objective, spread, summarise
+from alignment.reporting.gather import changes, choose, curve_rows, gather, spread, summarise
 
 MakeRun = Callable[..., tuple[Path, Path]]
 
@@ -62,7 +62,7 @@ def test_a_step_written_twice_counts_as_it_was_last_and_a_half_written_line_is_l
     assert rows[2]["loss"] == 9.0
 
 
-def test_the_summary_names_the_final_model_and_the_objective_is_the_candidate_s_reward(make_run: MakeRun) -> None:
+def test_the_summary_names_the_final_model(make_run: MakeRun) -> None:
     folder, store = make_run(states={"start": "reused"})
     run = json.loads((folder / "run.json").read_text())
     final = gather(folder, store).stage("dpo")
@@ -73,9 +73,6 @@ def test_the_summary_names_the_final_model_and_the_objective_is_the_candidate_s_
     assert summary["model"] == final.folder / "model"
     assert summary["states"] == {"reused": 1, "done": 10}
     assert summary["spent_s"] == pytest.approx(415.8), "all but the 21.4 s of the reused import"
-    rewards = [row["reward"] for row in gather(folder, store).models[2].answers]
-    assert objective(summary) == pytest.approx(sum(rewards) / 60)
-    assert objective({**summary, "verdict": None}) is None
 
 
 def test_a_folder_without_a_run_is_an_error_that_says_so(tmp_path: Path) -> None:

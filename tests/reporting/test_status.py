@@ -46,6 +46,15 @@ def test_a_dead_stage_that_left_an_error_failed_with_its_words(halfway: tuple[Pa
     assert (run["state"], run["nodes"][2]["state"], run["nodes"][2]["error"]) == ("failed", "failed", "loss is NaN")
 
 
+@pytest.mark.parametrize(("sft", "shown"), [("preempted", "pruned"), ("done", "pruned"), ("running", "running")])
+def test_a_run_that_was_pruned_says_so_unless_something_works_on_it(sft: str, shown: str, make_run: MakeRun) -> None:
+    folder, store = make_run(states={"sft": sft, **dict.fromkeys(AFTER_SFT, "waiting")})
+    file = folder / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pruned": "loss 3 at best"}))
+    (run,) = read_runs(store, lambda key: sft == "running")
+    assert run["state"] == shown
+
+
 def test_a_stage_committed_as_its_driver_died_is_done(make_run: MakeRun) -> None:
     folder, store = make_run()
     run = json.loads((folder / "run.json").read_text())

@@ -95,6 +95,24 @@ def test_a_pruned_point_does_not_count_even_if_it_has_a_number(tmp_path: Path) -
     assert (point["state"], point["measured"], point["metrics"]) == ("pruned", False, {})
 
 
+def test_what_was_pruned_says_why(tmp_path: Path) -> None:
+    write_run(tmp_path, "run", {}, None, states={"dpo": "preempted"})
+    file = tmp_path / "runs" / "run" / "run.json"
+    write(file, {**json.loads(file.read_text()), "pruned": "loss 3 at best"})
+    assert (one(tmp_path, pruned=True)["note"], one(tmp_path)["state"]) == ("loss 3 at best", "pruned")
+
+
+def test_an_objective_is_one_number_or_several_or_nothing(tmp_path: Path) -> None:
+    for run, interval in (("compared", 0.1), ("evaluated", None)):
+        write_run(tmp_path, run, {}, {"reward": 0.3, "kl": 9.0, "sentiment": 0.1}, interval=interval)
+        told = json.loads((tmp_path / "runs" / run / "run.json").read_text())
+        assert sweeps.objective(told, tmp_path, ["sentiment"]) == 0.1
+        assert sweeps.objective(told, tmp_path, ["reward", "kl"]) == (0.3, 9.0)
+        assert sweeps.objective(told, tmp_path, ["reward", "tokens"]) is None
+    told["nodes"][2]["state"] = "failed"
+    assert sweeps.objective(told, tmp_path, ["reward"]) is None
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"nodes": 3}', '{"nodes": ["x"]}', '{"nodes": [{"name": "a", "inputs": 3}]}']
 )

@@ -1,0 +1,185 @@
+"""Optuna's part in a sweep: what it looks for, and the loop that asks it for trials and tells it what became of them.
+
+The loop stands in the place of hydra-optuna-sweeper's, which knows a value or a failure and nothing else, and needs a
+folder of Hydra's for its results. Settings, samplers and the way in which a search space is written are that package's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, ListConfig
+
+from alignment.config.schema import HIGHER_IS_BETTER, Compare, Evaluate, Experiment
+from alignment.errors import ConfigError
+from alignment.reporting import queue, words
+
+OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+LEARNS_NOTHING = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+DIRECTIONS = ("minimize", "maximize")
+KEY = "hydra.sweeper.direction"
+Objective = list[dict[str, str]]  # {"metric", "direction"}, the first is what a sweep is ranked by
+
+
+class Pruned(Exception):
+    """What became of a trial that was stopped as hopeless."""
+
+
+# --- what is looked for ----------------------------------------------------------------------------------------------
+
+
+def learns(master: DictConfig) -> bool:
+    """Whether the sweeper of a multirun chooses its next jobs by the values of those before."""
+    return bool(master.hydra.sweeper.get("_target_") != LEARNS_NOTHING)
+
+
+def objective(master: DictConfig, experiment: Experiment) -> Objective:
+    """The metrics that a multirun looks at, and which way: as Optuna is told; else, of those that are better neither
+    high nor low, as little as can be. Raises ConfigError if they cannot be measured."""
+    if learns(master) and not _measures(experiment):
+        what = "`objective` is what the final model's evaluation measures, and the pipeline evaluates no final model"
+        raise ConfigError(what, where="command line", fix="choose a pipeline with an evaluation of pipeline.final")
+    if master.hydra.sweeper.get("_target_") == OPTUNA:
+        return _paired(experiment.objective, directions(master.hydra.sweeper.direction))
+    own = [DIRECTIONS[bool(HIGHER_IS_BETTER.get(metric, True))] for metric in experiment.objective]
+    return _paired(experiment.objective, own)
+
+
+def _measures(experiment: Experiment) -> bool:
+    nodes = experiment.pipeline.nodes.values()
+    kinds = [(node, experiment.stage[node.stage]) for node in nodes]
+    final = experiment.pipeline.final
+    evaluated = any(isinstance(kind, Evaluate) and node.inputs.get("model") == final for node, kind in kinds)
+    return evaluated or any(isinstance(kind, Compare) for _, kind in kinds)
+
+
+def _paired(metrics: Sequence[str], directions: Sequence[str]) -> Objective:
+    return [{"metric": name, "direction": way} for name, way in zip(metrics, directions, strict=True)]
+
+
+def directions(given: Any) -> list[str]:
+    """Of hydra.sweeper.direction: a word, or a list of them."""
+    several = isinstance(given, list | tuple | ListConfig)
+    return [str(getattr(one, "name", one)) for one in (given if several else [given])]
+
+
+def check_directions(metrics: Sequence[str], ways: Sequence[str]) -> None:
+    """Raises ConfigError where they do not fit the metrics; says which of them look for the worst."""
+    if wrong := next((way for way in ways if way not in DIRECTIONS), None):
+        raise ConfigError(f"`{KEY}` is {wrong}", where=KEY, fix=f"one of: {', '.join(DIRECTIONS)}")
+    if len(ways) != len(metrics):
+        what = f"`{KEY}` has {len(ways)} of them, and `objective` names {len(metrics)}: {', '.join(metrics)}"
+        fix = "one for each, in the same order: objective=[reward,kl] hydra.sweeper.direction=[maximize,minimize]"
+        raise ConfigError(what, where=KEY, fix=fix)
+    for metric, way in zip(metrics, ways, strict=True):
+        better = HIGHER_IS_BETTER.get(metric, True)
+        if better is not None and DIRECTIONS[better] != way:
+            queue.say(f"warning: {KEY} is {way} for {metric}, of which {'more' if better else 'less'} is better")
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+class Search(Sweeper):
+    """Hydra's sweeper `optuna`, with our loop. Trials are asked for n_jobs at a time, and told when these have ended.
+
+    A trial that was stopped as hopeless is told as pruned: samplers take it for worse than any that has ended (TPE), or
+    leave it out. One that failed is told as failed, and the others go on; max_failure_rate is, as theirs, the share of
+    those asked for at once that may fail without an end to the search.
+    """
+
+    def __init__(self, n_trials: int, n_jobs: int, max_failure_rate: float, **settings: Any) -> None:
+        if n_trials < 1 or n_jobs < 1 or not 0 <= max_failure_rate <= 1:
+            what = f"n_trials={n_trials}, n_jobs={n_jobs}, max_failure_rate={max_failure_rate} cannot be"
+            raise ConfigError(what, where="hydra.sweeper", fix="n_trials and n_jobs: at least 1; the rate: from 0 to 1")
+        from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl  # Optuna is slow to import
+
+        settings |= {"n_trials": n_trials, "n_jobs": n_jobs, "max_failure_rate": max_failure_rate}
+        self._theirs: Any = OptunaSweeperImpl(**settings)
+        self._counts = {"done": 0, "pruned": 0, "failed": 0}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._theirs.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        import optuna
+
+        theirs, ways = self._theirs, directions(self._theirs.direction)
+        self._metrics = [str(name) for name in theirs.config.objective]
+        check_directions(self._metrics, ways)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        space, fixed = self._space(arguments)
+        left, sampler = theirs.n_trials, theirs.sampler
+        if isinstance(sampler, functools.partial):  # of a grid, which only now is known
+            grid = {name: theirs._to_grid_sampler_choices(distribution) for name, distribution in space.items()}
+            sampler, left = sampler(grid), min(left, functools.reduce(int.__mul__, map(len, grid.values()), 1))
+        study = optuna.create_study(
+            study_name=theirs.study_name, storage=theirs.storage, sampler=sampler, directions=ways, load_if_exists=True
+        )
+        asked = 0
+        while left > 0:
+            trials = [study.ask() for _ in range(min(left, theirs.n_jobs))]
+            jobs = theirs._configure_trials(trials, space, fixed)
+            told = theirs.launcher.launch(jobs, initial_job_idx=asked)
+            asked, left = asked + len(trials), left - len(trials)
+            states = [self._tell(study, trial, one) for trial, one in zip(trials, told, strict=True)]
+            if states.count("failed") / len(states) > theirs.max_failure_rate:
+                told_of = f"{states.count('failed')} of {len(states)} trials have failed"
+                queue.say(f"the search ends: {told_of} (hydra.sweeper.max_failure_rate={theirs.max_failure_rate:g})")
+                break
+        self._conclude(study)
+
+    def _space(self, arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is varied, and what is the same in all trials: hydra.sweeper.params, and above them the command line."""
+        from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+        theirs = self._theirs
+        theirs._process_searchspace_config()
+        varied, fixed = create_params_from_overrides([*theirs._parse_sweeper_params_config(), *arguments])
+        space = {**(theirs.search_space_distributions or {}), **varied}
+        return {name: values for name, values in space.items() if name not in fixed}, fixed
+
+    def _tell(self, study: Any, trial: Any, told: JobReturn) -> str:
+        """done, pruned or failed."""
+        from optuna.trial import TrialState
+
+        value = told._return_value  # their property prints a line of its own for one that has failed
+        if isinstance(value, Pruned):
+            state, values = "pruned", None
+        elif told.status != JobStatus.COMPLETED or value is None:
+            state, values = "failed", None
+            if value is None:
+                setting = ", ".join(f"{name}={found}" for name, found in trial.params.items())
+                queue.say(f"✗ trial {trial.number} ({setting}) has no {' and '.join(self._metrics)}")
+        else:
+            state, values = "done", list(value) if isinstance(value, tuple) else [value]
+        states = {"pruned": TrialState.PRUNED, "failed": TrialState.FAIL, "done": TrialState.COMPLETE}
+        with suppress(RuntimeError):  # the grid's sampler stops the study at its last trial, which is for others to do
+            study.tell(trial, values, states[state])
+        self._counts[state] += 1
+        return state
+
+    def _conclude(self, study: Any) -> None:
+        """In a line or two: how many trials there were, and the best of them, or those that no other beats."""
+        from optuna.trial import TrialState
+
+        counts = ", ".join(f"{count} {state}" for state, count in self._counts.items() if count)
+        queue.say(f"{sum(self._counts.values())} trials: {counts}")
+        if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            return
+        best = study.best_trials
+        if len(self._metrics) > 1:
+            queue.say(f"{len(best)} that no other beats in all of {', '.join(self._metrics)}:")
+        for trial in best if len(self._metrics) > 1 else best[:1]:
+            values = ", ".join(
+                f"{words.metric(name).title.lower()} {words.metric_value(name, value)}"
+                for name, value in zip(self._metrics, trial.values, strict=True)
+            )
+            settings = "  ".join(f"{name}={value}" for name, value in trial.params.items())
+            queue.say(f"best: {values}  with {settings or 'nothing varied'}")

@@ -1,0 +1,181 @@
+"""What Optuna asks for and is told: trials that end, fail or are hopeless; one metric or several; the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from omegaconf import DictConfig
+from optuna.trial import TrialState
+
+from alignment import hydra_app, search
+from alignment.config.schema import Dpo, Experiment
+from alignment.errors import ConfigError, LostError
+from alignment.search import Pruned
+
+Answer = Callable[[int, Experiment], Any]
+BETA = "stage.dpo.beta=tag(log, interval(0.01, 1.0))"
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Experiment]]:
+    """sweep(answer, *settings): Hydra's multirun with Optuna, in which answer(number, experiment) is what becomes of a
+    trial. Returns what was asked for. The study lies in study.db. A setting without a value is left at its default."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(answer: Answer, *settings: str, vary: tuple[str, ...] = (BETA,)) -> list[Experiment]:
+        asked: list[Experiment] = []
+
+        def execute(points: Sequence[hydra_app.Point], master: DictConfig | None) -> list[Any]:
+            assert master is not None
+            search.objective(master, points[0].experiment)
+            first = len(asked)
+            asked.extend(point.experiment for point in points)
+            return [answer(first + number, point.experiment) for number, point in enumerate(points)]
+
+        given = [
+            *("-m", "experiment=quickstart", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6"),
+            *("hydra.sweeper.n_jobs=2", "hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1.0"),
+            *("hydra.sweeper.sampler.seed=0", "hydra.sweeper.study_name=s", "hydra.sweeper.storage=sqlite:///study.db"),
+        ]
+        names = [setting.split("=")[0] for setting in settings]
+        kept = [setting for setting in given if setting.split("=")[0] not in names]
+        assert hydra_app.main([*kept, *(one for one in settings if one[0] == "~" or "=" in one), *vary], execute) == 0
+        return asked
+
+    return run
+
+
+def told() -> optuna.Study:
+    return optuna.load_study(study_name="s", storage="sqlite:///study.db")
+
+
+def states() -> list[str]:
+    return [trial.state.name for trial in told().trials]
+
+
+def beta(experiment: Experiment) -> float:
+    dpo = experiment.stage["dpo"]
+    assert isinstance(dpo, Dpo)
+    return dpo.beta
+
+
+def of_beta(number: int, experiment: Experiment) -> float:
+    return -abs(beta(experiment) - 0.1)
+
+
+def test_each_trial_is_told_what_it_came_to(sweep: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    ends = {1: Pruned("loss 9 at best"), 2: LostError("rank 0 was killed"), 4: None}
+    asked = sweep(lambda number, experiment: ends.get(number, float(number)))
+    assert states() == ["COMPLETE", "PRUNED", "FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+    assert [trial.value for trial in told().trials if trial.state == TrialState.COMPLETE] == [0.0, 3.0, 5.0]
+    assert [trial.params["stage.dpo.beta"] for trial in told().trials] == [beta(experiment) for experiment in asked]
+    out, err = capfd.readouterr()
+    assert [line.split(" (")[0] for line in out.splitlines()[:2]] == [
+        "✗ trial 4",
+        "6 trials: 3 done, 1 pruned, 2 failed",
+    ]
+    assert out.splitlines()[2] == f"best: reward 5.000  with stage.dpo.beta={beta(asked[5])}"
+    assert err == "", "one line for a failed trial, and that is its own"
+
+
+def test_the_same_command_asks_for_the_same_trials_and_what_it_learned_matters(sweep: Any) -> None:
+    given = ("hydra.sweeper.n_trials=14", "hydra.sweeper.sampler.n_startup_trials=4", "hydra.sweeper.storage=null")
+    first, again = (list(map(beta, sweep(of_beta, *given))) for _ in range(2))
+    assert first == again
+    assert first != list(map(beta, sweep(lambda number, experiment: -of_beta(number, experiment), *given)))
+
+
+def test_several_metrics_have_a_direction_each(sweep: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    ends: dict[int, Any] = {0: (1.0, 5.0), 1: (2.0, 9.0), 2: (0.5, 9.0), 3: Pruned("hopeless")}
+    both = ["objective=[reward,kl]", "hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.n_trials=4"]
+    sweep(lambda number, experiment: ends[number], *both)
+    assert states() == ["COMPLETE"] * 3 + ["PRUNED"]
+    assert sorted(trial.values for trial in told().best_trials) == [[1.0, 5.0], [2.0, 9.0]]
+    out = capfd.readouterr().out
+    assert "2 that no other beats in all of reward, kl:" in out
+    assert out.count("best: reward ") == 2 and "kl to the reference 5.00" in out
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "nsgaii", "motpe", "grid"])
+def test_every_sampler_takes_pruned_and_failed_trials(sampler: str, sweep: Any) -> None:
+    ends = {1: Pruned("hopeless"), 2: LostError("gone")}
+    how, vary = [f"hydra/sweeper/sampler={sampler}"], (BETA, "stage.dpo.learning_rate=tag(log, interval(1e-5, 1e-3))")
+    if sampler == "grid":
+        how, vary = [*how, "hydra.sweeper.sampler.seed"], ("stage.dpo.beta=choice(0.1,0.2,0.3,0.4,0.5,0.6)",)
+    several = sampler in ("nsgaii", "motpe")
+    if several:
+        how += ["objective=[reward,kl]", "hydra.sweeper.direction=[maximize,minimize]"]
+    asked = sweep(lambda n, e: ends.get(n, (float(n), 1.0) if several else float(n)), *how, vary=vary)
+    assert sorted(states()) == ["COMPLETE"] * 4 + ["FAIL", "PRUNED"]
+    assert len(asked) == 6 and (sampler != "grid" or len(set(map(beta, asked))) == 6)
+
+
+def test_too_many_failures_at_once_end_the_search(sweep: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    ends = {2: LostError("gone"), 3: Pruned("hopeless")}
+    asked = sweep(lambda number, experiment: ends.get(number, 1.0), "hydra.sweeper.max_failure_rate=0.4")
+    assert len(asked) == 4
+    assert "the search ends: 1 of 2 trials have failed (hydra.sweeper.max_failure_rate=0.4)" in capfd.readouterr().out
+
+
+def test_if_all_fail_there_is_no_best(sweep: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    sweep(lambda number, experiment: LostError("gone"))
+    assert capfd.readouterr().out.splitlines()[-1] == "6 trials: 6 failed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["objective=[reward,kl]"], "`hydra.sweeper.direction` has 1 of them, and `objective` names 2: reward, kl"),
+        (["objective=[rewrd]"], "`objective` names `rewrd`, which no evaluation measures (did you mean `reward`?)"),
+        (["hydra.sweeper.direction=[max]"], "`hydra.sweeper.direction` is max (one of: minimize, maximize)"),
+        (["hydra.sweeper.n_jobs=0"], "n_trials=6, n_jobs=0, max_failure_rate=1.0 cannot be"),
+        (
+            ["~pipeline.nodes.evaluate_dpo", "~pipeline.nodes.verdict"],
+            "the pipeline evaluates no final model (choose a pipeline with an evaluation",
+        ),
+    ],
+)
+def test_what_cannot_be_looked_for_is_one_line(settings: list[str], line: str, sweep: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sweep(of_beta, *settings)
+    assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "way", "line"),
+    [
+        ("reward", "minimize", "minimize for reward, of which more is better"),
+        ("repetition", "maximize", "maximize for repetition, of which less is better"),
+        ("sentiment", "minimize", "minimize for sentiment, of which more is better"),
+        ("kl", "maximize", ""),
+        ("reward", "maximize", ""),
+    ],
+)
+def test_a_direction_that_looks_for_the_worst_is_worth_a_warning(
+    metric: str, way: str, line: str, sweep: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sweep(of_beta, f"objective=[{metric}]", f"hydra.sweeper.direction={way}", "hydra.sweeper.n_trials=1")
+    out = capfd.readouterr().out
+    assert (f"warning: hydra.sweeper.direction is {line}" in out) if line else ("warning" not in out)
+
+
+def test_the_shipped_search_is_chosen_by_its_name(sweep: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    given = ["hydra.sweeper.n_trials=3", "hydra/sweeper=optuna", "experiment=quickstart"]
+    asked = sweep(of_beta, "sweep=optuna_dpo", *given, vary=())
+    assert len({(beta(e), getattr(e.stage["dpo"], "learning_rate")) for e in asked}) == 3  # noqa: B009
+    assert {(e.pruning.kind, e.objective[0]) for e in asked} == {("percentile", "reward")}
+    assert "warning" not in capfd.readouterr().out
+
+
+def test_without_the_extra_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hydra.core.config_store import ConfigStore
+
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "optuna.yaml")
+    with pytest.raises(ConfigError) as caught:
+        hydra_app.main(["-m", "sweep=optuna_dpo", "experiment=quickstart"], lambda points, master: [])
+    line = "conf/sweep/optuna_dpo.yaml:5: no hydra/sweeper is called 'optuna' (pip install 'alignment[optuna]')"
+    assert str(caught.value) == line
