@@ -55,6 +55,13 @@ def test_the_hash_of_the_one_chat_template_is_in_the_record_of_every_model(store
     assert len({*in_records.values(), *in_reports.values()}) == 1
 
 
+def test_dpo_finds_the_log_probs_that_the_stage_before_it_has_computed(store: Path) -> None:
+    records = [json.loads((folder / "record.json").read_text()) for folder in (store / "store").iterdir()]
+    told = {record["name"]: record["metrics"] for record in records}
+    assert told["reference"]["computed"] == told["reference"]["rows"] == told["dpo"]["rows"] > 0
+    assert told["dpo"]["reference_computed"] == 0
+
+
 def test_the_final_model_is_an_ordinary_folder(store: Path, command: Command) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
