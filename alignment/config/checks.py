@@ -13,6 +13,7 @@ from alignment.config.provenance import Origin
 from alignment.config.schema import (
     HIGHER_IS_BETTER,
     Compare,
+    Dpo,
     Experiment,
     PercentilePruning,
     Prepare,
@@ -86,7 +87,7 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     if trains := [use for use in uses if use.settings.distributed]:
         yield from _engine(experiment, max(use.world_size for use in trains))
     for use in uses:
-        for look in (_model, _prepare, _rows, _train, _reward, _compare):
+        for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
             yield from look(use)
 
 
@@ -270,6 +271,29 @@ def _train(use: Use) -> Iterator[Fault]:
     if isinstance(rows.settings, Prepare) and rows.settings.task != use.settings.task:
         what = f"`{rows.key}.task` is {rows.settings.task}, and `{use.node}` trains on rows for {use.settings.task}"
         yield Fault(what, (f"{rows.key}.task", use.role("data")), f"{rows.key}.task={use.settings.task}, or other rows")
+
+
+def _reference(use: Use) -> Iterator[Fault]:
+    """Log-probs of another model, of other pairs or in another precision would be computed for nothing."""
+    if not isinstance(use.settings, Dpo) or "reference" not in use.inputs:
+        return
+    reference, size = Use(use.experiment, use.inputs["reference"]), use.settings.global_batch_size
+    if size < reference.world_size:
+        what = f"`{use.key}.global_batch_size` is {size}, too few for the {reference.world_size} processes of"
+        keys = f"{use.key}.global_batch_size", "launcher.processes"
+        yield Fault(f"{what} `{reference.node}`", keys, "raise it, or give that stage fewer")
+    for role in ("model", "data"):
+        mine, its = use.inputs[role], reference.inputs[role]
+        if mine != its:
+            what = f"`{use.node}` has the {role} `{mine}`, and its reference, `{reference.node}`, `{its}`"
+            yield Fault(what, (reference.role(role), use.role(role)), f"{reference.role(role)}={mine}")
+    precision, wanted = getattr(reference.settings, "precision", None), use.settings.precision
+    if precision != wanted:
+        key = f"{reference.key}.precision"
+        what = (
+            f"`{key}` is {precision}, and `{use.key}.precision` {wanted}: `{use.node}` would use none of its log-probs"
+        )
+        yield Fault(what, (key, f"{use.key}.precision"), f"{key}={wanted}")
 
 
 # --- model and data ---------------------------------------------------------------------------------------------------

@@ -190,7 +190,10 @@ def _who_has(key: str) -> str:
 
 
 def _dangling(text: str, error: Exception, origin: Origin) -> Explained:
-    """An interpolation that leads nowhere."""
+    """An interpolation that leads nowhere, or to what has no value."""
+    if missing := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        key = missing[1]
+        return ConfigError(f"`{key}` has no value", where=origin.where(key), fix=ADD.format(key))
     key = getattr(error, "full_key", None)
     return ConfigError(f"`{key}`: {text}", where=origin.where(key)) if key else None
 

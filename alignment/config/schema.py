@@ -102,18 +102,24 @@ class Reward(Settings):
 class Stage(Settings):
     """makes: what its result is. inputs: role -> what the parent in that role must make; some may be left out.
 
-    open_inputs: roles may have any name, and each parent must make this. reads: role -> the split of that parent's rows
-    without which it cannot work. groups: config groups it also depends on.
+    open_inputs: roles may have any name, and each parent must make this. ordering: roles that only say "after": what
+    fills them cannot change the result, and is not in its key. reads: role -> the split of that parent's rows without
+    which it cannot work. groups: config groups it also depends on.
     """
 
     makes: ClassVar[str]
     inputs: ClassVar[dict[str, str]] = {}
     optional_inputs: ClassVar[dict[str, str]] = {}
     open_inputs: ClassVar[str | None] = None
+    ordering: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[Reads] = {}
     groups: ClassVar[tuple[str, ...]] = ()
     distributed: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
+
+    def idle(self) -> frozenset[str]:
+        """Identity-side settings that change nothing as the others stand: they are not in the key then."""
+        return frozenset()
 
 
 class ImportModel(Stage):
@@ -205,9 +211,33 @@ class Sft(Train):
     kind: Literal["sft"] = identity()
 
 
+class Reference(Stage):
+    """Log-probs of DPO's reference, its start model, of the pairs that such a DPO sees: kept for whoever needs them."""
+
+    makes = "log-probs"
+    inputs: ClassVar[dict[str, str]] = {"model": "a model", "data": "rows"}
+    distributed = True
+    packages = ("torch", "transformers")
+    kind: Literal["reference"] = identity()
+    precision: Literal["fp32", "bf16"] = identity()
+    global_batch_size: int = identity(gt=0)
+    epochs: float = identity(gt=0)
+    max_steps: int | None = identity(gt=0)
+    seed: int = identity(ge=0)
+
+    def sees_all(self) -> bool:
+        return self.max_steps is None and self.epochs >= 1
+
+    def idle(self) -> frozenset[str]:
+        """Where all pairs are seen it does not matter when."""
+        return frozenset({"global_batch_size", "epochs", "seed"} if self.sees_all() else ())
+
+
 class Dpo(Train):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its close relatives."""
 
+    optional_inputs: ClassVar[dict[str, str]] = {"reference": "log-probs"}
+    ordering = ("reference",)  # what it finds computed it need not compute
     task = "preference"
     kind: Literal["dpo"] = identity()
     loss: Literal["sigmoid", "hinge", "ipo"] = identity()
@@ -276,9 +306,8 @@ class Compare(Stage):
 
 
 AnyStage = Annotated[
-    ImportModel | Prepare | Sft | Dpo | Sample | Judge | Evaluate | Compare, Field(discriminator="kind")
+    ImportModel | Prepare | Sft | Reference | Dpo | Sample | Judge | Evaluate | Compare, Field(discriminator="kind")
 ]
-
 
 STAGES: dict[str, type[Stage]] = {
     get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(AnyStage)[0])

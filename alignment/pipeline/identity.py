@@ -28,13 +28,15 @@ FORMAT = 3  # raised when the meaning of the key itself changes
 
 
 def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:
-    """The identity of one node. parents: role -> key. Raises InputError when a file it needs is not there."""
+    """The identity of one node. parents: role -> key; roles that only order stages are left out. Raises InputError when
+    a file it needs is not there."""
+    idle = settings.idle()
     return {
         "format": FORMAT,
         "kind": settings.kind,  # type: ignore[attr-defined]
-        "settings": identity_side(settings),
+        "settings": {name: value for name, value in identity_side(settings).items() if name not in idle},
         "groups": {group: _group(experiment, settings, group) for group in settings.groups},
-        "parents": dict(sorted(parents.items())),
+        "parents": {role: key for role, key in sorted(parents.items()) if role not in settings.ordering},
         "packages": {name: version(name) for name in settings.packages if _used(name, experiment)},
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config.schema import Experiment
+from alignment.config.schema import STAGES, Experiment
 from alignment.config.shape import side
 from alignment.errors import ConfigError, InputError
 from alignment.files import digest
@@ -18,6 +18,8 @@ from alignment.reporting.words import DONE, finite, label
 
 Row = dict[str, Any]
 OBJECTIVE = {"metric": "reward", "direction": "maximize"}
+ONLY_BEFORE = {stage.optional_inputs[role] for stage in STAGES.values() for role in stage.ordering}
+BEFOREHAND = tuple(kind for kind, stage in STAGES.items() if stage.makes in ONLY_BEFORE)  # stages that change no other
 SAYS_NOTHING = tuple(n for n, f in Experiment.model_fields.items() if side(f) == "execution" and n != "pipeline")
 
 
@@ -129,10 +131,12 @@ def sweep_of_runs(names: list[str], store: Path) -> tuple[Row, Path]:
 
 
 def _differs(key: str, configs: list[Row]) -> bool:
-    missing = object()
-    return key.split(".")[0] not in SAYS_NOTHING and any(
-        c.get(key, missing) != configs[0].get(key, missing) for c in configs
-    )
+    missing, (group, *below) = object(), key.split(".")
+    if group in SAYS_NOTHING or (
+        group == "stage" and any(c.get(f"stage.{below[0]}.kind") in BEFOREHAND for c in configs)
+    ):
+        return False
+    return any(c.get(key, missing) != configs[0].get(key, missing) for c in configs)
 
 
 def _flat(config: Any, prefix: str = "") -> Row:

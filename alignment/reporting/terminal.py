@@ -342,6 +342,7 @@ SHOWN |= {
     "train": "train",
     "pairs": "pairs",
     "dropped": "dropped",
+    "computed": "computed",
     "reference_computed": "reference log-probs computed",
 }
 

@@ -9,11 +9,9 @@ import trl
 
 from alignment.config.schema import Dpo
 from alignment.stages.context import StageContext
+from alignment.stages.reference import references_of
 from alignment.stages.train import train
-from alignment.training import engine
 from alignment.training.model import load, lora_config
-from alignment.training.reference import ReferenceStore, weights_digest
-from alignment.training.reference_pass import References
 from alignment.training.rows import pair_sizes
 from alignment.training.trainers import DPO
 
@@ -23,7 +21,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> DPO:
-    """The reference is the policy before its first update, so one model is loaded."""
+    """The reference is the policy before its first update, so one model is loaded. Its log-probs are those that the
+    stage before has kept; what is missing of them is computed here."""
     settings: Dpo = context.settings
     args = trl.DPOConfig(
         **arguments,
@@ -38,24 +37,6 @@ def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], 
         model=model,
         args=args,
         peft_config=lora_config(settings.lora, model),
-        references=References(_store(context, start), context.progress, context.warn),
+        references=references_of(context, start),
         **common,
     )
-
-
-def _store(context: StageContext, start: Path) -> ReferenceStore | None:
-    """Where runs that start from these weights in this precision keep the log-probs of their reference."""
-    if context.shared is None:
-        return None
-    return ReferenceStore(
-        context.shared / "reference",
-        weights=weights_digest(start),
-        adapter=None,  # the reference is the start model itself: adapters are off
-        dtype=_dtype(context),
-    )
-
-
-def _dtype(context: StageContext) -> str:
-    if context.settings.precision == "fp32":
-        return "fp32"
-    return "bf16-weights" if context.experiment.engine.strategy in engine.ZERO_STAGE else "bf16-autocast"

@@ -54,14 +54,14 @@ def train(
     start = context.inputs["model"] / "model"
     context.progress(0, 0, note="loading the model", force=True)
     engine.start(setup, context.world_size)
-    keeper = _keeper(context, setup)
+    keeper = keeper_of(context, setup)
     context.rewind(keeper.choose())
 
-    rows = _rows(context.inputs["data"] / "train")
+    rows = train_rows(context.inputs["data"])
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
     check_end_of_turn(rows, tokenizer.eos_token_id)
     setup = engine.as_before(setup, keeper.layout_before())
-    plan = _plan(context, setup, start, sizes(rows))
+    plan = plan_of(context, setup, start, sizes(rows))
     keeper.layout.update(plan.choice.layout())
     keeper.say(plan.choice.why)
     common = _what_every_trainer_takes(context, setup, keeper, plan)
@@ -83,7 +83,7 @@ def train(
     return {**_summary(trainer), "rows": len(rows), "steps": plan.batches.steps, "train_seconds": trainer.seconds}
 
 
-def _plan(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -> Plan:
+def plan_of(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -> Plan:
     settings = context.settings
     config = AutoConfig.from_pretrained(start, local_files_only=True)
     lengths, widths = of_rows.lengths.tolist(), of_rows.widths.tolist()
@@ -125,7 +125,7 @@ def _what_every_trainer_takes(context: StageContext, setup: Engine, keeper: Keep
     }
 
 
-def _keeper(context: StageContext, setup: Engine) -> Keeper:
+def keeper_of(context: StageContext, setup: Engine) -> Keeper:
     settings: schema.Checkpoint = context.experiment.checkpoint
     folder = context.folder / CHECKPOINTS
     layout = {"strategy": setup.strategy, "world_size": context.world_size, "precision": context.settings.precision}
@@ -183,7 +183,9 @@ def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _rows(folder: Path) -> Any:
+def train_rows(data: Path) -> Any:
+    """data: the result of the stage that prepared them. Raises InputError if there are none."""
+    folder = data / "train"
     rows = load_from_disk(str(folder))
     if not len(rows):
         raise InputError("there are no rows to train on", where=str(folder))

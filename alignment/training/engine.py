@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from transformers.utils.logging import disable_progress_bar
 
-from alignment.config.schema import Engine, Train
+from alignment.config.schema import Engine, Reference, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
 from alignment.life import LONGEST
@@ -31,6 +31,7 @@ from alignment.training.model import count_parameters
 from alignment.training.reference_pass import BLOCK
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
+CLIPPING = 1.0  # TrainingArguments' default, which a configuration of DeepSpeed must not contradict
 # The schema's names for transformers' schedules; each warms up first.
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -133,12 +134,8 @@ def training_arguments(
 
     checkpointing: engine.gradient_checkpointing, decided.
     """
-    on_gpu = torch.cuda.is_available()
     return {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": 1,  # the loader's items are whole optimiser steps
-        "gradient_accumulation_steps": 1,
+        **forward_arguments(settings, engine, steps, folder, checkpointing),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": SCHEDULES[settings.schedule],
         # It begins at rate 0, so it may never take all the steps.
@@ -148,6 +145,23 @@ def training_arguments(
         "adam_beta2": settings.adam_beta2,
         "adam_epsilon": settings.adam_epsilon,
         "max_grad_norm": settings.max_grad_norm,
+        # TRL asks for it with adapters under ZeRO-3, by a name that Trainer no longer reads
+        "activation_checkpointing_kwargs": {"use_reentrant": bool(settings.lora and engine.strategy == "zero3")},
+        "logging_steps": settings.log_every,
+        "logging_nan_inf_filter": False,
+    }
+
+
+def forward_arguments(
+    settings: Train | Reference, engine: Engine, steps: int, folder: Path, checkpointing: bool
+) -> dict[str, Any]:
+    """Those without which no engine computes anything, also where no step is made."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,  # the loader's items are whole optimiser steps
+        "gradient_accumulation_steps": 1,
         "optim": "adamw_torch_fused",
         "seed": settings.seed,
         "data_seed": settings.seed,
@@ -157,12 +171,8 @@ def training_arguments(
         "ddp_backend": dist.get_backend() if dist.is_initialized() else None,
         "ddp_find_unused_parameters": False,
         "activation_checkpointing": checkpointing,
-        # TRL asks for it with adapters under ZeRO-3, by a name that Trainer no longer reads
-        "activation_checkpointing_kwargs": {"use_reentrant": bool(settings.lora and engine.strategy == "zero3")},
         "deepspeed": deepspeed_config(engine, settings, on_gpu),
         "max_length": None,  # the rows are cut by nobody: too long ones were dropped, and counted, before
-        "logging_steps": settings.log_every,
-        "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
@@ -209,7 +219,13 @@ def largest_forward(lengths: Sequence[int], widths: Sequence[int], global_batch_
 
 
 def choose(
-    settings: Train, engine: Engine, start: Path, config: Any, world_size: int, longest: int, largest: int
+    settings: Train | Reference,
+    engine: Engine,
+    start: Path,
+    config: Any,
+    world_size: int,
+    longest: int,
+    largest: int,
 ) -> Choice:
     """Tokens of a micro-batch and gradient checkpointing, the same on every process.
 
@@ -217,8 +233,8 @@ def choose(
     micro-batch of its own. largest: see `largest_forward`; a budget beyond it takes no more memory.
     """
     available, parameters = available_bytes(), count_parameters(start)
-    trainable = parameters
-    if settings.lora is not None:
+    trainable = parameters if isinstance(settings, Train) else 0
+    if isinstance(settings, Train) and settings.lora is not None:
         trainable = adapter_parameters(config, settings.lora.rank, settings.lora.target_modules)
         parameters += trainable
 
@@ -249,7 +265,7 @@ def choose(
     return answer[0]
 
 
-def deepspeed_config(engine: Engine, settings: Train, on_gpu: bool) -> dict[str, Any] | None:
+def deepspeed_config(engine: Engine, settings: Train | Reference, on_gpu: bool) -> dict[str, Any] | None:
     """DeepSpeed's configuration, or None. The optimiser and the schedule are the client's: the same for all engines."""
     stage = ZERO_STAGE.get(engine.strategy)
     if stage is None:
@@ -274,7 +290,7 @@ def deepspeed_config(engine: Engine, settings: Train, on_gpu: bool) -> dict[str,
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.max_grad_norm,
+        "gradient_clipping": settings.max_grad_norm if isinstance(settings, Train) else CLIPPING,
         "bf16": {"enabled": settings.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,

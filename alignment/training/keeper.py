@@ -203,6 +203,7 @@ class Keeper:
         if any(reasons):
             newest = next(iter(self.checkpoints.found()), 0)
             left = f"the checkpoint of step {newest} is kept" if newest else "nothing was trained yet"
+            left += ", what was computed is kept" if kept else ""
             error = PreemptedError(f"{_reason(reasons)}: {left}")
             error.kept = kept
             raise error

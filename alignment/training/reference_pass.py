@@ -1,12 +1,14 @@
 """The reference's log-probs of the rows that a run will train on: computed once, before its first step, and kept.
 
-The reference of a run is its policy before the first update, so the engine that will train computes them: no second
-model is loaded, sharded or held. With a store, the rows that another run with the same start weights and precision has
-computed are read, and those computed here are there for the next: a sweep over beta, losses, rates or seeds pays once.
+The reference of a run is its policy before the first update, so the engine that will train computes them, or one like
+it in a stage before (scoring.py): no second model is loaded, sharded or held. With a store, the rows that another run
+with the same start weights and precision has computed are read, and those computed here are there for the next: a sweep
+over beta, losses, rates or seeds pays once.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from alignment.errors import TrainingError
 from alignment.files import near
+from alignment.training.batching import GlobalBatches
 from alignment.training.ranks import all_gather, broadcast
 from alignment.training.reference import ReferenceStore, computing, row_digests
 
@@ -43,7 +46,10 @@ class References:
         self._computed: dict[int, np.ndarray] = {}
         self._digests: np.ndarray | None = None
         self._safe_point: Callable[[bool], None] = lambda kept: None
-        self.computed = 0  # pairs that this run had to compute
+        self._names: list[str] = []  # of segments that are whole
+        self.needed = 0  # pairs that this run will see
+        self.computed = self.tokens = 0  # pairs of these that it had to compute, and their tokens, a prompt once
+        self.seconds = 0.0  # that it took
 
     @property
     def digest(self) -> str | None:
@@ -75,39 +81,44 @@ class References:
         assert self._digests is not None
         return self.store[self._digests[number].tobytes()]
 
+    def missing(self, rows: Any, batches: GlobalBatches) -> np.ndarray:
+        """Of the rows that these batches hold those whose log-probs are not there, ascending. A collective."""
+        needed = np.unique([row for step in range(batches.steps) for row in batches.rows(step)])
+        self.needed = len(needed)
+        if self.store is None:
+            return needed
+        if self._digests is None:
+            self._digests = row_digests(rows)
+        self._names = broadcast(lambda: self.store.segments(self._warn, self._names))  # type: ignore[union-attr]
+        self.store.open(self._names)
+        return needed[self.store.missing(self._digests[needed])]
+
     def complete(self, trainer: Any, safe_point: Callable[[bool], None]) -> None:
         """Compute what is not yet there of the rows that this run will see. A collective: every process enters.
 
         safe_point: a collective too, called where the pass may end and lose nothing; told whether anything new stays.
         """
         self._safe_point = safe_point
-        needed = np.unique([row for step in range(trainer.batches.steps) for row in trainer.batches.rows(step)])
+        missing = self.missing(trainer.train_dataset, trainer.batches)
         if self.store is None:
-            self._compute(trainer, needed)
+            self._compute(trainer, missing)
             return
-        store, self._digests = self.store, row_digests(trainer.train_dataset)
-        names, missing = self._look(trainer, needed, [])
         if len(missing):
             waiting = "another run computes this reference's log-probs: waiting for it"
-            with computing(store, lambda: trainer.say(waiting), ask=self._ask):
-                names, missing = self._look(trainer, needed, names)  # what others have added meanwhile
+            with computing(self.store, lambda: trainer.say(waiting), ask=self._ask):
+                missing = self.missing(trainer.train_dataset, trainer.batches)  # others have added some meanwhile
                 if len(missing):
-                    store.open([*names, *self._compute(trainer, missing)])
-        found = f"{len(needed) - len(missing)} of {len(needed)} pairs were in the store, {len(missing)} were computed"
-        trainer.say(f"reference log-probs: {found}")
+                    self.store.open([*self._names, *self._compute(trainer, missing)])
+        trainer.say(self.says(len(missing)))
+
+    def says(self, computed: int) -> str:
+        found = f"{self.needed - computed} of {self.needed} pairs were in the store, {computed} were computed"
+        return f"reference log-probs: {found}"
 
     def _ask(self, take: Callable[[], bool]) -> bool:
         self._safe_point(False)
         self._progress(0, 0, note="reference log-probs: waiting for their lock")  # who waits is not hung
         return bool(broadcast(take))
-
-    def _look(self, trainer: Any, needed: np.ndarray, known: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        """Open what is there: names of the segments, of which those known are not hashed again; and what is missing."""
-        assert self.store is not None and self._digests is not None
-        store = self.store
-        names = broadcast(lambda: store.segments(self._warn, known))
-        store.open(names)
-        return names, needed[store.missing(self._digests[needed])]
 
     def _compute(self, trainer: Any, rows: np.ndarray) -> list[str]:
         """Returns the names of the segments that the processes wrote."""
@@ -115,6 +126,7 @@ class References:
         times = 1 if trainer.args.activation_checkpointing else BUDGET
         batches = replace(trainer.batches, tokens_per_micro_batch=times * trainer.batches.tokens_per_micro_batch)
         rank, world = trainer.args.process_index, batches.world_size
+        began = time.monotonic()
         for first in range(0, len(rows), BLOCK):
             self._safe_point(bool(names))
             block = rows[first : first + BLOCK].tolist()
@@ -126,10 +138,12 @@ class References:
                 done = first + len(block) * number / len(micro_batches)
                 self._progress(int(done), len(rows), note="reference log-probs")
             self.computed += len(block)
+            self.tokens += sum(int(batches.lengths[row]) for row in block)
             if self.store is None:
                 for part in all_gather(mine):
                     self._computed.update(part)
             else:
                 assert self._digests is not None
                 names += all_gather(self.store.append(self._digests[list(mine)], list(mine.values())))
+        self.seconds += time.monotonic() - began
         return names

@@ -42,6 +42,8 @@ IMPOSSIBLE = {
     "pipeline.final=verdict": "`pipeline.final` names `verdict`, which makes a verdict, not a model",
     "pipeline.nodes.dpo.inputs.model=rows": "names `rows`, which makes rows, not a model (nodes that make a model: st",
     "pipeline.nodes.dpo.inputs.data=rows": "`stage.prepare_sft.task` is sft, and `dpo` trains on rows for preference",
+    "pipeline.nodes.dpo.inputs.model=start": "`dpo` has the model `start`, and its reference, `reference`, `sft` (",
+    "stage.reference.precision=bf16": "`stage.reference.precision` is bf16, and `stage.dpo.precision` fp32: `dpo`",
     "~pipeline.nodes.dpo.inputs.model": "`pipeline.nodes.dpo.inputs` lacks the role `model`",
 }
 

@@ -262,7 +262,7 @@ def test_a_wrong_point_is_refused_in_the_same_words(
     said = words(lambda: slowly(loader, master, lines))
     assert said is not None
     loaded = words(lambda: loader.load_sweep_config(master, lines))
-    assert loaded == said or (loaded is None and "Interpolation" in said)
+    assert loaded == said or (loaded is None and ("Interpolation" in said or "has no value" in said))
     assert words(lambda: loader.experiment(master, lines, 0)) is not None
 
 

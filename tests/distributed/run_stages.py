@@ -6,7 +6,7 @@ have "stops": attempts that are asked to stop, on the last rank, at so many step
 null end before the stage does; {"lose": steps} instead breaks an attempt off on all ranks. "saving" are settings of its
 checkpoints; its "behind": see tests.distributed.asked, as for "noise". "poison": arguments of tests.training.poison.
 "no_room": {"rank", "steps"}: there the part of these checkpoints is refused by the kernel. "fails": the stage raises;
-what each rank was told is in error-<rank>.txt.
+what each rank was told is in error-<rank>.txt. "shared": the folder of what the case shares with others.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ def main(folder: Path) -> None:
         lora = tiny.LORA if case["settings"].pop("lora", False) else None
         start = case["settings"].pop("start", "start")
         kind, padded = case["kind"], case["engine"].pop("padded", False)
-        settings = getattr(tiny, "sft" if kind in bare.KINDS else kind)(lora=lora, **case["settings"])
+        adapters = {} if kind == "reference" else {"lora": lora}
+        settings = getattr(tiny, "sft" if kind in bare.KINDS else kind)(**adapters, **case["settings"])
         setup = tiny.engine(case["strategy"], **case["engine"])
-        inputs = {"model": folder / start, "data": folder / kind}
+        inputs = {"model": folder / start, "data": folder / ("dpo" if kind == "reference" else kind)}
         train.Packing = partial(Packing, on=not padded)
         saving = dict(case.get("saving", {}))
         behind = saving.pop("behind", 0)
         saving = tiny.checkpoint(**saving)
         for stop in case.get("stops", [None]):
             context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size, saving)
-            context.shared = None if padded else folder  # what others computed packed is not read
+            # What others computed packed is not read.
+            context.shared = None if padded else folder / case.get("shared", "")
             lose = stop["lose"] if isinstance(stop, dict) else None
             stops = stop if lose is None and rank == world_size - 1 else None
             train.Keeper = partial(asked.Asked, stop=stops, lose=lose, behind=behind)

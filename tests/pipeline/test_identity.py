@@ -98,7 +98,7 @@ LEAVES = [leaf for leaf in leaves(BASE) if leaf[0][0] != "pipeline" and leaf[0][
 
 
 def readers(path: tuple[Any, ...]) -> set[str]:
-    """Names of the nodes that read an identity-side setting themselves."""
+    """Names of the nodes that read an identity-side setting themselves, where it may change something."""
     if path == ("seed",):
         return {node.name for node in NODES if "seed" in type(node.settings).model_fields}
     if path[0] == "model":
@@ -113,7 +113,7 @@ def readers(path: tuple[Any, ...]) -> set[str]:
 
 def with_descendants(names: set[str]) -> set[str]:
     for node in NODES:  # parents come first
-        if names & {parent.name for parent in node.parents.values()}:
+        if names & {parent.name for role, parent in node.parents.items() if role not in node.settings.ordering}:
             names = names | {node.name}
     return names
 
@@ -127,7 +127,43 @@ def test_a_perturbed_setting_changes_the_keys_of_those_that_read_it_and_of_what_
         changed = compose(["experiment=quickstart", "seed=1"])
     before, after = keys(BASE), keys(changed)
     differ = {name for name in before if before[name] != after[name]}
-    assert differ == (with_descendants(readers(path)) if set(sides) == {"identity"} else set())
+    idle = path[0] == "stage" and path[2] in BASE.stage[path[1]].idle() & changed.stage[path[1]].idle()
+    assert differ == (with_descendants(readers(path)) if set(sides) == {"identity"} and not idle else set())
+
+
+SEES = ("global_batch_size", "epochs", "max_steps", "seed")
+
+
+@pytest.mark.parametrize("name", SEES)
+def test_what_pairs_a_reference_is_for_is_in_its_key_unless_all_of_them_are(name: str) -> None:
+    few = compose(["experiment=quickstart", "stage.dpo.max_steps=2"])
+    for base, idle in ((few, False), (BASE, name != "max_steps")):
+        changed = perturbed(base, ("stage", "reference", name), [3])
+        assert changed is not None
+        before, after = keys(base), keys(changed)
+        differ = {node for node in before if before[node] != after[node]}
+        assert differ == (set() if idle else {"reference"}), "never DPO, or what follows from it"
+
+
+def test_dpo_has_the_same_key_with_a_reference_before_it_and_without() -> None:
+    without = compose(["experiment=quickstart", "~pipeline.nodes.reference", "~pipeline.nodes.dpo.inputs.reference"])
+    assert keys(BASE) == {**keys(without), "reference": keys(BASE)["reference"]}
+
+
+def test_a_sweep_has_one_reference_for_each_start_model_and_pairs() -> None:
+    def count(points: list[Experiment | None]) -> list[int]:
+        """Distinct keys, of these nodes."""
+        found = [keys(point) for point in points if point is not None]
+        assert len(found) == len(points)
+        return [len({one[name] for one in found}) for name in ("sft", "reference", "dpo", "evaluate_dpo")]
+
+    seeds = (BASE, compose(["experiment=quickstart", "seed=1"]))
+    betas = [perturbed(base, ("stage", "dpo", "beta"), [beta]) for base in seeds for beta in (0.1, 0.2, 0.3)]
+    assert count(betas) == [2, 2, 6, 6]
+    ways = {"learning_rate": 1e-4, "loss": "ipo", "lora": None}
+    alone = [perturbed(BASE, ("stage", "dpo", name), [value]) for name, value in ways.items()]
+    longer = ["stage.dpo.seed=7", "stage.dpo.epochs=2.0", "stage.dpo.global_batch_size=4"]  # the reference follows
+    assert count([BASE, *alone, compose(["experiment=quickstart", *longer])]) == [1, 1, 5, 5]
 
 
 def test_what_follows_from_a_node_is_what_the_quickstart_shows() -> None:
@@ -135,7 +171,7 @@ def test_what_follows_from_a_node_is_what_the_quickstart_shows() -> None:
     verdicts = {"evaluate_dpo", "verdict"}
     assert with_descendants(readers(("stage", "dpo", "beta"))) == {"dpo", *verdicts}
     assert with_descendants(readers(("reward", "terms"))) == {
-        *("judged", "pairs", "dpo", "evaluate_start", "evaluate_sft"), *verdicts
+        *("judged", "pairs", "reference", "dpo", "evaluate_start", "evaluate_sft"), *verdicts
     }  # fmt: skip
     assert {node.name for node in NODES} - with_descendants(readers(("data", "instructions"))) == {"start"}
     assert with_descendants(readers(("data", "preferences"))) == set()

@@ -22,6 +22,7 @@ defaults:
   - /stage@stage.prepare_sft: prepare_sft
   - /stage@stage.sft: sft
   - /stage@stage.prepare_preference: prepare_preference
+  - /stage@stage.reference: reference
   - /stage@stage.dpo: dpo
   - /stage@stage.evaluate: evaluate
   - _self_
@@ -33,13 +34,14 @@ pipeline:
     rows: {stage: prepare_sft, inputs: {model: start}}
     sft: {stage: sft, inputs: {model: start, data: rows}}
     pairs: {stage: prepare_preference, inputs: {model: start}}
-    dpo: {stage: dpo, inputs: {model: sft, data: pairs}}
+    reference: {stage: reference, inputs: {model: sft, data: pairs}}
+    dpo: {stage: dpo, inputs: {model: sft, data: pairs, reference: reference}}
     evaluate_dpo: {stage: evaluate, inputs: {model: dpo, data: rows, reference: start}}
   final: dpo
 """
-SEEDS = ("stage.prepare_sft.seed=0", "stage.prepare_preference.seed=0", "stage.evaluate.seed=0")
+SEEDS = ("stage.prepare_sft.seed=0", "stage.prepare_preference.seed=0", "stage.evaluate.seed=0", "stage.dpo.seed=0")
 POINT = {"dpo": 1, "evaluate_dpo": 1}
-WHOLE = Counter({"start": 1, "rows": 1, "pairs": 1, "sft": 2, "dpo": 6, "evaluate_dpo": 6})
+WHOLE = Counter({"start": 1, "rows": 1, "pairs": 1, "sft": 2, "reference": 2, "dpo": 6, "evaluate_dpo": 6})
 
 
 @pytest.fixture
@@ -76,9 +78,9 @@ def kill_the_stage_of(project: Project, key: str) -> None:
 def test_a_sweep_makes_what_is_equal_once_and_again_only_what_failed(project: Project) -> None:
     """3 betas x 2 seeds, and one DPO is killed. What waits for it is taken from the queue, the others go on."""
     sweep = (*ON_SLURM, "retries=0", "-m", "stage.dpo.beta=0.05,0.1,0.5", "seed=0,1")
-    assert "6 runs, 17 stages: 17 submitted" in project.run(*sweep)
+    assert "6 runs, 19 stages: 19 submitted" in project.run(*sweep)
     assert submitted(project) == WHOLE
-    assert len(list(project.store.glob("jobs/2*/*.sbatch"))) == 8, "arrays: SFT 1, DPO 2, evaluations 2"
+    assert len(list(project.store.glob("jobs/2*/*.sbatch"))) == 9, "arrays: SFT 1, references 1, DPO 2, evaluations 2"
     (file,) = project.store.glob("sweeps/*/sweep.json")
     points = json.loads(file.read_text())["points"]
     assert points[3]["settings"] == {"stage.dpo.beta": 0.1, "seed": 1}
@@ -104,10 +106,10 @@ def test_five_hundred_points_are_queued_in_a_few_submissions(slurm: Cluster, pro
     project.run(*ON_SLURM, "+launcher.options.hold=true", "-m", f"stage.dpo.beta={betas}", "seed=0,1,2,3,4")
     took = time.monotonic() - began
     scripts = list(project.store.glob("jobs/2*/*.sbatch"))
-    assert submitted(project) == WHOLE | Counter({"sft": 5, "dpo": 500, "evaluate_dpo": 500})
-    assert len(scripts) == 3 + 1 + 5 + 5
+    assert submitted(project) == WHOLE | Counter({"sft": 5, "reference": 5, "dpo": 500, "evaluate_dpo": 500})
+    assert len(scripts) == 3 + 1 + 1 + 5 + 5
     queued = slurm.run("squeue", "--noheader", "--array", "--format=%i").stdout.split()
-    assert len(queued) == 1008
+    assert len(queued) == 1013
     began = time.monotonic()
     slurm.run("sinfo")
     assert time.monotonic() - began < 2, "the scheduler answers"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment.config.schema import Checkpoint, Dpo, Engine, Experiment, Lora, Sft
+from alignment.config.schema import Checkpoint, Dpo, Engine, Experiment, Lora, Reference, Sft
 from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
 
@@ -27,6 +27,12 @@ def sft(**changes: Any) -> Sft:
 
 def dpo(**changes: Any) -> Dpo:
     return Dpo(**{**COMMON, "kind": "dpo", "loss": "sigmoid", "beta": 0.1, **changes})
+
+
+def reference(**changes: Any) -> Reference:
+    """For the settings of dpo()."""
+    common = {name: COMMON[name] for name in ("precision", "global_batch_size", "epochs", "max_steps", "seed")}
+    return Reference(**{**common, "kind": "reference", **changes})
 
 
 def engine(strategy: str = "single", **changes: Any) -> Engine:
