@@ -21,6 +21,7 @@ from tests.slurm.project import ON_SLURM, Project, losses, weights
 
 TWO_NODES = (*ON_SLURM, "engine=zero2", "launcher.nodes=2", "launcher.grace=10")
 STEPS = 400
+SLOWLY = ("checkpoint.every_steps=1", "checkpoint.asynchronous=false")  # half a minute and more
 Make = Callable[[Cluster | None], Project]
 
 
@@ -95,8 +96,7 @@ def test_a_preempted_job_goes_on(told: str, make: Make, undisturbed: Project, re
 def test_a_job_that_runs_out_of_time_goes_on(slurm: Cluster, make: Make, undisturbed: Project) -> None:
     """It ends by itself 34 s after its start; SLURM, which counts in minutes, would ask it later."""
     project = make(slurm)
-    slow = "checkpoint.every_steps=1", "checkpoint.asynchronous=false"
-    project.run(*TWO_NODES, *slow, "launcher.time_limit=80", "launcher.grace=46")
+    project.run(*TWO_NODES, *SLOWLY, "launcher.time_limit=80", "launcher.grace=46")
     done(project, 300)
     same_as(project, undisturbed)
     *before, last = attempts(project)
@@ -130,7 +130,7 @@ def test_a_node_whose_daemon_dies_is_left_and_its_processes_end_themselves(
 ) -> None:
     """SLURM cannot reach them any more: they live on, and would write into what is the new attempt's."""
     project = make(slurm)
-    project.run(*TWO_NODES)
+    project.run(*TWO_NODES, *SLOWLY)
     project.until(lambda: project.step("sft") > 40, "it trains")
     old = beats(project)
     head = slurm.run("scontrol", "show", "hostnames", stage(project)["job"]["nodes"]).stdout.split()[0]
