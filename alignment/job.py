@@ -100,6 +100,9 @@ def _again(here: Allocation, launcher: SlurmLauncher, why: str) -> int:
     if state != "RUNNING":  # cancelled, or queued again by SLURM itself: by now it is COMPLETING
         _say(f"the job {why}, and is {state}")
         return PreemptedError.exit_code
+    if slurm.restarts(here.job) != here.restarts:  # this one was cut off: the job runs elsewhere by now
+        _say(f"the job {why}, and has started again without this one")
+        return PreemptedError.exit_code
     if here.restarts >= launcher.max_restarts:
         what = f"the job {why}, after {here.restarts} restarts: it is not queued again"
         print(f"alignment: error: {LostError(what, fix=TOO_OFTEN)}", file=sys.stderr, flush=True)
