@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,11 @@ def _bring(run: Run, node: Node, here: Allocation, stop: Listener) -> int:
 
 def _report(run: Run) -> None:
     """By the last of a run's jobs. That it cannot be written must not make a stage fail that is done."""
-    with suppress(AlignmentError, OSError):
+    try:
         if run.finished():
             _say(f"{run.id} is done: {page.write_report(run.folder, run.store.root)}")
+    except (AlignmentError, OSError) as error:
+        _say(f"the report cannot be written: {error}")
 
 
 def _again(here: Allocation, launcher: SlurmLauncher, why: str) -> int:
@@ -98,6 +99,9 @@ def _again(here: Allocation, launcher: SlurmLauncher, why: str) -> int:
     state = slurm.state(here.job)
     if state != "RUNNING":  # cancelled, or queued again by SLURM itself: by now it is COMPLETING
         _say(f"the job {why}, and is {state}")
+        return PreemptedError.exit_code
+    if slurm.restarts(here.job) != here.restarts:  # this one was cut off: the job runs elsewhere by now
+        _say(f"the job {why}, and has started again without this one")
         return PreemptedError.exit_code
     if here.restarts >= launcher.max_restarts:
         what = f"the job {why}, after {here.restarts} restarts: it is not queued again"

@@ -31,7 +31,7 @@ from alignment.errors import (
     unusable,
 )
 from alignment.files import canonical, digest, read_json
-from alignment.life import WORD, Pulse, die_with_parent, word
+from alignment.life import REPLACED, WORD, Pulse, die_with_parent, word
 from alignment.pipeline import attempts
 from alignment.pipeline.store import CHECKPOINTS, JOINED, OUTCOME, Lock, Store
 from alignment.signals import Listener, Stopped
@@ -53,7 +53,7 @@ PEER_GONE = (
 
 def main(folder: Path) -> int:
     """Run the stage that the folder describes; the exit code is that of its error class."""
-    stop, pulse = Listener(), None
+    stop, pulse, replaced = Listener(), None, _fence(folder)
     deferred = ExitStack()  # of several processes none may leave alone: to its end each only notes a request
     deferred.enter_context(stop.deferred())
     try:
@@ -64,7 +64,6 @@ def main(folder: Path) -> int:
         if not _launcher_lives(order):  # it died before it could say so
             print("nobody holds the lock of this stage: its launcher is gone", flush=True)
             return 1
-        replaced = _fence(folder)
         pulse = Pulse(folder, _rank(), replaced)
         _reserve(folder)
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -74,8 +73,12 @@ def main(folder: Path) -> int:
         _run(folder, order, stop, pulse, replaced)
         return 0
     except (Stopped, PreemptedError) as why:
+        if replaced():
+            return REPLACED
         return _preempted(folder, str(why), getattr(why, "kept", False))
     except Exception as error:
+        if replaced():  # a word of this one would be taken for the other attempt's
+            return REPLACED
         with stop.deferred():
             if stop.raised:  # a library has caught it (an import that then failed): this error is what came of it
                 traceback.print_exc()

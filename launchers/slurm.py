@@ -141,6 +141,12 @@ def state(job: str) -> str | None:
     return found.state if found else None
 
 
+def restarts(job: str) -> int:
+    """Times that it was queued again so far."""
+    found = re.search(r"\bRestarts=(\d+)", call("scontrol", "show", "job", job))
+    return int(found[1]) if found else 0
+
+
 def cancel(jobs: Iterable[str]) -> None:
     names = sorted(set(jobs))
     for first in range(0, len(names), CHUNK):

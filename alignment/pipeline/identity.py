@@ -172,7 +172,7 @@ def _noted(note: Path) -> str | None:
         return None
 
 
-SOURCES = (".py", ".yaml", ".jinja")  # what the package is made of
+SOURCES = (".py", ".yaml", ".jinja", ".css", ".js")  # what the package is made of
 
 
 def package_root() -> Path:

@@ -12,7 +12,7 @@ from alignment.files import write_text
 from alignment.reporting import compare_charts, words
 from alignment.reporting.compare_terminal import notes, p_value
 from alignment.reporting.comparison import AS_GOOD, BEST, NOTHING, UNKNOWN, WORSE
-from alignment.reporting.page import HERE
+from alignment.reporting.page import HERE, template_of
 from alignment.reporting.settings import called, shown, shown_of
 
 Row = dict[str, Any]
@@ -34,19 +34,11 @@ def write_page(content: Row, folder: Path) -> Path:
 
 def render(content: Row) -> str:
     """The page as text. Every text of settings and errors is escaped; scripts run only if their hash is the page's."""
-    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(words=words, colour=compare_charts.colour, shown=shown)
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    return environment.get_template("compare.html.jinja").render(
+    template = template_of("compare.html.jinja", colour=compare_charts.colour, shown=shown)
+    return template.render(
         content=content,
         style=Markup(style + (HERE / "compare.css").read_text(encoding="utf-8")),
         script=Markup(script),

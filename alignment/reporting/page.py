@@ -28,10 +28,9 @@ def write_report(run_folder: Path, store: Path, run: dict[str, Any] | None = Non
     return path
 
 
-def render(report: Report) -> str:
-    """The page as text. Every text of models and data is escaped; scripts run only if their hash is the page's own."""
-    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
-    from markupsafe import Markup
+def template_of(name: str, **known: Any) -> Any:
+    """A page's template: every text is escaped, and what is missing is empty. known: what it may call."""
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader  # slow to import
 
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -40,9 +39,16 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(words=words, label=words.label)
+    environment.globals.update(words=words, **known)
+    return environment.get_template(name)
+
+
+def render(report: Report) -> str:
+    """The page as text. Every text of models and data is escaped; scripts run only if their hash is the page's own."""
+    from markupsafe import Markup
+
     script = (HERE / "report.js").read_text(encoding="utf-8")
-    template = environment.get_template("report.html.jinja")
+    template = template_of("report.html.jinja", label=words.label)
     return template.render(
         report=report,
         run=report.run,

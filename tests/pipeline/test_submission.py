@@ -13,7 +13,7 @@ from alignment.config.compose import compose
 from alignment.config.launchers import Container
 from alignment.launchers import srun
 from alignment.launchers.base import Job
-from alignment.pipeline import snapshot
+from alignment.pipeline import identity, snapshot
 from alignment.pipeline.runner import Run
 from alignment.pipeline.submission import Submission
 
@@ -98,6 +98,8 @@ def test_the_code_is_copied_once_and_a_later_edit_does_not_reach_it(tmp_path: Pa
     assert (place / "alignment" / "launchers" / "job.sbatch.jinja").is_file()
     assert (place / "alignment" / "conf" / "config.yaml").is_file()
     assert not list(place.glob("**/*.pyc"))
+    kinds = {path.suffix for path in Path(snapshot.package_root()).rglob("*") if path.is_file()} - {".pyc"}
+    assert kinds <= set(identity.SOURCES), "a report needs its style sheet"
 
 
 @pytest.mark.parametrize("kind", ["apptainer", "enroot"])
