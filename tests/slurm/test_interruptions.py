@@ -21,7 +21,7 @@ from tests.slurm.project import ON_SLURM, Project, losses, weights
 
 TWO_NODES = (*ON_SLURM, "engine=zero2", "launcher.nodes=2", "launcher.grace=10")
 STEPS = 400
-SLOWLY = ("checkpoint.every_steps=1", "checkpoint.asynchronous=false")  # half a minute and more
+SLOWLY = ("checkpoint.every_steps=1", "checkpoint.asynchronous=false")
 Make = Callable[[Cluster | None], Project]
 
 
@@ -97,6 +97,8 @@ def test_a_job_that_runs_out_of_time_goes_on(slurm: Cluster, make: Make, undistu
     """It ends by itself 34 s after its start; SLURM, which counts in minutes, would ask it later."""
     project = make(slurm)
     project.run(*TWO_NODES, *SLOWLY, "launcher.time_limit=80", "launcher.grace=46")
+    project.until(lambda: project.step("sft") > 10, "it trains")
+    stood_still(project, until=stage(project)["started"] + 27)
     done(project, 300)
     same_as(project, undisturbed)
     *before, last = attempts(project)
@@ -168,6 +170,16 @@ def stage(project: Project) -> dict[str, Any]:
         with suppress(OSError):
             return json.loads(path.read_text())  # type: ignore[no-any-return]
     return {"job": {"restarts": -1}}  # it is being renewed
+
+
+def stood_still(project: Project, until: float) -> None:
+    """The ranks do nothing till then, so that a fast machine is not done before its time is over."""
+    ranks = [beat["pid"] for beat in beats(project)]
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(max(0.0, until - time.time()))
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
 
 
 def beats(project: Project) -> list[dict[str, Any]]:
