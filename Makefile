@@ -16,7 +16,7 @@ demo: $(STAMP)   ## the main job on real input: SFT, sampling, DPO, evaluation, 
 	$(BIN)/alignment run experiment=quickstart
 
 test: check browser  ## all tests, after the checks
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # the long files first, not the full ones
 	$(MAKE) test-slurm
 
 test-slurm: $(STAMP)  ## the tests on a SLURM cluster that they start themselves, as root; part of `make test`

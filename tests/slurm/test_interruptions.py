@@ -83,13 +83,15 @@ def done(project: Project, seconds: float = 150.0) -> None:
 def test_a_preempted_job_goes_on(told: str, make: Make, undisturbed: Project, request: pytest.FixtureRequest) -> None:
     cluster = request.getfixturevalue("slurm" if told == "the batch script" else "as_most_are")
     project = make(cluster)
-    project.run(*TWO_NODES)
+    project.run(*TWO_NODES, "tracking=wandb_offline")
     project.until(lambda: project.step("sft") > 10, "it trains")
+    (tracked,) = (path.read_text() for path in project.store.glob("work/*/wandb_run_id"))
     urgent = cluster.submit("--partition=urgent", "--nodes=4", "--exclusive", "--wrap", "sleep 1")
     cluster.wait(urgent, timeout=90)
     done(project)
     same_as(project, undisturbed)
     assert attempts(project) == [("preempted", 0), ("done", 1)]
+    assert (project.result("sft") / "wandb_run_id").read_text() == tracked, "the same W&B run"
     assert project.node("sft")["restarts"] == 1
 
 
