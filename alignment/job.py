@@ -6,13 +6,15 @@ the job), watches over them, commits. A stage that was stopped in order has the 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alignment.allocation import Allocation, allocation
 from alignment.config.schema import Experiment, SlurmLauncher
@@ -24,10 +26,13 @@ from alignment.pipeline.identity import difference
 from alignment.pipeline.runner import Run, bring
 from alignment.reporting import page
 from alignment.reporting.terminal import StageProgress
-from alignment.signals import SIGNALS, Listener, Stopped
+from alignment.signals import SIGNALS, TIME_LIMIT, Asked, Listener, Stopped
 
+Answer = TypeVar("Answer")
 QUIET = 30.0  # seconds between two lines of progress
 TOO_OFTEN = "the same command submits it again, and it goes on; launcher.max_restarts is the bound"
+INSISTENT = 120.0  # seconds to ask SLURM again that does not answer
+EARLY = 60.0  # seconds that SLURM, which counts in minutes, may ask too soon
 TO_BE_KILLED = 120.0  # seconds that SLURM gets to end this process, once it has queued the job again
 
 
@@ -37,9 +42,9 @@ def main(arguments: list[str]) -> int:
     try:
         if here is None:
             raise MachineError("this is no job of a cluster", fix="alignment run launcher=slurm queues them")
-        with stop.deferred():
+        with stop.deferred():  # all that takes time looks at what was asked
             run, node = _run(read_json(Path(arguments[0]))[arguments[1]])
-        return _bring(run, node, here, stop)
+            return _bring(run, node, here, stop)
     except AlignmentError as error:
         print(f"alignment: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -50,8 +55,8 @@ def main(arguments: list[str]) -> int:
 
 def _run(order: dict[str, Any]) -> tuple[Run, Node]:
     """The run and its node. Raises InputError if this node computes another key than the submission did."""
-    state = read_json(Path(order["run"]) / "run.json")
-    run = Run(Experiment.model_validate(state["config"]), state["command"], writes=False, sweep=state.get("sweep"))
+    given = read_json(Path(order["settings"]))
+    run = Run(Experiment.model_validate(given["config"]), given["command"], writes=False, sweep=given["sweep"])
     node = run.node(order["node"])
     if node.key != order["key"]:
         at, was, now = difference(order["identity"], node.identity)
@@ -60,29 +65,66 @@ def _run(order: dict[str, Any]) -> tuple[Run, Node]:
     return run, node
 
 
-def _bring(run: Run, node: Node, here: Allocation, stop: Listener) -> int:
+class Request:
+    """A Listener's, of which is known whether SLURM makes it because the job's time is over."""
+
+    def __init__(self, listener: Listener, time_to_work: float | None):
+        self._listener, self.deferred = listener, listener.deferred
+        self._late = math.inf
+        if time_to_work is not None:
+            self._late = time.monotonic() + time_to_work - min(EARLY, time_to_work / 2)
+        self._why: str | None = None
+
+    @property
+    def asked(self) -> str | None:
+        if self._why is None and (asked := self._listener.asked):
+            self._why = TIME_LIMIT if asked == "SIGUSR1" and time.monotonic() > self._late else asked
+        return self._why
+
+
+def _bring(run: Run, node: Node, here: Allocation, listener: Listener) -> int:
     launcher = run.experiment.launcher
     assert isinstance(launcher, SlurmLauncher)
     _say(f"{node.name} of {run.id}: job {here.job} on {here.nodes}, restart {here.restarts}")
-    for parent in node.parents.values():
-        if run.store.record(parent.key) is None:
-            what = f"the result of {parent.name} is not there: its job has failed, or it was removed"
-            raise MachineError(what, where=str(run.store.result(parent.key)), fix="alignment status; then run it again")
-    if run.store.lock(node.key).take_over():
-        _say("an earlier start of this job still holds the lock: its node is cut off. It is replaced")
+    if here.restarts > launcher.max_restarts:  # by SLURM itself: a node that dies each time, say
+        raise LostError(
+            f"the job has started again {here.restarts} times", where="launcher.max_restarts", fix=TOO_OFTEN
+        )
+    stop = Request(listener, launcher.time_to_work(node.stage, node.name))
     try:
+        _require_parents(run, node, stop)
+        if run.store.lock(node.key).take_over():
+            _say("an earlier start of this job still holds the lock: its node is cut off. It is replaced")
         with StageProgress(every=QUIET) as observer:
             bring(run, node, observer, stop)
     except (PreemptedError, Stopped) as stopped:
         _say(f"{stopped}")
         return _again(here, launcher, "was stopped in order")
     except LostError as lost:
-        if not (gone := slurm.silent_nodes(here.nodes)):
+        if not (gone := _silent_nodes(here)):
             raise
         _say(f"{lost}")
         return _again(here, launcher, f"has lost {', '.join(gone)}")
     _report(run)
     return 0
+
+
+def _require_parents(run: Run, node: Node, stop: Asked) -> None:
+    for role, parent in node.parents.items():
+        if role in node.settings.ordering or run.store.awaited(parent.key, lambda: stop.asked) is not None:
+            continue
+        if stop.asked:
+            raise Stopped(stop.asked)
+        what = f"the result of {parent.name} is not there: its job has failed, or it was removed"
+        raise MachineError(what, where=str(run.store.result(parent.key)), fix="alignment status; then run it again")
+
+
+def _silent_nodes(here: Allocation) -> list[str]:
+    try:
+        return insist(lambda: slurm.silent_nodes(here.nodes))
+    except MachineError as error:
+        _say(f"{error}")
+        return []
 
 
 def _report(run: Run) -> None:
@@ -96,11 +138,11 @@ def _report(run: Run) -> None:
 
 def _again(here: Allocation, launcher: SlurmLauncher, why: str) -> int:
     """Queue the job again, unless it was cancelled or has been often enough. SLURM then ends this process."""
-    state = slurm.state(here.job)
+    state = insist(lambda: slurm.state(here.job))
     if state != "RUNNING":  # cancelled, or queued again by SLURM itself: by now it is COMPLETING
         _say(f"the job {why}, and is {state}")
         return PreemptedError.exit_code
-    if slurm.restarts(here.job) != here.restarts:  # this one was cut off: the job runs elsewhere by now
+    if insist(lambda: slurm.restarts(here.job)) != here.restarts:  # this one was cut off: the job runs elsewhere by now
         _say(f"the job {why}, and has started again without this one")
         return PreemptedError.exit_code
     if here.restarts >= launcher.max_restarts:
@@ -108,9 +150,23 @@ def _again(here: Allocation, launcher: SlurmLauncher, why: str) -> int:
         print(f"alignment: error: {LostError(what, fix=TOO_OFTEN)}", file=sys.stderr, flush=True)
         return PreemptedError.exit_code
     _say(f"the job {why}: it is queued again")
-    slurm.requeue(here.job)
+    insist(lambda: slurm.requeue(here.job))
     _wait_to_be_ended()
     return PreemptedError.exit_code
+
+
+def insist(ask: Callable[[], Answer]) -> Answer:
+    """SLURM's answer, however often it takes: all is saved, and a controller that restarts must not lose it."""
+    until, wait = time.monotonic() + INSISTENT, 1.0
+    while True:
+        try:
+            return ask()
+        except MachineError as error:
+            if time.monotonic() + wait > until:
+                raise
+            _say(f"{error}; asked again in {wait:g} s")
+        time.sleep(wait)
+        wait = min(2 * wait, 15.0)
 
 
 def _wait_to_be_ended() -> None:

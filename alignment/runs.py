@@ -145,7 +145,7 @@ class Session:
         """All of them as one graph of jobs; whoever wants their values waits for them."""
         sanity.check(runs, name, queue.say, probe=not self._probed)
         self._probed = True
-        queue.show_submission(name, len(runs), submission.submit(runs, name, queue.say))
+        queue.show_submission(name, len(runs), submission.submit(runs, name, queue.say, self._stop.deferred))
         for run in runs:
             with suppress(AlignmentError, OSError):  # its jobs write it when they are done, if there are any
                 if run.finished():

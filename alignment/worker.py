@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,7 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, repl
     store = Store(Path(order["store"]))
     context = _context(folder, order, store, stop)
     pulse.got_on = context.got_on
-    _require_parents(store, order)
+    _require_parents(store, order, context.settings.ordering, stop)
     if not (folder / CHECKPOINTS).exists():  # it begins anew; who has looked for checkpoints knows better
         context.rewind(-1)
     stage = importlib.import_module(
@@ -219,9 +219,13 @@ def _tracked(context: StageContext, order: dict[str, Any], store: Store) -> Any:
     return tracker
 
 
-def _require_parents(store: Store, order: dict[str, Any]) -> None:
+def _require_parents(store: Store, order: dict[str, Any], ordering: Collection[str], stop: Listener) -> None:
     for role, parent in order["parents"].items():
-        if store.record(parent["key"]) is None:
+        if role in ordering:
+            continue
+        if store.awaited(parent["key"], lambda: stop.asked) is None:
+            if stop.asked:
+                raise Stopped(stop.asked)
             raise MachineError(
                 f"the result of {parent['name']} (role {role}) is gone or damaged",
                 where=str(store.result(parent["key"])),

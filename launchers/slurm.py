@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from alignment.allocation import allocation
+from alignment.allocation import Allocation, allocation
 from alignment.errors import MachineError
 
 PATIENCE = 60.0  # seconds for the controller to answer
@@ -57,8 +57,9 @@ def call(*command: str, patience: float = PATIENCE, stdin: str | None = None) ->
 def _run(command: Sequence[str], patience: float, stdin: str | None) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=patience, check=False, input=stdin, env=_plain()
-        )
+            command, capture_output=True, text=True, timeout=patience, check=False, input=stdin, env=_plain(),
+            start_new_session=True,  # Ctrl-C is for us: it must not come between SLURM's yes and our hearing it
+        )  # fmt: skip
     except FileNotFoundError:
         fix = "run this on a login node of the cluster, or choose launcher=torchrun or launcher=local"
         raise MachineError(f"no {command[0]} here: SLURM's commands are not installed", fix=fix) from None
@@ -114,6 +115,13 @@ def _ask(jobs: Sequence[str]) -> list[JobState]:
     ]
 
 
+def outputs() -> dict[str, str]:
+    """File that the jobs of this user print into, as it was asked for, with %j or %A_%a in it -> number of the job."""
+    wide = 4096  # characters
+    said = call("squeue", "--me", "--noheader", "--states=all", f"--Format=ArrayJobID:20,StdOut:{wide}")
+    return {line[20:].strip(): line[:20].strip() for line in said.splitlines() if line.strip()}
+
+
 def accounted(jobs: Iterable[str]) -> dict[str, JobState]:
     """Of jobs that the controller has forgotten, those that the accounting still knows; none where there is none."""
     wanted = sorted(set(jobs))
@@ -153,10 +161,11 @@ def cancel(jobs: Iterable[str]) -> None:
         call("scancel", *names[first : first + CHUNK])
 
 
-def kill_steps(job: str) -> None:
-    """All steps of the job, not its batch script."""
+def kill_steps(here: Allocation) -> None:
+    """All steps of the job, not its batch script; unless it has started again elsewhere, and they are not ours."""
     try:
-        call("scancel", "--signal=KILL", job, patience=20.0)
+        if restarts(here.job) == here.restarts:
+            call("scancel", "--signal=KILL", here.job, patience=20.0)
     except MachineError:
         pass  # it has no step any more, or the job itself has ended
 

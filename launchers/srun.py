@@ -27,7 +27,7 @@ class Step(Process):
     def kill(self) -> None:
         """srun alone, killed, would leave its processes to themselves."""
         if self.status() is None and (here := allocation()):
-            slurm.kill_steps(here.job)
+            slurm.kill_steps(here)
         super().kill()
 
 

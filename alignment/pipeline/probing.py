@@ -18,18 +18,18 @@ from pydantic import BaseModel
 from alignment.config.launchers import Resources
 from alignment.config.schema import Model, PathSource, Prepare
 from alignment.errors import AlignmentError, ConfigError, MachineError
-from alignment.files import model_files, read_json, sha256, write_json, write_text
+from alignment.files import LATE, model_files, read_json, sha256, write_json, write_text
 from alignment.launchers import facts, slurm
 from alignment.pipeline import snapshot
+from alignment.pipeline.ledger import JOBS
 from alignment.pipeline.runner import Run
 from alignment.pipeline.store import Lock
-from alignment.pipeline.submission import JOBS, Owner, asked, script
+from alignment.pipeline.submission import Owner, asked, script
 
 Say = Callable[[str], None]
 PATIENCE = 600.0  # seconds in the queue
 LIMIT = 180  # seconds on the node
 EVERY = 30.0  # seconds between two lines while it waits
-LATE = 60.0  # seconds after which a shared file system shows what another machine wrote
 SMALL = 16 << 20  # bytes of a file that is compared by its content; larger ones by their size
 MEMORY = 4096  # MB: what it asks for at most
 NOT_NOW = {"hold", "begin", "mail-type"}  # options of sbatch that are for the stages' jobs alone

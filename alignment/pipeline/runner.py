@@ -181,10 +181,16 @@ def bring(run: Run, node: Node, observer: Observer, stop: Asked) -> None:
         observer.done(node.name, "reused", record["seconds"], record["metrics"])
         return
     lock = run.store.lock(node.key)
+
+    def waiting(holder: dict[str, Any]) -> None:
+        if stop.asked:  # deferred by whoever called
+            raise Stopped(stop.asked)
+        observer.waiting(node.name, holder)
+
     try:
         if stop.asked:  # while the stage before was at work, which has ended well
             raise Stopped(stop.asked)
-        lock.wait(f"{run.id}/{node.name}", partial(observer.waiting, node.name))
+        lock.wait(f"{run.id}/{node.name}", waiting)
         with stop.deferred():
             _bring(run, node, lock, observer, stop)
     except Stopped:
@@ -231,6 +237,8 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Asked) 
 
     while True:
         gather(run, layout(run, node)[0], asked, partial(observer.warning, node.name))
+        if not lock.holds():  # it was pausing, or waited for others, cut off
+            raise taken_over(node)
         order = _begin(run, node, left(), observer)
         _note_attempts(run, node, [*attempts.read(folder), order])
         try:

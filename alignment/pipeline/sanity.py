@@ -16,7 +16,7 @@ from alignment.config.launchers import Resources
 from alignment.errors import ConfigError, MachineError
 from alignment.launchers import facts, limits, slurm
 from alignment.launchers.limits import Ask
-from alignment.pipeline import probing, submission
+from alignment.pipeline import ledger, probing, submission
 from alignment.pipeline.runner import Run
 from alignment.pipeline.submission import Owner
 
@@ -37,7 +37,7 @@ def check(runs: Sequence[Run], name: str, say: Say, *, probe: bool = True) -> No
 
     probe: whether jobs may be sent that look around on the nodes, where `launcher.probe` says so.
     """
-    already = submission.queued(runs)
+    already = ledger.queued(runs, say)
     owners = [owner for key, owner in submission.missing(runs).items() if key not in already]
     if not owners:
         return

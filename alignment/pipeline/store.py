@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from alignment.allocation import allocation
 from alignment.errors import MachineError
-from alignment.files import fsync, read_json, remove, sha256
+from alignment.files import LATE, fsync, read_json, remove, sha256
 
 CHECKPOINTS = "checkpoints"  # of a stage at work; beside its result those that record["checkpoints"] names
 NEXT = "next_attempt.json"  # what an attempt has learned and leaves to the next one
@@ -60,6 +60,16 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record if whole else None
+
+    def awaited(self, key: str, asked: Callable[[], str | None] = lambda: None) -> dict[str, Any] | None:
+        """`record`, inside of a cluster's job for as long as a file system may hide what another machine has just
+        committed: it is there, or this job would not have been started. asked: why to give up."""
+        until = time.monotonic() + (LATE if allocation() else 0.0)
+        while (record := self.record(key)) is None and time.monotonic() < until and not asked():
+            time.sleep(1.0)
+            with suppress(OSError):
+                os.listdir(self.root / "store")  # NFS remembers that a name was not there till it sees the folder anew
+        return record
 
     def begin(self, key: str, warn: Callable[[str], None] = lambda text: None) -> Path:
         """The work folder for a new attempt, with nothing in it but what is KEPT; the caller holds the key's lock.

@@ -1,7 +1,7 @@
 """Runs as jobs of a SLURM cluster: one graph of what the store lacks, each key once, as few submissions as can be.
 
-jobs/<submission>/   the scripts as they were submitted, what each element of an array is to do, and what jobs print
-jobs/keys/<key16>    which job makes a key: what is queued already is not submitted again, but waited for
+jobs/<submission>/       the scripts as they were submitted, what each element of an array is to do, what jobs print
+jobs/<submission>/runs/  the settings that they were submitted with: what becomes of run.json is nothing to them
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,32 +21,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.config.launchers import Resources, SlurmLauncher
-from alignment.files import read_json, write_json, write_text
+from alignment.files import remove, write_json, write_text
 from alignment.launchers import slurm
-from alignment.pipeline import snapshot
+from alignment.pipeline import ledger, snapshot
 from alignment.pipeline.batches import Batch, Task, Wait, batches, nearest
 from alignment.pipeline.graph import Node
 from alignment.pipeline.runner import Run
-from alignment.pipeline.store import Store
 
-JOBS = "jobs"
 TEMPLATE = "job.sbatch.jinja"
 LAUNCHERS = Path(slurm.__file__).resolve().parent
 LARGEST = 1001  # of an array, where SLURM is not asked
 Say = Callable[[str], None]
-
-
-def job_of(store: Store, key: str) -> dict[str, Any] | None:
-    """{"job", "submitted", "run", "node", "out"} of the job that was last submitted for a key."""
-    try:
-        told = read_json(_note(store, key))
-    except (OSError, ValueError):
-        return None
-    return told if isinstance(told, dict) and isinstance(told.get("job"), str) else None
-
-
-def _note(store: Store, key: str) -> Path:
-    return store.root / JOBS / "keys" / f"{key[:16]}.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +60,7 @@ class Submission:
     def __init__(self, runs: Sequence[Run], name: str, queued: Mapping[str, str], largest: int = LARGEST):
         self.store, self.name, self.jobs = runs[0].store, name, dict(queued)
         self.id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        self.folder = self.store.root / JOBS / self.id
+        self.folder = self.store.root / ledger.JOBS / self.id
         self.numbers: dict[int, str] = {}  # of batches that are submitted
         self.owners = missing(runs)
         self.count = len({node.key for run in runs for node in run.nodes})  # of all stages, each once
@@ -102,26 +87,32 @@ class Submission:
     def submit(self) -> None:
         """Queue all batches. What is queued stays if a later one is refused: the same command submits the rest."""
         code = snapshot.take(self.store.root)
+        self._write_settings()
+        begun = self.folder / ledger.BEGUN
+        write_text(begun, self.name)
         for batch in self.batches:
             script = self._script(batch, code, self.numbers.__getitem__)
             path = self._path(batch)
-            write_json(path.with_suffix(".json"), {str(i): self._order(task) for i, task in batch.elements.items()})
+            orders = {str(index): self._order(task) for index, task in batch.elements.items()}
+            write_json(path.with_suffix(".json"), orders)
             write_text(path.with_suffix(".sbatch"), script)
             self.numbers[batch.number] = number = slurm.submit(script)
-            for index, task in batch.elements.items():
-                job = f"{number}_{index}" if batch.array else number
-                self.jobs[task.key] = job
-                self._note(task, job, path, number, index if batch.array else None)
+            self.jobs |= ledger.note(self.store, path, number, orders, array=batch.array)
+        remove(begun)
 
-    def _note(self, task: Task, job: str, path: Path, number: str, index: int | None) -> None:
-        out = f"{path.name}-{number}_{index}.out" if index is not None else f"{path.name}-{number}.out"
-        owner = self.owners[task.key]
-        told = {"job": job, "submitted": time.time(), "run": owner.run.id, "node": task.name}
-        write_json(_note(self.store, task.key), {**told, "out": str(path.with_name(out))}, durable=False)
+    def _write_settings(self) -> None:
+        needed = {self.owners[task.key].run.id for batch in self.batches for task in batch.elements.values()}
+        for run in {owner.run.id: owner.run for owner in self.owners.values() if owner.run.id in needed}.values():
+            told = {name: run.state[name] for name in ("config", "command", "sweep")}
+            write_json(self._settings(run), told, durable=False)
+
+    def _settings(self, run: Run) -> Path:
+        return self.folder / "runs" / f"{run.id}.json"
 
     def _order(self, task: Task) -> dict[str, Any]:
-        owner = self.owners[task.key]
-        return {"run": str(owner.run.folder), "node": task.name, "key": task.key, "identity": owner.node.identity}
+        run, node = self.owners[task.key].run, self.owners[task.key].node
+        told = {"run": run.id, "node": task.name, "key": task.key}
+        return {**told, "settings": str(self._settings(run)), "identity": node.identity}
 
     def _path(self, batch: Batch) -> Path:
         """Without its ending, of the files that belong to a batch."""
@@ -207,7 +198,7 @@ def _parents(owners: Mapping[str, Owner]) -> dict[str, list[str]]:
 
 def _alike(owner: Owner) -> tuple[Any, ...]:
     """Equal for stages whose jobs may differ in nothing but what they work on."""
-    return owner.node.stage, owner.node.kind, owner.launcher.model_dump_json()
+    return owner.node.stage, owner.node.kind, repr(owner.resources), owner.launcher.model_dump_json()
 
 
 def asked(resources: Resources) -> dict[str, str | int | bool]:
@@ -262,19 +253,14 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
-def queued(runs: Sequence[Run]) -> dict[str, str]:
-    """Key -> job, of what SLURM will make or makes already."""
-    store = runs[0].store
-    keys = dict.fromkeys(node.key for run in runs for node in run.nodes)
-    known = {key: told["job"] for key in keys if (told := job_of(store, key))}
-    if not known:
-        return {}
-    states = slurm.states(known.values())
-    return {key: job for key, job in known.items() if job in states and states[job].lives}
-
-
-def submit(runs: Sequence[Run], name: str, say: Say = lambda text: None) -> Submission:
-    """Queue what is missing of these runs; at once, however much it is."""
+def submit(
+    runs: Sequence[Run],
+    name: str,
+    say: Say = lambda text: None,
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Submission:
+    """Queue what is missing of these runs; at once, however much it is. whole: entered while jobs are sent, so that a
+    signal does not come between one and the note of it."""
     with suppress(OSError):
         runs[0].store.root.mkdir(parents=True, exist_ok=True)
     lock = runs[0].store.run_lock("submit")
@@ -282,10 +268,12 @@ def submit(runs: Sequence[Run], name: str, say: Say = lambda text: None) -> Subm
         say(f"waits for another submission: {lock.holder().get('who')}")
         lock.wait(name, lambda holder: None)
     try:
-        submission = Submission(runs, name, queued(runs), slurm.largest_array())
-        for run in runs:
-            run.submitted(submission.owners)
-        submission.submit()
+        ledger.remember(runs[0].store)
+        submission = Submission(runs, name, ledger.queued(runs, say), slurm.largest_array())
+        with whole():
+            for run in runs:
+                run.submitted(submission.owners)
+            submission.submit()
     finally:
         lock.release()
     return submission

@@ -8,8 +8,8 @@ from typing import Any
 
 from alignment.errors import MachineError
 from alignment.launchers import slurm
+from alignment.pipeline.ledger import job_of
 from alignment.pipeline.store import Store
-from alignment.pipeline.submission import job_of
 
 TAIL = 65_536  # bytes of a job's output that are looked through
 # Reasons for which a job waits, in other words than SLURM's where these say little.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ConfigError, InputError
+from alignment.pipeline.ledger import job_of
 from alignment.pipeline.store import Store
-from alignment.pipeline.submission import job_of
 from alignment.reporting import targets, watching
 from alignment.reporting.gather import folder_of
 

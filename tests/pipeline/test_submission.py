@@ -85,6 +85,17 @@ def test_alike_stages_are_an_array_of_which_few_run_at_a_time(composed: Any) -> 
     assert '"${SLURM_ARRAY_TASK_ID:-0}"' in str(told["dpo"]["text"])
 
 
+def test_stages_that_ask_for_something_else_by_their_name_share_no_array(composed: Any) -> None:
+    queued = dict.fromkeys(("start", "rows", "sft", "pairs", "reference", "dpo", "evaluate_start"), "9")
+    run = composed("+launcher.stages.evaluate_dpo.memory=900G")
+    told = scripts(run, queued={run.node(name).key: job for name, job in queued.items()})
+    assert told["evaluate_dpo"]["mem"] == "900G"
+    assert told["evaluate_sft"].get("mem") is None
+    alike = composed()
+    told = scripts(alike, queued={alike.node(name).key: job for name, job in queued.items()})
+    assert "evaluate_dpo" not in told and told["evaluate_sft"]["array"].startswith("0-1")
+
+
 def test_what_is_queued_is_waited_for(composed: Any) -> None:
     run = composed()
     told = scripts(run, queued={run.node("sft").key: "41_7"})

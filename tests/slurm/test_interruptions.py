@@ -108,15 +108,30 @@ def test_a_job_that_runs_out_of_time_goes_on(slurm: Cluster, make: Make, undistu
     assert before == [("preempted", number) for number in range(len(before))]
 
 
-def test_a_cancelled_job_saves_and_is_not_queued_again(slurm: Cluster, make: Make) -> None:
+def test_a_cancelled_job_saves_and_the_same_command_at_once_goes_on_from_there(
+    slurm: Cluster, make: Make, undisturbed: Project
+) -> None:
     project = make(slurm)
     project.run(*TWO_NODES)
     project.until(lambda: project.step("sft") > 10, "it trains")
     (run,), job = project.runs(), job_of(project)
+    forget(project)
+    assert "1 queued already" in project.run(*TWO_NODES)
     assert f"cancelled sft (job {job})" in project.command("cancel", run["run"])
-    slurm.wait(job, until={"CANCELLED"})
-    assert project.node("sft")["state"] == "cancelled"
+    project.run(*TWO_NODES)
+    assert slurm.states(job)[job] == "CANCELLED", "it is not queued again by itself"
     assert list(project.store.glob("work/*/checkpoints/step-*/manifest.json"))
+    done(project)
+    same_as(project, undisturbed)
+    assert [outcome for outcome, _ in attempts(project)] == ["preempted", "done"]
+
+
+def forget(project: Project) -> None:
+    """As if the command that has submitted it had been killed between SLURM's yes and the note of it."""
+    (note,) = project.store.glob("jobs/keys/*.json")
+    note.unlink()
+    (order,) = project.store.glob("jobs/*/000-*.json")
+    order.with_name("begun").touch()
 
 
 def test_a_job_is_queued_again_no_more_often_than_it_may(slurm: Cluster, make: Make) -> None:

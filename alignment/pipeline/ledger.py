@@ -1,0 +1,91 @@
+"""Which job makes which key: what is queued already is not submitted again, but waited for.
+
+jobs/keys/<key16>.json     the job that was last submitted for a key
+jobs/<submission>/begun    a submission that has not come to its end: of its jobs some may have no note
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.files import listed, read_json, remove, write_json
+from alignment.launchers import slurm
+from alignment.launchers.slurm import JobState
+from alignment.pipeline.runner import Run
+from alignment.pipeline.store import Store
+
+JOBS = "jobs"
+BEGUN = "begun"
+NEVER = "DependencyNeverSatisfied"  # SLURM's reason; it takes such a job from the queue, but not at once
+ENDING = 90.0  # seconds to wait for a job that is ending: SLURM's KillWait, 30 s by default, and what sites do after it
+
+
+def job_of(store: Store, key: str) -> dict[str, Any] | None:
+    """{"job", "submitted", "run", "node", "out"} of the job that was last submitted for a key."""
+    try:
+        told = read_json(_place(store, key))
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) and isinstance(told.get("job"), str) else None
+
+
+def _place(store: Store, key: str) -> Path:
+    return store.root / JOBS / "keys" / f"{key[:16]}.json"
+
+
+def note(
+    store: Store, script: Path, number: str, orders: Mapping[str, Mapping[str, Any]], array: bool
+) -> dict[str, str]:
+    """Remember the jobs of one script, which is `number` for SLURM. script: without its ending; jobs print beside it.
+    orders: index -> {"run", "node", "key"}. Returns key -> job."""
+    jobs = {}
+    for index, order in orders.items():
+        job = f"{number}_{index}" if array else number
+        told = {"job": job, "submitted": time.time(), "run": order["run"], "node": order["node"]}
+        told["out"] = str(script.with_name(f"{script.name}-{job}.out"))
+        write_json(_place(store, order["key"]), told, durable=False)
+        jobs[order["key"]] = job
+    return jobs
+
+
+def queued(runs: Sequence[Run], say: Callable[[str], None] = lambda text: None) -> dict[str, str]:
+    """Key -> job, of what SLURM will make or makes already. A job that is ending, cancelled or queued again, is waited
+    for till it is known which; what SLURM will never start does not count."""
+    store = runs[0].store
+    keys = dict.fromkeys(node.key for run in runs for node in run.nodes)
+    known = {key: told["job"] for key in keys if (told := job_of(store, key))}
+    until, said = time.monotonic() + ENDING, False
+    while True:
+        states = slurm.states(known.values()) if known else {}
+        ending = [
+            job
+            for key, job in known.items()
+            if job in states and states[job].state == "COMPLETING" and store.record(key) is None
+        ]
+        if not ending or time.monotonic() > until:
+            return {key: job for key, job in known.items() if job in states and _will_make(states[job])}
+        if not said:
+            say(f"waits for what is ending: job {', '.join(dict.fromkeys(ending))}")
+            said = True
+        time.sleep(1.0)
+
+
+def _will_make(state: JobState) -> bool:
+    return state.lives and state.state != "COMPLETING" and not (state.waits and state.reason == NEVER)
+
+
+def remember(store: Store) -> None:
+    """Note the jobs of submissions that did not come to their end: their command was killed, or SLURM took too long to
+    answer it. The caller holds the lock of submissions, so none is at it now."""
+    folders = {path.parent for path in listed(store.root, f"{JOBS}/*/{BEGUN}")}
+    for asked, number in slurm.outputs().items() if folders else ():
+        path = Path(asked.replace("%%", "%"))
+        if path.parent in folders and (found := re.fullmatch(r"(.+)-(%A_%a|%j|\d+_\d+|\d+)\.out", path.name)):
+            script = path.with_name(found[1])
+            note(store, script, number, read_json(script.with_suffix(".json")), array="_" in found[2])
+    for folder in folders:
+        remove(folder / BEGUN)
