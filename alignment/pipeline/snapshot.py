@@ -16,13 +16,19 @@ TRIES = 5
 
 def take(store: Path) -> Path:
     """The folder, below the store, that holds a copy of the package: to be the first of PYTHONPATH. Equal code is
-    copied once."""
+    copied once; a copy that has lost files (scratch is tidied) is replaced."""
     root = package_root()
     for _ in range(TRIES):
         place = store / "code" / source_digest(root)[:16]
-        if (place / root.name).is_dir() or _copied(root, place):
+        if place.is_dir() and not _is_whole(root, place):
+            place.rename(place.with_name(f".{place.name}.damaged-{time.time_ns()}"))
+        if place.is_dir() or _copied(root, place):
             return place
     raise MachineError("the code changes while it is copied", where=str(root), fix="run the command again")
+
+
+def _is_whole(root: Path, place: Path) -> bool:
+    return source_digest(place / root.name)[:16] == place.name
 
 
 def _copied(root: Path, place: Path) -> bool:

@@ -113,6 +113,14 @@ def test_the_code_is_copied_once_and_a_later_edit_does_not_reach_it(tmp_path: Pa
     assert kinds <= set(identity.SOURCES), "a report needs its style sheet"
 
 
+def test_a_copy_of_the_code_that_has_lost_files_is_replaced(tmp_path: Path) -> None:
+    place = snapshot.take(tmp_path)
+    lost = place / "alignment" / "job.py"
+    lost.unlink()
+    assert snapshot.take(tmp_path) == place
+    assert lost.is_file()
+
+
 @pytest.mark.parametrize("kind", ["apptainer", "enroot"])
 def test_a_container_sees_the_store_the_code_and_the_working_directory(
     kind: str, tmp_path: Path, composed: Any, monkeypatch: pytest.MonkeyPatch
