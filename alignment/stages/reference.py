@@ -18,6 +18,7 @@ from alignment.stages.context import StageContext
 from alignment.stages.train import Plan, keeper_of, plan_of, train_rows
 from alignment.training import engine
 from alignment.training.keeper import Keeper
+from alignment.training.memory import arithmetic
 from alignment.training.model import load
 from alignment.training.out_of_memory import adapted, advising
 from alignment.training.reference import ReferenceStore, weights_digest
@@ -100,6 +101,4 @@ def references_of(context: StageContext, start: Path) -> References:
 
 
 def dtype_of(context: StageContext) -> str:
-    if context.settings.precision == "fp32":
-        return "fp32"
-    return "bf16-weights" if context.experiment.engine.strategy in engine.ZERO_STAGE else "bf16-autocast"
+    return arithmetic(context.settings.precision, context.experiment.engine.strategy)

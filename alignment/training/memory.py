@@ -17,6 +17,7 @@ from alignment.files import size_text
 from alignment.training.head import BLOCK_BYTES, KEPT_BYTES
 
 FP32, BF16 = 4, 2  # bytes
+Arithmetic = Literal["fp32", "bf16-autocast", "bf16-weights"]  # see arithmetic(); also the names in reference.py
 USABLE = 0.8  # of what is free; the rest for gradients of activations, fragments, buffers of communication
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL's chunked head, on CUDA
 # kept inputs of activations that transformers writes out in Python; those of torch keep one, the input
@@ -66,82 +67,104 @@ def _shape(config: Any) -> _Shape:
     )
 
 
-def activation_bytes(config: Any, tokens: int, scored: int, precision: Literal["fp32", "bf16"]) -> int:
+def arithmetic(precision: Literal["fp32", "bf16"], strategy: str) -> Arithmetic:
+    """What the weights are, and what computes with them. precision: the setting of the stage; strategy: of the engine.
+
+    bf16 under ZeRO: DeepSpeed makes the whole model bf16, its residual stream too. Without ZeRO the weights stay fp32,
+    and autocast copies to bf16 what each matrix product reads.
+    """
+    if precision == "fp32":
+        return "fp32"
+    return "bf16-weights" if strategy.startswith("zero") else "bf16-autocast"
+
+
+def activation_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic) -> int:
     """Bytes that autograd keeps for a forward without checkpointing, and those of the head's buffers.
 
     config: a transformers configuration. tokens: of the micro-batch, padding included. scored: those with a label.
-    Per token and layer, h the hidden size, i that of the MLP, a heads times their size, e the bytes of the precision:
+    Per token and layer, h the hidden size, i that of the MLP, a heads times their size, e the bytes of fp32 or bf16:
 
     two norms       fp32: 3h each for RMSNorm (input, normalised, output), 2h for LayerNorm (input, output).
-                    bf16, by autocast: input and normalised in fp32, and the output once per projection that casts it
+                    autocast: input and normalised in fp32, and the output once per projection that casts it
+                    bf16 weights: the same as fp32 in bf16, but that RMSNorm copies its input to fp32
     attention       4ae: queries, keys, values, output. Keys and values count as repeated to all heads, which is what
                     SDPA does under a mask. No scores, but their logarithmic sums: one fp32 per head
     MLP             4ie with a gate (gate, activation, up, product), 2ie without; more for a GELU written in Python
 
-    Under bf16 every layer also keeps its weights as autocast has cast them. Once, not per layer: the final norm, and
+    Under autocast every layer also keeps its weights as they have been cast. Once, not per layer: the final norm, and
     the rotations' cosines and sines. Not counted: masks of tokens^2, which padded rows have, and on the CPU those
     segments of a pack that share a beginning, slide or cap (on CUDA packs have none: flex_attention's is of blocks of
     tokens, and is made without the other); further norms inside a layer (Qwen3 keeps a tenth more than this says,
     Gemma 3 a third), experts beyond one MLP; masks of at most MOST_MASKED numbers in the last layer (attention.py).
     """
     shape = _shape(config)
-    layers = shape.layers * (tokens * _layer(shape, precision) + _cast_weights(shape, precision))
-    return layers + tokens * _around(shape) + _head(shape, scored, precision)
+    layers = shape.layers * (tokens * _layer(shape, dtype) + _cast_weights(shape, dtype))
+    return layers + tokens * _around(shape, dtype) + _head(shape, scored, dtype)
 
 
-def checkpointed_bytes(config: Any, tokens: int, scored: int, precision: Literal["fp32", "bf16"]) -> int:
-    """As activation_bytes, with each layer's input kept in fp32 and one layer computed again at a time.
+def checkpointed_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic) -> int:
+    """As activation_bytes, with each layer's input kept, in fp32 or with bf16 weights in bf16, and one layer computed
+    again at a time.
 
-    Under bf16 either all cast weights are there (autocast keeps them to the end of the forward), or that one layer.
+    Under autocast either all cast weights are there (it keeps them to the end of the forward), or that one layer.
     """
     shape = _shape(config)
-    weights = _cast_weights(shape, precision)
-    once = max(shape.layers * weights, tokens * _layer(shape, precision) + weights)
-    inputs = shape.layers * tokens * shape.hidden * FP32
-    return inputs + once + tokens * _around(shape) + _head(shape, scored, precision)
+    weights = _cast_weights(shape, dtype)
+    once = max(shape.layers * weights, tokens * _layer(shape, dtype) + weights)
+    inputs = shape.layers * tokens * shape.hidden * (BF16 if dtype == "bf16-weights" else FP32)
+    return inputs + once + tokens * _around(shape, dtype) + _head(shape, scored, dtype)
 
 
-def _layer(shape: _Shape, precision: str) -> int:
+def _layer(shape: _Shape, dtype: Arithmetic) -> int:
     """Bytes kept per token of one layer; see activation_bytes."""
-    size, fp32 = (FP32, True) if precision == "fp32" else (BF16, False)
+    size = FP32 if dtype == "fp32" else BF16
     normed = 2 if shape.rms else 1  # RMSNorm is in Python, and keeps what it normalised too
     casts = 5 if shape.gated else 2  # of the norms' outputs: q, k, v, gate and up, or c_attn and c_fc
-    norms = 2 * normed * shape.hidden * FP32 + (2 if fp32 else casts) * shape.hidden * size
+    norms = {
+        "fp32": 2 * (normed + 1) * FP32,
+        "bf16-autocast": 2 * normed * FP32 + casts * BF16,
+        "bf16-weights": 2 * (FP32 + 2 * BF16 if shape.rms else 2 * BF16),
+    }
     statistics = (2 * (3 - normed) + shape.heads) * FP32
     attention = 4 * shape.query * size
     inner = shape.kept + (3 if shape.gated else 1)
-    return norms + statistics + attention + inner * shape.inner * size
+    return norms[dtype] * shape.hidden + statistics + attention + inner * shape.inner * size
 
 
-def _cast_weights(shape: _Shape, precision: str) -> int:
-    """Bytes of one layer's weights in bf16, which autograd keeps beside the fp32 ones."""
-    if precision == "fp32":
+def _cast_weights(shape: _Shape, dtype: Arithmetic) -> int:
+    """Bytes of one layer's weights in bf16, which autograd keeps beside the fp32 ones under autocast."""
+    if dtype != "bf16-autocast":
         return 0
     attention = shape.hidden * (2 * shape.query + 2 * shape.key)
     return BF16 * (attention + (3 if shape.gated else 2) * shape.hidden * shape.inner)
 
 
-def _around(shape: _Shape) -> int:
+def _around(shape: _Shape, dtype: Arithmetic) -> int:
     """Bytes kept per token outside the layers: the final norm, cosines and sines, the token's number."""
+    if dtype == "bf16-weights":
+        return (FP32 + 2 * BF16) * shape.hidden + 2 * shape.head_size * BF16 + 8
     return (3 * shape.hidden + 2 * shape.head_size) * FP32 + 8
 
 
-def _head(shape: _Shape, scored: int, precision: str) -> int:
+def _head(shape: _Shape, scored: int, dtype: Arithmetic) -> int:
     """Most bytes of the head at once, which is in its backward: logits, and the gradients it adds up in fp32.
 
     CUDA: TRL's kernel, whose tile is in the precision of the computation. CPU: training/head.py, which keeps the
-    probabilities, and has a block of logits in three forms or, if it rounds, four.
+    probabilities, and has a block of logits in three forms or, if it rounds, four. Autocast copies to bf16 what the
+    head reads (on CUDA a tile of its weights); where the weights are bf16, the gradients are copied at the end.
     """
     if not scored:
         return 0
     gradients = (shape.vocabulary + scored) * shape.hidden * FP32
+    rounded = gradients // 2 if dtype == "bf16-weights" else 0
     if torch.cuda.is_available():
         tile = min(scored, TOKEN_TILE) * VOCABULARY_TILE
-        cast = 0 if precision == "fp32" else min(shape.vocabulary, VOCABULARY_TILE) * shape.hidden * BF16
-        return tile * (FP32 if precision == "fp32" else BF16) + cast + gradients
+        cast = min(shape.vocabulary, VOCABULARY_TILE) * shape.hidden * BF16 if dtype == "bf16-autocast" else 0
+        return tile * (FP32 if dtype == "fp32" else BF16) + cast + gradients + rounded
     logits = scored * shape.vocabulary * FP32
-    copies, cast = (3, 0) if precision == "fp32" else (4, gradients // 2)
-    return (logits if logits <= KEPT_BYTES else 0) + copies * min(logits, BLOCK_BYTES) + cast + gradients
+    copies, cast = (3 if dtype == "fp32" else 4), (gradients // 2 if dtype == "bf16-autocast" else 0)
+    blocks = max(copies * min(logits, BLOCK_BYTES), rounded)  # the blocks are gone at the end
+    return (logits if logits <= KEPT_BYTES else 0) + blocks + cast + gradients
 
 
 def attention_share(config: Any) -> float:
@@ -167,28 +190,61 @@ def adapter_parameters(config: Any, rank: int, targets: str | list[str]) -> int:
     return shape.layers * rank * sum(sizes[name] for name in (names if names <= sizes.keys() else sizes))
 
 
-def state_bytes(parameters: int, trainable: int, strategy: str, world_size: int, offload: str, hpz: int = 1) -> int:
-    """Bytes of weights, gradients and Adam's two moments on one process's device, all fp32.
+class Load(NamedTuple):
+    """What a process has to hold.
 
-    parameters: of the model; trainable: those of them with gradients. strategy: single, ddp, zero1, zero2 or zero3.
-    offload: none, optimizer or all; what is offloaded is not on the device. DDP keeps its buckets beside the
-    gradients; DeepSpeed's optimiser has its own copy of the weights that it moves. hpz: of engine.hpz; more than one
-    process share out a second copy of the weights.
+    tokens: of a micro-batch, all of them scored. precision: of the stage. parameters: of the model; trainable: those of
+    them with gradients. strategy: single, ddp, zero1, zero2 or zero3. offload: none, optimizer or all; it is not on the
+    device then. hpz: of engine.hpz; more than one process share out a second copy of the weights.
     """
-    weights, gradients, optimiser = FP32 * parameters, FP32 * trainable, 2 * FP32 * trainable
-    if strategy == "ddp":
-        gradients *= 2
-    if strategy.startswith("zero"):
-        stage = int(strategy.removeprefix("zero"))
-        optimiser = 3 * FP32 * trainable // world_size
-        gradients //= world_size if stage >= 2 else 1
-        weights //= world_size if stage >= 3 else 1
-        if offload != "none":
-            optimiser = 0
-            gradients = 0 if stage >= 2 else gradients
-        weights += FP32 * parameters // hpz if hpz > 1 else 0
-        weights = 0 if offload == "all" else weights
-    return weights + gradients + optimiser
+
+    tokens: int
+    precision: Literal["fp32", "bf16"]
+    parameters: int
+    trainable: int
+    strategy: str = "single"
+    world_size: int = 1
+    offload: str = "none"
+    hpz: int = 1
+
+    @property
+    def dtype(self) -> Arithmetic:
+        return arithmetic(self.precision, self.strategy)
+
+
+def state_bytes(load: Load) -> int:
+    """Bytes of weights, gradients and Adam's two moments on one process's device, at most at one time of a step.
+
+    Without ZeRO all is fp32: autocast's copies count with the activations. DDP keeps its buckets beside the gradients.
+    Under ZeRO the weights have the dtype of the arithmetic. Its optimiser moves an fp32 copy of its own, 12 bytes a
+    trained weight with the moments, of which each process has a part. Not counted: buckets of what is sent, weights
+    that ZeRO-3 has gathered, and a second copy of the own gradients in the step, when the activations are gone (ZeRO-1
+    in fp32: when they are sent).
+    """
+    whole = FP32 * load.trainable  # gradients, or one moment, or the optimiser's copy of the weights
+    if not load.strategy.startswith("zero"):
+        return FP32 * load.parameters + (4 if load.strategy == "ddp" else 3) * whole
+    stage = int(load.strategy.removeprefix("zero"))
+    copy = (BF16 if load.dtype == "bf16-weights" else FP32) * load.parameters
+    weights = copy // load.world_size if stage >= 3 else copy
+    weights += copy // load.hpz if load.hpz > 1 else 0
+    optimiser = 3 * whole // load.world_size if load.offload == "none" else 0
+    return (0 if load.offload == "all" else weights) + _sharded_gradients(load, stage) + optimiser
+
+
+def _sharded_gradients(load: Load, stage: int) -> int:
+    """Bytes of gradients on the device under ZeRO. They are added up in fp32 (`data_types.grad_accum_dtype`)."""
+    whole, rounded, offloaded = FP32 * load.trainable, load.dtype == "bf16-weights", load.offload != "none"
+    part = whole // load.world_size
+    if stage == 1 and rounded:
+        # BF16_Optimizer: beside the whole the bf16 ones that were added to it, and a bf16 copy of it while it is sent.
+        # It cannot offload: DeepSpeed then takes the optimiser of ZeRO-2, which has the whole, and the own part of it.
+        return whole + (part if offloaded else whole)
+    if stage == 1:
+        return whole
+    if stage == 2 and rounded:
+        return part  # added up on the device, offloaded or not
+    return 0 if offloaded else part
 
 
 def available_bytes() -> int:
@@ -243,19 +299,6 @@ def _room(group: Path) -> float:
     return float("inf")
 
 
-class Load(NamedTuple):
-    """What a process has to hold. tokens: of a micro-batch, all of them scored; the others: see state_bytes."""
-
-    tokens: int
-    precision: Literal["fp32", "bf16"]
-    parameters: int
-    trainable: int
-    strategy: str = "single"
-    world_size: int = 1
-    offload: str = "none"
-    hpz: int = 1
-
-
 def needs_checkpointing(
     setting: bool | Literal["auto"], config: Any, load: Load, available: int
 ) -> tuple[bool, str, bool]:
@@ -265,9 +308,9 @@ def needs_checkpointing(
     available_bytes tells. Processes may see different room: let one decide for all.
     """
     offload = load.offload if torch.cuda.is_available() else "none"  # from the host's memory to the host's memory
-    state = state_bytes(load.parameters, load.trainable, load.strategy, load.world_size, offload, load.hpz)
-    kept = activation_bytes(config, load.tokens, load.tokens, load.precision)
-    few = checkpointed_bytes(config, load.tokens, load.tokens, load.precision)
+    state = state_bytes(load._replace(offload=offload))
+    kept = activation_bytes(config, load.tokens, load.tokens, load.dtype)
+    few = checkpointed_bytes(config, load.tokens, load.tokens, load.dtype)
     room = USABLE * available
     on = state + kept > room if setting == "auto" else setting
     figures = (

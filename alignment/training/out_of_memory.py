@@ -71,6 +71,5 @@ def advice(load: Load, checkpointing: bool, config: Any) -> str:
 
 
 def _total(load: Load, checkpointing: bool, config: Any) -> int:
-    state = state_bytes(load.parameters, load.trainable, load.strategy, load.world_size, load.offload, load.hpz)
     count = checkpointed_bytes if checkpointing else activation_bytes
-    return state + count(config, load.tokens, load.tokens, load.precision)
+    return state_bytes(load) + count(config, load.tokens, load.tokens, load.dtype)

@@ -1,22 +1,24 @@
 from __future__ import annotations
 
-import weakref
-from contextlib import nullcontext
+import json
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from alignment.training import engine, head, memory
+from alignment.training import engine, head, memory, reference
 from alignment.training.memory import (
+    Arithmetic,
     Load,
     activation_bytes,
     adapter_parameters,
+    arithmetic,
     attention_share,
     available_bytes,
     checkpointed_bytes,
@@ -25,9 +27,11 @@ from alignment.training.memory import (
     state_bytes,
 )
 from alignment.training.reference_pass import BUDGET
-from tests.training import tiny
+from tests.training import held, tiny
+from tests.training.held import Alive, Kept
 
 GB = 10**9
+DTYPES: tuple[Arithmetic, ...] = ("fp32", "bf16-autocast", "bf16-weights")
 
 
 def llama(size: int) -> Any:
@@ -51,41 +55,33 @@ def gpt2(size: int) -> Any:
     )  # fmt: skip
 
 
-class Kept:
-    """Bytes of distinct storages that autograd keeps, parameters apart."""
-
-    def __init__(self, model: torch.nn.Module):
-        self._own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._kept: dict[int, torch.Tensor] = {}
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in self._own:
-            self._kept[place] = tensor  # held, so that its place is not taken by another
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
-
-
-def measure(config: Any, tokens: int, precision: str, padded: bool = False) -> int:
-    """What a forward of the layers keeps. padded: the first token is masked, so that there is a mask at all."""
+def made(config: Any, dtype: Arithmetic) -> Any:
+    """A model with its weights; what computes them is `casting`."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    return model.bfloat16() if dtype == "bf16-weights" else model  # as DeepSpeed does
+
+
+def casting(dtype: Arithmetic) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if dtype == "bf16-autocast" else nullcontext()
+
+
+def measure(config: Any, tokens: int, dtype: Arithmetic, padded: bool = False) -> int:
+    """What a forward of the layers keeps. padded: the first token is masked, so that there is a mask at all."""
+    model = made(config, dtype)
     mask = torch.ones(1, tokens, dtype=torch.long)
     mask[0, 0] = not padded
     kept = Kept(model)
-    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor), cast:
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor), casting(dtype):
         model.base_model(input_ids=torch.ones(1, tokens, dtype=torch.long), attention_mask=mask, use_cache=False)
     return kept.bytes
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size, tokens", [(1, 300), (3, 700)])
 @pytest.mark.parametrize("family", [llama, qwen2, gpt2])
-def test_activations_are_what_autograd_keeps(family: Any, size: int, tokens: int, precision: Any) -> None:
+def test_activations_are_what_autograd_keeps(family: Any, size: int, tokens: int, dtype: Arithmetic) -> None:
     config = family(size)
-    measured, estimated = measure(config, tokens, precision), activation_bytes(config, tokens, 0, precision)
+    measured, estimated = measure(config, tokens, dtype), activation_bytes(config, tokens, 0, dtype)
     assert 0.95 < estimated / measured < 1.2, (estimated, measured)
 
 
@@ -96,69 +92,44 @@ def test_activations_under_a_mask_are_what_autograd_keeps() -> None:
     assert 0.8 < estimated / measured < 1.2, (estimated, measured)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size, tokens", [(1, 300), (3, 700)])
 @pytest.mark.parametrize("family", [llama, qwen2, gpt2])
 def test_checkpointing_keeps_inputs_and_computes_one_layer_again(
-    family: Any, size: int, tokens: int, precision: Any
+    family: Any, size: int, tokens: int, dtype: Arithmetic
 ) -> None:
     """Most bytes alive that were made in forward and backward; gradients of weights and activations are among them."""
     config = family(size)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    model = made(config, dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(False)  # no gradients of weights; what is kept for them is kept for the inputs, too
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    embedded = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
-    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    embedded = torch.randn(1, tokens, config.hidden_size, dtype=model.dtype, requires_grad=True)
     with Alive() as alive:
-        with cast:
+        with casting(dtype):
             out = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         out.sum().backward()
-    estimated = checkpointed_bytes(config, tokens, 0, precision)
+    estimated = checkpointed_bytes(config, tokens, 0, dtype)
     assert 0.8 < estimated / alive.most < 1.5, (estimated, alive.most)
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations make: now, and most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.most, self._sizes = 0, 0, {}  # type: ignore[var-annotated]
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {tensor.untyped_storage()._cdata for tensor in tree_iter(args) if isinstance(tensor, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._sizes and storage._cdata not in given:
-                    self._sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._gone, storage._cdata)
-        self.most = max(self.most, self.now)
-        return result
-
-    def _gone(self, storage: int) -> None:
-        self.now -= self._sizes.pop(storage, 0)
-
-
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_head_takes_what_its_logits_take(precision: Any, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_head_takes_what_its_logits_take(dtype: Arithmetic, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     scored, vocabulary = 512, 3000
     for module in (memory, head):
         monkeypatch.setattr(module, "BLOCK_BYTES", scored * vocabulary)  # a quarter of the logits
         monkeypatch.setattr(module, "KEPT_BYTES", head.KEPT_BYTES if kept else 0)
     config = LlamaConfig(hidden_size=64, vocab_size=vocabulary)
-    hidden = torch.randn(scored, 64, requires_grad=True)
-    weight = torch.randn(vocabulary, 64, requires_grad=True)
-    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    own = torch.bfloat16 if dtype == "bf16-weights" else torch.float32
+    hidden = torch.randn(scored, 64, dtype=own, requires_grad=True)
+    weight = torch.randn(vocabulary, 64, dtype=own, requires_grad=True)
     targets = torch.zeros(scored, dtype=torch.long)
     with Alive() as alive:
-        with cast:
+        with casting(dtype):
             log_probs, _, _ = head.score_tokens(hidden, weight, None, targets)
         log_probs.sum().backward()
-    estimated = activation_bytes(config, 0, scored, precision) - activation_bytes(config, 0, 0, precision)
+    estimated = activation_bytes(config, 0, scored, dtype) - activation_bytes(config, 0, 0, dtype)
     assert 0.8 < estimated / alive.most < 1.5, (estimated, alive.most)
 
 
@@ -169,10 +140,16 @@ def test_on_a_gpu_the_tile_of_trls_head_is_all(monkeypatch: pytest.MonkeyPatch) 
     assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == memory.VOCABULARY_TILE == head.VOCABULARY_TILE
     assert chunked_logprob.TOKEN_CHUNK_SIZE == memory.TOKEN_TILE
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    without = activation_bytes(llama(1), 0, 0, "fp32")
-    assert activation_bytes(llama(1), 0, 100, "fp32") - without == 100 * 32768 * 4 + (300 + 100) * 64 * 4
-    most, more = (activation_bytes(llama(1), 0, count * memory.TOKEN_TILE, "fp32") for count in (1, 2))
-    assert more - most == memory.TOKEN_TILE * 64 * 4  # no more tiles, only the gradient of the hidden states
+
+    def most(scored: int, dtype: Arithmetic = "fp32") -> int:
+        return activation_bytes(llama(1), 0, scored, dtype) - activation_bytes(llama(1), 0, 0, dtype)
+
+    gradients = (300 + 100) * 64 * 4
+    assert most(100) == 100 * 32768 * 4 + gradients
+    assert most(100, "bf16-autocast") == 100 * 32768 * 2 + gradients + 300 * 64 * 2, "a tile of weights is cast"
+    assert most(100, "bf16-weights") == 100 * 32768 * 2 + gradients + 400 * 64 * 2, "the gradients are, at the end"
+    # no more tiles, only the gradient of the hidden states
+    assert most(2 * memory.TOKEN_TILE) - most(memory.TOKEN_TILE) == memory.TOKEN_TILE * 64 * 4
 
 
 def test_attentions_share_of_the_time_of_a_token_by_hand() -> None:
@@ -181,22 +158,81 @@ def test_attentions_share_of_the_time_of_a_token_by_hand() -> None:
     assert attention_share(llama(1)) == pytest.approx(1 / 720)
 
 
-def test_the_state_is_shared_as_the_strategy_says() -> None:
-    def state(strategy: str, offload: str = "none", trainable: int = 80) -> int:
-        return state_bytes(80, trainable, strategy, 4, offload)
+def test_zero_in_bf16_has_bf16_weights_and_nothing_else_has() -> None:
+    engines = ("single", "ddp", "zero1", "zero2", "zero3")
+    assert {arithmetic("fp32", one) for one in engines} == {"fp32"}
+    assert [arithmetic("bf16", one) for one in engines] == ["bf16-autocast"] * 2 + ["bf16-weights"] * 3
+    assert set(DTYPES) == set(get_args(Arithmetic)) == set(reference.DTYPES)
 
-    weights = gradients = 320
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_state_is_shared_as_the_strategy_says(precision: Any) -> None:
+    """80 weights, 4 processes. fp32, and bf16 without ZeRO: 4 bytes each of a weight, its gradient, two moments."""
+
+    def state(strategy: str, offload: str = "none", trainable: int = 80, hpz: int = 1) -> int:
+        return state_bytes(Load(1, precision, 80, trainable, strategy, 4, offload, hpz))
+
     assert state("single") == 320 * 4
     assert state("ddp") == 320 * 5
-    assert state("zero1") == weights + gradients + 320 * 3 // 4
-    assert state("zero2") == weights + 320 * 4 // 4
-    assert state("zero3") == 320 * 5 // 4
-    assert state("single", trainable=10) == weights + 3 * 40
-    assert state("zero1", "optimizer") == weights + gradients
-    assert state("zero2", "optimizer") == weights
-    assert state("zero3", "optimizer") == weights // 4
+    assert state("single", trainable=10) == 320 + 3 * 40
+    if precision == "fp32":
+        assert state("zero1") == 320 + 320 + 320 * 3 // 4
+        assert state("zero2") == 320 + 320 * 4 // 4
+        assert state("zero3") == 320 * 5 // 4
+        assert state("zero1", "optimizer") == 320 + 320
+        assert state("zero2", "optimizer") == 320
+        assert state("zero3", "optimizer") == 320 // 4
+        assert state("zero3", hpz=2) == 320 * 5 // 4 + 320 // 2
+    else:  # 160 of weights; gradients 320, in ZeRO-1 also 160 that are added to them and 160 that are sent
+        assert state("zero1") == 160 + 640 + 320 * 3 // 4
+        assert state("zero2") == 160 + 320 * 4 // 4
+        assert state("zero3") == 160 // 4 + 320 * 4 // 4
+        assert state("zero1", "optimizer") == 160 + 320 + 320 // 4
+        assert state("zero2", "optimizer") == 160 + 320 // 4
+        assert state("zero3", "optimizer") == 160 // 4
+        assert state("zero3", hpz=2) == 160 // 4 + 320 * 4 // 4 + 160 // 2
+        assert state("zero2", trainable=10) == 160 + 40 * 4 // 4, "frozen weights have neither copy nor gradient"
     assert state("zero3", "all") == 0
-    assert state_bytes(80, 80, "zero3", 4, "none", 2) == state("zero3") + weights // 2, "engine.hpz"
+
+
+ZERO: tuple[dict[str, Any], ...] = (
+    {"strategy": "zero1"}, {"strategy": "zero2"}, {"strategy": "zero3"}, {"strategy": "zero3", "hpz": 2},
+    {"strategy": "zero2", "lora": True}, {"strategy": "zero3", "lora": True},
+    {"strategy": "zero1", "offload": "optimizer"}, {"strategy": "zero2", "offload": "optimizer"},
+    {"strategy": "zero3", "offload": "optimizer"}, {"strategy": "zero3", "offload": "all"},
+    {"strategy": "zero1", "precision": "fp32"}, {"strategy": "zero2", "precision": "fp32"},
+    {"strategy": "zero3", "precision": "fp32"},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[str, int]]:
+    """What DeepSpeed takes in each case of ZERO."""
+    program = subprocess.run(
+        [sys.executable, "-m", "tests.training.held", json.dumps(ZERO)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert program.returncode == 0, program.stderr[-6000:]
+    return json.loads(program.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(ZERO)), ids=[" ".join(map(str, case.values())) for case in ZERO])
+def test_under_zero_state_and_activations_are_what_deepspeed_takes(case: int, measured: list[dict[str, int]]) -> None:
+    """On a CPU the device's memory is the host's: what is offloaded is added by hand, as docs/clusters.md has it."""
+    found, told = measured[case], {"precision": "bf16", "offload": "none", "hpz": 1, **ZERO[case]}
+    told.pop("lora", None)
+    sizes = {name: found[name] for name in ("parameters", "trainable")}
+    load = Load(held.TOKENS, world_size=held.PROCESSES, **sizes, **told)
+    state, forward = state_bytes(load), activation_bytes(held.llama(), held.TOKENS, 0, load.dtype)
+    if load.offload != "none":
+        state += (20 if load.strategy == "zero3" else 18) * load.trainable // held.PROCESSES
+    if load.offload == "all":
+        state += 2 * load.parameters // held.PROCESSES
+    if load.hpz > 1:
+        forward += 2 * load.parameters // load.hpz  # the second copy of the weights is made anew
+    assert 0.999 < found["held"] / state < 1.04, (found, state)
+    assert 0.999 < forward / found["kept"] < (1.15 if load.trainable < load.parameters else 1.001), (found, forward)
 
 
 def write(folder: Path, **files: str) -> None:
@@ -319,21 +355,22 @@ def test_the_largest_forward_by_hand() -> None:
     assert engine.largest_forward([9] * 1000, [9] * 1000, global_batch_size=8) == 256 * 9
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", [llama, qwen2, gpt2])
-def test_a_reference_pass_takes_less_than_a_step(family: Any, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_pass_takes_less_than_a_step(
+    family: Any, dtype: Arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Most bytes alive in a forward without gradients over BUDGET times the tokens, with two layers, the fewest."""
     config, tokens = family(3), 500
     config.num_hidden_layers = 2
     for module in (head, memory):  # several blocks of logits, as large heads have
         monkeypatch.setattr(module, "BLOCK_BYTES", tokens * config.vocab_size)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = made(config, dtype).eval()
     ids = torch.ones(1, BUDGET * tokens, dtype=torch.long)
-    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-    with Alive() as alive, torch.no_grad(), cast:
+    with Alive() as alive, torch.no_grad(), casting(dtype):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         head.score_tokens(hidden, model.get_output_embeddings().weight, None, ids[0], measure=False)
-    assert tokens * config.hidden_size * 4 < alive.most < activation_bytes(config, tokens, tokens, precision)
+    assert tokens * config.hidden_size * 4 < alive.most < activation_bytes(config, tokens, tokens, dtype)
 
 
 @pytest.mark.parametrize(
