@@ -102,6 +102,7 @@ class Supervisor:
             if code >= 0 and not told:  # else it was ended by a signal, by this driver, or by what that file says
                 self._find_victim()
                 self._find_victim_elsewhere()
+        self._find_victim_elsewhere(killed=True)
         self.end()
         if self._victim and not self.fault:
             self.fault = self._lost(self._victim, code)
@@ -222,11 +223,14 @@ class Supervisor:
             if self._victim is None and beat.gone and not heard:
                 self._victim = beat
 
-    def _find_victim_elsewhere(self) -> None:
-        """One of another host, of which this one knows no more than what torchrun has said there."""
+    def _find_victim_elsewhere(self, killed: bool = False) -> None:
+        """One of another host, of which this one knows no more than what torchrun has said there. killed: only by a
+        signal, and not torchrun's own, which ends those that a failure has left; this driver's reach its host alone."""
         for _, beat in sorted(self._beats.items()):
-            if self._victim is None and not beat.ended and not beat.here and self._said_of(beat) is not None:
-                self._victim = beat
+            if self._victim is None and not beat.ended and not beat.here:
+                said = self._said_of(beat)
+                if said is not None and (not killed or (said < 0 and said != -signal.SIGTERM)):
+                    self._victim = beat
 
     def _said_of(self, beat: Beat) -> int | None:
         """The exit code of a rank by torchrun's words, if it got to say them."""

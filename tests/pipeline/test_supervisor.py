@@ -183,6 +183,21 @@ def test_a_rank_that_is_gone_without_a_word_takes_the_job_down_and_is_named(worl
     assert str(world.watched.fault).startswith("rank 1 was killed by signal 11")
 
 
+@pytest.mark.parametrize(("code", "named"), [(-9, True), (-15, False), (1, False)])
+def test_a_rank_of_another_host_is_named_by_what_torchrun_says_there_however_late(
+    world: World, code: int, named: bool
+) -> None:
+    """Rank 0 has said that it lost contact long before. Torchrun itself ends who is left with 15."""
+    world.each = lambda: (world.beat(0, ticks=int(world.now)), world.beat(1, pid=NO_PID + 1))
+    world.script[1] = lambda: (world.folder / "error.json").write_text("{}")
+    said = f"failed (exitcode: {code}) local_rank: 0 (pid: {NO_PID + 1}) of binary\n"
+    world.script[8] = lambda: (world.folder / "log.txt").write_text(said)
+    world.watched.watch()
+    assert world.killed_at == pytest.approx(9, abs=1)
+    assert str(world.watched.fault).startswith("rank 1 on far was killed by signal 9") == named
+    assert (world.watched.fault is not None) == named
+
+
 def test_a_rank_that_is_gone_before_its_first_beat_is_lost_in_seconds(world: World) -> None:
     """torchrun would give the others half a minute."""
     world.each = lambda: world.beat(0, ticks=int(world.now))

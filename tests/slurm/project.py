@@ -78,7 +78,7 @@ class Project:
         """How far a stage at work is."""
         return int((self.node(name).get("progress") or {}).get("step") or 0)
 
-    def until(self, true: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
+    def until(self, true: Callable[[], Any], what: str, seconds: float = 120.0) -> None:
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, f"not in {seconds} s: {what}\n{self.said()}"
