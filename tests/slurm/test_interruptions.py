@@ -21,7 +21,6 @@ from tests.slurm.project import ON_SLURM, Project, losses, weights
 
 TWO_NODES = (*ON_SLURM, "engine=zero2", "launcher.nodes=2", "launcher.grace=10")
 STEPS = 400
-SLOWLY = ("checkpoint.every_steps=1", "checkpoint.asynchronous=false")
 Make = Callable[[Cluster | None], Project]
 
 
@@ -104,14 +103,15 @@ def test_a_preempted_job_goes_on(told: str, make: Make, undisturbed: Project, re
 def test_a_job_that_runs_out_of_time_goes_on(slurm: Cluster, make: Make, undisturbed: Project, patience: int) -> None:
     """It ends by itself, `patience` after its start; SLURM, which counts in minutes, would ask it later."""
     project = make(slurm)
-    project.run(*TWO_NODES, *SLOWLY, f"launcher.time_limit={46 + patience}", "launcher.grace=46")
+    project.run(*TWO_NODES, f"launcher.time_limit={46 + patience}", "launcher.grace=46")
     project.until(lambda: project.step("sft") > 10, "it trains")
-    stood_still(project, until=stage(project)["started"] + patience - 7)
-    done(project, 300)
+    stood_still(project, until=stage(project)["started"] + patience + 2)
+    done(project)
     same_as(project, undisturbed)
-    *before, last = attempts(project)
-    assert before and last == ("done", len(before))
+    *before, last = attempts(project)  # on a busy machine the next one's time may be over, too
     assert before == [("preempted", number) for number in range(len(before))]
+    assert before and last == ("done", len(before))
+    assert "launcher.time_limit: saved at step" in project.record("sft")["attempts"][0]["cause"]
 
 
 def test_a_cancelled_job_saves_and_the_same_command_at_once_goes_on_from_there(
@@ -196,7 +196,7 @@ def stage(project: Project) -> dict[str, Any]:
 
 
 def stood_still(project: Project, until: float) -> None:
-    """The ranks do nothing till then, so that a fast machine is not done before its time is over."""
+    """The ranks do nothing till then: however fast the machine, they are not done before."""
     ranks = [beat["pid"] for beat in beats(project)]
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
