@@ -45,10 +45,18 @@ def _setup_line(line: str) -> str:
     return line
 
 
+def _interface(text: str) -> str:
+    if not re.fullmatch(r"[\w.,:^=-]+", text, re.ASCII):
+        fix = "such as ib0; NCCL also takes =ib0,ib1 for exact names, and ^docker0,lo for those that it may not take"
+        raise PydanticCustomError("interface", "is no list of network interfaces", {"fix": fix})
+    return text
+
+
 # A word of sbatch's: it stands on a line of its own in the script.
 Word = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\"'\\`$]+$")]
 Seconds = Annotated[int | None, BeforeValidator(seconds)]
 SetupLine = Annotated[str, AfterValidator(_setup_line)]
+Interface = Annotated[str, AfterValidator(_interface)]
 
 
 class AnyLauncher(Settings):
@@ -129,7 +137,7 @@ class SlurmLauncher(Resources):
     setup: list[SetupLine] = execution()
     python: Word | None = execution()
     container: Container | None = execution()
-    interface: Word | None = execution()
+    interface: Interface | None = execution()
     options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Word | int | bool] = execution()
     probe: bool = execution()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from alignment.config.compose import compose
 from alignment.config.launchers import Container
 from alignment.launchers import srun
 from alignment.launchers.base import Job
-from alignment.pipeline import identity, snapshot
+from alignment.pipeline import identity, snapshot, submission
 from alignment.pipeline.runner import Run
 from alignment.pipeline.submission import Submission
 
@@ -75,6 +77,49 @@ def test_a_stage_that_does_not_train_takes_one_process_and_any_stage_may_ask_for
     assert layout["evaluate_sft"] == ("1", "2", "4", "10")
     assert layout["rows"] == ("1", "1", "4", "1440")
     assert (layout["sft"], layout["dpo"]) == (("8", "8", "32", "1440"), ("2", "8", "32", "1440"))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Any:
+    """A job's script, run as on a node, but for python: a file that prints its environment takes its place."""
+
+    def run(composed: Any, *settings: str, **outer: str) -> subprocess.CompletedProcess[str]:
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\nexec env\n")
+        python.chmod(0o755)
+        script = tmp_path / "script.sbatch"
+        script.write_text(str(scripts(composed(f"launcher.python={python}", *settings))["sft"]["text"]))
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        return subprocess.run(
+            ["bash", script], env={**kept, **outer}, cwd=tmp_path, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("interface", "nccl", "gloo"),
+    [("ib0", "ib0", "ib0"), ("=ib0,ib1.8002", "=ib0,ib1.8002", "ib0,ib1.8002"), ("^docker,lo", "^docker,lo", None)],
+)
+def test_interfaces_are_said_to_each_library_in_its_own_form(
+    interface: str, nccl: str, gloo: str | None, composed: Any, node: Any
+) -> None:
+    said = node(composed, f"launcher.interface='{interface}'").stdout
+    found = dict(line.partition("=")[::2] for line in said.splitlines())
+    assert (found["NCCL_SOCKET_IFNAME"], found.get("GLOO_SOCKET_IFNAME")) == (nccl, gloo)
+
+
+def test_a_value_is_no_code_of_the_jobs_shell(composed: Any, node: Any, tmp_path: Path) -> None:
+    """The template quotes what it is given, also where a setting's type would let it through."""
+    launcher = composed().experiment.launcher
+    odd = launcher.model_copy(update={"interface": "ib0; touch ran $(touch ran)"})
+    text = submission.script("odd", {}, odd, tmp_path / "a code $(touch ran)", "alignment.job", tmp_path / "told")
+    script = tmp_path / "script.sbatch"
+    script.write_text(text.replace(f"exec {sys.executable}", "exec env #"))
+    said = subprocess.run(["bash", script], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "NCCL_SOCKET_IFNAME=ib0; touch ran $(touch ran)\n" in said
+    assert not (tmp_path / "ran").exists()
 
 
 def test_alike_stages_are_an_array_of_which_few_run_at_a_time(composed: Any) -> None:
