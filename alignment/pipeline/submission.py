@@ -177,7 +177,8 @@ def script(what: str, options: Mapping[str, Any], launcher: SlurmLauncher, code:
         what=what,
         options=options,
         setup=launcher.setup,
-        variables={"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", **_network(launcher)},
+        code=str(code),
+        variables={"PYTHONSAFEPATH": "1", **_network(launcher)},
         command=f"{shlex.quote(launcher.python or sys.executable)} -m {module} {shlex.quote(str(told))}",
     )
 
