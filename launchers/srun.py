@@ -51,7 +51,8 @@ def step(settings: SlurmLauncher, name: str, nodes: int, store: Path) -> list[st
     """srun's command of one python on each node, but for python's arguments. In a container that sees the store."""
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     command += ["--kill-on-bad-exit=1", "--unbuffered", f"--job-name={name}", "--input=none"]
-    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # a step does not take it from its job by itself
+    # A step does not take it from its job by itself. It is this job's: sbatch hears nothing of others.
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         command.append(f"--cpus-per-task={cpus}")
     if settings.container is None:
         return [*command, settings.python or sys.executable]

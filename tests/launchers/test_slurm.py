@@ -66,6 +66,23 @@ def test_where_there_is_no_slurm_the_fix_is_said(monkeypatch: pytest.MonkeyPatch
         slurm.submit("#!/bin/sh\n")
 
 
+def test_neither_a_job_around_the_command_nor_a_profile_changes_what_is_submitted(
+    bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {
+        "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3", "SLURM_CPU_BIND": "quiet,mask_cpu:1", "SLURM_MEM_PER_CPU": "9",
+        "SLURMD_NODENAME": "n1", "SRUN_CPUS_PER_TASK": "3", "SBATCH_NO_REQUEUE": "1", "SALLOC_ACCOUNT": "lab",
+    }  # fmt: skip
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "me"}
+    for name, value in {**theirs, **kept}.items():
+        monkeypatch.setenv(name, value)
+    (bin / "sbatch").write_text(f"#!/bin/sh\nenv > {bin}/environment\necho 8\n")
+    (bin / "sbatch").chmod(0o755)
+    assert slurm.submit("#!/bin/sh\n") == "8"
+    names = {line.partition("=")[0] for line in (bin / "environment").read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM", "SRUN", "SBATCH", "SALLOC"))} == set(kept)
+
+
 def test_nodes_that_do_not_answer_are_named(bin: Path) -> None:
     answer(bin, "sinfo", "n1 allocated\nn2 allocated*\nn3 down\nn4 draining\nn5 mixed")
     assert slurm.silent_nodes("n[1-5]") == ["n2", "n3", "n4"]

@@ -65,6 +65,15 @@ def test_a_stage_that_trains_asks_for_what_the_launcher_says(composed: Any, tmp_
     assert sft["dependency"] == "afterok:<001-rows>"
 
 
+def test_what_a_profile_says_to_sbatch_is_the_default(composed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PARTITION", "ACCOUNT", "QOS", "CONSTRAINT"):
+        monkeypatch.setenv(f"SBATCH_{name}", f"my-{name.lower()}")
+    told = scripts(composed("launcher.partition=train", "launcher.qos=null"))["rows"]
+    assert [told.get(key) for key in ("partition", "account", "qos", "constraint")] == [
+        "train", "my-account", None, "my-constraint"
+    ]  # fmt: skip
+
+
 def test_a_stage_that_does_not_train_takes_one_process_and_any_stage_may_ask_for_something_else(composed: Any) -> None:
     asked = (
         "launcher.nodes=2", "launcher.cpus_per_process=4", "+launcher.stages.evaluate.time_limit=600",
