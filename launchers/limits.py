@@ -54,8 +54,8 @@ def check(asks: Iterable[Ask], cluster: Cluster) -> list[str]:
     """What people should know. Raises ConfigError for the first that could never start."""
     said: list[str] = []
     for ask in asks:
-        if not cluster.partitions or {"clusters", "M"} & dict(ask.options).keys():
-            continue  # it tells this user nothing, or the job goes to another one
+        if not cluster.partitions:
+            continue  # it tells this user nothing
         said += [line for line in _check(ask, cluster) if line not in said]
     return said
 

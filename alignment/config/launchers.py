@@ -182,6 +182,9 @@ class SlurmLauncher(Resources):
     def _are_not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
             key = name.replace("-", "_")
+            if "clusters".startswith(name):  # sbatch takes beginnings of its options, too
+                fix = "give the command on that cluster's login node: what follows asks the one that it is given on"
+                raise PydanticCustomError("options", "names another cluster", {"fix": fix})
             if name in OURS or key in Resources.model_fields or name in ("time", "mem", "gpus-per-node"):
                 fix = f"a key of conf/launcher/slurm.yaml says it, or jobs cannot do without: --{name}"
                 raise PydanticCustomError("options", "names what is not for it to say", {"fix": fix})

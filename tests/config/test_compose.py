@@ -89,6 +89,12 @@ REFUSED = [
     (["launcher=slurm", "launcher.setup=['module load x; rm y']"], "is no line that sets up an environment"),
     (["launcher=slurm", "launcher.interface='ib0; id'"], "`launcher.interface` is no list of network interfaces"),
     (["launcher=slurm", "launcher.interface='ib0|id'"], "`launcher.interface` is no list of network interfaces"),
+    (
+        ["launcher=slurm", "+launcher.options.clusters=b"],
+        "command line: `launcher.options` names another cluster (give the command on that cluster's login node: ",
+    ),
+    (["launcher=slurm", "+launcher.options.cluster=b"], "`launcher.options` names another cluster (give the"),
+    (["launcher=slurm", "+launcher.options.M=b"], "`launcher.options.M"),
     (["launcher=slurm", "+launcher.options.time=3"], "names what is not for it to say"),
     (["launcher=slurm", "launcher.time_limit=60"], "has a time_limit of 60 s, of which grace=120 s are for saving"),
     (["launcher=torchrun", "engine=ddp", "launcher.nodes=2"], "`launcher.nodes` is 2, and `launcher.head` is null"),

@@ -163,7 +163,6 @@ def test_what_could_never_start(asked: dict[str, Any], said: str, old: Cluster) 
         {"partition": "gpu", "constraint": "v100*1&skylake*1", "nodes": 2, "memory": "1G"},
         {"memory": "190000", "cpus_per_process": 32},
         {"exclude": "/home/me/nodes.txt", "memory": "1G"},
-        {"nodes": 99, "options": {"clusters": "other"}},
     ],
 )
 def test_what_could_start(asked: dict[str, Any], old: Cluster) -> None:
