@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from alignment.config.secret_names import secrets_in
 from alignment.config.settings import Settings, execution
 
 TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
@@ -34,6 +35,10 @@ def seconds(value: Any) -> int | None:
 
 def _setup_line(line: str) -> str:
     """A line of the set-up. It runs in the job's shell, so it may not be more than its first word says."""
+    if name := next((name for name, *_ in secrets_in(line)), None):
+        fix = "put the line into a file that nobody else reads, and `source` it; or give it the value of a variable, $X"
+        what = "holds a secret by its name, {name}: scripts, run.json and every stage.json would show it"
+        raise PydanticCustomError("secret", what, {"name": name, "fix": fix})
     try:
         words = shlex.split(line)
     except ValueError:
