@@ -168,9 +168,9 @@ def requeue(job: str) -> None:
 
 
 def largest_array() -> int:
-    """One more than the highest index of an element."""
+    """One more than the highest index of an element. 1, so that each job stands alone, where arrays are off (0)."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.M)
-    return int(found[1]) if found else 1001
+    return max(1, int(found[1])) if found else 1001
 
 
 def silent_nodes(nodes: str) -> list[str]:
