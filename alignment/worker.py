@@ -208,7 +208,7 @@ def _tracked(context: StageContext, order: dict[str, Any], store: Store) -> Any:
         config={
             "run": order["run"],
             "identity": order["identity"],
-            "experiment": order["experiment"],
+            "experiment": {key: value for key, value in order["experiment"].items() if key != "launcher"},
             "key": order["key"],
         },
         parents={role: (parent["name"], parent["key"]) for role, parent in order["parents"].items()},

@@ -37,7 +37,8 @@ class Machine:
 @dataclass(frozen=True)
 class Partition:
     """Limits of None: none. Times are seconds, memory is MB. default: whether jobs that name none go there. cpus,
-    memory: most of a node that a job may have. usual: MB for each Node, CPU or GPU of a job that asks for none."""
+    memory: most of a node that a job may have. usual: MB for each Node, CPU or GPU of a job that asks for none, as
+    per_gpu: CPUs for each GPU. whole: jobs get all CPUs of their nodes."""
 
     name: str
     default: bool
@@ -49,6 +50,8 @@ class Partition:
     cpus: int | None
     memory: int | None
     usual: Mapping[str, int]
+    per_gpu: int | None
+    whole: bool
     accounts: Names
     qos: Names
 
@@ -155,8 +158,9 @@ def _partition(values: Mapping[str, str], settings: Mapping[str, str]) -> Partit
     if not any(usual.values()):
         usual = {name: megabytes(settings.get(f"DefMemPer{name}")) for name in ("Node", "CPU")}
     defaults = values.get("JobDefaults", "") + "," + settings.get("JobDefaults", "")
-    if per_gpu := re.search(r"DefMemPerGPU=(\d+)", defaults):
-        usual = {"GPU": int(per_gpu[1])}
+    per_gpu = {name: int(value) for name, value in reversed(re.findall(r"Def(Mem|Cpu)PerGPU=(\d+)", defaults))}
+    if "Mem" in per_gpu:
+        usual = {"GPU": per_gpu["Mem"]}
     return Partition(
         name=values.get("PartitionName", ""),
         default=values.get("Default") == "YES",
@@ -168,6 +172,8 @@ def _partition(values: Mapping[str, str], settings: Mapping[str, str]) -> Partit
         cpus=_number(values.get("MaxCPUsPerNode")),
         memory=megabytes(values.get("MaxMemPerNode")) or megabytes(settings.get("MaxMemPerNode")),
         usual={name: value for name, value in usual.items() if value},
+        per_gpu=per_gpu.get("Cpu"),
+        whole=values.get("OverSubscribe") == "EXCLUSIVE" or settings.get("SelectType") == "select/linear",
         accounts=Names(_names(values.get("AllowAccounts")), _names(values.get("DenyAccounts")) or frozenset()),
         qos=Names(_names(values.get("AllowQos")), _names(values.get("DenyQos")) or frozenset()),
     )
@@ -200,7 +206,6 @@ def seconds(text: str | None) -> int | None:
 
 
 def gpus(gres: str) -> int:
-    """How many, of whatever type, of gpu:a100:4(S:0-1),gpu:v100:2,shard:8."""
-    plain = re.sub(r"\([^)]*\)", "", gres)
-    counts = [re.fullmatch(r"gpu(?::[^:]*[^:\d][^:]*)?(?::(\d+))?", item) for item in plain.split(",")]
-    return sum(int(found[1] or 1) for found in counts if found)
+    """How many, of whatever type, of gpu:a100:4(S:0-1),gpu:3090:2,gpu,shard:8. A number that is alone is a count."""
+    items = (item.split(":") for item in re.sub(r"\([^)]*\)", "", gres).split(","))
+    return sum(int(rest[-1]) if rest and rest[-1].isdecimal() else 1 for kind, *rest in items if kind == "gpu")

@@ -17,6 +17,7 @@ from alignment.launchers import facts
 from alignment.launchers.facts import Cluster, Machine, Partition
 
 ENOUGH = 8 * 1024  # MB for each process: a cluster's default that is less is worth a line
+CPUS = {"cpus-per-task", "cpus-per-gpu", "mincpus"}  # options of sbatch that ask for them
 OVERRULED = {"time_limit": "PartitionTimeLimit", "max_nodes": "PartitionMaxNodes", "min_nodes": "PartitionMinNodes"}
 
 
@@ -54,8 +55,8 @@ def check(asks: Iterable[Ask], cluster: Cluster) -> list[str]:
     """What people should know. Raises ConfigError for the first that could never start."""
     said: list[str] = []
     for ask in asks:
-        if not cluster.partitions or {"clusters", "M"} & dict(ask.options).keys():
-            continue  # it tells this user nothing, or the job goes to another one
+        if not cluster.partitions:
+            continue  # it tells this user nothing
         said += [line for line in _check(ask, cluster) if line not in said]
     return said
 
@@ -76,6 +77,8 @@ def _check(ask: Ask, cluster: Cluster) -> Iterator[str]:
     yield from _down(ask, cluster, free, excluded)
     if ask.asked.memory is None and free:
         yield from _memory(ask, free[0])
+    if ask.asked.cpus_per_process is None and free:
+        yield from _cpus(ask, free[0])
 
 
 def _partitions(ask: Ask, cluster: Cluster) -> list[Partition]:
@@ -266,13 +269,29 @@ def _down(ask: Ask, cluster: Cluster, partitions: Sequence[Partition], excluded:
 
 def _memory(ask: Ask, partition: Partition) -> Iterator[str]:
     """A line if what the cluster gives to jobs that ask for no memory is little."""
-    shares = {"Node": 1, "CPU": ask.cpus, "GPU": ask.asked.gpus_per_node or 0}
+    shares = {"Node": 1, "CPU": _given(ask, partition), "GPU": ask.asked.gpus_per_node or 0}
     given = [(amount * shares[unit], unit, amount) for unit, amount in partition.usual.items() if shares[unit]]
     if given and given[0][0] < ENOUGH * ask.asked.processes:
         total, unit, amount = given[0]
         how = f"DefMemPer{unit}={amount}"
         where = ask.where("memory")
         yield f"{where} is null: {ask.stage} gets {total} MB of each node ({how}), and may be killed for more"
+
+
+def _cpus(ask: Ask, partition: Partition) -> Iterator[str]:
+    """A line if the CPUs that the cluster gives to jobs that ask for none are fewer than the processes."""
+    options, given, processes = dict(ask.options), _given(ask, partition), ask.asked.processes
+    if partition.whole or options.get("exclusive") is True or CPUS & options.keys() or given >= processes:
+        return
+    where, gets = ask.where("cpus_per_process"), _count(given, "CPU")
+    yield f"{where} is null: {ask.stage} gets {gets} of each node by default, which its {processes} processes share"
+
+
+def _given(ask: Ask, partition: Partition) -> int:
+    """CPUs of each node: what is asked for, else what comes with the GPUs, else that of the one task."""
+    if ask.asked.cpus_per_process:
+        return ask.cpus
+    return (partition.per_gpu or 0) * (ask.asked.gpus_per_node or 0) or 1
 
 
 def _count(number: int, thing: str) -> str:

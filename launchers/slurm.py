@@ -16,6 +16,7 @@ PATIENCE = 60.0  # seconds for the controller to answer
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 AT_WORK = {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING"}
 CHUNK = 500  # jobs asked about at once
+KEPT = {"SLURM_CONF", "SLURM_JWT"}  # where the cluster is, and who asks
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ def _said(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _plain() -> dict[str, str]:
-    """Our environment without what would change how these commands answer or what they submit."""
-    ours = ("SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_", "SALLOC_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    """Our environment without what would change how these commands answer or what they submit: defaults of a profile,
+    which overrule #SBATCH lines, and what a job around us has, which sbatch would hand to the next one."""
+    theirs = ("SLURM", "SBATCH_", "SRUN_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_", "SALLOC_")
+    return {name: value for name, value in os.environ.items() if name in KEPT or not name.startswith(theirs)}
 
 
 def submit(script: str) -> str:
@@ -175,9 +177,9 @@ def requeue(job: str) -> None:
 
 
 def largest_array() -> int:
-    """One more than the highest index of an element."""
+    """One more than the highest index of an element. 1, so that each job stands alone, where arrays are off (0)."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.M)
-    return int(found[1]) if found else 1001
+    return max(1, int(found[1])) if found else 1001
 
 
 def silent_nodes(nodes: str) -> list[str]:

@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+import alignment
 from alignment.allocation import allocation
 from alignment.config.launchers import Container, SlurmLauncher
 from alignment.launchers import slurm
@@ -15,6 +16,8 @@ from alignment.launchers.base import Handle, Job
 from alignment.launchers.local import Process
 from alignment.life import Beat
 
+CODE = Path(alignment.__file__).parent.parent  # that the driver runs
+CODE_FIRST = 'export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"; exec "$@"'
 PORTS = range(20_000, 32_000)  # below those that kernels give to whoever asks for any
 
 
@@ -48,16 +51,20 @@ def step(settings: SlurmLauncher, name: str, nodes: int, store: Path) -> list[st
     """srun's command of one python on each node, but for python's arguments. In a container that sees the store."""
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     command += ["--kill-on-bad-exit=1", "--unbuffered", f"--job-name={name}", "--input=none"]
-    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # a step does not take it from its job by itself
+    # A step does not take it from its job by itself. It is this job's: sbatch hears nothing of others.
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         command.append(f"--cpus-per-task={cpus}")
     if settings.container is None:
         return [*command, settings.python or sys.executable]
-    return [*command, *_inside(settings.container, store), settings.python or "python3"]
+    # The host's PYTHONPATH is for the host's python. An image may have its own, in the place of what it is given: that
+    # comes behind the code.
+    command = ["env", f"PYTHONPATH={CODE}", *command, *_inside(settings.container, store)]
+    return [*command, "sh", "-c", CODE_FIRST, str(CODE), settings.python or "python3"]
 
 
 def _inside(container: Container, store: Path) -> list[str]:
     """srun's arguments that have the rest of them run in a container, which sees the store and the code."""
-    seen = [str(store), os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
+    seen = [str(store), os.getcwd(), str(CODE)]
     if container.kind == "enroot":
         mounts = ",".join(f"{place}:{place}" for place in seen)
         workdir = f"--container-workdir={os.getcwd()}"

@@ -138,6 +138,10 @@ def test_it_asks_for_little() -> None:
             "/usr/bin/python: No module named alignment",
             "MachineError {folder}: probe on n1: the code in the store is not",
         ),
+        (
+            "alignment: error: launcher.setup: `source x` has ended with code 1 (mend the line)",
+            "MachineError launcher.setup: probe on n1: `source x` has ended with code 1 (mend the line; log: {log})",
+        ),
         ("slurmstepd: error: killed", "MachineError {log}: probe on n1: it has FAILED, and said last: slurmstepd"),
         (None, "MachineError {folder}: probe on n1: no log of it, and it has FAILED"),
     ],

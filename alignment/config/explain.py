@@ -61,7 +61,8 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
         what = f"`{key}.kind` should be one of {kinds}, got {kind!r}{more}"
         return ConfigError(what, where=origin.where(f"{key}.kind"), fix=_allowed(fault))
     message = re.sub(r"^(Input|Value) ", "", str(fault["msg"]))
-    given = "" if isinstance(fault.get("input"), dict | list) else f", got {fault.get('input')!r}"
+    unsaid = isinstance(fault.get("input"), dict | list) or fault["type"] == "secret"
+    given = "" if unsaid else f", got {fault.get('input')!r}"
     fix = str(context["fix"]) if "fix" in context else _allowed(fault)
     return ConfigError(f"`{key}` {message[0].lower()}{message[1:]}{given}{more}", where=where, fix=fix)
 

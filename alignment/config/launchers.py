@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from alignment.config.secret_names import secrets_in
 from alignment.config.settings import Settings, execution
 
 TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
@@ -34,6 +35,10 @@ def seconds(value: Any) -> int | None:
 
 def _setup_line(line: str) -> str:
     """A line of the set-up. It runs in the job's shell, so it may not be more than its first word says."""
+    if name := next((name for name, *_ in secrets_in(line)), None):
+        fix = "put the line into a file that nobody else reads, and `source` it; or give it the value of a variable, $X"
+        what = "holds a secret by its name, {name}: scripts, run.json and every stage.json would show it"
+        raise PydanticCustomError("secret", what, {"name": name, "fix": fix})
     try:
         words = shlex.split(line)
     except ValueError:
@@ -45,10 +50,18 @@ def _setup_line(line: str) -> str:
     return line
 
 
+def _interface(text: str) -> str:
+    if not re.fullmatch(r"[\w.,:^=-]+", text, re.ASCII):
+        fix = "such as ib0; NCCL also takes =ib0,ib1 for exact names, and ^docker0,lo for those that it may not take"
+        raise PydanticCustomError("interface", "is no list of network interfaces", {"fix": fix})
+    return text
+
+
 # A word of sbatch's: it stands on a line of its own in the script.
 Word = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\"'\\`$]+$")]
 Seconds = Annotated[int | None, BeforeValidator(seconds)]
 SetupLine = Annotated[str, AfterValidator(_setup_line)]
+Interface = Annotated[str, AfterValidator(_interface)]
 
 
 class AnyLauncher(Settings):
@@ -129,7 +142,7 @@ class SlurmLauncher(Resources):
     setup: list[SetupLine] = execution()
     python: Word | None = execution()
     container: Container | None = execution()
-    interface: Word | None = execution()
+    interface: Interface | None = execution()
     options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Word | int | bool] = execution()
     probe: bool = execution()
 
@@ -174,6 +187,9 @@ class SlurmLauncher(Resources):
     def _are_not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
             key = name.replace("-", "_")
+            if "clusters".startswith(name):  # sbatch takes beginnings of its options, too
+                fix = "give the command on that cluster's login node: what follows asks the one that it is given on"
+                raise PydanticCustomError("options", "names another cluster", {"fix": fix})
             if name in OURS or key in Resources.model_fields or name in ("time", "mem", "gpus-per-node"):
                 fix = f"a key of conf/launcher/slurm.yaml says it, or jobs cannot do without: --{name}"
                 raise PydanticCustomError("options", "names what is not for it to say", {"fix": fix})

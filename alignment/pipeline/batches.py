@@ -44,7 +44,7 @@ class Batch:
 def batches(tasks: Sequence[Task], queued: Mapping[str, str], largest: int) -> list[Batch]:
     """In an order in which they can be submitted. tasks: parents before children. queued: key -> job that will make it.
 
-    largest: highest index of an array, and one more. Parents that are neither tasks nor queued are done.
+    largest: highest index of an array, and one more; 1: no arrays. Parents that are neither tasks nor queued are done.
     """
     made: list[Batch] = []
     place: dict[str, tuple[Batch, int]] = {}

@@ -163,12 +163,13 @@ def script(what: str, options: Mapping[str, Any], launcher: SlurmLauncher, code:
         loader=FileSystemLoader(LAUNCHERS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    environment.filters["word"] = word
+    environment.filters |= {"word": word, "quote": shlex.quote}
     return environment.get_template(TEMPLATE).render(
         what=what,
         options=options,
         setup=launcher.setup,
-        variables={"PYTHONPATH": shlex.quote(str(code)), "PYTHONSAFEPATH": "1", **_network(launcher)},
+        code=str(code),
+        variables={"PYTHONSAFEPATH": "1", **_network(launcher)},
         command=f"{shlex.quote(launcher.python or sys.executable)} -m {module} {shlex.quote(str(told))}",
     )
 
@@ -229,9 +230,11 @@ def word(value: str | int | bool) -> str:
 
 
 def _network(launcher: SlurmLauncher) -> dict[str, str]:
+    """NCCL reads `=` before exact names and `^` before those that it may not take; gloo reads names alone."""
     if launcher.interface is None:
         return {}
-    return {"NCCL_SOCKET_IFNAME": launcher.interface, "GLOO_SOCKET_IFNAME": launcher.interface}
+    nccl = {"NCCL_SOCKET_IFNAME": launcher.interface}
+    return nccl if "^" in launcher.interface else {**nccl, "GLOO_SOCKET_IFNAME": launcher.interface.lstrip("=")}
 
 
 def _dependency(wait: Wait, number_of: Callable[[int], str]) -> str:

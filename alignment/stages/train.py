@@ -126,7 +126,7 @@ def _what_every_trainer_takes(context: StageContext, setup: Engine, keeper: Keep
 
 
 def keeper_of(context: StageContext, setup: Engine) -> Keeper:
-    settings: schema.Checkpoint = context.experiment.checkpoint
+    settings, launcher = context.experiment.checkpoint, context.experiment.launcher
     folder = context.folder / CHECKPOINTS
     layout = {"strategy": setup.strategy, "world_size": context.world_size, "precision": context.settings.precision}
     run_id = context.folder / "wandb_run_id"
@@ -142,6 +142,7 @@ def keeper_of(context: StageContext, setup: Engine) -> Keeper:
         layout,
         record,
         say=print if context.is_main else lambda line: None,
+        grace=launcher.grace if isinstance(launcher, schema.SlurmLauncher) else None,
     )
 
 

@@ -6,21 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from alignment.config.secret_names import is_secret, secrets_in
+
 REMOVED = "[removed]"
-_SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
-_SECRET_ENDINGS = {"token", "key"}
-_TEXT_TOKENS = {
-    "bos",
-    "eos",
-    "pad",
-    "unk",
-    "sep",
-    "cls",
-    "mask",
-    "image",
-}  # eos_token and its like are text, no secrets
 _GIT_NAMES = {"revision", "commit", "sha", "sha1"}  # 40 hex digits there are a commit
-_DIGEST = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKENS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bwandb_v\d+_\w{16,}|(?<![0-9A-Za-z/@])[0-9a-f]{40}(?![0-9A-Za-z/])"
@@ -32,13 +21,14 @@ _TOKENS = re.compile(
 def without_secrets(value: Any, name: str = "") -> Any:
     """A copy of nested settings, fit for JSON, with "[removed]" for each secret: known by its name, or by how it looks.
 
-    By name: `hf_token`, `token`, `api_key`, `client_secret`, `password` ..., whatever non-empty value they have.
+    By name: `hf_token`, `token`, `api_key`, `client_secret`, `password` ..., whatever non-empty value they have. So too
+    in texts of NAME=value, such as a line of a shell, but for values that only name a variable ($X).
     Not: `key` where it holds a digest (our own stage keys), `eos_token` and its like, plurals such as `max_new_tokens`.
     By look: tokens of Hugging Face, W&B, GitHub, GitLab, OpenAI and AWS, JSON web tokens, passwords in URLs.
     """
     if value is None or isinstance(value, bool) or value == "":
         return value
-    if _is_secret_name(name) and not (name.lower() == "key" and isinstance(value, str) and _DIGEST.fullmatch(value)):
+    if is_secret(name, value):
         return REMOVED
     if isinstance(value, Mapping):
         return {str(key): without_secrets(inner, str(key)) for key, inner in value.items()}
@@ -49,11 +39,12 @@ def without_secrets(value: Any, name: str = "") -> Any:
     text = str(value)
     if _TOKENS.search(text) and not (name.lower() in _GIT_NAMES and _COMMIT.fullmatch(text)):
         return REMOVED
-    return text
+    return _without_named(text)
 
 
-def _is_secret_name(name: str) -> bool:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").replace(".", "_").split("_")
-    if _SECRET_WORDS & set(words):
-        return True
-    return words[-1] in _SECRET_ENDINGS and not (words[-1] == "token" and len(words) > 1 and words[-2] in _TEXT_TOKENS)
+def _without_named(text: str) -> str:
+    parts, at = [], 0
+    for _, first, end in secrets_in(text):
+        parts += [text[at:first], REMOVED]
+        at = end
+    return "".join([*parts, text[at:]])

@@ -7,6 +7,7 @@ goes on in a thread while training does; a write that fails on one process fails
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from alignment.training.memory import host_share
 
 # Before a time limit: seconds to spare, and how fast a disk is taken to be until a save has been timed.
 SPARE, SLOW_DISK = 5.0, 100e6
+LONGEST_GRACE = 3600  # seconds, by the schema
 RECENT = 20  # steps that tell how long the next one may take
 
 
@@ -83,10 +85,12 @@ class Keeper:
         layout: dict[str, Any],
         record: dict[str, Any],
         say: Callable[[str], None] = print,
+        grace: float | None = None,
     ) -> None:
         """layout: of the engine: how many processes, how they share the work. record: what else a checkpoint says of
-        where it comes from."""
+        where it comes from. grace: seconds that are left to save in once a scheduler has asked to stop."""
         self.checkpoints, self.stage, self.say, self.layout, self._record = checkpoints, stage, say, layout, record
+        self._grace = math.inf if grace is None else grace
         self.settings: schema.Checkpoint = checkpoints.settings
         self.first_step = 0
         self._thread, self._closed = ThreadPoolExecutor(1, "checkpoint"), threading.Event()
@@ -279,17 +283,18 @@ class Keeper:
         error = write.part.exception()
         told = (str(error) or repr(error)) if error is not None else None
         mine = None if told else write.part.result()
-        parts = ranks.all_gather((part_name(ranks.rank(), ranks.world_size()), mine, told))
+        parts = ranks.all_gather((part_name(ranks.rank(), ranks.world_size()), mine, told, self._save_takes))
         if ranks.rank() != 0:
             return
-        problem = next((f"{text} (rank {rank})" for rank, (_, _, text) in enumerate(parts) if text), None)
+        problem = next((f"{part[2]} (rank {rank})" for rank, part in enumerate(parts) if part[2]), None)
         try:
             if problem is None:
                 self.stage.flush()
-                files = {name: file for name, file, _ in parts}
+                files = {name: file for name, file, *_ in parts}
                 self.checkpoints.commit(write.step, files, write.facts, write.score)
                 self._thread.submit(self.checkpoints.retain)  # large files take their time to go
                 self._failures, self._saved_at = 0, time.monotonic()
+                self._compare(write.step, max(part[-1] for part in parts))
                 return
         except OSError as failed:
             problem = str(failed)
@@ -298,6 +303,16 @@ class Keeper:
         left = next(iter(self.checkpoints.found()), None)
         whole = "there is none yet" if left is None else f"the newest whole one is of step {left}"
         self.checkpoints.warn(f"the checkpoint of step {write.step} could not be written, {whole}: {problem}")
+
+    def _compare(self, step: int, took: float) -> None:
+        """Say, once, that a write takes longer than a scheduler gives. Another one may be under way when it asks, so
+        twice as much is needed."""
+        if took > self._grace:
+            what = f"launcher.grace is {self._grace:g} s, and the checkpoint of step {step} took {took:.0f} s to write"
+            why = "a job that is stopped at its time limit may be killed before it has saved"
+            enough = min(math.ceil(2 * took), LONGEST_GRACE)
+            self.checkpoints.warn(f"{what}: {why} (launcher.grace={enough}, or a faster disk)")
+            self._grace = math.inf
 
     def _stopped(self, trainer: Any, step: int) -> PreemptedError:
         """Save what this step has made, and say how that went. A collective."""

@@ -87,6 +87,20 @@ REFUSED = [
         "names `sftt`, which is no node or stage of the pipeline (did you mean `sft`?)",
     ),
     (["launcher=slurm", "launcher.setup=['module load x; rm y']"], "is no line that sets up an environment"),
+    (
+        ["launcher=slurm", "launcher.setup=['export A=1 DB_PASSWORD=hunter2']"],
+        "command line: `launcher.setup.0` holds a secret by its name, DB_PASSWORD: scripts, run.json and every "
+        "stage.json would show it (put the line into a file that nobody else reads, and `source` it; or give it the",
+    ),
+    (["launcher=slurm", "launcher.setup=['export HF_TOKEN=\"hunter2']"], "holds a secret by its name, HF_TOKEN"),
+    (["launcher=slurm", "launcher.interface='ib0; id'"], "`launcher.interface` is no list of network interfaces"),
+    (["launcher=slurm", "launcher.interface='ib0|id'"], "`launcher.interface` is no list of network interfaces"),
+    (
+        ["launcher=slurm", "+launcher.options.clusters=b"],
+        "command line: `launcher.options` names another cluster (give the command on that cluster's login node: ",
+    ),
+    (["launcher=slurm", "+launcher.options.cluster=b"], "`launcher.options` names another cluster (give the"),
+    (["launcher=slurm", "+launcher.options.M=b"], "`launcher.options.M"),
     (["launcher=slurm", "+launcher.options.time=3"], "names what is not for it to say"),
     (["launcher=slurm", "launcher.time_limit=60"], "has a time_limit of 60 s, of which grace=120 s are for saving"),
     (["launcher=torchrun", "engine=ddp", "launcher.nodes=2"], "`launcher.nodes` is 2, and `launcher.head` is null"),
@@ -128,6 +142,13 @@ def test_a_wrong_setting_is_one_line(overrides: list[str], line: str) -> None:
         graph.build(compose(["experiment=quickstart", *overrides]))
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_line_that_passes_a_secret_on_by_its_variable_is_let_through() -> None:
+    lines = ["export HF_TOKEN=$MINE", 'export API_KEY="$MINE" TOKENIZERS_PARALLELISM=false', "source /me/secrets"]
+    given = compose(["experiment=quickstart", "launcher=slurm", "engine=zero2", f"launcher.setup={lines}"]).launcher
+    assert given.model_dump()["setup"] == lines
 
 
 def test_a_wrong_key_in_a_file_names_the_file_and_its_line(tmp_path: Path) -> None:

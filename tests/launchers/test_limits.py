@@ -112,6 +112,17 @@ def test_partitions_are_read_in_the_words_of_all_versions(old: Cluster, new: Clu
 
 
 @pytest.mark.parametrize(
+    ("gres", "count"),
+    [
+        ("gpu:3090:8", 8), ("gpu:3090:8(S:0-1),gpu:4090:2", 10), ("gpu:8", 8), ("gpu:a100", 1), ("gpu", 1),
+        ("gpu:1g.10gb:7,shard:8", 7), ("gpu:a100:0", 0), ("(null)", 0), ("shard:8", 0),
+    ],
+)  # fmt: skip
+def test_gpus(gres: str, count: int) -> None:
+    assert facts.gpus(gres) == count
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
     [("5:00", 300), ("00:05:00", 300), ("2-00:00:00", 172800), ("UNLIMITED", None), ("NONE", None), ("30", 30)],
 )
@@ -163,7 +174,6 @@ def test_what_could_never_start(asked: dict[str, Any], said: str, old: Cluster) 
         {"partition": "gpu", "constraint": "v100*1&skylake*1", "nodes": 2, "memory": "1G"},
         {"memory": "190000", "cpus_per_process": 32},
         {"exclude": "/home/me/nodes.txt", "memory": "1G"},
-        {"nodes": 99, "options": {"clusters": "other"}},
     ],
 )
 def test_what_could_start(asked: dict[str, Any], old: Cluster) -> None:
@@ -184,6 +194,43 @@ def test_what_holds_for_now_is_a_line(old: Cluster) -> None:
     assert limits.check([ask(cpus_per_process=2)], old) == [
         "launcher.memory is null: sft gets 4000 MB of each node (DefMemPerCPU=2000), and may be killed for more"
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"processes": 8}, "sft gets 1 CPU of each node by default, which its 8 processes share"),
+        ({"processes": 8, "partition": "gpu"}, "sft gets 1 CPU of each node by default, which its 8 processes share"),
+        ({"processes": 20, "partition": "gpu", "gpus_per_node": 2}, "sft gets 16 CPUs of each node by default, which"),
+        ({"processes": 4, "partition": "gpu", "gpus_per_node": 4}, ""),
+        ({"processes": 1}, ""),
+        ({"processes": 8, "cpus_per_process": 1}, ""),
+        ({"processes": 8, "options": {"exclusive": True}}, ""),
+        ({"processes": 8, "options": {"cpus-per-task": 8}}, ""),
+    ],
+)
+def test_processes_without_cpus_of_their_own_are_a_line(asked: dict[str, Any], said: str, old: Cluster) -> None:
+    lines = limits.check([ask(memory="100G", **asked)], old)
+    assert len(lines) == bool(said)
+    assert not said or lines[0].startswith(f"launcher.cpus_per_process is null: {said}")
+
+
+@pytest.mark.parametrize(
+    ("partitions", "config"),
+    [
+        (OLD_PARTITIONS.replace("State=UP", "OverSubscribe=EXCLUSIVE State=UP"), CONFIG),
+        (OLD_PARTITIONS, f"{CONFIG}SelectType              = select/linear\n"),
+    ],
+    ids=["the partition", "the cluster"],
+)
+def test_where_nodes_are_given_whole_so_are_their_cpus(partitions: str, config: str) -> None:
+    assert limits.check([ask(memory="100G", processes=8)], facts.read(partitions, OLD, config)) == []
+
+
+def test_memory_for_each_cpu_counts_those_that_come_with_gpus() -> None:
+    partitions = OLD_PARTITIONS.replace("DefMemPerGPU=60000 DefMemPerNode=UNLIMITED", " DefMemPerCPU=4000")
+    asked = {"partition": "gpu", "gpus_per_node": 4, "processes": 4}
+    assert limits.check([ask(**asked)], facts.read(partitions, OLD.replace("DOWN*+DRAIN", "IDLE"), CONFIG)) == []
 
 
 def test_a_qos_may_overrule_a_partition(old: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

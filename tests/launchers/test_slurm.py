@@ -10,6 +10,7 @@ import pytest
 from alignment.allocation import allocation
 from alignment.errors import MachineError
 from alignment.launchers import slurm
+from alignment.pipeline.batches import AFTEROK, Task, Wait, batches
 
 
 def answer(folder: Path, command: str, text: str, code: int = 0, error: str = "") -> None:
@@ -64,6 +65,34 @@ def test_where_there_is_no_slurm_the_fix_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MachineError, match=r"no sbatch here.*launcher=torchrun or launcher=local"):
         slurm.submit("#!/bin/sh\n")
+
+
+def test_neither_a_job_around_the_command_nor_a_profile_changes_what_is_submitted(
+    bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {
+        "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3", "SLURM_CPU_BIND": "quiet,mask_cpu:1", "SLURM_MEM_PER_CPU": "9",
+        "SLURMD_NODENAME": "n1", "SRUN_CPUS_PER_TASK": "3", "SBATCH_NO_REQUEUE": "1", "SALLOC_ACCOUNT": "lab",
+    }  # fmt: skip
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "me"}
+    for name, value in {**theirs, **kept}.items():
+        monkeypatch.setenv(name, value)
+    (bin / "sbatch").write_text(f"#!/bin/sh\nenv > {bin}/environment\necho 8\n")
+    (bin / "sbatch").chmod(0o755)
+    assert slurm.submit("#!/bin/sh\n") == "8"
+    names = {line.partition("=")[0] for line in (bin / "environment").read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM", "SRUN", "SBATCH", "SALLOC"))} == set(kept)
+
+
+def test_where_arrays_are_off_each_job_stands_alone(bin: Path) -> None:
+    answer(bin, "scontrol", "MaxArraySize            = 0\nMaxJobCount             = 10000")
+    tasks = [Task(f"dpo{number}", "dpo", "dpo", ()) for number in range(3)]
+    tasks += [Task(f"eval{number}", "evaluate", "e", (f"dpo{number}",)) for number in range(3)]
+    made = batches(tasks, {}, slurm.largest_array())
+    assert [(batch.array, *batch.elements) for batch in made] == [(False, 0)] * 6
+    assert [batch.waits for batch in made[3:]] == [(Wait(AFTEROK, batch=number),) for number in range(3)]
+    answer(bin, "scontrol", "MaxArraySize            = 2\n")
+    assert [batch.array for batch in batches(tasks[:3], {}, slurm.largest_array())] == [True, False]
 
 
 def test_nodes_that_do_not_answer_are_named(bin: Path) -> None:

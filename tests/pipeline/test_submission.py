@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import alignment
 from alignment.config.compose import compose
 from alignment.config.launchers import Container
 from alignment.launchers import srun
 from alignment.launchers.base import Job
-from alignment.pipeline import identity, snapshot
+from alignment.pipeline import identity, snapshot, submission
 from alignment.pipeline.runner import Run
 from alignment.pipeline.submission import Submission
 
@@ -62,6 +65,15 @@ def test_a_stage_that_trains_asks_for_what_the_launcher_says(composed: Any, tmp_
     assert sft["dependency"] == "afterok:<001-rows>"
 
 
+def test_what_a_profile_says_to_sbatch_is_the_default(composed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PARTITION", "ACCOUNT", "QOS", "CONSTRAINT"):
+        monkeypatch.setenv(f"SBATCH_{name}", f"my-{name.lower()}")
+    told = scripts(composed("launcher.partition=train", "launcher.qos=null"))["rows"]
+    assert [told.get(key) for key in ("partition", "account", "qos", "constraint")] == [
+        "train", "my-account", None, "my-constraint"
+    ]  # fmt: skip
+
+
 def test_a_stage_that_does_not_train_takes_one_process_and_any_stage_may_ask_for_something_else(composed: Any) -> None:
     asked = (
         "launcher.nodes=2", "launcher.cpus_per_process=4", "+launcher.stages.evaluate.time_limit=600",
@@ -75,6 +87,81 @@ def test_a_stage_that_does_not_train_takes_one_process_and_any_stage_may_ask_for
     assert layout["evaluate_sft"] == ("1", "2", "4", "10")
     assert layout["rows"] == ("1", "1", "4", "1440")
     assert (layout["sft"], layout["dpo"]) == (("8", "8", "32", "1440"), ("2", "8", "32", "1440"))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Any:
+    """A job's script, run as on a node, but for python: a file that prints its environment takes its place."""
+
+    def run(composed: Any, *settings: str, **outer: str) -> subprocess.CompletedProcess[str]:
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\nexec env\n")
+        python.chmod(0o755)
+        script = tmp_path / "script.sbatch"
+        script.write_text(str(scripts(composed(f"launcher.python={python}", *settings))["sft"]["text"]))
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        return subprocess.run(
+            ["bash", script], env={**kept, **outer}, cwd=tmp_path, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("interface", "nccl", "gloo"),
+    [("ib0", "ib0", "ib0"), ("=ib0,ib1.8002", "=ib0,ib1.8002", "ib0,ib1.8002"), ("^docker,lo", "^docker,lo", None)],
+)
+def test_interfaces_are_said_to_each_library_in_its_own_form(
+    interface: str, nccl: str, gloo: str | None, composed: Any, node: Any
+) -> None:
+    said = node(composed, f"launcher.interface='{interface}'").stdout
+    found = dict(line.partition("=")[::2] for line in said.splitlines())
+    assert (found["NCCL_SOCKET_IFNAME"], found.get("GLOO_SOCKET_IFNAME")) == (nccl, gloo)
+
+
+def test_a_value_is_no_code_of_the_jobs_shell(composed: Any, node: Any, tmp_path: Path) -> None:
+    """The template quotes what it is given, also where a setting's type would let it through."""
+    launcher = composed().experiment.launcher
+    odd = launcher.model_copy(update={"interface": "ib0; touch ran $(touch ran)"})
+    text = submission.script("odd", {}, odd, tmp_path / "a code $(touch ran)", "alignment.job", tmp_path / "told")
+    script = tmp_path / "script.sbatch"
+    script.write_text(text.replace(f"exec {sys.executable}", "exec env #"))
+    said = subprocess.run(["bash", script], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "NCCL_SOCKET_IFNAME=ib0; touch ran $(touch ran)\n" in said
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("setup", "outer", "found"),
+    [
+        ([], {}, ""),
+        ([], {"PYTHONPATH": "/outer"}, ":/outer"),
+        (["export PYTHONPATH=/mine:$PYTHONPATH # first"], {"PYTHONPATH": "/outer"}, ":/mine:/outer"),
+        (["unset PYTHONPATH"], {"PYTHONPATH": "/outer"}, ""),
+        (["source strict"], {"PYTHONPATH": "/outer"}, ":/outer"),
+    ],
+)
+def test_the_code_comes_first_and_what_the_set_up_says_of_python_stays(
+    setup: list[str], outer: dict[str, str], found: str, composed: Any, node: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "strict").write_text("set -eu\n")
+    done = node(composed, f"launcher.setup={setup}", PATH=f"{tmp_path}:{os.environ['PATH']}", **outer)
+    assert f"PYTHONPATH={tmp_path}/a store/code/CODE{found}\n" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("line", ["source missing", "module load cuda/12.8", "source false", "source exits", "ml #it"])
+def test_a_line_of_the_set_up_that_fails_ends_the_job(line: str, composed: Any, node: Any, tmp_path: Path) -> None:
+    (tmp_path / "false").write_text("set -e\nfalse\ntrue\n")
+    (tmp_path / "exits").write_text("exit 0\n")
+    module = {"BASH_FUNC_module%%": "() {  return 1\n}", "BASH_FUNC_ml%%": "() {  return 1\n}"}
+    setup = f"launcher.setup=['export A=1','{line}','export B=2']"
+    done = node(composed, setup, PATH=f"{tmp_path}:{os.environ['PATH']}", **module)
+    assert (done.returncode, done.stdout) == (4, "")
+    said = [text for text in done.stderr.splitlines() if "alignment" in text]
+    code = 0 if line == "source exits" else 1
+    (told,) = said
+    assert told.startswith(f"alignment: error: launcher.setup: `{line}` has ended with code {code} (mend the line; ")
 
 
 def test_alike_stages_are_an_array_of_which_few_run_at_a_time(composed: Any) -> None:
@@ -127,7 +214,7 @@ def test_a_container_sees_the_store_the_code_and_the_working_directory(
 ) -> None:
     """The command only: neither can be installed where this runs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", "/code")
+    monkeypatch.setenv("PYTHONPATH", "/of/the/host")
     told: list[list[str]] = []
     monkeypatch.setattr(srun, "Step", lambda command, job: told.append(command))
     launcher = composed().experiment.launcher
@@ -136,13 +223,34 @@ def test_a_container_sees_the_store_the_code_and_the_working_directory(
     srun.SrunLauncher(launcher.model_copy(update={"container": container})).submit(job)
     (command,) = told
     line = " ".join(command)
-    assert line.endswith(f"python3 -m alignment.launchers.agent {job.folder} --nodes 1 --processes 1")
-    store, here = tmp_path / "store", tmp_path
+    assert line.endswith(f" python3 -m alignment.launchers.agent {job.folder} --nodes 1 --processes 1")
+    store, here, code = tmp_path / "store", tmp_path, Path(alignment.__file__).parent.parent
     if kind == "apptainer":
-        binds = f"--bind {store} --bind {here} --bind /code"
-        assert f"apptainer exec {binds} --pwd {here} --nv /images/train.sif python3" in line
+        binds = f"--bind {store} --bind {here} --bind {code}"
+        assert f"apptainer exec {binds} --pwd {here} --nv /images/train.sif sh -c" in line
     else:
-        mounts = f"{store}:{store},{here}:{here},/code:/code"
+        mounts = f"{store}:{store},{here}:{here},{code}:{code}"
         assert (
             f"--container-image=/images/train.sif --container-mounts={mounts} --container-workdir={here} --nv" in line
         )
+
+
+@pytest.mark.parametrize(("image", "found"), [(None, ""), ("/of/the/image", ":/of/the/image")])
+@pytest.mark.parametrize("kind", ["apptainer", "enroot"])
+def test_in_a_container_the_code_comes_first_and_what_the_image_says_of_python_stays(
+    kind: str, image: str | None, found: str, tmp_path: Path, composed: Any
+) -> None:
+    """The host's is for the host's python. An image's own may replace what it is given, as with Pyxis."""
+    python, run = tmp_path / "python", tmp_path / "srun"
+    python.write_text("#!/bin/sh\nexec printenv PYTHONPATH\n")
+    of_image = f"export PYTHONPATH={image}" if image else ""
+    run.write_text(f'#!/bin/sh\nuntil [ "$1" = sh ]; do shift; done\n{of_image}\nexec "$@"\n')
+    for file in (python, run):
+        file.chmod(0o755)
+    container = Container(kind=kind, image="/images/train.sif", options=[])
+    launcher = composed(f"launcher.python={python}").experiment.launcher
+    command = srun.step(launcher.model_copy(update={"container": container}), "sft", 1, tmp_path)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": "/of/the/host"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split(":")
+    code = str(Path(alignment.__file__).parent.parent)
+    assert ":".join(dict.fromkeys(part.strip() for part in said)) == code + found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from alignment.pipeline.identity import package_root, source_digest
 from alignment.pipeline.runner import Run
 from tests.conftest import Command, tiny_stages
 from tests.slurm import machine
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import CHECKOUT, Cluster
 
 QUICK = ["launcher=slurm", "launcher.processes=1", "launcher.gpus_per_node=null", "launcher.memory=1G", "pipeline=sft"]
 Prepare = Callable[..., Run]
@@ -90,6 +91,28 @@ def test_a_refusal_is_one_line_and_nothing_is_written(
     assert not queue(slurm)
 
 
+SUBMITS = """
+import sys
+from pathlib import Path
+from alignment.launchers import slurm
+print(slurm.submit(Path(sys.argv[1]).read_text()))
+"""
+
+
+def test_a_command_that_is_given_inside_a_job_submits_what_it_would_outside(slurm: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    options = f"#SBATCH --mem=100M\n#SBATCH --output={tmp_path}/out\n"
+    script.write_text(f"#!/bin/bash\n{options}export -p\nsrun echo the step has run\n")
+    around = ["srun", "--cpus-per-task=3", "--mem-per-cpu=50M", "--cpu-bind=none"]
+    said = slurm.run(*around, sys.executable, "-c", SUBMITS, str(script), env={"PYTHONPATH": str(CHECKOUT)}).stdout
+    job = said.split()[-1]
+    slurm.wait(job, {"COMPLETED", "FAILED"})
+    found = (tmp_path / "out").read_text()
+    assert "the step has run" in found
+    assert f'SLURM_JOB_ID="{job}"' in found and 'SLURM_MEM_PER_NODE="100"' in found
+    assert not re.findall("SLURM_CPUS_PER_TASK|SLURM_MEM_PER_CPU|SLURM_CPU_BIND|SRUN_", found)
+
+
 def test_nodes_that_are_down_may_come_back(slurm: Cluster, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, slurm)
     run, said, nodes = prepare("+launcher.stages.sft.nodes=3"), list[str](), ",".join(slurm.nodes[1:])
@@ -138,6 +161,8 @@ def test_a_probe_names_what_is_missing(
     use(monkeypatch, slurm)
     with pytest.raises(ConfigError, match=r"launcher.python: probe on node-\S+: /nonexistent/python: No such file"):
         sanity.check([prepare("launcher.probe=true", "launcher.python=/nonexistent/python")], "t", print)
+    with pytest.raises(MachineError, match=r"launcher.setup: probe on node-\S+: `source /nowhere` has ended with"):
+        sanity.check([prepare("launcher.probe=true", "launcher.setup=['source /nowhere']")], "t", print)
     shim = tmp_path / "shim" / "numpy-0.0.1.dist-info"
     shim.mkdir(parents=True)
     (shim / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.0.1\n")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Command
+
 PARENTS = {"model": ["sft", "a" * 64], "data": ["dpo", "c" * 64]}  # the second is also what the loop makes
 CONFIG = {"beta": 0.1, "key": "c" * 64, "model": {"eos_token": "<|im_end|>", "hf_token": "hf_verysecret"}}
 
@@ -131,3 +133,27 @@ def test_without_tracking_and_on_other_ranks_wandb_is_not_even_imported(
 
     assert said["imported"] is False and said["run_id"] is None
     assert [path.name for path in (tmp_path / "stage").iterdir()] == ["metrics.jsonl"]
+
+
+ONLY_A_MODEL = """# @package _global_
+defaults:
+  - /stage@stage.import_model: import_model
+  - _self_
+pipeline:
+  nodes:
+    start: {stage: import_model, inputs: {}}
+  final: start
+"""
+
+
+def test_where_a_stage_runs_is_not_told(
+    tmp_path: Path, command: Command, tiny_settings: list[str], read_log: Callable[[Path], dict[str, Any]]
+) -> None:
+    """How a cluster's jobs are set up is not for others."""
+    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
+    (tmp_path / "conf" / "pipeline" / "model.yaml").write_text(ONLY_A_MODEL)
+    own = ["--config-dir", str(tmp_path / "conf"), "pipeline=model"]
+    command(tmp_path / "store", "run", *own, *tiny_settings, "tracking=wandb_offline")
+    (file,) = (tmp_path / "store" / "store").glob("*/wandb/offline-run-*/run-*.wandb")
+    told = read_log(file)["config"]["experiment"]
+    assert "engine" in told and "launcher" not in told

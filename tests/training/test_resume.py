@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from alignment.config.schema import SlurmLauncher
 from alignment.errors import PreemptedError, TrainingError
 from alignment.files import sha256
 from alignment.signals import Listener
@@ -240,6 +241,22 @@ def test_asked_before_the_first_step_nothing_is_trained(tmp_path: Path) -> None:
         dpo.run(context)
     assert stopped.value.kept is False
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("grace", "said"), [(0.0, 1), (600.0, 0)])
+def test_a_write_that_takes_longer_than_a_scheduler_gives_is_said_once(grace: float, said: int, tmp_path: Path) -> None:
+    saving = tiny.checkpoint(every_steps=2, asynchronous=False)
+    context = tiny.context(
+        tmp_path / "run", tiny.write_inputs(tmp_path, "sft"), tiny.sft(), tiny.engine(), saving=saving
+    )
+    launcher = SlurmLauncher.model_construct(kind="slurm", grace=grace)
+    context.experiment = context.experiment.model_copy(update={"launcher": launcher})
+    sft.run(context)
+    warnings = tmp_path / "run" / "warnings.txt"
+    lines = [line for line in warnings.read_text().splitlines() if "grace" in line] if warnings.exists() else []
+    assert len(lines) == said
+    found = r"launcher.grace is 0 s, and the checkpoint of step 2 took 0 s to write: .* \(launcher.grace=1, or a faster"
+    assert all(re.match(found, line) for line in lines)
 
 
 def test_the_best_ones_are_named_to_stay_beside_the_result(tmp_path: Path) -> None:

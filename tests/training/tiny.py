@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment.config.schema import Checkpoint, Dpo, Engine, Experiment, Lora, Reference, Sft
+from alignment.config.schema import Checkpoint, Dpo, Engine, Experiment, LocalLauncher, Lora, Reference, Sft
 from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
 
@@ -106,6 +106,8 @@ def context(
         folder.mkdir(parents=True, exist_ok=True)
     return StageContext(
         name=settings.kind, run="test", key="0" * 64, folder=folder, settings=settings,
-        experiment=Experiment.model_construct(engine=setup, checkpoint=saving or checkpoint()), inputs=inputs,
-        rank=rank, world_size=world_size,
+        experiment=Experiment.model_construct(
+            engine=setup, checkpoint=saving or checkpoint(), launcher=LocalLauncher(kind="local", time_limit=None)
+        ),
+        inputs=inputs, rank=rank, world_size=world_size,
     )  # fmt: skip
