@@ -213,7 +213,8 @@ def logs(arguments: list[str]) -> int:
 def cancel(arguments: list[str]) -> int:
     """Cancel the jobs of runs or sweeps; those that other runs wait for stay."""
     parser = _parser("cancel", "alignment cancel <run or sweep ...>", cancel)
-    parser.add_argument("runs", nargs="+", help="names of runs or sweeps, or their beginnings")
+    what = "names of runs or sweeps, or beginnings that only one has of those that wait or run"
+    parser.add_argument("runs", nargs="+", help=what)
     _add_store(parser)
     given = parser.parse_args(arguments)
     from alignment.reporting import cancelling

@@ -158,7 +158,7 @@ def test_plan_says_from_which_step_a_stage_goes_on(tmp_path: Path) -> None:
         (["run", "--config-name=mine"], 2, "the first config is conf/config.yaml"),
         (["run", "-cp", "."], 2, "the first config is conf/config.yaml"),
         (["chat", "nothing"], 2, "no run is called 'nothing'"),
-        (["status", "nothing"], 2, "no run is called nothing"),
+        (["status", "nothing"], 2, "no run is called 'nothing'"),
     ],
 )
 def test_an_error_is_one_line_with_its_exit_code_and_no_traceback(

