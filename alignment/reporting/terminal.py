@@ -101,7 +101,7 @@ def _run_table(run: Row) -> RenderableType:
         note = progress_line(node) if state in ("running", "preempted", "interrupted") else ""
         if state == "waiting" and node.get("held"):
             note = "another run works on it"
-        if state in ("failed", "cancelled"):
+        if state in ("failed", "cancelled", "gone"):
             note = node.get("error") or ""
         if state == "queued":
             note = node.get("why") or ""

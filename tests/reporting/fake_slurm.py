@@ -21,8 +21,8 @@ class FakeSlurm:
         self._script("scancel", "")
 
     def queue(self, *jobs: tuple[str, ...]) -> None:
-        """What squeue knows. Each: job, state, and then reason, nodes, start and time spent, as far as they matter."""
-        lines = ["|".join([*job, *("None", "n1", "N/A", "0:00")[len(job) - 2 :]]) for job in jobs]
+        """What squeue knows. Each: job, state, and then reason, nodes and end, as far as they matter."""
+        lines = ["|".join([*job, *("None", "n1", "N/A")[len(job) - 2 :]]) for job in jobs]
         self._script("squeue", "\n".join(lines))
 
     def accounts(self, *jobs: tuple[str, str, str]) -> None:
