@@ -170,7 +170,7 @@ def plan(arguments: list[str]) -> int:
 
 
 def status(arguments: list[str]) -> int:
-    """List runs, or those of a sweep, with their stages, states, durations and keys."""
+    """List runs, or those of a sweep: stages, states, durations, keys; of failed ones why, and the end of the log."""
     parser = _parser("status", "alignment status [run or sweep ...] [--watch]", status)
     parser.add_argument("runs", nargs="*", help="names of runs or sweeps, or their beginnings; none = all runs")
     parser.add_argument("--json", action="store_true", help="machine-readable")

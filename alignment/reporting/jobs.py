@@ -11,6 +11,7 @@ from alignment.errors import MachineError
 from alignment.launchers import slurm
 from alignment.pipeline.store import Store
 from alignment.pipeline.submission import job_of
+from alignment.reporting.gather import tail
 
 LAG = 180.0  # seconds after a job's end in which its result may be hidden by a file system that caches
 TAIL = 65_536  # bytes of a job's output that are looked through
@@ -69,15 +70,5 @@ def _told(note: dict[str, Any], known: slurm.JobState | None, accounted: slurm.J
 
 def last_error(out: Path) -> str | None:
     """What a job has said it failed of."""
-    found = re.findall(r"^alignment: error: (.*)$", "\n".join(tail(out, TAIL)), re.M)
+    found = re.findall(r"^alignment: error: (.*)$", tail(out, TAIL), re.M)
     return found[-1] if found else None
-
-
-def tail(path: Path, size: int = TAIL) -> list[str]:
-    """The last lines of a file that has them within its last `size` bytes; none if there is no file."""
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, path.stat().st_size - size))
-            return stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []

@@ -20,10 +20,11 @@ from alignment.pipeline.submission import Submission
 from alignment.reporting import words
 from alignment.reporting.gather import Row
 from alignment.reporting.status import facts_text
-from alignment.reporting.terminal import progress_line, status_table, styled
+from alignment.reporting.terminal import log_lines, progress_line, status_table, styled
 
 MANY = 8  # runs: of more, only how many of their stages are in which state
 SHOWN = 12  # stages that work or failed
+LOGS = 3  # of these with the last lines of their logs
 ORDER = (
     *("done", "reused", "running", "queued", "waiting", "preempted", "interrupted"),
     *("pruned", "cancelled", "failed", "gone"),
@@ -82,9 +83,12 @@ def overview(runs: Sequence[Row]) -> RenderableType:
     for name in dict.fromkeys(node["name"] for node in nodes.values()):
         counts = Counter(node["state"] for node in nodes.values() if node["name"] == name)
         table.add_row(words.label(name), *(str(counts[state] or "") for state in states))
-    lines = [_line(node) for state in ("failed", "running") for node in nodes.values() if node["state"] == state]
-    more = [Text(f"and {len(lines) - SHOWN} more", "dim")] if len(lines) > SHOWN else []
-    return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines[:SHOWN], *more)
+    found = [node for state in ("failed", "running") for node in nodes.values() if node["state"] == state]
+    lines = [
+        line for node in found[:SHOWN] for line in [_line(node), *(log_lines(node) if node in found[:LOGS] else [])]
+    ]
+    more = [Text(f"and {len(found) - SHOWN} more", "dim")] if len(found) > SHOWN else []
+    return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines, *more)
 
 
 def _line(node: Row) -> Text:
@@ -95,8 +99,8 @@ def _line(node: Row) -> Text:
 
 
 def changes(runs: Sequence[dict[str, Any]], said: dict[str, str]) -> Iterator[str]:
-    """A line for each stage whose state is another one than was said before: key -> state. One that runs share is said
-    once."""
+    """A line for each stage whose state is another one than was said before: key -> state; of one that has failed the
+    last ones of its log, too. One that runs share is said once."""
     for run in runs:
         for node in run["nodes"]:
             state = str(node["state"])
@@ -107,6 +111,7 @@ def changes(runs: Sequence[dict[str, Any]], said: dict[str, str]) -> Iterator[st
             took = words.duration(node["seconds"]) if node.get("seconds") and state == "done" else ""
             job = f"job {node['job']}" if node.get("job") else ""
             yield "  ".join(filter(None, [run["run"], words.label(node["name"]), state, job, took, str(note or "")]))
+            yield from (f"    {line}" for line in node.get("log") or [])
 
 
 def show_scripts(runs: Sequence[Run], name: str) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from alignment.pipeline import attempts
-from alignment.reporting.gather import Row, read
+from alignment.reporting import words
+from alignment.reporting.gather import Row, read, tail
 from alignment.reporting.words import DONE, error_text, finite
 
 FRESH = 15.0  # seconds after its last line in which a run between two stages counts as running
+LINES = 4  # of a failed stage's log
+TAIL = 8192  # bytes in which they are looked for
 
 
 def read_runs(
@@ -27,7 +30,8 @@ def read_runs(
     "state": done | gone | running | waiting | queued | failed | cancelled | preempted | interrupted | pruned |
     unreadable, "seconds": of its own work, "folder", and nodes whose "state" is reused or one of these; working ones
     have "progress", those that this run has tried "attempts" (a count) and "causes" (why each that ended without a
-    result did), those that are jobs of a cluster "job" and, where it waits, "why".
+    result did), those that are jobs of a cluster "job" and, where it waits, "why"; failed ones "log" (the last lines of
+    what the stage, or else its job, has written).
     gone: it was done, but the store no longer has the result; the same command makes it again.
     preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
     """
@@ -68,6 +72,9 @@ def read_run(file: Path, store: Path, is_held: Callable[[str], bool], jobs: dict
             "nodes": [],
         }
     nodes = [_node(node, store, is_held, jobs) for node in run.get("nodes") or []]
+    for node in nodes:
+        if node["state"] == "failed":
+            node["log"] = _last_lines(store, node, jobs.get(node.get("key") or "", {}))
     spent = sum(finite(node.get("seconds")) or 0.0 for node in nodes if node["state"] != "reused")
     state = _state(nodes, finite(run.get("updated")) or 0.0)
     if run.get("pruned") and state not in ("done", "running", "queued"):
@@ -132,8 +139,27 @@ def _of_a_job(told: Row, store: Path, committed: bool, job: Row) -> Row:
         told["seconds"] = finite((told["progress"] or {}).get("elapsed_s"))
         return told
     told["state"] = job.get("ended") or "waiting"
-    told["error"] = error_text(read(work / "error.json")) or job.get("why")
+    error = read(work / "error.json") if _is_of(job, work / "error.json") else None
+    told["error"] = error_text(error) or job.get("why")
     return told
+
+
+def _is_of(job: Row, file: Path) -> bool:
+    """Whether the file was written since the job was submitted, and not by one before that tried the same stage."""
+    try:
+        return file.stat().st_mtime >= (finite(job.get("submitted")) or 0.0)
+    except OSError:
+        return False
+
+
+def _last_lines(store: Path, node: Row, job: Row) -> list[str]:
+    """What the stage has written last, else what its job has; that of an earlier job would explain another failure."""
+    log = store / "work" / str(node.get("key"))[:16] / "log.txt"
+    for path in (log if _is_of(job, log) else None, job.get("out")):
+        lines = words.plain_lines(tail(Path(path), TAIL)) if path else []
+        if lines := [line for line in lines if not line.startswith("--- attempt ")]:
+            return lines[-LINES:]
+    return []
 
 
 def is_over(run: Row) -> bool:
