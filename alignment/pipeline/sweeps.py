@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from alignment.config.varied import varied
 from alignment.files import digest, read_json, write_json
 from alignment.pipeline.runner import Run
 
@@ -68,7 +69,9 @@ class Sweep:
         self._write()
 
     def _write(self) -> None:
-        write_json(self.folder / FILE, {**self._told, "points": varied(list(self._points.values()))}, durable=False)
+        write_json(
+            self.folder / FILE, {**self._told, "points": with_settings(list(self._points.values()))}, durable=False
+        )
 
     def _known(self) -> dict[str, Any]:
         try:
@@ -78,14 +81,15 @@ class Sweep:
         return told if isinstance(told, dict) else {}
 
 
-def varied(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each point with "settings": the values of those settings that are not the same in all points."""
-    given = [dict(_setting(override) for override in point["overrides"]) for point in points]
-    names = list(dict.fromkeys(name for settings in given for name in settings))
-    different = [name for name in names if any(settings.get(name) != given[0].get(name) for settings in given)]
+def with_settings(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each point with "settings": its values of those settings that are not the same in all points."""
+    given = [
+        {"settings": {name: _plain(value) for name, value in map(_setting, point["overrides"])}} for point in points
+    ]
+    different = varied(given)
     return [
-        {**point, "settings": {name: _plain(settings.get(name)) for name in different}}
-        for point, settings in zip(points, given, strict=True)
+        {**point, "settings": {name: one["settings"][name] for name in different if name in one["settings"]}}
+        for point, one in zip(points, given, strict=True)
     ]
 
 
