@@ -144,7 +144,8 @@ def _note(node: Row) -> str:
     if state == "queued":
         note = node.get("why") or ""
     job = f"job {node['job']}" if node.get("job") and state in ("queued", "running", "failed", "cancelled") else ""
-    return "; ".join(filter(None, (job, note, attempts_text(node))))
+    where = f"on {node['on']}" if state == "running" and node.get("on") else ""
+    return "; ".join(filter(None, (" ".join(filter(None, (job, where))), note, attempts_text(node))))
 
 
 def progress_line(node: Row) -> str:

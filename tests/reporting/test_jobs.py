@@ -78,6 +78,17 @@ def test_a_job_that_said_why_it_failed_is_quoted(
     assert node(store, capsys)["state"] == "cancelled"
 
 
+def test_a_job_at_work_says_on_which_nodes(store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.queue(("12", "RUNNING", "None", "n[3-4]"))
+    assert node(store, capsys)["on"] == "n[3-4]"
+    assert cli.main(["status", "run", "--store", str(store)]) == 0
+    assert "job 12 on n[3-4]" in capsys.readouterr().out
+    for number in range(9):
+        write_run(store, f"run-{number}", {"sft": "queued"}, {"sft": "12"})
+    assert cli.main(["status", "run-", "--store", str(store)]) == 0
+    assert "job 12  on n[3-4]" in capsys.readouterr().out
+
+
 # --- why -------------------------------------------------------------------------------------------------------------
 
 
