@@ -11,7 +11,15 @@ from omegaconf import DictConfig
 
 from alignment import search
 from alignment.config.schema import PercentilePruning, SlurmLauncher, TorchrunLauncher
-from alignment.errors import AlignmentError, ConfigError, LostError, MachineError, PreemptedError
+from alignment.errors import (
+    BY_CODE,
+    AlignmentError,
+    ConfigError,
+    LostError,
+    MachineError,
+    PreemptedError,
+    StageFailed,
+)
 from alignment.hydra_app import Point
 from alignment.launchers import slurm
 from alignment.pipeline import runner, sanity, submission, sweeps
@@ -20,6 +28,7 @@ from alignment.pipeline.identity import one_look
 from alignment.pipeline.leading import Leader
 from alignment.reporting import cancelling, gather, page, pruning, queue, terminal, watching
 from alignment.reporting.sweeps import objective
+from alignment.reporting.words import DONE
 from alignment.signals import Asked, Listener, Stopped
 
 # Of a point: its objective, why it has none, or nothing (yet).
@@ -162,10 +171,10 @@ class Session:
         run.state["nodes"] = state["nodes"]  # what has become of its stages
         with suppress(AlignmentError, OSError):
             page.write_report(Path(state["folder"]), run.store.root, state)
-        failed = next((node for node in state["nodes"] if node["state"] in ("failed", "cancelled")), None)
-        if failed is not None and run.id not in self._pruned:
+        error = _failure(run, state)
+        if error is not None and run.id not in self._pruned:
             self._trials.drop(run)
-            self._errors[run.id] = LostError(f"{failed['name']} has {failed['state']}: {failed['error']}", where=run.id)
+            self._errors[run.id] = error
 
     def _prune_jobs(self, runs: Sequence[runner.Run], states: Sequence[dict[str, Any]]) -> None:
         """Cancel the jobs of those that are hopeless now, unless a run that goes on needs what they train."""
@@ -214,6 +223,20 @@ class Session:
             queue.say(f"✂ {run.id}  was pruned {self._pruned[run.id]}")
         self._trials.drop(run)
         return True
+
+
+def _failure(run: runner.Run, state: dict[str, Any]) -> AlignmentError | None:
+    """Of a run whose jobs have ended: why not all of its stages are there, in the words of the first that failed."""
+    if state["state"] == "unreadable":
+        return MachineError("its run.json cannot be read", where=str(run.folder), fix="alignment status")
+    broken = [node for node in state["nodes"] if node["state"] not in DONE]
+    if not broken:
+        return None
+    node = next((node for node in broken if node["state"] == "failed"), broken[0])
+    kind = BY_CODE.get(node["code"], StageFailed) if "code" in node else LostError
+    became = {"failed": "has failed", "cancelled": "was cancelled", "waiting": "was not made"}.get(node["state"])
+    why = node.get("error") or "no job is known that makes it"
+    return kind(f"{node['name']} {became or 'is ' + node['state']}: {why}", where=run.id)
 
 
 def _meeting(run: runner.Run) -> tuple[Any, ...] | None:

@@ -34,7 +34,8 @@ def read_runs(
     unreadable, "seconds": of its own work, "folder", and nodes whose "state" is reused or one of these; working ones
     have "progress", those that this run has tried "attempts" (a count) and "causes" (why each that ended without a
     result did), those that are jobs of a cluster "job" and, where it waits, "why", where it runs, "on" (its nodes);
-    failed ones "log" (the last lines of what the stage, or else its job, has written).
+    failed ones "log" (the last lines of what the stage, or else its job, has written), and those of a cluster that have
+    said why their "code" (of errors.BY_CODE).
     gone: it was done, but the store no longer has the result, or not whole; the same command makes it again.
     preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
     """
@@ -163,6 +164,8 @@ def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
     told["state"] = job.get("ended") or "waiting"
     error = read(work / "error.json") if _is_of(job, work / "error.json") else None
     told["error"] = error_text(error) or job.get("why")
+    if isinstance(error, dict) and isinstance(error.get("code"), int):
+        told["code"] = error["code"]
     return told
 
 

@@ -18,26 +18,30 @@ class FakeSlurm:
         self.folder = folder
         self.queue()
         self.accounts()
-        self._script("scancel", "")
+        self.script("scancel", "true")
 
     def queue(self, *jobs: tuple[str, ...]) -> None:
         """What squeue knows. Each: job, state, and then reason, nodes and end, as far as they matter."""
         lines = ["|".join([*job, *("None", "n1", "N/A")[len(job) - 2 :]]) for job in jobs]
-        self._script("squeue", "\n".join(lines))
+        self._prints("squeue", lines)
 
     def accounts(self, *jobs: tuple[str, str, str]) -> None:
         """What sacct knows. Each: job, state, end."""
-        self._script("sacct", "\n".join("|".join([job, state, "n1", end]) for job, state, end in jobs))
+        self._prints("sacct", ["|".join([job, state, "n1", end]) for job, state, end in jobs])
 
     def calls(self, command: str) -> list[str]:
         """The arguments of each call."""
         file = self.folder / f"{command}.calls"
         return file.read_text().splitlines() if file.exists() else []
 
-    def _script(self, command: str, text: str) -> None:
+    def script(self, command: str, text: str) -> None:
+        """text: of the shell."""
         path = self.folder / command
-        path.write_text(f"#!/bin/sh\necho \"$@\" >> '{path}.calls'\ncat <<'EOF'\n{text}\nEOF\n")
+        path.write_text(f"#!/bin/sh\necho \"$@\" >> '{path}.calls'\n{text}\n")
         path.chmod(0o755)
+
+    def _prints(self, command: str, lines: list[str]) -> None:
+        self.script(command, "\n".join(["cat <<'EOF'", *lines, "EOF"]))
 
 
 def key_of(run: str, node: str) -> str:
