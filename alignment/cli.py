@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +260,7 @@ def compare(arguments: list[str]) -> int:
         sweep = sweeps.read_sweep(folder)
     store = Store(folder.parent.parent)
     content = comparison.compare(
-        sweep, sweeps.read_points(sweep, store.root, store.is_held, partial(jobs.read, store)), given.metric
+        sweep, sweeps.read_points(sweep, store.root, store.is_held, jobs.Jobs(store).read), given.metric
     )
     if given.json:
         _print_json(comparison.plain(content))
