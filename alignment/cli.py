@@ -136,9 +136,12 @@ def _end_at_once() -> None:
 
 
 def plan(arguments: list[str]) -> int:
-    """Show what `run` would do and what it would reuse; takes the same settings."""
-    parser = _parser("plan", "alignment plan [setting=value ...]", plan)
+    """Show what `run` would do and what it would reuse; takes the same settings, and -m."""
+    parser = _parser("plan", "alignment plan [-m] [setting=value ...]", plan)
     parser.add_argument("overrides", nargs="*", metavar="setting=value")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="a sweep, as one graph: how many stages of each name"
+    )
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="a further folder of configs")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--show-scripts", action="store_true", help="launcher=slurm: the jobs as they would be sent")
@@ -146,6 +149,8 @@ def plan(arguments: list[str]) -> int:
         "--check", action="store_true", help="launcher=slurm: ask the cluster whether it could start them"
     )
     given = parser.parse_intermixed_args(arguments)
+    if given.multirun:
+        return _plan_sweep(given)
     from alignment.config.compose import compose
     from alignment.pipeline import runner
     from alignment.reporting import terminal
@@ -154,7 +159,7 @@ def plan(arguments: list[str]) -> int:
     if given.show_scripts:
         from alignment.reporting import queue
 
-        queue.show_scripts([prepared], prepared.id)
+        print("\n".join(queue.scripts([prepared], prepared.id)))
         return 0
     if given.check:
         from alignment.reporting import queue
@@ -165,6 +170,25 @@ def plan(arguments: list[str]) -> int:
         _print_json({"run": prepared.id, "nodes": rows})
     else:
         terminal.announce(prepared.id, prepared.folder, rows, table=True)
+    return 0
+
+
+def _plan_sweep(given: argparse.Namespace) -> int:
+    from alignment import runs
+    from alignment.reporting import queue
+
+    if len(given.config_dir) > 1:
+        raise ConfigError("a sweep takes one --config-dir", where="command line", fix="put all of it into one folder")
+    name, prepared = runs.plan_sweep(given.overrides, *given.config_dir)
+    if given.check:
+        queue.check(prepared, name)
+    scripts = queue.scripts(prepared, name) if given.show_scripts else []
+    rows = queue.plan(prepared)
+    if given.json:
+        _print_json({"sweep": name, "runs": [run.id for run in prepared], "stages": rows, "scripts": scripts})
+        return 0
+    queue.show_plan(name, len(prepared), rows)
+    print("\n".join(scripts), end="\n" if scripts else "")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from alignment import search
+from alignment import hydra_app, search
+from alignment.config.provenance import quoted
 from alignment.config.schema import PercentilePruning, SlurmLauncher, TorchrunLauncher
 from alignment.errors import (
     BY_CODE,
@@ -65,14 +67,11 @@ class Session:
                 self._here(run)
             return [self._value(run, in_sweep=master is not None) for run in runs]
         name = runs[0].id if master is None else self._note_sweep(master, points, runs)
-        clustered = {isinstance(run.experiment.launcher, SlurmLauncher) for run in runs}
-        if len(clustered) > 1 or (clustered == {True} and len({run.store.root for run in runs}) > 1):
-            what = "the points of a sweep of jobs share one launcher and one store"
-            raise ConfigError(what, where="command line", fix="sweep over something else than `launcher` and `store`")
+        clustered = _are_jobs(runs)
         going = [run for run in runs if not self._was_pruned(run)]
         for run in going:
             self._errors.pop(run.id, None)  # a sweeper may ask for the same point again
-        if clustered == {False}:
+        if not clustered:
             for run in going:
                 self._here(run)
         elif going:
@@ -112,9 +111,8 @@ class Session:
 
     def _note_sweep(self, master: DictConfig, points: Sequence[Point], runs: Sequence[runner.Run]) -> str:
         if self._sweep is None:
-            settings = [*master.hydra.overrides.task, *master.hydra.overrides.hydra]
             looked_at = search.objective(master, runs[0].experiment)
-            self._sweep = sweeps.Sweep(settings, self._arguments, looked_at)
+            self._sweep = sweeps.Sweep(_settings(master), self._arguments, looked_at)
         self._sweep.add([(run, point.overrides) for run, point in zip(runs, points, strict=True)])
         for run in runs:
             self._trials.add(run)
@@ -223,6 +221,44 @@ class Session:
             queue.say(f"✂ {run.id}  was pruned {self._pruned[run.id]}")
         self._trials.drop(run)
         return True
+
+
+def plan_sweep(settings: Sequence[str], config_dir: Path | None = None) -> tuple[str, list[runner.Run]]:
+    """The name of the sweep that `alignment run -m` would make of the settings, and its runs; nothing is stored."""
+    points: list[Point] = []
+    given: list[str] = []
+
+    def note(some: Sequence[Point], master: DictConfig | None) -> list[None]:
+        assert master is not None  # of -m
+        if search.learns(master):
+            what = "a search asks for its next trials by what became of the last ones: there is no sweep to plan"
+            raise ConfigError(what, where="-m", fix="plan one trial: without -m, with a value for each setting")
+        points.extend(some)
+        given[:] = [setting for setting in _settings(master) if setting != elsewhere]
+        return [None] * len(some)
+
+    with tempfile.TemporaryDirectory() as aside:  # for what Hydra's sweeper writes, before it asks for any job
+        elsewhere = f"hydra.sweep.dir={quoted(aside)}"
+        folders = ["--config-dir", str(config_dir)] if config_dir else []
+        hydra_app.main(["--multirun", *folders, *settings, elsewhere], note)
+    with one_look():
+        runs = [runner.Run(point.experiment, point.command) for point in points]
+    _are_jobs(runs)
+    return sweeps.name_of(runs[0], given), runs
+
+
+def _settings(master: DictConfig) -> list[str]:
+    """That were given for a multirun."""
+    return [*master.hydra.overrides.task, *master.hydra.overrides.hydra]
+
+
+def _are_jobs(runs: Sequence[runner.Run]) -> bool:
+    """Whether their stages are jobs of a cluster. Raises ConfigError for points that cannot be one graph."""
+    clustered = {isinstance(run.experiment.launcher, SlurmLauncher) for run in runs}
+    if len(clustered) > 1 or (clustered == {True} and len({run.store.root for run in runs}) > 1):
+        what = "the points of a sweep of jobs share one launcher and one store"
+        raise ConfigError(what, where="command line", fix="sweep over something else than `launcher` and `store`")
+    return clustered == {True}
 
 
 def _failure(run: runner.Run, state: dict[str, Any]) -> AlignmentError | None:

@@ -24,7 +24,7 @@ class Sweep:
         """settings: as they were given, with all their values. arguments: those of the whole command. objective:
         {"metric", "direction"} of each metric that is looked at."""
         self.command = shlex.join(["alignment", "run", *arguments])
-        self._digest = digest(sorted(settings))[:8]
+        self._settings = list(settings)
         self.id = ""
         self.folder = Path()
         self._points: dict[str, dict[str, Any]] = {}
@@ -35,7 +35,7 @@ class Sweep:
         first: Run | None = None
         for run, overrides in points:
             first = first or run
-            self.id = self.id or f"{run.experiment.name}-{self._digest}"
+            self.id = self.id or name_of(run, self._settings)
             run.belongs_to(self.id)
             self._points[run.id] = {"run": run.id, "overrides": list(overrides)}
         if first is None:
@@ -79,6 +79,11 @@ class Sweep:
         except (OSError, ValueError):
             return {}
         return told if isinstance(told, dict) else {}
+
+
+def name_of(first: Run, settings: Sequence[str]) -> str:
+    """Of a sweep, by its first point and the settings that were given."""
+    return f"{first.experiment.name}-{digest(sorted(settings))[:8]}"
 
 
 def with_settings(points: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from alignment.reporting.status import facts_text
 STYLES = {
     "done": "green", "reused": "cyan", "running": "bold yellow", "waiting": "dim", "failed": "bold red",
     "interrupted": "red", "preempted": "yellow", "unreadable": "red", "gone": "magenta", "run": "bold yellow",
-    "reuse": "cyan", "wait": "magenta", "queued": "blue",
+    "reuse": "cyan", "wait": "magenta", "queued": "blue", "new": "bold yellow", "at work": "magenta",
     "cancelled": "red", "pruned": "magenta", "good": "green", "bad": "red", "moved": "bold", "same": "dim",
     "better": "bold green", "worse": "bold red", "broken": "bold red", "no measurable difference": "bold",
 }  # fmt: skip

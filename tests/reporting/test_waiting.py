@@ -12,7 +12,7 @@ from alignment.config.compose import compose
 from alignment.errors import AlignmentError, LostError
 from alignment.hydra_app import Point
 from alignment.pipeline.runner import Run
-from alignment.reporting import watching
+from alignment.reporting import queue, watching
 from alignment.runs import Session
 from alignment.signals import Listener
 from tests.reporting.fake_slurm import FakeSlurm, write
@@ -98,3 +98,15 @@ def test_what_is_there_is_a_success_whatever_its_job_came_to(waiting: Waiting) -
     write(aside / "record.json", record)
     assert waiting.ends("12|RUNNING|None|n1|N/A", then=f"mv {aside} {folder} 2>&1") is None
     assert json.loads((folder / "record.json").read_text())["key"] == waiting.sft.key
+
+
+def test_a_plan_knows_what_is_queued(waiting: Waiting, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned() -> dict[str, str]:
+        rows = queue.plan([waiting.run])
+        return {row["name"]: next(state for state in queue.PLANNED if row[state]) for row in rows}
+
+    slurm.queue(("12", "PENDING"))
+    assert planned() == {node.name: "queued" if node.name == "sft" else "reused" for node in waiting.run.nodes}
+    slurm.script("squeue", "echo down >&2; exit 1")
+    assert planned()["sft"] == "new"
+    assert "what is queued counts as new: " in capsys.readouterr().err
