@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +136,12 @@ def _end_at_once() -> None:
 
 
 def plan(arguments: list[str]) -> int:
-    """Show what `run` would do and what it would reuse; takes the same settings."""
-    parser = _parser("plan", "alignment plan [setting=value ...]", plan)
+    """Show what `run` would do and what it would reuse; takes the same settings, and -m."""
+    parser = _parser("plan", "alignment plan [-m] [setting=value ...]", plan)
     parser.add_argument("overrides", nargs="*", metavar="setting=value")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="a sweep, as one graph: how many stages of each name"
+    )
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="a further folder of configs")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--show-scripts", action="store_true", help="launcher=slurm: the jobs as they would be sent")
@@ -147,6 +149,8 @@ def plan(arguments: list[str]) -> int:
         "--check", action="store_true", help="launcher=slurm: ask the cluster whether it could start them"
     )
     given = parser.parse_intermixed_args(arguments)
+    if given.multirun:
+        return _plan_sweep(given)
     from alignment.config.compose import compose
     from alignment.pipeline import runner
     from alignment.reporting import terminal
@@ -155,7 +159,7 @@ def plan(arguments: list[str]) -> int:
     if given.show_scripts:
         from alignment.reporting import queue
 
-        queue.show_scripts([prepared], prepared.id)
+        print("\n".join(queue.scripts([prepared], prepared.id)))
         return 0
     if given.check:
         from alignment.reporting import queue
@@ -169,8 +173,27 @@ def plan(arguments: list[str]) -> int:
     return 0
 
 
+def _plan_sweep(given: argparse.Namespace) -> int:
+    from alignment import runs
+    from alignment.reporting import queue
+
+    if len(given.config_dir) > 1:
+        raise ConfigError("a sweep takes one --config-dir", where="command line", fix="put all of it into one folder")
+    name, prepared = runs.plan_sweep(given.overrides, *given.config_dir)
+    if given.check:
+        queue.check(prepared, name)
+    scripts = queue.scripts(prepared, name) if given.show_scripts else []
+    rows = queue.plan(prepared)
+    if given.json:
+        _print_json({"sweep": name, "runs": [run.id for run in prepared], "stages": rows, "scripts": scripts})
+        return 0
+    queue.show_plan(name, len(prepared), rows)
+    print("\n".join(scripts), end="\n" if scripts else "")
+    return 0
+
+
 def status(arguments: list[str]) -> int:
-    """List runs, or those of a sweep, with their stages, states, durations and keys."""
+    """List runs, or those of a sweep: stages, states, durations, keys; of failed ones why, and the end of the log."""
     parser = _parser("status", "alignment status [run or sweep ...] [--watch]", status)
     parser.add_argument("runs", nargs="*", help="names of runs or sweeps, or their beginnings; none = all runs")
     parser.add_argument("--json", action="store_true", help="machine-readable")
@@ -213,7 +236,8 @@ def logs(arguments: list[str]) -> int:
 def cancel(arguments: list[str]) -> int:
     """Cancel the jobs of runs or sweeps; those that other runs wait for stay."""
     parser = _parser("cancel", "alignment cancel <run or sweep ...>", cancel)
-    parser.add_argument("runs", nargs="+", help="names of runs or sweeps, or their beginnings")
+    what = "names of runs or sweeps, or beginnings that only one has of those that wait or run"
+    parser.add_argument("runs", nargs="+", help=what)
     _add_store(parser)
     given = parser.parse_args(arguments)
     from alignment.reporting import cancelling
@@ -260,7 +284,7 @@ def compare(arguments: list[str]) -> int:
         sweep = sweeps.read_sweep(folder)
     store = Store(folder.parent.parent)
     content = comparison.compare(
-        sweep, sweeps.read_points(sweep, store.root, store.is_held, partial(jobs.read, store)), given.metric
+        sweep, sweeps.read_points(sweep, store.root, store.is_held, jobs.Jobs(store).read), given.metric
     )
     if given.json:
         _print_json(comparison.plain(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -9,9 +10,18 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from alignment import search
+from alignment import hydra_app, search
+from alignment.config.provenance import quoted
 from alignment.config.schema import PercentilePruning, SlurmLauncher, TorchrunLauncher
-from alignment.errors import AlignmentError, ConfigError, LostError, MachineError, PreemptedError
+from alignment.errors import (
+    BY_CODE,
+    AlignmentError,
+    ConfigError,
+    LostError,
+    MachineError,
+    PreemptedError,
+    StageFailed,
+)
 from alignment.hydra_app import Point
 from alignment.launchers import slurm
 from alignment.pipeline import runner, sanity, submission, sweeps
@@ -20,6 +30,7 @@ from alignment.pipeline.identity import one_look
 from alignment.pipeline.leading import Leader
 from alignment.reporting import cancelling, gather, page, pruning, queue, terminal, watching
 from alignment.reporting.sweeps import objective
+from alignment.reporting.words import DONE
 from alignment.signals import Asked, Listener, Stopped
 
 # Of a point: its objective, why it has none, or nothing (yet).
@@ -56,14 +67,11 @@ class Session:
                 self._here(run)
             return [self._value(run, in_sweep=master is not None) for run in runs]
         name = runs[0].id if master is None else self._note_sweep(master, points, runs)
-        clustered = {isinstance(run.experiment.launcher, SlurmLauncher) for run in runs}
-        if len(clustered) > 1 or (clustered == {True} and len({run.store.root for run in runs}) > 1):
-            what = "the points of a sweep of jobs share one launcher and one store"
-            raise ConfigError(what, where="command line", fix="sweep over something else than `launcher` and `store`")
+        clustered = _are_jobs(runs)
         going = [run for run in runs if not self._was_pruned(run)]
         for run in going:
             self._errors.pop(run.id, None)  # a sweeper may ask for the same point again
-        if clustered == {False}:
+        if not clustered:
             for run in going:
                 self._here(run)
         elif going:
@@ -103,9 +111,8 @@ class Session:
 
     def _note_sweep(self, master: DictConfig, points: Sequence[Point], runs: Sequence[runner.Run]) -> str:
         if self._sweep is None:
-            settings = [*master.hydra.overrides.task, *master.hydra.overrides.hydra]
             looked_at = search.objective(master, runs[0].experiment)
-            self._sweep = sweeps.Sweep(settings, self._arguments, looked_at)
+            self._sweep = sweeps.Sweep(_settings(master), self._arguments, looked_at)
         self._sweep.add([(run, point.overrides) for run, point in zip(runs, points, strict=True)])
         for run in runs:
             self._trials.add(run)
@@ -162,10 +169,10 @@ class Session:
         run.state["nodes"] = state["nodes"]  # what has become of its stages
         with suppress(AlignmentError, OSError):
             page.write_report(Path(state["folder"]), run.store.root, state)
-        failed = next((node for node in state["nodes"] if node["state"] in ("failed", "cancelled")), None)
-        if failed is not None and run.id not in self._pruned:
+        error = _failure(run, state)
+        if error is not None and run.id not in self._pruned:
             self._trials.drop(run)
-            self._errors[run.id] = LostError(f"{failed['name']} has {failed['state']}: {failed['error']}", where=run.id)
+            self._errors[run.id] = error
 
     def _prune_jobs(self, runs: Sequence[runner.Run], states: Sequence[dict[str, Any]]) -> None:
         """Cancel the jobs of those that are hopeless now, unless a run that goes on needs what they train."""
@@ -214,6 +221,58 @@ class Session:
             queue.say(f"✂ {run.id}  was pruned {self._pruned[run.id]}")
         self._trials.drop(run)
         return True
+
+
+def plan_sweep(settings: Sequence[str], config_dir: Path | None = None) -> tuple[str, list[runner.Run]]:
+    """The name of the sweep that `alignment run -m` would make of the settings, and its runs; nothing is stored."""
+    points: list[Point] = []
+    given: list[str] = []
+
+    def note(some: Sequence[Point], master: DictConfig | None) -> list[None]:
+        assert master is not None  # of -m
+        if search.learns(master):
+            what = "a search asks for its next trials by what became of the last ones: there is no sweep to plan"
+            raise ConfigError(what, where="-m", fix="plan one trial: without -m, with a value for each setting")
+        points.extend(some)
+        given[:] = [setting for setting in _settings(master) if setting != elsewhere]
+        return [None] * len(some)
+
+    with tempfile.TemporaryDirectory() as aside:  # for what Hydra's sweeper writes, before it asks for any job
+        elsewhere = f"hydra.sweep.dir={quoted(aside)}"
+        folders = ["--config-dir", str(config_dir)] if config_dir else []
+        hydra_app.main(["--multirun", *folders, *settings, elsewhere], note)
+    with one_look():
+        runs = [runner.Run(point.experiment, point.command) for point in points]
+    _are_jobs(runs)
+    return sweeps.name_of(runs[0], given), runs
+
+
+def _settings(master: DictConfig) -> list[str]:
+    """That were given for a multirun."""
+    return [*master.hydra.overrides.task, *master.hydra.overrides.hydra]
+
+
+def _are_jobs(runs: Sequence[runner.Run]) -> bool:
+    """Whether their stages are jobs of a cluster. Raises ConfigError for points that cannot be one graph."""
+    clustered = {isinstance(run.experiment.launcher, SlurmLauncher) for run in runs}
+    if len(clustered) > 1 or (clustered == {True} and len({run.store.root for run in runs}) > 1):
+        what = "the points of a sweep of jobs share one launcher and one store"
+        raise ConfigError(what, where="command line", fix="sweep over something else than `launcher` and `store`")
+    return clustered == {True}
+
+
+def _failure(run: runner.Run, state: dict[str, Any]) -> AlignmentError | None:
+    """Of a run whose jobs have ended: why not all of its stages are there, in the words of the first that failed."""
+    if state["state"] == "unreadable":
+        return MachineError("its run.json cannot be read", where=str(run.folder), fix="alignment status")
+    broken = [node for node in state["nodes"] if node["state"] not in DONE]
+    if not broken:
+        return None
+    node = next((node for node in broken if node["state"] == "failed"), broken[0])
+    kind = BY_CODE.get(node["code"], StageFailed) if "code" in node else LostError
+    became = {"failed": "has failed", "cancelled": "was cancelled", "waiting": "was not made"}.get(node["state"])
+    why = node.get("error") or "no job is known that makes it"
+    return kind(f"{node['name']} {became or 'is ' + node['state']}: {why}", where=run.id)
 
 
 def _meeting(run: runner.Run) -> tuple[Any, ...] | None:

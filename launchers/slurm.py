@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from alignment.allocation import Allocation, allocation
 from alignment.errors import MachineError
@@ -22,14 +23,13 @@ KEPT = {"SLURM_CONF", "SLURM_JWT"}  # where the cluster is, and who asks
 @dataclass(frozen=True)
 class JobState:
     """What SLURM says of a job or an element of an array. state: its word, such as PENDING. reason: that it waits.
-    nodes: that it runs on. start: when it began or will. spent: time it has run, as SLURM writes it."""
+    nodes: that it runs on. end: when it has ended, or by its time limit will (unix seconds); None: it does not say."""
 
     job: str
     state: str
     reason: str
     nodes: str
-    start: str
-    spent: str
+    end: float | None
 
     @property
     def waits(self) -> bool:
@@ -102,7 +102,7 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
 
 
 def _ask(jobs: Sequence[str]) -> list[JobState]:
-    form = "%i|%T|%r|%N|%S|%M"
+    form = "%i|%T|%r|%N|%e"
     try:
         said = call("squeue", "--noheader", "--states=all", "--array", f"--jobs={','.join(jobs)}", f"--format={form}")
     except MachineError as error:
@@ -110,10 +110,10 @@ def _ask(jobs: Sequence[str]) -> list[JobState]:
             raise
         # One that it has forgotten: alone that is an answer, among others squeue may refuse them all.
         return [state for job in jobs for state in _ask([job])] if len(jobs) > 1 else []
-    lines = [line.split("|") for line in said.splitlines() if line.count("|") == 5]
+    lines = [line.split("|") for line in said.splitlines() if line.count("|") == 4]
     return [
-        JobState(job, state, reason, nodes, start, spent)
-        for job, state, reason, nodes, start, spent in (map(str.strip, line) for line in lines)
+        JobState(job, state, reason, nodes, _moment(end))
+        for job, state, reason, nodes, end in (map(str.strip, line) for line in lines)
     ]
 
 
@@ -124,12 +124,20 @@ def outputs() -> dict[str, str]:
     return {line[20:].strip(): line[:20].strip() for line in said.splitlines() if line.strip()}
 
 
+def _moment(text: str) -> float | None:
+    """2026-11-26T10:00:00 of this machine's time zone, as these commands write it; N/A and Unknown are none."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
 def accounted(jobs: Iterable[str]) -> dict[str, JobState]:
     """Of jobs that the controller has forgotten, those that the accounting still knows; none where there is none."""
     wanted = sorted(set(jobs))
     if not wanted or shutil.which("sacct") is None:
         return {}
-    form = "JobID,State,NodeList,Elapsed"
+    form = "JobID,State,NodeList,End"
     found: dict[str, JobState] = {}
     for first in range(0, len(wanted), CHUNK):
         asked = ",".join(wanted[first : first + CHUNK])
@@ -139,9 +147,9 @@ def accounted(jobs: Iterable[str]) -> dict[str, JobState]:
             return {}
         for line in said.splitlines():
             if line.count("|") == 3:
-                job, word, nodes, spent = line.split("|")
+                job, word, nodes, end = line.split("|")
                 # "CANCELLED by 1000"
-                found[job] = JobState(job, word.split()[0] if word else "", "None", nodes, "", spent)
+                found[job] = JobState(job, word.split()[0] if word else "", "None", nodes, _moment(end))
     return found
 
 

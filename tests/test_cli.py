@@ -123,6 +123,37 @@ def test_plan_says_from_which_step_a_stage_goes_on(tmp_path: Path) -> None:
     assert [before["why"], plan()["sft"]["why"]] == ["start, rows will be new", "goes on from step 7"]
 
 
+def test_a_sweep_is_planned_as_the_one_graph_that_run_would_make_of_it(tmp_path: Path) -> None:
+    sweep = ("experiment=quickstart", "stage.dpo.beta=0.1,0.5", "seed=0,1")
+    out = alignment("plan", "-m", *sweep, cwd=tmp_path).stdout
+    assert "  4 runs, 29 stages: 29 new\n" in out
+    counts = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 3}
+    assert (counts["start"], counts["sft"], counts["dpo"]) == (["import_model", "1"], ["sft", "2"], ["dpo", "4"])
+    assert list(tmp_path.iterdir()) == []
+
+    plan = json.loads(alignment("plan", *sweep, "-m", "--json", cwd=tmp_path).stdout)
+    alignment("run", "-m", *sweep, "min_free_gb=1e9", cwd=tmp_path, code=4)
+    told = json.loads(alignment("plan", "-m", *sweep, "min_free_gb=1e9", "--json", cwd=tmp_path).stdout)
+    (file,) = (tmp_path / "store").glob("sweeps/*/sweep.json")
+    assert told["sweep"] == file.parent.name
+    assert plan["runs"] == [point["run"] for point in json.loads(file.read_text())["points"]]
+
+    (node, *_) = json.loads(alignment("plan", sweep[0], "--json", cwd=tmp_path).stdout)["nodes"]
+    record = tmp_path / "store" / "store" / node["key"][:16] / "record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"key": node["key"], "files": {}}))
+    again = json.loads(alignment("plan", "-m", *sweep, "--json", cwd=tmp_path).stdout)["stages"]
+    assert [(row["new"], row["reused"]) for row in again if row["name"] in ("start", "dpo")] == [(0, 1), (4, 0)]
+
+
+def test_a_sweep_s_scripts_are_arrays(tmp_path: Path) -> None:
+    sweep = ("experiment=quickstart", "launcher=slurm", "launcher.processes=1", "stage.dpo.beta=0.1,0.5")
+    out = alignment("plan", "-m", *sweep, "--show-scripts", cwd=tmp_path).stdout
+    name = out.split()[0]
+    assert re.search(rf"^#SBATCH --job-name={name}\.dpo\n#SBATCH --array=0-1$", out, re.M)
+    assert "--dependency=aftercorr:<" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
@@ -157,8 +188,13 @@ def test_plan_says_from_which_step_a_stage_goes_on(tmp_path: Path) -> None:
         (["run", "--ex", "x.pickle"], 2, "it loads a pickle"),
         (["run", "--config-name=mine"], 2, "the first config is conf/config.yaml"),
         (["run", "-cp", "."], 2, "the first config is conf/config.yaml"),
+        (["plan", "-m", "seed=0,-1"], 2, "command line: `seed` should be greater than or equal to 0"),
+        (["plan", "-m", "sweep=optuna_dpo"], 2, "there is no sweep to plan"),
+        (["plan", "-m", "launcher=slurm", "launcher.processes=1", "store=a,b"], 2, "share one launcher and one store"),
+        (["plan", "-m", "seed=0,1", "--show-scripts"], 2, "there are no scripts to show"),
+        (["plan", "-m", "--config-dir", "a", "--config-dir", "b"], 2, "a sweep takes one --config-dir"),
         (["chat", "nothing"], 2, "no run is called 'nothing'"),
-        (["status", "nothing"], 2, "no run is called nothing"),
+        (["status", "nothing"], 2, "no run is called 'nothing'"),
     ],
 )
 def test_an_error_is_one_line_with_its_exit_code_and_no_traceback(
@@ -219,7 +255,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_hydras_own_flags_keep_working(tmp_path: Path) -> None:
     shown = alignment("run", "experiment=quickstart", "stage.dpo.beta=0.25", "--cfg", "job", cwd=tmp_path).stdout
     assert "beta: 0.25" in shown
-    assert "quickstart" in alignment("run", "--help", cwd=tmp_path).stdout
+    shown = alignment("run", "--help", cwd=tmp_path).stdout
+    assert "quickstart" in shown and "--wait, for launcher=slurm" in shown
     assert "conf" in alignment("run", "--info", "searchpath", cwd=tmp_path).stdout
 
 

@@ -52,13 +52,15 @@ def note(
     return jobs
 
 
-def queued(runs: Sequence[Run], say: Callable[[str], None] = lambda text: None) -> dict[str, str]:
+def queued(
+    runs: Sequence[Run], say: Callable[[str], None] = lambda text: None, patience: float = ENDING
+) -> dict[str, str]:
     """Key -> job, of what SLURM will make or makes already. A job that is ending, cancelled or queued again, is waited
-    for till it is known which; what SLURM will never start does not count."""
+    for, `patience` seconds, till it is known which; what SLURM will never start does not count."""
     store = runs[0].store
     keys = dict.fromkeys(node.key for run in runs for node in run.nodes)
     known = {key: told["job"] for key in keys if (told := job_of(store, key))}
-    until, said = time.monotonic() + ENDING, False
+    until, said = time.monotonic() + patience, False
     while True:
         states = slurm.states(known.values()) if known else {}
         ending = [

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from alignment.config.varied import varied
 from alignment.files import digest, read_json, write_json
 from alignment.pipeline.runner import Run
 
@@ -23,7 +24,7 @@ class Sweep:
         """settings: as they were given, with all their values. arguments: those of the whole command. objective:
         {"metric", "direction"} of each metric that is looked at."""
         self.command = shlex.join(["alignment", "run", *arguments])
-        self._digest = digest(sorted(settings))[:8]
+        self._settings = list(settings)
         self.id = ""
         self.folder = Path()
         self._points: dict[str, dict[str, Any]] = {}
@@ -34,7 +35,7 @@ class Sweep:
         first: Run | None = None
         for run, overrides in points:
             first = first or run
-            self.id = self.id or f"{run.experiment.name}-{self._digest}"
+            self.id = self.id or name_of(run, self._settings)
             run.belongs_to(self.id)
             self._points[run.id] = {"run": run.id, "overrides": list(overrides)}
         if first is None:
@@ -68,7 +69,9 @@ class Sweep:
         self._write()
 
     def _write(self) -> None:
-        write_json(self.folder / FILE, {**self._told, "points": varied(list(self._points.values()))}, durable=False)
+        write_json(
+            self.folder / FILE, {**self._told, "points": with_settings(list(self._points.values()))}, durable=False
+        )
 
     def _known(self) -> dict[str, Any]:
         try:
@@ -78,14 +81,20 @@ class Sweep:
         return told if isinstance(told, dict) else {}
 
 
-def varied(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each point with "settings": the values of those settings that are not the same in all points."""
-    given = [dict(_setting(override) for override in point["overrides"]) for point in points]
-    names = list(dict.fromkeys(name for settings in given for name in settings))
-    different = [name for name in names if any(settings.get(name) != given[0].get(name) for settings in given)]
+def name_of(first: Run, settings: Sequence[str]) -> str:
+    """Of a sweep, by its first point and the settings that were given."""
+    return f"{first.experiment.name}-{digest(sorted(settings))[:8]}"
+
+
+def with_settings(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each point with "settings": its values of those settings that are not the same in all points."""
+    given = [
+        {"settings": {name: _plain(value) for name, value in map(_setting, point["overrides"])}} for point in points
+    ]
+    different = varied(given)
     return [
-        {**point, "settings": {name: _plain(settings.get(name)) for name in different}}
-        for point, settings in zip(points, given, strict=True)
+        {**point, "settings": {name: one["settings"][name] for name in different if name in one["settings"]}}
+        for point, one in zip(points, given, strict=True)
     ]
 
 

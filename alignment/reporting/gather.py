@@ -80,6 +80,16 @@ def read(path: Path | None) -> Any:
         return None
 
 
+def tail(path: Path, size: int) -> str:
+    """The last bytes of a file as text; empty if there is no file."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, path.stat().st_size - size))
+            return stream.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def read_rows(path: Path | None) -> list[Row]:
     """Rows of a .jsonl; a last line that is still being written is left out."""
     rows: list[Row] = []

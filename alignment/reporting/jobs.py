@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,14 @@ from alignment.errors import MachineError
 from alignment.launchers import slurm
 from alignment.pipeline.ledger import job_of
 from alignment.pipeline.store import Store
+from alignment.reporting.gather import tail
 
+# Seconds between two questions to SLURM: when something has just happened, and twice as long after each; while things
+# happen; while nothing does. CALM: after so long what happens is worth the first pace again.
+SOON, OFTEN, SELDOM, CALM = 2.0, 15.0, 30.0, 60.0
+# Files of a work folder that change where an attempt begins or ends, and not while it is at work.
+TELLING = ("stage.json", "attempts.jsonl", "outcome.json")
+LAG = 180.0  # seconds after a job's end in which its result may be hidden by a file system that caches
 TAIL = 65_536  # bytes of a job's output that are looked through
 # Reasons for which a job waits, in other words than SLURM's where these say little.
 REASONS = {
@@ -24,49 +33,100 @@ REASONS = {
 }
 
 
-def read(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
-    """Key -> {"job", "out": file of what it printed, "alive", "waits", "nodes", "why": it waits, or has ended,
-    "ended": failed | cancelled}. Keys that no job was submitted for are left out.
+class Jobs:
+    """What SLURM and the jobs themselves say, to one who looks at the store every few seconds, for days perhaps.
 
-    Where SLURM does not answer, its word is missing: who is not known to live counts as queued, with that as its why.
+    The controller serves a whole cluster, so it is asked every half a minute if nothing happens, every quarter if
+    something does, and soon after a file has said that something has: in a moment its job may end, or others begin.
     """
-    notes = {key: note for key in keys if (note := job_of(store, key))}
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic):
+        self._store, self._clock = store, clock
+        self._known: dict[str, slurm.JobState] = {}
+        self._accounted: dict[str, slurm.JobState] = {}
+        self._final: dict[str, slurm.JobState] = {}  # of jobs that the controller has forgotten: nothing changes them
+        self._completed: dict[str, float] = {}  # when such a job was first seen, by the clock on the wall
+        self._refused: str | None = None  # why SLURM did not answer
+        self._asked: set[str] = set()  # the jobs that it was asked for
+        self._at = self._hurried = float("-inf")
+        self._every = SOON
+        self._files: dict[str, list[int]] = {}
+
+    def read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Key -> {"job", "out": file of what it printed, "submitted", "alive", "waits", "nodes", "why": it waits, or
+        has ended, "ended": failed | cancelled | gone}. Keys that no job was submitted for are left out.
+
+        Where SLURM does not answer, its word is missing: whose end is not known counts as queued, with that as its why.
+        """
+        notes = {key: note for key in keys if (note := job_of(self._store, key))}
+        jobs, now = {str(note["job"]) for note in notes.values()}, self._clock()
+        if self._has_changed(keys):
+            if now - self._hurried >= CALM:
+                self._every, self._hurried = SOON, now
+            self._every = min(self._every, OFTEN)
+        if jobs - self._asked or now - self._at >= self._every:
+            self._ask(jobs)
+        if self._refused:
+            lost = {"alive": True, "waits": True, "why": f"unknown: {self._refused}"}
+            return {
+                key: {**note, **(self._told(note) if note["job"] in self._final else lost)}
+                for key, note in notes.items()
+            }
+        return {key: {**note, **self._told(note)} for key, note in notes.items()}
+
+    def _has_changed(self, keys: Sequence[str]) -> bool:
+        """Whether a stage was made, began another attempt or ended one since the last look."""
+        before = self._files
+        self._files = {key: [_mtime(self._store.work(key) / name) for name in TELLING] for key in keys}
+        return bool(before) and self._files != before
+
+    def _ask(self, jobs: set[str]) -> None:
+        before = self._known, self._accounted
+        open_ = jobs - set(self._final)
+        try:
+            self._known = slurm.states(open_) if open_ else {}
+            self._accounted = slurm.accounted(open_ - set(self._known))
+            self._refused = None
+        except MachineError as error:
+            self._refused = error.what
+        self._final |= {job: state for job, state in self._accounted.items() if not state.lives}
+        self._asked, self._at = jobs, self._clock()
+        moves = (self._known, self._accounted) != before
+        self._every = min(2 * self._every, OFTEN if moves else SELDOM)
+
+    def _told(self, note: dict[str, Any]) -> dict[str, Any]:
+        """The controller knows every job that lives. Of one that it does not know the accounting may say RUNNING for
+        ever, where the controller was restarted at the wrong moment."""
+        job = str(note["job"])
+        known = self._known.get(job)
+        if known is not None and known.lives:
+            why = REASONS.get(known.reason, known.reason) if known.waits else None
+            return {"alive": True, "waits": known.waits, "why": why, "nodes": known.nodes}
+        state = self._final.get(job) or known or self._accounted.get(job)
+        if state is not None and state.state == "COMPLETED":  # by its code its result is stored
+            if time.time() - (state.end or self._completed.setdefault(job, time.time())) < LAG:
+                return {"alive": True, "waits": False, "why": "has ended; its result is not to be seen from here yet"}
+            return {
+                "alive": False,
+                "ended": "gone",
+                "why": f"job {job} has made it; its result is not in the store any more",
+            }
+        said = last_error(Path(str(note.get("out"))))
+        if state is None or state.lives:
+            return {"alive": False, "ended": "failed", "why": said or f"job {job} has ended without a result"}
+        cancelled = state.state == "CANCELLED"
+        because = "cancelled, or a stage before it has failed" if cancelled else f"job {job}: {state.state}"
+        return {"alive": False, "ended": "cancelled" if cancelled else "failed", "why": said or because}
+
+
+def _mtime(file: Path) -> int:
     try:
-        states = slurm.states(note["job"] for note in notes.values())
-        states |= slurm.accounted(note["job"] for note in notes.values() if note["job"] not in states)
-    except MachineError as error:
-        lost = {"alive": True, "waits": True, "why": f"unknown: {error.what}"}
-        return {key: {**note, **lost} for key, note in notes.items()}
-    return {key: {**note, **_told(note, states.get(note["job"]))} for key, note in notes.items()}
-
-
-def _told(note: dict[str, Any], state: slurm.JobState | None) -> dict[str, Any]:
-    if state is not None and state.lives:
-        why = REASONS.get(state.reason, state.reason) if state.waits else None
-        return {"alive": True, "waits": state.waits, "why": why, "nodes": state.nodes}
-    if (
-        state is not None and state.state == "COMPLETED"
-    ):  # by its code its result is stored: file systems may lag behind
-        return {"alive": True, "waits": False, "why": "has ended; its result is not to be seen from here yet"}
-    said = last_error(Path(str(note.get("out"))))
-    if state is None:
-        return {"alive": False, "ended": "failed", "why": said or f"job {note['job']} has ended without a result"}
-    cancelled = state.state == "CANCELLED"
-    because = "cancelled, or a stage before it has failed" if cancelled else f"job {note['job']}: {state.state}"
-    return {"alive": False, "ended": "cancelled" if cancelled else "failed", "why": said or because}
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def last_error(out: Path) -> str | None:
     """What a job has said it failed of."""
-    found = re.findall(r"^alignment: error: (.*)$", "\n".join(tail(out, TAIL)), re.M)
+    found = re.findall(r"^alignment: error: (.*)$", tail(out, TAIL), re.M)
     return found[-1] if found else None
-
-
-def tail(path: Path, size: int = TAIL) -> list[str]:
-    """The last lines of a file that has them within its last `size` bytes; none if there is no file."""
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, path.stat().st_size - size))
-            return stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []

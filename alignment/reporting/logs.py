@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,19 @@ EVERY = 0.5  # seconds between two looks at a file that grows
 FIRST = ("running", "failed", "cancelled", "interrupted", "preempted", "queued", "done", "reused")
 
 
-def show(run: str, stage: str | None, root: Path, lines: int, follow: bool) -> int:
+def show(
+    run: str,
+    stage: str | None,
+    root: Path,
+    lines: int,
+    follow: bool,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
     """lines: so many of the last ones; 0: all. Raises ConfigError or InputError."""
     store = Store(root)
-    folder = targets.run_folder(run, store.root)
-    node = _node(watching.look(store, [folder])[0], stage)
+    folder, look = targets.run_folder(run, store.root), watching.Look(store, clock)
+    node = _node(look([folder])[0], stage)
     shown = 0
     for title, path in _files(store, node):
         if path.is_file() and not follow:
@@ -30,7 +39,7 @@ def show(run: str, stage: str | None, root: Path, lines: int, follow: bool) -> i
             print("\n".join(text[-lines:] if lines else text))
             shown += 1
     if follow:
-        return _follow(store, folder, node, lines)
+        return _follow(store, node, lines, lambda: _node(look([folder])[0], node["name"])["state"], sleep, clock)
     if not shown:
         raise InputError(f"{node['name']} has written nothing yet", where=str(folder), fix="alignment status says why")
     return 0
@@ -56,16 +65,26 @@ def _files(store: Store, node: dict[str, Any]) -> list[tuple[str, Path]]:
     return [*found, ("log.txt", folder / "log.txt")] if folder else found
 
 
-def _follow(store: Store, folder: Path, node: dict[str, Any], lines: int) -> int:
-    """The files as they grow, until the stage has ended."""
+def _follow(
+    store: Store,
+    node: dict[str, Any],
+    lines: int,
+    state_of: Callable[[], str],
+    sleep: Callable[[float], None],
+    clock: Callable[[], float],
+) -> int:
+    """The files as they grow, until the stage has ended. Its state, for which all of the run is read, is looked at more
+    seldom than they are."""
     read: dict[str, int] = {}
+    state, at = node["state"], clock()
     while True:
-        state = _node(watching.look(store, [folder])[0], node["name"])["state"]
         for title, path in _files(store, node):
             _print_new(title, path, read, lines)
         if state not in ("running", "queued", "waiting"):
             return 0
-        time.sleep(EVERY)
+        sleep(EVERY)
+        if clock() - at >= watching.EVERY:
+            state, at = state_of(), clock()
 
 
 def _print_new(title: str, path: Path, read: dict[str, int], lines: int) -> None:

@@ -12,18 +12,20 @@ from rich.table import Table
 from rich.text import Text
 
 from alignment.config.schema import SlurmLauncher
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, MachineError
 from alignment.files import near, program
-from alignment.pipeline import sanity
+from alignment.pipeline import ledger, sanity
 from alignment.pipeline.runner import Run
 from alignment.pipeline.submission import Submission
 from alignment.reporting import words
 from alignment.reporting.gather import Row
 from alignment.reporting.status import facts_text
-from alignment.reporting.terminal import progress_line, status_table, styled
+from alignment.reporting.terminal import log_lines, progress_line, status_table, styled
 
 MANY = 8  # runs: of more, only how many of their stages are in which state
 SHOWN = 12  # stages that work or failed
+LOGS = 3  # of these with the last lines of their logs
+PLANNED = ("new", "at work", "queued", "reused")  # what a stage is before a sweep begins
 ORDER = (
     *("done", "reused", "running", "queued", "waiting", "preempted", "interrupted"),
     *("pruned", "cancelled", "failed", "gone"),
@@ -82,9 +84,12 @@ def overview(runs: Sequence[Row]) -> RenderableType:
     for name in dict.fromkeys(node["name"] for node in nodes.values()):
         counts = Counter(node["state"] for node in nodes.values() if node["name"] == name)
         table.add_row(words.label(name), *(str(counts[state] or "") for state in states))
-    lines = [_line(node) for state in ("failed", "running") for node in nodes.values() if node["state"] == state]
-    more = [Text(f"and {len(lines) - SHOWN} more", "dim")] if len(lines) > SHOWN else []
-    return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines[:SHOWN], *more)
+    found = [node for state in ("failed", "running") for node in nodes.values() if node["state"] == state]
+    lines = [
+        line for node in found[:SHOWN] for line in [_line(node), *(log_lines(node) if node in found[:LOGS] else [])]
+    ]
+    more = [Text(f"and {len(found) - SHOWN} more", "dim")] if len(found) > SHOWN else []
+    return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines, *more)
 
 
 def _line(node: Row) -> Text:
@@ -95,8 +100,8 @@ def _line(node: Row) -> Text:
 
 
 def changes(runs: Sequence[dict[str, Any]], said: dict[str, str]) -> Iterator[str]:
-    """A line for each stage whose state is another one than was said before: key -> state. One that runs share is said
-    once."""
+    """A line for each stage whose state is another one than was said before: key -> state; of one that has failed the
+    last ones of its log, too. One that runs share is said once."""
     for run in runs:
         for node in run["nodes"]:
             state = str(node["state"])
@@ -107,22 +112,64 @@ def changes(runs: Sequence[dict[str, Any]], said: dict[str, str]) -> Iterator[st
             took = words.duration(node["seconds"]) if node.get("seconds") and state == "done" else ""
             job = f"job {node['job']}" if node.get("job") else ""
             yield "  ".join(filter(None, [run["run"], words.label(node["name"]), state, job, took, str(note or "")]))
+            yield from (f"    {line}" for line in node.get("log") or [])
 
 
-def show_scripts(runs: Sequence[Run], name: str) -> None:
+def plan(runs: Sequence[Run]) -> list[Row]:
+    """What `run` would do with the runs of a sweep, each stage once: {"name", "kind", "new", "reused", "queued", "at
+    work": how many}, by name in the order of the graph. SLURM is asked for those that a job was ever submitted for."""
+    jobs: dict[str, str] = {}
+    if isinstance(runs[0].experiment.launcher, SlurmLauncher):
+        try:
+            jobs = ledger.queued(runs, patience=0.0)
+        except MachineError as error:
+            _warn(f"warning: what is queued counts as new: {error}")
+    found: dict[str, Row] = {}
+    nodes = {(run.store.root, node.key): (run.store, node) for run in runs for node in run.nodes}
+    for store, node in nodes.values():
+        row = found.setdefault(node.name, {"name": node.name, "kind": node.kind, **dict.fromkeys(PLANNED, 0)})
+        if store.record(node.key) is not None:
+            row["reused"] += 1
+        elif node.key in jobs:
+            row["queued"] += 1
+        else:
+            row["at work" if store.is_held(node.key) else "new"] += 1
+    return list(found.values())
+
+
+def show_plan(name: str, runs: int, rows: Sequence[Row]) -> None:
+    """Of a sweep: a row for the stages of each name, and a column for what there is of them."""
+    console = Console(highlight=False)
+    counts = {state: sum(row[state] for row in rows) for state in PLANNED}
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    head = f"  {runs} run{'s' if runs > 1 else ''}, {sum(counts.values())} stages: {told}"
+    console.print(Text.assemble((name, "bold"), head), soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in ("stage", "kind"):
+        table.add_column(column, no_wrap=True)
+    for state in (state for state in PLANNED if counts[state]):
+        table.add_column(styled(state), justify="right")
+    for row in rows:
+        table.add_row(row["name"], row["kind"], *(str(row[state] or "") for state in PLANNED if counts[state]))
+    console.print(table)
+
+
+def scripts(runs: Sequence[Run], name: str) -> list[str]:
     """As they would be submitted. Raises ConfigError if these runs are no jobs of a cluster.
 
-    SLURM is not asked: what is queued already is shown too, and numbers of jobs that there are none of yet are named.
+    SLURM is not asked: what is queued already is among them, and numbers of jobs that there are none of yet are named.
     """
     if not isinstance(runs[0].experiment.launcher, SlurmLauncher):
         raise ConfigError("there are no scripts to show", where="--show-scripts", fix="add launcher=slurm")
-    for script in Submission(runs, name, {}).scripts():
-        print(script)
+    return Submission(runs, name, {}).scripts()
 
 
 def check(runs: Sequence[Run], name: str) -> None:
     """Ask SLURM what `run` asks before it queues anything; warnings go to stderr. Raises ConfigError, MachineError."""
     if not isinstance(runs[0].experiment.launcher, SlurmLauncher):
         raise ConfigError("there is no cluster to ask", where="--check", fix="add launcher=slurm")
-    errors = Console(stderr=True, highlight=False)
-    sanity.check(runs, name, lambda text: errors.print(Text(text), soft_wrap=True), probe=False)
+    sanity.check(runs, name, _warn, probe=False)
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True, highlight=False).print(Text(text), soft_wrap=True)

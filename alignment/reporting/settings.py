@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from alignment.config.varied import level as level
+from alignment.config.varied import level_of as level_of
+from alignment.config.varied import varied as varied
 from alignment.files import canonical
 
 Row = dict[str, Any]
@@ -16,25 +19,6 @@ LONGEST = 60
 def is_seed(key: str) -> bool:
     """Settings that only draw another sample of the same: points that differ in nothing else are one combination."""
     return key == "seed" or key.endswith(".seed")
-
-
-def level(value: Any) -> str:
-    """Equal values, equal text, whatever type carried the number: 1 and 1.0 are one value, 1 and "1" are not."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return repr(float(value))
-    return canonical(value)
-
-
-def level_of(settings: Row, key: str) -> str:
-    """As `level`; "" where the point does not have the setting."""
-    return level(settings[key]) if key in settings else ""
-
-
-def varied(points: Iterable[Row]) -> list[str]:
-    """Keys that not all points have with the same value, in the order in which they first stand."""
-    settings = [point["settings"] for point in points]
-    keys = dict.fromkeys(key for one in settings for key in one)
-    return [key for key in keys if len({level_of(one, key) for one in settings}) > 1]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

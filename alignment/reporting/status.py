@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment.pipeline import attempts
-from alignment.reporting.gather import Row, read
+from alignment.pipeline.store import Store
+from alignment.reporting import words
+from alignment.reporting.gather import Row, read, tail
 from alignment.reporting.words import DONE, error_text, finite
 
 FRESH = 15.0  # seconds after its last line in which a run between two stages counts as running
+LINES = 4  # of a failed stage's log
+TAIL = 8192  # bytes in which they are looked for
 
 
 def read_runs(
@@ -19,6 +24,7 @@ def read_runs(
     is_held: Callable[[str], bool],
     folders: Sequence[Path] | None = None,
     jobs_of: Callable[[list[str]], dict[str, Row]] = lambda keys: {},
+    results: Results | None = None,
 ) -> list[Row]:
     """Every run of the store, the newest first; or those in these folders, in their order.
 
@@ -27,28 +33,56 @@ def read_runs(
     "state": done | gone | running | waiting | queued | failed | cancelled | preempted | interrupted | pruned |
     unreadable, "seconds": of its own work, "folder", and nodes whose "state" is reused or one of these; working ones
     have "progress", those that this run has tried "attempts" (a count) and "causes" (why each that ended without a
-    result did), those that are jobs of a cluster "job" and, where it waits, "why".
-    gone: it was done, but the store no longer has the result; the same command makes it again.
+    result did), those that are jobs of a cluster "job" and, where it waits, "why", where it runs, "on" (its nodes);
+    failed ones "log" (the last lines of what the stage, or else its job, has written), and those of a cluster that have
+    said why their "code" (of errors.BY_CODE).
+    gone: it was done, but the store no longer has the result, or not whole; the same command makes it again.
     preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
     """
     files = sorted(store.glob("runs/*/run.json")) if folders is None else [folder / "run.json" for folder in folders]
-    jobs = jobs_of_runs(files, store, jobs_of)
-    runs = [read_run(file, store, is_held, jobs) for file in files]
+    results = results or Results(store)
+    jobs = jobs_of_runs(files, results, jobs_of)
+    runs = [read_run(file, results, is_held, jobs) for file in files]
     if folders is not None:
         return runs
     return sorted(runs, key=lambda run: finite(run.get("created")) or 0.0, reverse=True)
 
 
-def jobs_of_runs(files: Sequence[Path], store: Path, jobs_of: Callable[[list[str]], dict[str, Row]]) -> dict[str, Row]:
+class Results:
+    """What a store has, as it says itself: all files with their sizes. Of a result that was whole these are not looked
+    at again while its record is the same: who looks at hundreds of stages every few seconds would ask for thousands."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._store = Store(root)
+        self._known: dict[str, tuple[tuple[int, ...], Row]] = {}
+
+    def record(self, key: str) -> Row | None:
+        """{"seconds", "attempts"} of a committed result, else None."""
+        try:
+            now = os.stat(self._store.result(key) / "record.json")
+        except OSError:
+            return None
+        mark = (now.st_ino, now.st_mtime_ns, now.st_size)
+        before, told = self._known.get(key, (None, None))
+        if before == mark:
+            return told
+        record = self._store.record(key)
+        if record is None:
+            return None
+        told = {name: record.get(name) for name in ("seconds", "attempts")}
+        self._known[key] = mark, told
+        return told
+
+
+def jobs_of_runs(
+    files: Sequence[Path], results: Results, jobs_of: Callable[[list[str]], dict[str, Row]]
+) -> dict[str, Row]:
     """What is said of the jobs of all stages of these runs that are a job's to make, and not made: asked once."""
     runs = [run for file in files if _is_readable(run := read(file))]
     keys = {node.get("key"): None for run in runs for node in run.get("nodes") or [] if node.get("state") == "queued"}
-    missing = [key for key in keys if isinstance(key, str) and not _committed(store, key)]
+    missing = [key for key in keys if isinstance(key, str) and not results.record(key)]
     return jobs_of(missing) if missing else {}
-
-
-def _committed(store: Path, key: str) -> bool:
-    return (store / "store" / key[:16] / "record.json").is_file()
 
 
 def _is_readable(run: Any) -> bool:
@@ -56,7 +90,7 @@ def _is_readable(run: Any) -> bool:
     return isinstance(nodes, list) and all(isinstance(node, dict) and "name" in node for node in nodes)
 
 
-def read_run(file: Path, store: Path, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
+def read_run(file: Path, results: Results, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
     """One run by its run.json, as in `read_runs`. jobs: of `jobs_of_runs`."""
     run = read(file)
     if not _is_readable(run):
@@ -67,7 +101,10 @@ def read_run(file: Path, store: Path, is_held: Callable[[str], bool], jobs: dict
             "seconds": None,
             "nodes": [],
         }
-    nodes = [_node(node, store, is_held, jobs) for node in run.get("nodes") or []]
+    nodes = [_node(node, results, is_held, jobs) for node in run.get("nodes") or []]
+    for node in nodes:
+        if node["state"] == "failed":
+            node["log"] = _last_lines(results.root, node, jobs.get(node.get("key") or "", {}))
     spent = sum(finite(node.get("seconds")) or 0.0 for node in nodes if node["state"] != "reused")
     state = _state(nodes, finite(run.get("updated")) or 0.0)
     if run.get("pruned") and state not in ("done", "running", "queued"):
@@ -82,21 +119,21 @@ def read_run(file: Path, store: Path, is_held: Callable[[str], bool], jobs: dict
     }
 
 
-def _node(node: Row, store: Path, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
+def _node(node: Row, results: Results, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
     """A node with its true state: run.json of a killed run still says running."""
     key, state = node.get("key") or "", node.get("state") or "waiting"
-    work = store / "work" / key[:16]
+    work = results.root / "work" / key[:16]
     told: Row = {**node, "state": state, "error": error_text(node.get("error"))}
     if not key:
         return told
-    committed = _committed(store, key)
+    record = results.record(key)
     if state == "queued":
-        return _of_a_job(told, store, committed, jobs.get(key, {}))
+        return _of_a_job(told, work, record, jobs.get(key, {}))
     if state in DONE:
-        return told if committed else {**told, "state": "gone"}
+        return told if record else {**told, "state": "gone"}
     held = is_held(key)
     if state == "running" and not held:
-        if committed:
+        if record:
             return {**told, "state": "done"}
         failure, left = read(work / "error.json"), read(work / "outcome.json")
         told["state"] = "failed" if failure else "preempted" if left else "interrupted"
@@ -109,31 +146,45 @@ def _node(node: Row, store: Path, is_held: Callable[[str], bool], jobs: dict[str
     return told
 
 
-def _of_a_job(told: Row, store: Path, committed: bool, job: Row) -> Row:
+def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
     """A node that is a job's to make: what became of it the store, the work folder and SLURM say, not run.json."""
-    key = told["key"]
-    if committed:
-        record = read(store / "store" / key[:16] / "record.json") or {}
-        return {
-            **told,
-            "state": "done",
-            "seconds": finite(record.get("seconds")),
-            **attempts.summary(record.get("attempts") or []),
-        }
-    work = store / "work" / key[:16]
+    if record:
+        tried = attempts.summary(record["attempts"] or [])
+        return {**told, "state": "done", "seconds": finite(record["seconds"]), **tried}
     told |= {"job": job.get("job"), **attempts.summary(attempts.read(work))}
     if job.get("alive"):
         told |= {
             "state": "queued" if job.get("waits") else "running",
             "why": job.get("why"),
-            "nodes_used": job.get("nodes"),
+            "on": job.get("nodes"),
         }
         told["progress"] = read(work / "progress.json")
         told["seconds"] = finite((told["progress"] or {}).get("elapsed_s"))
         return told
     told["state"] = job.get("ended") or "waiting"
-    told["error"] = error_text(read(work / "error.json")) or job.get("why")
+    error = read(work / "error.json") if _is_of(job, work / "error.json") else None
+    told["error"] = error_text(error) or job.get("why")
+    if isinstance(error, dict) and isinstance(error.get("code"), int):
+        told["code"] = error["code"]
     return told
+
+
+def _is_of(job: Row, file: Path) -> bool:
+    """Whether the file was written since the job was submitted, and not by one before that tried the same stage."""
+    try:
+        return file.stat().st_mtime >= (finite(job.get("submitted")) or 0.0)
+    except OSError:
+        return False
+
+
+def _last_lines(store: Path, node: Row, job: Row) -> list[str]:
+    """What the stage has written last, else what its job has; that of an earlier job would explain another failure."""
+    log = store / "work" / str(node.get("key"))[:16] / "log.txt"
+    for path in (log if _is_of(job, log) else None, job.get("out")):
+        lines = words.plain_lines(tail(Path(path), TAIL)) if path else []
+        if lines := [line for line in lines if not line.startswith("--- attempt ")]:
+            return lines[-LINES:]
+    return []
 
 
 def is_over(run: Row) -> bool:

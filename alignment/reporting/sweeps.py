@@ -12,8 +12,8 @@ from alignment.config.shape import side
 from alignment.errors import ConfigError, InputError
 from alignment.files import digest
 from alignment.reporting.gather import TRAINING, Stage, read, read_stage
-from alignment.reporting.status import facts_text, jobs_of_runs, read_run
-from alignment.reporting.targets import run_folder
+from alignment.reporting.status import Results, facts_text, jobs_of_runs, read_run
+from alignment.reporting.targets import refuse_empty, run_folder
 from alignment.reporting.words import DONE, finite, label
 
 Row = dict[str, Any]
@@ -51,12 +51,13 @@ def list_sweeps(store: Path) -> list[Row]:
 
 def sweep_folder(name: str, store: Path) -> Path:
     """A sweep's folder by path, by its full name, or by the beginning of its name (the newest that fits)."""
+    refuse_empty(name)
     if (Path(name) / "sweep.json").is_file():
         return Path(name).resolve()
     known = list_sweeps(store)
     names = [sweep["sweep"] for sweep in known]
     for fits in (name.__eq__, lambda one: one.startswith(name)):
-        if folder := next((sweep["folder"] for sweep in known if name and fits(sweep["sweep"])), None):
+        if folder := next((sweep["folder"] for sweep in known if fits(sweep["sweep"])), None):
             return Path(folder)
     fix = f"known: {', '.join(names[:5])}" if names else "alignment run -m key=value1,value2 makes one"
     fix += "; runs are compared by naming two or more"
@@ -166,29 +167,30 @@ def read_points(
     """
     found = []
     files = [store / "runs" / str(point["run"]) / "run.json" for point in sweep["points"]]
-    jobs = jobs_of_runs(files, store, jobs_of)
+    results = Results(store)
+    jobs = jobs_of_runs(files, results, jobs_of)
     for number, point in enumerate(sweep["points"], start=1):
         told: Row = {"number": number, **NOTHING_KNOWN, "run": point["run"], "settings": point["settings"]}
         try:
-            told.update(_read_point(point, store, is_held, jobs))
+            told.update(_read_point(point, results, is_held, jobs))
         except (AttributeError, KeyError, TypeError, ValueError):  # JSON, but not of ours: it must not hide the others
             told.update(NOTHING_KNOWN, note="what its run left cannot be read")
         found.append(told)
     return found
 
 
-def _read_point(point: Row, store: Path, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
+def _read_point(point: Row, results: Results, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
     if point["run"] is None:
         return {"note": "the sweep does not say which run it is"}
-    file = store / "runs" / point["run"] / "run.json"
+    file = results.root / "runs" / point["run"] / "run.json"
     if not file.is_file():
         why = "pruned before it began" if point["pruned"] else "no run.json: not begun yet, or deleted"
         return {"state": "pruned" if point["pruned"] else "missing", "note": why}
-    run = read_run(file, store, is_held, jobs)
+    run = read_run(file, results, is_held, jobs)
     if run["state"] == "unreadable":
         return {"note": "its run.json cannot be read"}
     told: Row = {"state": run["state"], "note": _note(run), "report": (file.parent / "report.html").is_file()}
-    stages = [read_stage(node, store, _config(run)) for node in run["nodes"]]
+    stages = [read_stage(node, results.root, _config(run)) for node in run["nodes"]]
     told["training"] = _training(stages, str(run.get("final") or ""))
     if point["pruned"]:
         return {**told, "state": "pruned", "note": run.get("pruned")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ from alignment.errors import ConfigError, InputError
 from alignment.files import read_json
 from alignment.pipeline.store import Store
 from alignment.pipeline.sweeps import FILE
-from alignment.reporting.gather import MAKES_MODEL
+from alignment.reporting.gather import MAKES_MODEL, read
 
 
 def run_folder(name: str, store: Path) -> Path:
     """A run folder by path, by its full name, or by the beginning of its name (the newest that fits)."""
+    refuse_empty(name)
     if (Path(name) / "run.json").is_file():
         return Path(name).resolve()
     runs = sorted(store.resolve().glob("runs/*/run.json"), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -36,21 +37,46 @@ def run_folders(names: Sequence[str], store: Path) -> list[Path] | None:
         return None
     found: list[Path] = []
     for name in names:
-        sweeps = [file for file in sorted(store.glob(f"sweeps/*/{FILE}")) if file.parent.name.startswith(name)]
-        of_sweeps = [store / "runs" / str(point["run"]) for file in sweeps for point in read_json(file)["points"]]
+        runs, sweeps = named(name, store)
         # A sweep is named as its runs are: who gives no more than that means them too.
-        of_runs = [file.parent for file in sorted(store.glob("runs/*/run.json")) if file.parent.name.startswith(name)]
-        exact = [folder for folder in of_runs if folder.name == name]
-        whole = [file for file in sweeps if file.parent.name == name]
-        mine = exact or (of_sweeps if whole else [*of_sweeps, *of_runs])
-        if not mine:
-            raise ConfigError(f"no run is called {name}", where=str(store / "runs"), fix="alignment status lists them")
-        found += mine
+        mine = [folder for folders in sweeps.values() for folder in folders] + runs
+        found += whole(name, runs, sweeps) or mine
     return list(dict.fromkeys(found))
+
+
+def refuse_empty(name: str) -> None:
+    """An empty name is the beginning of every other. Raises ConfigError."""
+    if not name.strip():
+        what = "a name is empty: a variable of the shell that is not set?"
+        raise ConfigError(what, where="command line", fix="alignment status lists the runs")
+
+
+def named(name: str, store: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """Runs whose names begin so: their folders; and sweeps: name -> folders of its runs. Raises ConfigError if there is
+    neither."""
+    refuse_empty(name)
+    runs = [file.parent for file in sorted(store.glob("runs/*/run.json")) if file.parent.name.startswith(name)]
+    sweeps = [file for file in sorted(store.glob(f"sweeps/*/{FILE}")) if file.parent.name.startswith(name)]
+    if not runs and not sweeps:
+        raise ConfigError(f"no run is called {name!r}", where=str(store / "runs"), fix="alignment status lists them")
+    return runs, {file.parent.name: _points(file, store) for file in sweeps}
+
+
+def _points(sweep: Path, store: Path) -> list[Path]:
+    """Folders of a sweep's runs; none if its sweep.json cannot be read."""
+    told = read(sweep)
+    points = (told.get("points") if isinstance(told, dict) else None) or []
+    return [store / "runs" / str(point["run"]) for point in points if isinstance(point, dict) and point.get("run")]
+
+
+def whole(name: str, runs: Sequence[Path], sweeps: Mapping[str, list[Path]]) -> list[Path]:
+    """Folders of the run or the sweep of exactly this name, among what `named` has found; none if there is none."""
+    return [folder for folder in runs if folder.name == name] or sweeps.get(name, [])
 
 
 def models(target: str, store: Path, compare: bool) -> dict[str, Path]:
     """name -> model folder: the final model of a run, all its models with `compare`, or the folder given."""
+    refuse_empty(target)
     if compare and not (Path(target) / "run.json").is_file() and Path(target).is_dir():
         raise ConfigError("--compare needs a run: a model folder is one model", where=target, fix="leave out --compare")
     if (Path(target) / "config.json").is_file():

@@ -25,7 +25,7 @@ from alignment.reporting.status import facts_text
 STYLES = {
     "done": "green", "reused": "cyan", "running": "bold yellow", "waiting": "dim", "failed": "bold red",
     "interrupted": "red", "preempted": "yellow", "unreadable": "red", "gone": "magenta", "run": "bold yellow",
-    "reuse": "cyan", "wait": "magenta", "queued": "blue",
+    "reuse": "cyan", "wait": "magenta", "queued": "blue", "new": "bold yellow", "at work": "magenta",
     "cancelled": "red", "pruned": "magenta", "good": "green", "bad": "red", "moved": "bold", "same": "dim",
     "better": "bold green", "worse": "bold red", "broken": "bold red", "no measurable difference": "bold",
 }  # fmt: skip
@@ -94,29 +94,58 @@ def _run_table(run: Row) -> RenderableType:
         (str(run["run"]), "bold"), "  ", styled(run["state"]),
         (f"  {words.duration(run.get('seconds'))} of work", "dim"), (f"  {words.moment(run.get('created'))}", "dim"),
     )  # fmt: skip
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(min_width=2)
-    for node in run.get("nodes") or []:
-        state = node["state"]
-        note = progress_line(node) if state in ("running", "preempted", "interrupted") else ""
-        if state == "waiting" and node.get("held"):
-            note = "another run works on it"
-        if state in ("failed", "cancelled"):
-            note = node.get("error") or ""
-        if state == "queued":
-            note = node.get("why") or ""
-        job = f"job {node['job']}" if node.get("job") and state in ("queued", "running", "failed", "cancelled") else ""
-        note = "; ".join(filter(None, (job, note, attempts_text(node))))
-        took = words.duration(node.get("seconds")) if node.get("seconds") is not None else ""
-        table.add_row(
-            "",
+    nodes = run.get("nodes") or []
+    rows = [
+        (
             Text(node["name"]),
-            styled(state),
-            Text(took, justify="right"),
+            styled(node["state"]),
+            Text(words.duration(node.get("seconds")) if node.get("seconds") is not None else "", justify="right"),
             Text(node["key"][:16], "dim"),
-            Text(note),
+            Text(_note(node)),
         )
-    return Group(head, table, "")
+        for node in nodes
+    ]
+    # Lines of a log run across all columns, so what stands above and below is a table each, all of the same widths.
+    widths = [max((row[column].cell_len for row in rows), default=0) for column in range(4)]
+    parts: list[RenderableType] = [head]
+    table = None
+    for node, row in zip(nodes, rows, strict=True):
+        if table is None:
+            table = _columns(widths)
+            parts.append(table)
+        table.add_row("", *row)
+        if node.get("log"):
+            parts += log_lines(node)
+            table = None
+    return Group(*parts, "")
+
+
+def _columns(widths: list[int]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for width in (2, *widths):
+        table.add_column(min_width=width)
+    table.add_column()
+    return table
+
+
+def log_lines(node: Row) -> list[Text]:
+    """The last ones of a stage that has failed, each no longer than the terminal is wide."""
+    return [Text(f"      {line}", "dim", no_wrap=True, overflow="ellipsis") for line in node.get("log") or []]
+
+
+def _note(node: Row) -> str:
+    """What there is to say of a stage beside its state: which job, how far, why."""
+    state = node["state"]
+    note = progress_line(node) if state in ("running", "preempted", "interrupted") else ""
+    if state == "waiting" and node.get("held"):
+        note = "another run works on it"
+    if state in ("failed", "cancelled", "gone"):
+        note = node.get("error") or ""
+    if state == "queued":
+        note = node.get("why") or ""
+    job = f"job {node['job']}" if node.get("job") and state in ("queued", "running", "failed", "cancelled") else ""
+    where = f"on {node['on']}" if state == "running" and node.get("on") else ""
+    return "; ".join(filter(None, (" ".join(filter(None, (job, where))), note, attempts_text(node))))
 
 
 def progress_line(node: Row) -> str:

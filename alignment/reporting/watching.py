@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,38 @@ from alignment.pipeline.store import Store
 from alignment.reporting import jobs, queue, status
 from alignment.signals import Listener, Stopped
 
-EVERY = 2.0  # seconds between two looks at the queue
+EVERY = 2.0  # seconds between two looks at the store; SLURM is asked more seldom (jobs.py)
+
+
+class Look:
+    """At the runs of a store, as they are now; each call is another one, and knows what the calls before have found."""
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic):
+        self._store, self._results, self._jobs = store, status.Results(store.root), jobs.Jobs(store, clock)
+
+    def __call__(self, folders: Sequence[Path] | None) -> list[dict[str, Any]]:
+        """Of all runs, or those in these folders."""
+        return status.read_runs(self._store.root, self._store.is_held, folders, self._jobs.read, self._results)
 
 
 def look(store: Store, folders: Sequence[Path] | None) -> list[dict[str, Any]]:
-    """The runs of a store, or those in these folders, as they are now."""
-    return status.read_runs(store.root, store.is_held, folders, partial(jobs.read, store))
+    """Once."""
+    return Look(store)(folders)
 
 
-def watch(store: Store, folders: Sequence[Path] | None, sleep: Callable[[float], None] = time.sleep) -> int:
+def watch(
+    store: Store,
+    folders: Sequence[Path] | None,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
     """Until all have ended: in a terminal the table, which changes; elsewhere a line for each stage that does. Returns
     the exit code: 0 if all are done or pruned, else 1."""
-    console, said = Console(highlight=False), dict[str, str]()
+    console, said, look = Console(highlight=False), dict[str, str](), Look(store, clock)
     moving = console.is_terminal and not console.is_dumb_terminal
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            runs = look(store, folders)
+            runs = look(folders)
             if moving:
                 live.update(queue.table(runs), refresh=True)
             else:
@@ -53,10 +68,10 @@ def until_done(
     each: told the states at every look, before anybody waits for the next one.
     Raises Stopped if this process is asked to: the jobs go on.
     """
-    said: dict[str, str] = {}
+    said, look = dict[str, str](), Look(store)
     with stop.deferred():
         while True:
-            runs = look(store, folders)
+            runs = look(folders)
             for line in queue.changes(runs, said):
                 queue.say(line)
             if all(status.is_over(run) for run in runs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
 NOTHING = "\N{EM DASH}"
+
+ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|.)")  # of a terminal: colours, titles
 
 ACRONYMS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}
 DONE = ("done", "reused")
@@ -171,6 +174,14 @@ def count(value: Any) -> str:
     """51.0 -> 51: a count, whatever type carried it; other numbers to three decimals."""
     given = finite(value)
     return number(given, 0 if given is not None and given.is_integer() and abs(given) >= 1 else 3)
+
+
+def plain_lines(text: str) -> list[str]:
+    """Lines as a terminal would show them in the end: without colours, and of a line that was written over and over, as
+    progress bars are, the last state. Empty ones are left out."""
+    lines = (ESCAPE.sub("", line).rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+    plain = ("".join(c for c in line.expandtabs(4) if c.isprintable()).rstrip() for line in lines)
+    return [line for line in plain if line]
 
 
 def error_text(error: Any) -> str | None:

@@ -3,6 +3,7 @@ asks a real one."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_elements_of_an_array_are_told_apart(bin: Path) -> None:
-    lines = "12_0|RUNNING|None|n[1-2]|2026-11-26T10:00:00|1:02\n12_1|PENDING|JobArrayTaskLimit||N/A|0:00"
+    lines = "12_0|RUNNING|None|n[1-2]|2026-11-26T10:00:00\n12_1|PENDING|JobArrayTaskLimit||N/A"
     answer(bin, "squeue", lines)
     found = slurm.states(["12_0", "12_1", "7"])
     assert {job: (state.state, state.lives, state.waits) for job, state in found.items()} == {
@@ -42,11 +43,21 @@ def test_a_forgotten_job_is_no_error(bin: Path) -> None:
 
 
 def test_what_the_controller_has_forgotten_the_accounting_may_know(bin: Path) -> None:
-    answer(bin, "sacct", "12_0|CANCELLED by 1000|n1|00:01:02\n13|OUT_OF_MEMORY|n2|00:00:10\n13.batch|FAILED|n2|0")
+    lines = "12_0|CANCELLED by 1000|n1|2026-11-26T10:00:00\n13|OUT_OF_MEMORY|n2|Unknown\n13.batch|FAILED|n2|"
+    answer(bin, "sacct", lines)
     found = slurm.accounted(["12_0", "13"])
+    assert found["12_0"].end == datetime(2026, 11, 26, 10).timestamp() and found["13"].end is None
     assert (found["12_0"].state, found["13"].state, found["13"].lives) == ("CANCELLED", "OUT_OF_MEMORY", False)
     answer(bin, "sacct", "", 1, "Slurm accounting storage is disabled")
     assert slurm.accounted(["12_0"]) == {}
+
+
+def test_the_time_is_read_however_a_user_has_it_shown(bin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(bin, "squeue", "12|COMPLETED|None|n1|2026-11-26T10:00:00")
+    script = (bin / "squeue").read_text()
+    (bin / "squeue").write_text(script.replace("cat", '[ -z "$SLURM_TIME_FORMAT" ] || exit 1\ncat', 1))
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert slurm.states(["12"])["12"].end == datetime(2026, 11, 26, 10).timestamp()
 
 
 def test_a_refusal_is_one_line_in_slurm_s_words(bin: Path) -> None:

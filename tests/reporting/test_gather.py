@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,12 +68,12 @@ def test_the_summary_names_the_final_model(make_run: MakeRun) -> None:
     run = json.loads((folder / "run.json").read_text())
     final = gather(folder, store).stage("dpo")
     assert final and final.folder
-    assert summarise(run, store)["model"] is None, "the folder is not there"
-    (final.folder / "model").mkdir()
     summary = summarise(run, store)
     assert summary["model"] == final.folder / "model"
     assert summary["states"] == {"reused": 1, "done": 10}
     assert summary["spent_s"] == pytest.approx(415.8), "all but the 21.4 s of the reused import"
+    shutil.rmtree(final.folder / "model")
+    assert summarise(run, store)["model"] is None, "the folder is not there"
 
 
 def test_a_folder_without_a_run_is_an_error_that_says_so(tmp_path: Path) -> None:

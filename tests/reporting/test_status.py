@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.pipeline.store import Store
 from alignment.reporting.status import read_runs
 from alignment.reporting.terminal import attempts_text
 
@@ -69,6 +70,19 @@ def test_a_result_deleted_from_the_store_is_gone(make_run: MakeRun) -> None:
     shutil.rmtree(store / "store" / key[:16])
     (run,) = read_runs(store, lambda key: False)
     assert (run["state"], run["nodes"][2]["state"], run["nodes"][1]["state"]) == ("gone", "gone", "done")
+
+
+def test_a_result_of_which_a_file_is_missing_or_cut_is_gone_as_for_a_run(make_run: MakeRun) -> None:
+    folder, store = make_run()
+    key = json.loads((folder / "run.json").read_text())["nodes"][2]["key"]
+    weights = store / "store" / key[:16] / "model" / "model.safetensors"
+    assert read_runs(store, lambda key: False)[0]["state"] == "done"
+    with open(weights, "r+b") as stream:
+        stream.truncate(1000)
+    assert read_runs(store, lambda key: False)[0]["nodes"][2]["state"] == "gone"
+    weights.unlink()
+    assert read_runs(store, lambda key: False)[0]["nodes"][2]["state"] == "gone"
+    assert Store(store).record(key) is None
 
 
 def test_a_run_that_waits_for_another_s_stage_is_waiting(make_run: MakeRun) -> None:

@@ -125,13 +125,14 @@ def test_a_damaged_run_is_unreadable_and_hides_nothing(tmp_path: Path, text: str
     assert "cannot be read" in found[0]["note"]
 
 
-@pytest.mark.parametrize("file", ["record.json", "evaluation.json"])
-def test_a_damaged_evaluation_is_said(tmp_path: Path, file: str) -> None:
+def test_a_damaged_evaluation_is_said(tmp_path: Path) -> None:
     write_run(tmp_path, "run", {}, {"reward": 0.3}, interval=None)
-    (tmp_path / "store" / key("run", "evaluate_dpo")[:16] / file).write_text('{"metrics": ')
+    folder = tmp_path / "store" / key("run", "evaluate_dpo")[:16]
+    (folder / "evaluation.json").write_text('{"metrics": ')
+    assert not one(tmp_path)["measured"] and "cannot be read" in one(tmp_path)["note"]
+    (folder / "record.json").write_text("{")
     point = one(tmp_path)
-    assert point["measured"] is (file == "record.json"), "evaluation.json holds the numbers"
-    assert point["measured"] or "cannot be read" in point["note"]
+    assert (point["state"], point["measured"]) == ("gone", False), "`run` would make it again"
 
 
 def test_points_that_are_missing_or_no_points_stay_in_the_list(tmp_path: Path) -> None:

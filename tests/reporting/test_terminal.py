@@ -28,7 +28,6 @@ def written(screen: Console) -> str:
 def test_the_end_of_a_run_fits_eighty_columns_and_says_all_there_is_to_do_next(make_run: MakeRun) -> None:
     folder, store = make_run(states={"start": "reused"})
     run = json.loads((folder / "run.json").read_text())
-    (store / "store" / run["nodes"][6]["key"][:16] / "model").mkdir()
     screen = console()
     terminal.show_summary(summarise(run, store), folder / "report.html", screen)
     text = written(screen)

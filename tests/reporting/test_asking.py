@@ -1,0 +1,170 @@
+"""How often SLURM is asked by who looks on for long, and how soon what has happened is seen. Time is a test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignment.pipeline.store import Store
+from alignment.reporting import logs, watching
+from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, note, write, write_run
+
+MINUTES = 60.0
+
+
+class Enough(Exception):
+    pass
+
+
+class Clock:
+    """Goes on as somebody sleeps; at some times something happens."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.sleeps: list[float] = []
+        self._happens: list[tuple[float, Callable[[], object]]] = []
+
+    def at(self, when: float, what: Callable[[], object]) -> None:
+        self._happens.append((when, what))
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.sleeps.append(seconds)
+        for event in [event for event in self._happens if event[0] <= self.now]:
+            self._happens.remove(event)
+            event[1]()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, slurm: FakeSlurm) -> Path:
+    """A run of which SFT is job 12 and runs, and its evaluation is job 13 and waits."""
+    write_run(tmp_path / "store", "run", {"sft": "queued", "evaluate": "queued"}, {"sft": "12", "evaluate": "13"})
+    slurm.queue(("12", "RUNNING"), ("13", "PENDING", "Dependency"))
+    return tmp_path / "store"
+
+
+def watch(store: Path, clock: Clock) -> int:
+    return watching.watch(Store(store), [store / "runs" / "run"], clock.sleep, clock)
+
+
+def enough() -> None:
+    raise Enough
+
+
+def tell(store: Path, step: int, file: str = "progress.json") -> None:
+    write(store / "work" / key_of("run", "sft")[:16] / file, {"step": step, "total": 100})
+
+
+def test_while_nothing_happens_it_is_asked_twice_a_minute(store: Path, slurm: FakeSlurm, clock: Clock) -> None:
+    for second in range(0, 1200, 2):
+        clock.at(second, lambda second=second: tell(store, second))  # type: ignore[misc]
+    clock.at(20 * MINUTES, enough)
+    with pytest.raises(Enough):
+        watch(store, clock)
+    assert len(slurm.calls("squeue")) <= 20 * 2 + 4
+    assert set(clock.sleeps) == {watching.EVERY}, "the store is looked at more often"
+
+
+def test_where_much_happens_it_is_asked_no_more_than_every_ten_seconds(
+    store: Path, slurm: FakeSlurm, clock: Clock
+) -> None:
+    for second in range(0, 1200, 2):
+        clock.at(second, lambda second=second: tell(store, second, "attempts.jsonl"))  # type: ignore[misc]
+    clock.at(20 * MINUTES, enough)
+    with pytest.raises(Enough):
+        watch(store, clock)
+    assert 20 * 3 < len(slurm.calls("squeue")) < 20 * 6.5
+
+
+def test_a_result_is_seen_without_asking(
+    store: Path, slurm: FakeSlurm, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit(store, "run", "evaluate")
+    clock.at(10 * MINUTES, lambda: commit(store, "run", "sft"))
+    assert watch(store, clock) == 0
+    assert clock.now == 10 * MINUTES
+    assert "evaluate  done" in capsys.readouterr().out
+
+
+def test_what_an_attempt_s_end_brings_with_it_is_seen_soon(store: Path, slurm: FakeSlurm, clock: Clock) -> None:
+    """The driver notes it before its job ends, and the job that waits is cancelled after that."""
+    clock.at(10 * MINUTES + 1, lambda: tell(store, 7, "attempts.jsonl"))
+    clock.at(10 * MINUTES + 3, lambda: slurm.queue(("12", "FAILED"), ("13", "PENDING", "Dependency")))
+    clock.at(10 * MINUTES + 5, lambda: slurm.queue(("12", "FAILED"), ("13", "CANCELLED")))
+    assert watch(store, clock) == 1
+    assert clock.now <= 10 * MINUTES + 10
+
+
+def test_an_end_that_no_file_tells_of_is_seen_within_half_a_minute(store: Path, slurm: FakeSlurm, clock: Clock) -> None:
+    clock.at(10 * MINUTES, lambda: slurm.queue(("12", "NODE_FAIL"), ("13", "CANCELLED")))
+    assert watch(store, clock) == 1
+    assert clock.now <= 10 * MINUTES + 32
+
+
+def test_a_job_submitted_meanwhile_is_asked_for_at_once(store: Path, slurm: FakeSlurm, clock: Clock) -> None:
+    def again() -> None:
+        note(store, "run", "sft", "21")
+        slurm.queue(("21", "FAILED"), ("13", "CANCELLED"))
+
+    clock.at(10 * MINUTES, again)
+    assert watch(store, clock) == 1
+    assert clock.now == 10 * MINUTES
+
+
+def test_the_accounting_is_asked_once_for_a_job_that_has_ended(store: Path, slurm: FakeSlurm, clock: Clock) -> None:
+    slurm.queue(("13", "RUNNING"))
+    slurm.accounts(("12", "FAILED", "2026-11-26T10:00:00"))
+    clock.at(20 * MINUTES, enough)
+    with pytest.raises(Enough):
+        watch(store, clock)
+    assert len(slurm.calls("sacct")) == 1
+    assert all("12" not in call.split("--jobs=")[1].split()[0] for call in slurm.calls("squeue")[1:])
+
+
+def test_a_controller_that_does_not_answer_is_not_asked_more_often(
+    store: Path, slurm: FakeSlurm, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock.at(1 * MINUTES, lambda: slurm.script("squeue", "echo down >&2; exit 1"))
+    clock.at(10 * MINUTES, lambda: slurm.queue(("12", "FAILED"), ("13", "CANCELLED")))
+    assert watch(store, clock) == 1
+    assert len(slurm.calls("squeue")) <= 10 * 2 + 6
+    assert "unknown: squeue refuses: down" in capsys.readouterr().out
+
+
+def test_what_was_completed_without_a_time_is_waited_for_no_longer_than_else(
+    store: Path, slurm: FakeSlurm, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignment.reporting.jobs.time.time", lambda: 1e9 + clock.now)
+    slurm.queue(("12", "COMPLETED"), ("13", "CANCELLED"))
+    assert watch(store, clock) == 1
+    assert 150 <= clock.now <= 200
+
+
+def test_logs_are_followed_twice_a_second_and_slurm_is_not(
+    store: Path, slurm: FakeSlurm, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = store / "work" / key_of("run", "sft")[:16] / "log.txt"
+    log.parent.mkdir(parents=True)
+    seen: list[float] = []
+
+    def grow() -> None:
+        log.write_text("a line\n")
+        clock.at(clock.now + 0.5, lambda: seen.append("a line" in capsys.readouterr().out))
+
+    clock.at(5 * MINUTES, grow)
+    clock.at(10 * MINUTES, lambda: (commit(store, "run", "sft") / "log.txt").write_text("a line\nthe last\n"))
+    assert logs.show("run", "sft", store, 100, True, clock.sleep, clock) == 0
+    assert seen == [True]
+    assert "the last" in capsys.readouterr().out
+    assert clock.now <= 10 * MINUTES + 2.5 and set(clock.sleeps) == {0.5}
+    assert len(slurm.calls("squeue")) <= 10 * 2 + 4

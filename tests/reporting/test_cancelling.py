@@ -1,0 +1,110 @@
+"""Which run or sweep `alignment cancel` takes its word for. tests/slurm cancels real jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignment import cli
+from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, write_run, write_sweep
+
+DONE = {"rows": "done", "sft": "done"}
+
+
+def cancel(store: Path, *names: str) -> int:
+    return cli.main(["cancel", *names, "--store", str(store)])
+
+
+def queued(store: Path, run: str, job: str) -> None:
+    commit(store, run, "rows")
+    write_run(store, run, {"rows": "reused", "sft": "queued"}, {"sft": job})
+
+
+@pytest.fixture
+def store(tmp_path: Path, slurm: FakeSlurm) -> Path:
+    """Two runs that have jobs, and one of the same beginning that is done."""
+    root = tmp_path / "store"
+    for node in DONE:
+        commit(root, "quickstart-1", node)
+    write_run(root, "quickstart-1", DONE)
+    queued(root, "quickstart-2", "21")
+    queued(root, "mine-3", "31")
+    slurm.queue(("21", "RUNNING"), ("31", "PENDING", "Priority"))
+    return root
+
+
+@pytest.mark.parametrize("command", ["cancel", "status", "logs", "report", "chat", "compare"])
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_name_that_is_empty_means_no_run(
+    command: str, name: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a variable of the shell that is not set."""
+    assert cli.main([command, name, "--store", str(store)]) == 2
+    assert "a name is empty" in capsys.readouterr().err
+    assert slurm.calls("scancel") == []
+
+
+def test_a_beginning_means_the_one_run_that_has_jobs(store: Path, slurm: FakeSlurm) -> None:
+    assert cancel(store, "quickstart") == 0
+    assert slurm.calls("scancel") == ["21"]
+
+
+def test_a_beginning_of_several_that_have_jobs_cancels_none(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queued(store, "quickstart-4", "41")
+    slurm.queue(("21", "RUNNING"), ("31", "RUNNING"), ("41", "RUNNING"))
+    assert cancel(store, "mine", "quickstart") == 2
+    error = capsys.readouterr().err
+    assert "quickstart-2, quickstart-4" in error and "quickstart-1" not in error
+    assert slurm.calls("scancel") == []
+    assert cancel(store, "quickstart-4") == 0
+    assert slurm.calls("scancel") == ["41"]
+
+
+def test_an_exact_name_is_taken_though_others_begin_with_it(store: Path, slurm: FakeSlurm) -> None:
+    queued(store, "quickstart-22", "41")
+    slurm.queue(("21", "RUNNING"), ("41", "RUNNING"))
+    assert cancel(store, "quickstart-2") == 0
+    assert slurm.calls("scancel") == ["21"]
+
+
+def test_a_sweep_s_name_means_all_its_runs_and_no_other(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queued(store, "quickstart-4", "41")
+    slurm.queue(("21", "RUNNING"), ("41", "PENDING", "Priority"))
+    write_sweep(store, "quickstart-sweep", ["quickstart-2", "quickstart-4", "quickstart-1"])
+    assert cancel(store, "quickstart") == 0, "the runs are the sweep's"
+    assert slurm.calls("scancel") == ["21 41"]
+    queued(store, "quickstart-5", "51")
+    slurm.queue(("21", "RUNNING"), ("41", "RUNNING"), ("51", "RUNNING"))
+    assert cancel(store, "quickstart") == 2
+    assert "quickstart-sweep, quickstart-5" in capsys.readouterr().err
+    assert cancel(store, "quickstart-s") == 0
+    assert slurm.calls("scancel") == ["21 41"] * 2
+
+
+def test_a_run_that_works_here_is_no_job_and_its_process_is_named(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from alignment.pipeline.store import Store
+
+    write_run(store, "local-1", {"sft": "running"})
+    lock = Store(store).lock(key_of("local-1", "sft"))
+    assert lock.acquire("local-1/sft")
+    assert cancel(store, "local") == 0
+    lock.release()
+    said = capsys.readouterr().out
+    assert "sft of local-1 runs on" in said and f"kill {lock.holder()['pid']}" in said
+    assert slurm.calls("scancel") == []
+
+
+def test_where_nothing_waits_or_runs_there_is_nothing_to_cancel(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cancel(store, "quickstart-1") == 0
+    assert "nothing to cancel" in capsys.readouterr().out
+    assert cancel(store, "nobody") == 2
+    assert "no run is called 'nobody'" in capsys.readouterr().err

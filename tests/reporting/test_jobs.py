@@ -1,0 +1,166 @@
+"""What is told of stages that are jobs, by what SLURM and the store say of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment import cli
+from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, note, write_run
+
+
+def node(store: Path, capsys: pytest.CaptureFixture[str], name: str = "sft") -> dict[str, Any]:
+    """Of the only run, as `alignment status --json` has it."""
+    assert cli.main(["status", "--json", "--store", str(store)]) == 0
+    (run,) = json.loads(capsys.readouterr().out)
+    return next(node for node in run["nodes"] if node["name"] == name)
+
+
+def ago(seconds: float) -> str:
+    """As SLURM writes it."""
+    return datetime.fromtimestamp(time.time() - seconds).isoformat(timespec="seconds")
+
+
+@pytest.fixture
+def store(tmp_path: Path, slurm: FakeSlurm) -> Path:
+    """A run whose SFT is job 12."""
+    write_run(tmp_path / "store", "run", {"rows": "reused", "sft": "queued"}, {"sft": "12"})
+    commit(tmp_path / "store", "run", "rows")
+    return tmp_path / "store"
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["the controller", "the accounting"])
+def test_a_result_may_be_late_but_not_for_ever(
+    who: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file system may show it later than SLURM ends its job. One that was removed later will never be there."""
+
+    def ended(when: str) -> None:
+        if who == "the controller":
+            slurm.queue(("12", "COMPLETED", "None", "n1", when))
+        else:
+            slurm.accounts(("12", "COMPLETED", when))
+
+    ended(ago(10))
+    assert node(store, capsys)["state"] == "running"
+    ended(ago(3600))
+    told = node(store, capsys)
+    assert (told["state"], "job 12" in told["error"]) == ("gone", True)
+    assert cli.main(["status", "run", "--watch", "--store", str(store)]) == 1
+    assert "gone" in capsys.readouterr().out
+    commit(store, "run", "sft")
+    assert node(store, capsys)["state"] == "done"
+
+
+def test_a_job_that_only_the_accounting_believes_to_run_has_failed(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.accounts(("12", "RUNNING", "Unknown"))
+    told = node(store, capsys)
+    assert (told["state"], told["error"]) == ("failed", "job 12 has ended without a result")
+
+
+def test_a_job_that_said_why_it_failed_is_quoted(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note(store, "run", "sft", "12").write_text("begins\nalignment: error: no GPU\n")
+    slurm.accounts(("12", "FAILED", ago(10)))
+    assert node(store, capsys)["error"] == "no GPU"
+    slurm.accounts(("12", "CANCELLED by 0", ago(10)))
+    assert node(store, capsys)["state"] == "cancelled"
+
+
+def test_a_job_at_work_says_on_which_nodes(store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.queue(("12", "RUNNING", "None", "n[3-4]"))
+    assert node(store, capsys)["on"] == "n[3-4]"
+    assert cli.main(["status", "run", "--store", str(store)]) == 0
+    assert "job 12 on n[3-4]" in capsys.readouterr().out
+    for number in range(9):
+        write_run(store, f"run-{number}", {"sft": "queued"}, {"sft": "12"})
+    assert cli.main(["status", "run-", "--store", str(store)]) == 0
+    assert "job 12  on n[3-4]" in capsys.readouterr().out
+
+
+# --- why -------------------------------------------------------------------------------------------------------------
+
+
+def log_of(store: Path) -> Path:
+    folder = store / "work" / key_of("run", "sft")[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "log.txt"
+
+
+def test_a_failed_stage_shows_the_end_of_its_log(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar = "".join(f"\rstep {step}" for step in range(50))
+    text = f"--- attempt 1, now\nfirst\n\x1b[31mred\x1b[0m\n{bar}\n\n{'long ' * 40}\nRuntimeError: \tmat1 and mat2\n"
+    log_of(store).write_text(text)
+    commit(store, "run", "rows")
+    slurm.accounts(("12", "FAILED", ago(1)))
+    assert node(store, capsys)["log"] == ["red", "step 49", ("long " * 40).rstrip(), "RuntimeError:   mat1 and mat2"]
+    assert "log" not in node(store, capsys, "rows")
+    monkeypatch.setenv("COLUMNS", "70")
+    for command in (["status"], ["status", "run"]):
+        assert cli.main([*command, "--store", str(store)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (at,) = [number for number, line in enumerate(lines) if " failed " in line and "sft" in line]
+        assert lines[at - 1].split()[:2] == ["rows", "reused"] and lines[at - 1].index("reused") == lines[at].index(
+            "fail"
+        )
+        long = next(line for line in lines if "long" in line)
+        assert len(long) <= 70 and long.endswith("…")
+        assert [line.strip() for line in lines if "RuntimeError" in line] == ["RuntimeError:   mat1 and mat2"]
+    assert cli.main(["status", "run", "--watch", "--store", str(store)]) == 1
+    assert "    RuntimeError" in capsys.readouterr().out
+
+
+def test_a_job_that_never_came_to_an_attempt_shows_what_it_printed(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside what an earlier job has left, which failed of something else."""
+    (log_of(store).with_name("error.json")).write_text(json.dumps({"code": 5, "what": "loss is NaN"}))
+    log_of(store).write_text("ValueError: of the job before\n")
+    slurm.accounts(("12", "FAILED", ago(1)))
+    assert node(store, capsys)["error"] == "loss is NaN"
+    out = note(store, "run", "sft", "13", ago=-5.0)
+    out.write_text("begins\nalignment: error: sft is not what was submitted\n")
+    slurm.accounts(("13", "FAILED", ago(1)))
+    told = node(store, capsys)
+    assert told["error"] == "sft is not what was submitted"
+    assert told["log"] == ["begins", "alignment: error: sft is not what was submitted"]
+    out.unlink()
+    slurm.accounts(("13", "OUT_OF_MEMORY", ago(1)))
+    told = node(store, capsys)
+    assert (told["error"], told["log"]) == ("job 13: OUT_OF_MEMORY", [])
+    slurm.accounts(("13", "CANCELLED", ago(1)))
+    told = node(store, capsys)
+    assert told["error"].startswith("cancelled") and "log" not in told
+
+
+def test_a_stage_that_failed_here_shows_the_end_of_its_log(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(store, "run", {"sft": "failed"})
+    log_of(store).write_text("KeyError: 'text'\n")
+    assert node(store, capsys)["log"] == ["KeyError: 'text'"]
+
+
+def test_of_many_runs_the_first_that_failed_show_theirs(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(10):
+        write_run(store, f"run-{number}", {"sft": "failed"})
+        folder = store / "work" / key_of(f"run-{number}", "sft")[:16]
+        folder.mkdir(parents=True)
+        (folder / "log.txt").write_text(f"KeyError: {number}\n")
+    assert cli.main(["status", "run-", "--store", str(store)]) == 0
+    assert capsys.readouterr().out.count("KeyError") == 3

@@ -1,0 +1,112 @@
+"""`alignment run --wait` on a cluster that answers what a test says. tests/slurm waits for real jobs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config.compose import compose
+from alignment.errors import AlignmentError, LostError
+from alignment.hydra_app import Point
+from alignment.pipeline.runner import Run
+from alignment.reporting import queue, watching
+from alignment.runs import Session
+from alignment.signals import Listener
+from tests.reporting.fake_slurm import FakeSlurm, write
+
+SETTINGS = ["pipeline=sft", "launcher=slurm", "launcher.processes=1"]
+SUBMITTING = 2  # times that squeue is asked before a command waits
+
+
+class Waiting:
+    """A run all of whose stages but SFT, which is job 12, are in the store; and SLURM's answers, the last for ever."""
+
+    def __init__(self, store: Path, slurm: FakeSlurm):
+        self.store, self._slurm = store, slurm
+        self.run = Run(compose([*SETTINGS, f"store={store}"]), "")
+        self.sft = self.run.node("sft")
+        for node in self.run.nodes:
+            if node.key != self.sft.key:
+                record = {"key": node.key, "seconds": 1.0, "metrics": {}, "files": {}, "run": self.run.id}
+                write(store / "store" / node.key[:16] / "record.json", record)
+        self.note = store / "jobs" / "keys" / f"{self.sft.key[:16]}.json"
+        write(self.note, {"job": "12", "submitted": 0, "run": self.run.id, "node": "sft", "out": str(store / "out")})
+        slurm.script("scontrol", "echo 'MaxArraySize = 1001'")
+
+    def ends(self, *answers: str, then: str = "") -> AlignmentError | None:
+        """What the command ends with. answers: of squeue while it waits. then: a command of the shell with the last."""
+        lines = ["12|PENDING|Priority||N/A"] * SUBMITTING + list(answers)
+        cases = [f"{number}) echo '{line}';;" for number, line in enumerate(lines[:-1], start=1)]
+        last = f"*) echo '{lines[-1]}'; {then} ;;"
+        calls = self._slurm.folder / "squeue.calls"
+        self._slurm.script("squeue", f"case $(wc -l < {calls}) in {' '.join(cases)} {last} esac")
+        session = Session(Listener(), True, [])
+        session.execute([Point(self.run.experiment, [])], None)
+        try:
+            session.finish()
+        except AlignmentError as error:
+            return error
+        return None
+
+
+@pytest.fixture
+def waiting(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Waiting:
+    monkeypatch.setattr(watching, "EVERY", 0.05)
+    return Waiting(tmp_path / "store", slurm)
+
+
+FAILED = "12|FAILED|NonZeroExitCode|n1|2026-11-26T10:00:00"
+
+
+@pytest.mark.parametrize(("code", "kind"), [(5, "TrainingError"), (1, "StageFailed"), (None, "LostError")])
+def test_the_code_is_the_failed_stage_s(code: int | None, kind: str, waiting: Waiting) -> None:
+    if code is not None:
+        error: dict[str, Any] = {"code": code, "what": "loss is NaN", "where": None, "fix": None}
+        write(waiting.store / "work" / waiting.sft.key[:16] / "error.json", error)
+    ended = waiting.ends(FAILED)
+    assert ended is not None
+    assert (type(ended).__name__, ended.exit_code) == (kind, code or 6)
+    assert str(ended).startswith(f"{waiting.run.id}: sft has failed: {'loss is NaN' if code else 'job 12: FAILED'}")
+
+
+@pytest.mark.parametrize(
+    ("answer", "then", "what"),
+    [
+        ("12|CANCELLED|None|n1|2026-11-26T10:00:00", "", "sft was cancelled: "),
+        ("12|COMPLETED|None|n1|2020-11-20T10:00:00", "", "sft is gone: job 12 has made it"),
+        ("12|RUNNING|None|n1|N/A", "rm -f NOTE", "sft was not made: no job is known that makes it"),
+    ],
+)
+def test_what_is_not_there_is_no_success(answer: str, then: str, what: str, waiting: Waiting) -> None:
+    ended = waiting.ends(answer, then=then.replace("NOTE", str(waiting.note)))
+    assert isinstance(ended, LostError)
+    assert what in str(ended)
+
+
+def test_a_run_that_cannot_be_read_any_more_is_no_success(waiting: Waiting) -> None:
+    ended = waiting.ends("12|RUNNING|None|n1|N/A", then=f"echo '{{' > {waiting.run.folder}/run.json")
+    assert ended is not None and "run.json cannot be read" in str(ended)
+
+
+def test_what_is_there_is_a_success_whatever_its_job_came_to(waiting: Waiting) -> None:
+    folder = waiting.store / "store" / waiting.sft.key[:16]
+    aside = waiting.store / "aside"
+    record = {"key": waiting.sft.key, "seconds": 1.0, "metrics": {}, "files": {}, "run": waiting.run.id}
+    write(aside / "record.json", record)
+    assert waiting.ends("12|RUNNING|None|n1|N/A", then=f"mv {aside} {folder} 2>&1") is None
+    assert json.loads((folder / "record.json").read_text())["key"] == waiting.sft.key
+
+
+def test_a_plan_knows_what_is_queued(waiting: Waiting, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned() -> dict[str, str]:
+        rows = queue.plan([waiting.run])
+        return {row["name"]: next(state for state in queue.PLANNED if row[state]) for row in rows}
+
+    slurm.queue(("12", "PENDING"))
+    assert planned() == {node.name: "queued" if node.name == "sft" else "reused" for node in waiting.run.nodes}
+    slurm.script("squeue", "echo down >&2; exit 1")
+    assert planned()["sft"] == "new"
+    assert "what is queued counts as new: " in capsys.readouterr().err
