@@ -9,7 +9,7 @@ _WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "credential",
 _ENDINGS = {"token", "key"}
 _TEXTS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image"}  # eos_token and its like are text, no secrets
 _DIGEST = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")
-_NAME = re.compile(r"(?<![\w.-])([\w.-]+)=")
+_NAME = re.compile(r"(?<![\w.-])([\w.-]+)\+?=")
 # What a shell takes for a value: quoted in parts, as a whole, or not. A quote that has no end ends with the text.
 _VALUE = re.compile(r"""(?:\\.|"(?:\\.|[^"\\])*(?:"|\Z)|'[^']*(?:'|\Z)|[^\s"'\\])+""", re.S)
 _REFERENCE = re.compile(r"""(["']?)\$(\w+|\{\w+\})\1""")

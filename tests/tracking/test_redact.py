@@ -46,6 +46,7 @@ def test_a_value_that_looks_like_a_secret_is_removed_wherever_it_is(value: str) 
         ('apiKey="one\\" two" token=three', "apiKey=[removed] token=[removed]"),
         ('export DB_PASSWORD="no end to it', "export DB_PASSWORD=[removed]"),
         ("--env=API_TOKEN=abc --api-key=abc", "--env=API_TOKEN=[removed] --api-key=[removed]"),
+        ("export DB_PASSWORD+=hunter2", "export DB_PASSWORD+=[removed]"),
         ("https://example.org/?token=abc", "https://example.org/?token=[removed]"),
         ('export TOKEN=$MINE API_KEY="${OTHER}"', None),
         ("export TOKENIZERS_PARALLELISM=false PAD_TOKEN=x A=B", None),
