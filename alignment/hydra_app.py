@@ -151,7 +151,7 @@ def _value(value: Any) -> Any:
     return value
 
 
-class Together(Launcher):
+class AllPoints(Launcher):
     """Hydra's launcher of ours, in the place of its basic one: the jobs that a sweeper asks for are executed as one
     graph, in which what is equal is made once."""
 
@@ -191,10 +191,10 @@ def _hydra_as_ours(arguments: list[str], execute: Execute = lambda points, maste
     theirs = sys.argv, internals.ConfigLoaderImpl
     sys.argv, internals.ConfigLoaderImpl = ["alignment run", *arguments], Loader  # type: ignore[misc]
     plugins, name = Plugins.instance().class_name_to_class, f"{BasicLauncher.__module__}.{BasicLauncher.__name__}"
-    ours: dict[str, type[Plugin]] = {name: Together, **({OPTUNA: Search} if OPTUNA in plugins else {})}
+    ours: dict[str, type[Plugin]] = {name: AllPoints, **({OPTUNA: Search} if OPTUNA in plugins else {})}
     replaced = {place: plugins[place] for place in ours}
     plugins.update(ours)
-    Together.execute = staticmethod(execute)
+    AllPoints.execute = staticmethod(execute)
     try:
         yield
     finally:

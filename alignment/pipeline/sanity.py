@@ -106,8 +106,5 @@ def _later(text: str) -> str | None:
 
 def _script(resources: Resources, options: Iterable[tuple[str, Any]]) -> str:
     """A job that asks for as much and does nothing."""
-    given = {**submission.asked(resources), **{name: value for name, value in options if value is not False}}
-    lines = [
-        f"#SBATCH --{name}{'' if value is True else f'={submission.word(value)}'}" for name, value in given.items()
-    ]
+    lines = submission.directives({**submission.asked(resources), **dict(options)})
     return "\n".join(["#!/bin/bash", *lines, "true", ""])

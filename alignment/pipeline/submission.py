@@ -154,7 +154,7 @@ class Submission:
             "signal": f"B:USR1@{launcher.grace}",
             "chdir": os.getcwd(),
         }
-        return {**options, **{name: value for name, value in launcher.options.items() if value is not False}}
+        return {**options, **launcher.options}
 
 
 def script(what: str, options: Mapping[str, Any], launcher: SlurmLauncher, code: Path, module: str, told: Path) -> str:
@@ -163,10 +163,10 @@ def script(what: str, options: Mapping[str, Any], launcher: SlurmLauncher, code:
         loader=FileSystemLoader(LAUNCHERS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    environment.filters |= {"word": word, "quote": shlex.quote}
+    environment.filters["quote"] = shlex.quote
     return environment.get_template(TEMPLATE).render(
         what=what,
-        options=options,
+        directives=directives(options),
         setup=launcher.setup,
         code=str(code),
         variables={"PYTHONSAFEPATH": "1", **_network(launcher)},
@@ -223,10 +223,16 @@ def asked(resources: Resources) -> dict[str, str | int | bool]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def word(value: str | int | bool) -> str:
-    """A value as a line of #SBATCH has it."""
+def directives(options: Mapping[str, str | int | bool]) -> list[str]:
+    """Options of sbatch as lines of a script; a True has no value, a False is no line."""
+    return [f"#SBATCH --{name}{_value(value)}" for name, value in options.items() if value is not False]
+
+
+def _value(value: str | int | bool) -> str:
+    if value is True:
+        return ""
     text = str(value)
-    return f'"{text}"' if " " in text or "\t" in text else text
+    return f'="{text}"' if " " in text or "\t" in text else f"={text}"
 
 
 def _network(launcher: SlurmLauncher) -> dict[str, str]:
