@@ -7,6 +7,7 @@ that process ends: the kernel kills the daemons, a guard clears up the rest.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import secrets
 import shutil
@@ -36,6 +37,12 @@ def install() -> str | None:
     """Install SLURM where that is possible. One line that says why no cluster can run here; None: it can."""
     if os.geteuid():
         return "a cluster for tests needs root: its nodes' names go into /etc/hosts"
+    with open("/tmp/alignment-slurm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests run in two processes
+        return _install()
+
+
+def _install() -> str | None:
     if missing() and shutil.which("apt-get"):
         options = ("-qq", "-o", "DPkg::Lock::Timeout=120")
         for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
