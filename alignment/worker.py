@@ -167,7 +167,15 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, repl
                 _require_same_input(context.experiment, context, order)
                 if replaced():
                     raise LostError("another attempt has taken the place of this one")
+                require_whole(folder)
                 store.commit(order["key"], _record(store, context, order, metrics))
+
+
+def require_whole(folder: Path) -> None:
+    """Raises MachineError if the work folder was emptied meanwhile: metrics would begin in the middle."""
+    if not (folder / "stage.json").exists():
+        what = "files were removed from its work folder while it ran: what is left is not whole"
+        raise MachineError(what, where=str(folder), fix="run the same command again")
 
 
 def _context(folder: Path, order: dict[str, Any], store: Store, stop: Listener) -> StageContext:

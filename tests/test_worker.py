@@ -188,3 +188,11 @@ def test_an_error_says_whether_another_attempt_may_help(work: Path, monkeypatch:
     assert worker.main(work) == 4
     told = json.loads((work / "error.json").read_text())
     assert (told["code"], told["what"], told["retry"]) == (4, "out of memory", True)
+
+
+def test_a_work_folder_that_was_emptied_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "stage.json").touch()
+    worker.require_whole(tmp_path)
+    (tmp_path / "stage.json").unlink()
+    with pytest.raises(MachineError, match="files were removed from its work folder while it ran"):
+        worker.require_whole(tmp_path)

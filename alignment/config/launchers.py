@@ -15,6 +15,11 @@ from alignment.config.settings import Settings, execution
 TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
 # Lines of a shell that prepare an environment. Whatever could run another program by its syntax is refused.
 SETUP = ("module", "ml", "source", ".", "export", "unset", "ulimit", "umask", "conda", "mamba", "micromamba", "spack")
+# Of what could run anything, the words that do not; and variables that have something run wherever a program starts.
+ONLY = {name: [["activate"], ["deactivate"]] for name in ("conda", "mamba", "micromamba")} | {
+    "spack": [["load"], ["env"]]
+}
+LOADED = {"LD_PRELOAD", "LD_AUDIT", "BASH_ENV", "ENV", "PROMPT_COMMAND", "PYTHONSTARTUP", "PYTHONINSPECT"}
 OURS = {"job-name", "output", "error", "array", "dependency", "signal", "requeue", "no-requeue", "open-mode", "chdir"}
 OURS |= {"kill-on-invalid-dep", "parsable", "wrap", "wait", "test-only", "nodes", "ntasks", "ntasks-per-node", "export"}
 
@@ -44,7 +49,9 @@ def _setup_line(line: str) -> str:
     except ValueError:
         words = []
     plain = re.sub(r"\$\{?\w+\}?", "", line)  # a variable's value is no syntax
-    if not words or words[0] not in SETUP or re.search(r"[;&|<>`$()\n\\]", plain):
+    runs = bool(words) and (words[0] in ONLY and words[1:2] not in ONLY[words[0]])
+    runs = runs or any(word.partition("=")[0] in LOADED for word in words[1:])
+    if not words or words[0] not in SETUP or runs or re.search(r"[;&|<>`$()\n\\]", plain):
         fix = f"one plain command a line: {', '.join(SETUP)}; put more into a file, and `source` it"
         raise PydanticCustomError("setup", "is no line that sets up an environment", {"fix": fix})
     return line

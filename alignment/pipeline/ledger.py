@@ -20,6 +20,7 @@ from alignment.pipeline.store import Store
 
 JOBS = "jobs"
 BEGUN = "begun"
+SUBMIT = "submit"  # name of the lock of submissions
 NEVER = "DependencyNeverSatisfied"  # SLURM's reason; it takes such a job from the queue, but not at once
 ENDING = 90.0  # seconds to wait for a job that is ending: SLURM's KillWait, 30 s by default, and what sites do after it
 
@@ -30,7 +31,8 @@ def job_of(store: Store, key: str) -> dict[str, Any] | None:
         told = read_json(_place(store, key))
     except (OSError, ValueError):
         return None
-    return told if isinstance(told, dict) and isinstance(told.get("job"), str) else None
+    whole = isinstance(told, dict) and all(isinstance(told.get(name), str) for name in ("job", "run", "node", "out"))
+    return told if whole else None
 
 
 def _place(store: Store, key: str) -> Path:
@@ -78,6 +80,18 @@ def queued(
 
 def _will_make(state: JobState) -> bool:
     return state.lives and state.state != "COMPLETING" and not (state.waits and state.reason == NEVER)
+
+
+def recall(store: Store) -> None:
+    """`remember`, by who submits nothing: not while another command submits. Raises MachineError if SLURM refuses."""
+    if not listed(store.root, f"{JOBS}/*/{BEGUN}"):
+        return
+    lock = store.run_lock(SUBMIT)
+    if lock.acquire("what a submission has left"):
+        try:
+            remember(store)
+        finally:
+            lock.release()
 
 
 def remember(store: Store) -> None:

@@ -5,6 +5,7 @@ Errors end the submission with nothing queued; what people should know is said, 
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -26,9 +27,11 @@ SOON = 60.0  # seconds: a start that is later is worth a line
 # Of a trial's refusals those that time does not mend, and where in the config to look.
 UNAVAILABLE = "configuration is not available"
 FOR_GOOD = rf"invalid|not permitted|denied|violates|{UNAVAILABLE}|inactive or drain|more processors|memory required"
+FOR_GOOD += "|unrecognized option|unmatched"
 KEYS = {
     "account": "account", "qos": "qos", "partition": "partition", "feature": "constraint", "node name": "exclude",
     "gres": "gpus_per_node", "time limit": "time_limit", "memory": "memory", "processors": "cpus_per_process",
+    "unrecognized option": "options",
 }  # fmt: skip
 
 
@@ -37,6 +40,8 @@ def check(runs: Sequence[Run], name: str, say: Say, *, probe: bool = True) -> No
 
     probe: whether jobs may be sent that look around on the nodes, where `launcher.probe` says so.
     """
+    _require_plain(str(runs[0].store.root), "store")
+    _require_plain(os.getcwd(), "the directory of this command")
     already = ledger.queued(runs, say)
     owners = [owner for key, owner in submission.missing(runs).items() if key not in already]
     if not owners:
@@ -50,6 +55,13 @@ def check(runs: Sequence[Run], name: str, say: Say, *, probe: bool = True) -> No
     _try(asks, waits, say)
     if probe and (wanted := [owner for owner in owners if owner.launcher.probe]):
         probing.probe(wanted, name, say)
+
+
+def _require_plain(path: str, where: str) -> None:
+    """sbatch has no way to write these in a line of a script."""
+    if found := re.search(r"[\"'\\\n]", path):
+        what = f"{path} has a {found[0]!r} in it, which SLURM does not take"
+        raise ConfigError(what, where=where, fix="choose a folder of another name")
 
 
 def distinct(owners: Iterable[Owner]) -> list[Ask]:

@@ -272,7 +272,7 @@ def submit(
     signal does not come between one and the note of it."""
     with suppress(OSError):
         runs[0].store.root.mkdir(parents=True, exist_ok=True)
-    lock = runs[0].store.run_lock("submit")
+    lock = runs[0].store.run_lock(ledger.SUBMIT)
     if not lock.acquire(name):
         say(f"waits for another submission: {lock.holder().get('who')}")
         lock.wait(name, lambda holder: None)

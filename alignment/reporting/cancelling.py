@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, InputError
 from alignment.launchers import slurm
+from alignment.pipeline import ledger
 from alignment.pipeline.store import Store
 from alignment.reporting import queue, targets, watching
 from alignment.reporting.gather import Row
@@ -18,9 +19,15 @@ LISTED = 10  # names in an error
 def cancel(names: Sequence[str], root: Path) -> int:
     """Raises ConfigError for a name that means nothing, or several that have jobs; MachineError if SLURM refuses."""
     store = Store(root)
+    ledger.recall(store)
     runs = watching.look(store, None)
     live = {Path(run["folder"]) for run in runs if not is_over(run)}
     folders = list(dict.fromkeys(folder for name in names for folder in _meant(name, store.root, live)))
+    for state in runs:
+        if Path(state["folder"]) in folders and not state["nodes"]:
+            where = str(Path(state["folder"]) / "run.json")
+            fix = "its command writes it again; squeue and scancel know its jobs"
+            raise InputError("is no run.json that can be read", where=where, fix=fix)
     jobs, needed = _jobs_of(runs, folders)
     for node, run in needed:
         queue.say(f"{node['name']} (job {node['job']}) stays: {run} waits for it")

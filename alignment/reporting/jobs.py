@@ -68,10 +68,7 @@ class Jobs:
             self._ask(jobs)
         if self._refused:
             lost = {"alive": True, "waits": True, "why": f"unknown: {self._refused}"}
-            return {
-                key: {**note, **(self._told(note) if note["job"] in self._final else lost)}
-                for key, note in notes.items()
-            }
+            return {key: {**note, **self._last_told(note, lost)} for key, note in notes.items()}
         return {key: {**note, **self._told(note)} for key, note in notes.items()}
 
     def _has_changed(self, keys: Sequence[str]) -> bool:
@@ -94,6 +91,13 @@ class Jobs:
         moves = (self._known, self._accounted) != before
         self._every = min(2 * self._every, OFTEN if moves else SELDOM)
 
+    def _last_told(self, note: dict[str, Any], lost: dict[str, Any]) -> dict[str, Any]:
+        """What SLURM said before it went away; else what is said of a job that nothing is known of."""
+        if not any(note["job"] in states for states in (self._final, self._known, self._accounted)):
+            return lost
+        told = self._told(note)
+        return {**told, "why": lost["why"]} if told["alive"] else told
+
     def _told(self, note: dict[str, Any]) -> dict[str, Any]:
         """The controller knows every job that lives. Of one that it does not know the accounting may say RUNNING for
         ever, where the controller was restarted at the wrong moment."""
@@ -115,8 +119,13 @@ class Jobs:
         if state is None or state.lives:
             return {"alive": False, "ended": "failed", "why": said or f"job {job} has ended without a result"}
         cancelled = state.state == "CANCELLED"
-        because = "cancelled, or a stage before it has failed" if cancelled else f"job {job}: {state.state}"
+        because = "cancelled, or a stage before it has failed" if cancelled else _ended(state)
         return {"alive": False, "ended": "cancelled" if cancelled else "failed", "why": said or because}
+
+
+def _ended(state: slurm.JobState) -> str:
+    word = state.state.lower().replace("_", " ")
+    return f"{word} without a word: its driver was killed, or could not start" if state.state == "FAILED" else word
 
 
 def _mtime(file: Path) -> int:

@@ -29,8 +29,8 @@ def show(
 ) -> int:
     """lines: so many of the last ones; 0: all. Raises ConfigError or InputError."""
     store = Store(root)
-    folder, look = targets.run_folder(run, store.root), watching.Look(store, clock)
-    node = _node(look([folder])[0], stage)
+    folders, look = targets.run_or_sweep(run, store.root), watching.Look(store, clock)
+    folder, node = _meant(look(folders), stage)
     shown = 0
     for title, path in _files(store, node):
         if path.is_file() and not follow:
@@ -45,10 +45,23 @@ def show(
     return 0
 
 
+def _meant(runs: list[dict[str, Any]], stage: str | None) -> tuple[Path, dict[str, Any]]:
+    """Folder of a run, and its stage: of several runs one at work or that failed, as of the stages of one."""
+    found = [(Path(run["folder"]), _node(run, stage)) for run in runs if run["nodes"]]
+    if not found:
+        where = runs[0]["folder"] if runs else "runs"
+        raise InputError("is no run.json that can be read", where=str(where), fix="the run's command writes it again")
+    return min(found, key=lambda one: _rank(one[1]))
+
+
+def _rank(node: dict[str, Any]) -> int:
+    return FIRST.index(node["state"]) if node["state"] in FIRST else len(FIRST)
+
+
 def _node(run: dict[str, Any], stage: str | None) -> dict[str, Any]:
     nodes = run["nodes"]
     if stage is None:
-        return min(reversed(nodes), key=lambda node: FIRST.index(node["state"]) if node["state"] in FIRST else 99)
+        return min((dict(node) for node in reversed(nodes)), key=_rank)
     for node in nodes:
         if node["name"] == stage:
             return dict(node)

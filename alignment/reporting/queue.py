@@ -169,6 +169,7 @@ def check(runs: Sequence[Run], name: str) -> None:
     if not isinstance(runs[0].experiment.launcher, SlurmLauncher):
         raise ConfigError("there is no cluster to ask", where="--check", fix="add launcher=slurm")
     sanity.check(runs, name, _warn, probe=False)
+    _warn("checked: the cluster could start these jobs")
 
 
 def _warn(text: str) -> None:

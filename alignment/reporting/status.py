@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from alignment.reporting.words import DONE, error_text, finite
 
 FRESH = 15.0  # seconds after its last line in which a run between two stages counts as running
 LINES = 4  # of a failed stage's log
+NOISE = re.compile(r"(srun|slurmstepd\S*): |_step_signal: ")  # how SLURM ends what is left: no reason
 TAIL = 8192  # bytes in which they are looked for
 
 
@@ -181,7 +183,7 @@ def _last_lines(store: Path, node: Row, job: Row) -> list[str]:
     """What the stage has written last, else what its job has; that of an earlier job would explain another failure."""
     log = store / "work" / str(node.get("key"))[:16] / "log.txt"
     for path in (log if _is_of(job, log) else None, job.get("out")):
-        lines = words.plain_lines(tail(Path(path), TAIL)) if path else []
+        lines = [line for line in words.plain_lines(tail(Path(path), TAIL)) if not NOISE.match(line)] if path else []
         if lines := [line for line in lines if not line.startswith("--- attempt ")]:
             return lines[-LINES:]
     return []

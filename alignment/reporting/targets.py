@@ -28,6 +28,13 @@ def run_folder(name: str, store: Path) -> Path:
     )
 
 
+def run_or_sweep(name: str, store: Path) -> list[Path]:
+    """Folder of a run, as `run_folder`; or those of the runs of the sweep of exactly this name."""
+    refuse_empty(name)
+    sweep = store / "sweeps" / name / FILE
+    return _points(sweep, store) if sweep.is_file() else [run_folder(name, store)]
+
+
 def run_folders(names: Sequence[str], store: Path) -> list[Path] | None:
     """Folders of all runs that these names, or beginnings of names, of runs and sweeps mean. No names: None, for all.
 
@@ -63,9 +70,13 @@ def named(name: str, store: Path) -> tuple[list[Path], dict[str, list[Path]]]:
 
 
 def _points(sweep: Path, store: Path) -> list[Path]:
-    """Folders of a sweep's runs; none if its sweep.json cannot be read."""
+    """Folders of a sweep's runs. Raises InputError if its sweep.json cannot be read."""
     told = read(sweep)
-    points = (told.get("points") if isinstance(told, dict) else None) or []
+    points = told.get("points") if isinstance(told, dict) else None
+    if not isinstance(points, list):
+        raise InputError(
+            "is no sweep.json that can be read", where=str(sweep), fix="the sweep's command writes it again"
+        )
     return [store / "runs" / str(point["run"]) for point in points if isinstance(point, dict) and point.get("run")]
 
 

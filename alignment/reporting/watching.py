@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
+from alignment.errors import MachineError
+from alignment.pipeline import ledger
 from alignment.pipeline.store import Store
 from alignment.reporting import jobs, queue, status
 from alignment.signals import Listener, Stopped
@@ -22,6 +25,8 @@ class Look:
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic):
         self._store, self._results, self._jobs = store, status.Results(store.root), jobs.Jobs(store, clock)
+        with suppress(MachineError, OSError):  # what SLURM does not say is told of each job
+            ledger.recall(store)
 
     def __call__(self, folders: Sequence[Path] | None) -> list[dict[str, Any]]:
         """Of all runs, or those in these folders."""

@@ -87,6 +87,8 @@ REFUSED = [
         "names `sftt`, which is no node or stage of the pipeline (did you mean `sft`?)",
     ),
     (["launcher=slurm", "launcher.setup=['module load x; rm y']"], "is no line that sets up an environment"),
+    (["launcher=slurm", "launcher.setup=['conda run python -c 1']"], "is no line that sets up an environment"),
+    (["launcher=slurm", "launcher.setup=['export LD_PRELOAD=/x.so']"], "is no line that sets up an environment"),
     (
         ["launcher=slurm", "launcher.setup=['export A=1 DB_PASSWORD=hunter2']"],
         "command line: `launcher.setup.0` holds a secret by its name, DB_PASSWORD: scripts, run.json and every "

@@ -9,7 +9,7 @@ import pytest
 
 from alignment.pipeline.store import Store
 from alignment.reporting import logs, watching
-from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, note, write, write_run
+from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, note, write, write_run, write_sweep
 
 MINUTES = 60.0
 
@@ -138,7 +138,8 @@ def test_a_controller_that_does_not_answer_is_not_asked_more_often(
     clock.at(10 * MINUTES, lambda: slurm.queue(("12", "FAILED"), ("13", "CANCELLED")))
     assert watch(store, clock) == 1
     assert len(slurm.calls("squeue")) <= 10 * 2 + 6
-    assert "unknown: squeue refuses: down" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "SFT  queued" not in said, "it is at work, as SLURM last said"
 
 
 def test_what_was_completed_without_a_time_is_waited_for_no_longer_than_else(
@@ -148,6 +149,20 @@ def test_what_was_completed_without_a_time_is_waited_for_no_longer_than_else(
     slurm.queue(("12", "COMPLETED"), ("13", "CANCELLED"))
     assert watch(store, clock) == 1
     assert 150 <= clock.now <= 200
+
+
+def test_logs_of_a_sweep_are_those_of_the_run_at_work(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(store, "other", {"sft": "done"})
+    (commit(store, "other", "sft") / "log.txt").write_text("of the other\n")
+    write_sweep(store, "sweep-1", ["other", "run"])
+    (store / "work" / key_of("run", "sft")[:16]).mkdir(parents=True)
+    (store / "work" / key_of("run", "sft")[:16] / "log.txt").write_text("of this\n")
+    assert logs.show("sweep-1", None, store, 100, False) == 0
+    assert "of this" in capsys.readouterr().out
+    assert logs.show("other", None, store, 100, False) == 0
+    assert "of the other" in capsys.readouterr().out
 
 
 def test_logs_are_followed_twice_a_second_and_slurm_is_not(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,38 @@ def test_where_nothing_waits_or_runs_there_is_nothing_to_cancel(
     assert "nothing to cancel" in capsys.readouterr().out
     assert cancel(store, "nobody") == 2
     assert "no run is called 'nobody'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", '{"points": 3}'])
+def test_a_sweep_that_cannot_be_read_is_not_one_without_jobs(
+    text: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sweep(store, "broken-sweep", ["quickstart-2"])
+    (store / "sweeps" / "broken-sweep" / "sweep.json").write_text(text)
+    for command in ("cancel", "status", "logs"):
+        assert cli.main([command, "broken-sweep", "--store", str(store)]) == 3
+        assert "is no sweep.json that can be read" in capsys.readouterr().err
+    assert slurm.calls("scancel") == []
+
+
+def test_a_run_that_cannot_be_read_is_not_one_without_jobs(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store / "runs" / "quickstart-2" / "run.json").write_text("{")
+    for command in ("cancel", "logs"):
+        assert cli.main([command, "quickstart-2", "--store", str(store)]) == 3
+        assert "is no run.json that can be read" in capsys.readouterr().err
+    assert slurm.calls("scancel") == []
+
+
+def test_jobs_of_a_submission_that_was_killed_are_cancelled_too(store: Path, slurm: FakeSlurm) -> None:
+    folder = store / "jobs" / "once"
+    queued(store, "quickstart-5", "51")
+    (store / "jobs" / "keys" / f"{key_of('quickstart-5', 'sft')[:16]}.json").unlink()
+    order = {"run": "quickstart-5", "node": "sft", "key": key_of("quickstart-5", "sft")}
+    (folder / "000-sft.json").write_text(json.dumps({"0": order}))
+    (folder / "begun").touch()
+    wide = f"{'51':<20}{folder}/000-sft-%j.out"
+    slurm.script("squeue", f"case \"$*\" in *StdOut*) echo '{wide}';; *) echo '51|PENDING|Priority||N/A';; esac")
+    assert cancel(store, "quickstart-5") == 0
+    assert slurm.calls("scancel") == ["51"]

@@ -140,7 +140,7 @@ def test_a_job_that_never_came_to_an_attempt_shows_what_it_printed(
     out.unlink()
     slurm.accounts(("13", "OUT_OF_MEMORY", ago(1)))
     told = node(store, capsys)
-    assert (told["error"], told["log"]) == ("job 13: OUT_OF_MEMORY", [])
+    assert (told["error"], told["log"]) == ("out of memory", [])
     slurm.accounts(("13", "CANCELLED", ago(1)))
     told = node(store, capsys)
     assert told["error"].startswith("cancelled") and "log" not in told

@@ -63,6 +63,7 @@ REFUSED = {
     "launcher.gpus_per_node=1": "launcher.gpus_per_node: start asks for 1 node with 1 GPU, and none",
     "launcher.constraint=a100": "launcher.constraint: start asks for the feature `a100`, which no node has",
     "launcher.exclude=nobody": "launcher.exclude: the cluster has no node `nobody`",
+    "+launcher.options.nonsense=foo": "launcher.options: SLURM would refuse the job of start: .*unrecognized option",
     "+launcher.options.nodelist=nobody": "launcher.exclude: SLURM would refuse the job of start: Invalid node name",
 }
 
@@ -75,6 +76,16 @@ def test_what_could_never_start_is_refused(
     with pytest.raises(ConfigError, match=REFUSED[wrong]):
         sanity.check([prepare(*wrong.split())], "t", print)
     assert not queue(slurm)
+
+
+def test_a_place_that_no_script_can_name_is_refused(
+    slurm: Cluster, prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, slurm)
+    (tmp_path / "it's").mkdir()
+    monkeypatch.chdir(tmp_path / "it's")
+    with pytest.raises(ConfigError, match=r"the directory of this command: .*it's has a"):
+        sanity.check([prepare()], "t", print)
 
 
 def test_a_refusal_is_one_line_and_nothing_is_written(
