@@ -222,7 +222,7 @@ def status(arguments: list[str]) -> int:
 def logs(arguments: list[str]) -> int:
     """Print what a stage of a run has written, and what its job has."""
     parser = _parser("logs", "alignment logs <run> [stage] [--follow]", logs)
-    parser.add_argument("run", help="a run's name, its beginning, or its folder")
+    parser.add_argument("run", help="a run's name, its beginning, or its folder; or the whole name of a sweep")
     parser.add_argument("stage", nargs="?", help="a stage of it; none = the one that is at work, failed, or was last")
     parser.add_argument("--lines", type=int, default=100, metavar="N", help="the last N (default 100); 0 = all")
     parser.add_argument("--follow", action="store_true", help="go on until the stage has ended")
@@ -248,7 +248,7 @@ def cancel(arguments: list[str]) -> int:
 def report(arguments: list[str]) -> int:
     """Write a run's report.html anew from the store."""
     parser = _parser("report", "alignment report <run>", report)
-    parser.add_argument("run", help="a run's name, its beginning, or its folder")
+    parser.add_argument("run", help="a run's name, its beginning, or its folder; or the whole name of a sweep")
     _add_store(parser)
     given = parser.parse_args(arguments)
     from alignment.pipeline.store import Store
