@@ -248,7 +248,7 @@ def cancel(arguments: list[str]) -> int:
 def report(arguments: list[str]) -> int:
     """Write a run's report.html anew from the store."""
     parser = _parser("report", "alignment report <run>", report)
-    parser.add_argument("run", help="a run's name, its beginning, or its folder; or the whole name of a sweep")
+    parser.add_argument("run", help="a run's name, its beginning, or its folder")
     _add_store(parser)
     given = parser.parse_args(arguments)
     from alignment.pipeline.store import Store

@@ -13,13 +13,16 @@ from alignment.config.secret_names import secrets_in
 from alignment.config.settings import Settings, execution
 
 TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
-# Lines of a shell that prepare an environment. Whatever could run another program by its syntax is refused.
-SETUP = ("module", "ml", "source", ".", "export", "unset", "ulimit", "umask", "conda", "mamba", "micromamba", "spack")
-# Of what could run anything, the words that do not; and variables that have something run wherever a program starts.
-ONLY = {name: [["activate"], ["deactivate"]] for name in ("conda", "mamba", "micromamba")} | {
-    "spack": [["load"], ["env"]]
+# Lines of a shell that prepare an environment: the first word, and where that could run anything the second ones that
+# do not. Whatever could run another program by its syntax is refused.
+SETUP: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("module", "ml", "source", ".", "export", "unset", "ulimit", "umask"), ()),
+    **dict.fromkeys(("conda", "mamba", "micromamba"), ("activate", "deactivate")),
+    "spack": ("load", "unload", "env"),
 }
+# Variables that have something run wherever a program starts.
 LOADED = {"LD_PRELOAD", "LD_AUDIT", "BASH_ENV", "ENV", "PROMPT_COMMAND", "PYTHONSTARTUP", "PYTHONINSPECT"}
+LONGEST_GRACE = 3600  # seconds
 OURS = {"job-name", "output", "error", "array", "dependency", "signal", "requeue", "no-requeue", "open-mode", "chdir"}
 OURS |= {"kill-on-invalid-dep", "parsable", "wrap", "wait", "test-only", "nodes", "ntasks", "ntasks-per-node", "export"}
 
@@ -49,10 +52,12 @@ def _setup_line(line: str) -> str:
     except ValueError:
         words = []
     plain = re.sub(r"\$\{?\w+\}?", "", line)  # a variable's value is no syntax
-    runs = bool(words) and (words[0] in ONLY and words[1:2] not in ONLY[words[0]])
-    runs = runs or any(word.partition("=")[0] in LOADED for word in words[1:])
-    if not words or words[0] not in SETUP or runs or re.search(r"[;&|<>`$()\n\\]", plain):
-        fix = f"one plain command a line: {', '.join(SETUP)}; put more into a file, and `source` it"
+    first, second = [*words, "", ""][:2]
+    known = first in SETUP and (not SETUP[first] or second in SETUP[first])
+    loads = first == "export" and any(word.partition("=")[0] in LOADED for word in words)
+    if not known or loads or re.search(r"[;&|<>`$()\n\\]", plain):
+        commands = ", ".join(" ".join([name, "|".join(after)]).strip() for name, after in SETUP.items())
+        fix = f"one plain command a line: {commands}; put more into a file, and `source` it"
         raise PydanticCustomError("setup", "is no line that sets up an environment", {"fix": fix})
     return line
 
@@ -144,7 +149,7 @@ class SlurmLauncher(Resources):
     kind: Literal["slurm"] = execution()
     stages: dict[str, dict[str, Any]] = execution()
     max_parallel: int | None = execution(ge=1)
-    grace: int = execution(ge=10, le=3600)
+    grace: int = execution(ge=10, le=LONGEST_GRACE)
     max_restarts: int = execution(ge=0)
     setup: list[SetupLine] = execution()
     python: Word | None = execution()

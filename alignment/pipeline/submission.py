@@ -101,8 +101,8 @@ class Submission:
         remove(begun)
 
     def _write_settings(self) -> None:
-        needed = {self.owners[task.key].run.id for batch in self.batches for task in batch.elements.values()}
-        for run in {owner.run.id: owner.run for owner in self.owners.values() if owner.run.id in needed}.values():
+        runs = [self.owners[task.key].run for batch in self.batches for task in batch.elements.values()]
+        for run in {run.id: run for run in runs}.values():
             told = {name: run.state[name] for name in ("config", "command", "sweep")}
             write_json(self._settings(run), told, durable=False)
 

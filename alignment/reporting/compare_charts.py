@@ -9,9 +9,10 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from alignment.config.varied import level
 from alignment.reporting import sweep_curves
 from alignment.reporting.charts import Panel, thinned
-from alignment.reporting.settings import UNSET, level, numeric, shown
+from alignment.reporting.settings import UNSET, numeric, shown
 from alignment.reporting.svg import Frame, marker, padded, path, tag, tick_labels, ticks
 from alignment.reporting.words import interval, metric, metric_value, number
 

@@ -6,10 +6,11 @@ from collections import Counter
 from typing import Any
 
 from alignment.config.schema import HIGHER_IS_BETTER
+from alignment.config.varied import level_of, varied
 from alignment.errors import ConfigError
 from alignment.reporting import inference
 from alignment.reporting.importance import importance
-from alignment.reporting.settings import called, is_seed, level_of, short_names, varied
+from alignment.reporting.settings import called, is_seed, short_names
 from alignment.reporting.words import DONE, METRICS, metric_value
 from alignment.reporting.words import metric as words_of
 

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from alignment.config.varied import level_of
 from alignment.reporting.inference import mean
-from alignment.reporting.settings import level_of, numeric
+from alignment.reporting.settings import numeric
 
 Row = dict[str, Any]
 MOST_LEVELS, BINS, SHUFFLES = 6, 5, 200

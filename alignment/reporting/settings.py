@@ -6,9 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from alignment.config.varied import level as level
-from alignment.config.varied import level_of as level_of
-from alignment.config.varied import varied as varied
 from alignment.files import canonical
 
 Row = dict[str, Any]

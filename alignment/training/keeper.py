@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alignment.config import schema
+from alignment.config.launchers import LONGEST_GRACE
 from alignment.errors import MachineError, PreemptedError, is_out_of_memory
 from alignment.signals import TIME_LIMIT, Listener
 from alignment.training import ranks, state, tensors
@@ -30,7 +31,6 @@ from alignment.training.memory import host_share
 
 # Before a time limit: seconds to spare, and how fast a disk is taken to be until a save has been timed.
 SPARE, SLOW_DISK = 5.0, 100e6
-LONGEST_GRACE = 3600  # seconds, by the schema
 RECENT = 20  # steps that tell how long the next one may take
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from alignment.config.varied import level, varied
 from alignment.errors import ConfigError, InputError
 from alignment.reporting import sweeps
-from alignment.reporting.settings import called, is_seed, level, short_names, shown, varied
+from alignment.reporting.settings import called, is_seed, short_names, shown
 from tests.reporting.conftest import key as run_key
 from tests.reporting.fake_sweeps import BETA, CREATED, RATE, grid, key, write, write_run, write_sweep
 
