@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -20,6 +21,12 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first, so that two workers end together."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Trainers collect garbage; what all test modules have imported took a second of each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 TEMPLATE = (
