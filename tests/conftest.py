@@ -134,6 +134,32 @@ def tiny_stages(*names: str) -> list[str]:
     return [f"stage.{name}.{setting}" for name in names for setting in TINY_STAGES[name]]
 
 
+# A start model imported, rows prepared, a model trained: what is killed and signalled needs no more.
+SHORT = """# @package _global_
+defaults:
+  - /stage@stage.import_model: import_model
+  - /stage@stage.prepare_sft: prepare_sft
+  - /stage@stage.sft: sft
+  - _self_
+pipeline:
+  nodes:
+    start: {stage: import_model, inputs: {}}
+    rows: {stage: prepare_sft, inputs: {model: start}}
+    sft: {stage: sft, inputs: {model: start, data: rows}}
+  final: sft
+"""
+
+
+@pytest.fixture(scope="session")
+def short_settings(tmp_path_factory: pytest.TempPathFactory, tiny_settings: list[str]) -> list[str]:
+    """Settings of that pipeline, eight steps long, and a folder of configs that has it."""
+    folder = tmp_path_factory.mktemp("short")
+    (folder / "pipeline").mkdir()
+    (folder / "pipeline" / "short.yaml").write_text(SHORT)
+    short = ["--config-dir", str(folder), "pipeline=short", *tiny_settings, *tiny_stages("prepare_sft", "sft")]
+    return [*short, "stage.sft.max_steps=8"]
+
+
 # The smallest pipeline whose final model is trained and evaluated, for sweeps; its rate decides how good it becomes.
 SMALL = """# @package _global_
 defaults:

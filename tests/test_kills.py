@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Command, environment, runs, states, tiny_stages
+from tests.conftest import Command, environment, runs, states
 
 pytestmark = pytest.mark.slow
 
@@ -49,20 +49,30 @@ def until(condition: Callable[[], Any], seconds: float) -> None:
 TWO_RANKS = ["launcher=torchrun", "launcher.processes=2", "engine=ddp", "retry_wait_s=0"]
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared: the stages before the one that is killed are made once."""
+    return tmp_path_factory.mktemp("kills") / "store"
+
+
 def keys(command: Command, store: Path, settings: list[str]) -> dict[str, str]:
     plan = json.loads(command(store, "plan", "--json", *settings).stdout)
     return {row["name"]: row["key"][:16] for row in plan["nodes"]}
 
 
+def run_of(command: Command, store: Path, key: str) -> dict[str, Any]:
+    """The run whose last stage has this key."""
+    (run,) = (run for run in runs(command, store) if run["nodes"][-1]["key"].startswith(key))
+    return run
+
+
 @pytest.mark.parametrize("victim", ["driver", "rank"])
 def test_after_kill_9_in_training_on_two_ranks_nobody_works_on_and_the_run_goes_on(
-    victim: str, tmp_path: Path, command: Command, tiny_settings: list[str]
+    victim: str, store: Path, command: Command, short_settings: list[str]
 ) -> None:
     """A killed rank takes its job down in seconds, and the driver tries again; a killed driver needs to be started."""
-    store = tmp_path / "store"
-    settings = [setting for setting in tiny_settings if setting != "tracking=none"]  # W&B's helper must die as well
-    settings += ["pipeline=sft", *tiny_stages("prepare_sft", "sft", "evaluate", "compare")]
-    settings += [*TWO_RANKS, "stage.sft.max_steps=200"]
+    settings = [setting for setting in short_settings if setting != "tracking=none"]  # W&B's helper must die as well
+    settings += [*TWO_RANKS, "stage.sft.max_steps=200", f"stage.sft.seed={len(victim)}"]
     sft = keys(command, store, settings)["sft"]
     work = store / "work" / sft
     driver = start(store, *settings)
@@ -73,16 +83,16 @@ def test_after_kill_9_in_training_on_two_ranks_nobody_works_on_and_the_run_goes_
     until(lambda: not set(ranks) & set(processes_of(work)), 15)
     if victim == "driver":
         assert driver.wait(10) == -9
-        (run,) = runs(command, store)
-        assert states(run)["sft"] == "interrupted"
+        assert states(run_of(command, store, sft))["sft"] == "interrupted"
         assert not (store / "store" / sft).exists()
         command(store, "run", *settings)
+        assert states(run_of(command, store, sft))["rows"] == "reused"
     else:
         output, _ = driver.communicate(timeout=300)
         assert driver.returncode == 0, output
         assert "rank 1 was killed by signal 9; attempt 2 of up to 4 in 0 s" in output
-    (run,) = runs(command, store)
-    assert [states(run)[name] for name in ("rows", "sft")] == ["reused" if victim == "driver" else "done", "done"]
+    run = run_of(command, store, sft)
+    assert states(run)["sft"] == "done"
     rows = (store / "store" / sft / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == list(range(1, 201))
     tried = json.loads((store / "store" / sft / "record.json").read_text())["attempts"]
@@ -92,10 +102,9 @@ def test_after_kill_9_in_training_on_two_ranks_nobody_works_on_and_the_run_goes_
     assert (node["attempts"], len(node["causes"])) == (2, 1)
 
 
-def test_two_runs_at_once_make_each_stage_once(tmp_path: Path, command: Command, tiny_settings: list[str]) -> None:
+def test_two_runs_at_once_make_each_stage_once(tmp_path: Path, command: Command, short_settings: list[str]) -> None:
     store = tmp_path / "store"
-    settings = ["pipeline=sft", *tiny_settings, *tiny_stages("prepare_sft", "sft", "evaluate", "compare")]
-    both = [start(store, *settings, f"name={name}") for name in ("one", "two")]
+    both = [start(store, *short_settings, f"name={name}") for name in ("one", "two")]
     outputs = [driver.communicate(timeout=300)[0] for driver in both]
     assert [driver.returncode for driver in both] == [0, 0], outputs
     first, second = (states(run) for run in runs(command, store))
@@ -104,10 +113,9 @@ def test_two_runs_at_once_make_each_stage_once(tmp_path: Path, command: Command,
 
 
 def test_a_rank_that_dies_before_it_shows_life_takes_the_others_down_in_seconds_and_the_run_goes_on(
-    tmp_path: Path, command: Command, tiny_settings: list[str]
+    store: Path, command: Command, short_settings: list[str]
 ) -> None:
-    store = tmp_path / "store"
-    settings = ["pipeline=sft", *tiny_settings, *tiny_stages("prepare_sft", "sft", "evaluate", "compare"), *TWO_RANKS]
+    settings = [*short_settings, *TWO_RANKS, "stage.sft.seed=7"]
     work = store / "work" / keys(command, store, settings)["sft"]
     driver = start(store, *settings)
     until(lambda: len(starting(work)) == 2, 120)

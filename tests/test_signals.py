@@ -15,34 +15,10 @@ from pathlib import Path
 import pytest
 
 from alignment import life
-from tests.conftest import Command, environment, runs, states, tiny_stages
-from tests.test_kills import TWO_RANKS, keys, processes_of, start, until
+from tests.conftest import Command, environment, runs, states
+from tests.test_kills import TWO_RANKS, keys, processes_of, run_of, start, until
 
 pytestmark = pytest.mark.slow
-SHORT = """\
-# @package _global_
-defaults:
-  - /stage@stage.import_model: import_model
-  - /stage@stage.prepare_sft: prepare_sft
-  - /stage@stage.sft: sft
-  - _self_
-pipeline:
-  nodes:
-    start: {stage: import_model, inputs: {}}
-    rows: {stage: prepare_sft, inputs: {model: start}}
-    sft: {stage: sft, inputs: {model: start, data: rows}}
-  final: sft
-"""
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory, tiny_settings: list[str]) -> list[str]:
-    """Three stages: a model imported, rows prepared, eight steps trained."""
-    mine = tmp_path_factory.mktemp("mine")
-    (mine / "pipeline").mkdir()
-    (mine / "pipeline" / "short.yaml").write_text(SHORT)
-    short = ["--config-dir", str(mine), "pipeline=short", *tiny_settings, *tiny_stages("prepare_sft", "sft")]
-    return [*short, "stage.sft.max_steps=8"]
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +53,24 @@ def ended(driver: subprocess.Popen[str], code: int, seconds: float = 60) -> str:
 
 
 def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_the_same_command(
-    store: Path, command: Command, settings: list[str]
+    store: Path, command: Command, short_settings: list[str]
 ) -> None:
-    at_once = start(store, *settings)
+    at_once = start(store, *short_settings)
     until(lambda: listening(at_once.pid), 10)
     at_once.send_signal(signal.SIGUSR1)
     assert len(ended(at_once, 75, 10).splitlines()) <= 2
 
-    import_model = keys(command, store, settings)["start"]
+    import_model = keys(command, store, short_settings)["start"]
     work = store / "work" / import_model
-    late = command(store, "run", *settings, "launcher.time_limit=1", code=75)
+    late = command(store, "run", *short_settings, "launcher.time_limit=1", code=75)
     assert "asked to stop (launcher.time_limit)" in late.stdout
     assert states(runs(command, store)[0])["start"] == "preempted"
     assert "in 1 s it has left nothing new" in late.stderr and "gets no further" in late.stderr
-    again = command(store, "run", *settings, "launcher.time_limit=1", code=2)
+    again = command(store, "run", *short_settings, "launcher.time_limit=1", code=2)
     assert "launcher.time_limit: start has come to its time limit 2 times" in again.stderr
     assert states(runs(command, store)[0])["start"] == "failed"
 
-    driver = start(store, *settings)
+    driver = start(store, *short_settings)
     at_work(store, work)
     driver.send_signal(signal.SIGINT)
     output = ended(driver, 75, 30)
@@ -105,7 +81,7 @@ def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_th
         *("preempted", "preempted", "preempted")
     ]
 
-    driver = start(store, *settings, "retries=0")
+    driver = start(store, *short_settings, "retries=0")
     os.kill(at_work(store, work).pid, signal.SIGKILL)
     output = ended(driver, 6, 30)
     assert "start was killed by signal 9 (see " in output
@@ -121,15 +97,15 @@ def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_th
 
 
 def test_a_signal_in_training_is_an_end_in_order_and_the_same_command_finishes(
-    store: Path, command: Command, settings: list[str]
+    store: Path, command: Command, short_settings: list[str]
 ) -> None:
-    settings = [*settings, "stage.sft.max_steps=150"]
+    settings = [*short_settings, "stage.sft.max_steps=150"]
     work = store / "work" / keys(command, store, settings)["sft"]
     driver = start(store, *settings)
     until(lambda: (work / "metrics.jsonl").exists(), 90)
     driver.send_signal(signal.SIGTERM)
     ended(driver, 75)
-    (run,) = (run for run in runs(command, store) if run["nodes"][-1]["key"].startswith(work.name))
+    run = run_of(command, store, work.name)
     assert (run["state"], states(run)["sft"]) == ("preempted", "preempted")
     # A second signal ends even a process that cannot answer to the first one.
     driver = start(store, *settings)
@@ -142,18 +118,17 @@ def test_a_signal_in_training_is_an_end_in_order_and_the_same_command_finishes(
     ended(driver, 130, 10)
     assert rank.gone
     assert not processes_of(work)
-    (run,) = (run for run in runs(command, store) if run["nodes"][-1]["key"].startswith(work.name))
-    assert states(run) == {"start": "reused", "rows": "reused", "sft": "interrupted"}
+    assert states(run_of(command, store, work.name)) == {"start": "reused", "rows": "reused", "sft": "interrupted"}
     command(store, "run", *settings)
     tried = json.loads((store / "store" / work.name / "record.json").read_text())["attempts"]
     assert [row["outcome"] for row in tried] == ["preempted", "interrupted", "done"]
 
 
 def test_a_signal_to_a_rank_of_torchrun_that_still_starts_waits_for_it(
-    store: Path, command: Command, settings: list[str]
+    store: Path, command: Command, short_settings: list[str]
 ) -> None:
     """Its interpreter is not up yet; torchrun's own start hands the blocked signals on."""
-    settings = [*settings, *TWO_RANKS, "stage.sft.seed=5"]
+    settings = [*short_settings, *TWO_RANKS, "stage.sft.seed=5"]
     work = store / "work" / keys(command, store, settings)["sft"]
     driver = start(store, *settings)
 
@@ -170,9 +145,9 @@ def test_a_signal_to_a_rank_of_torchrun_that_still_starts_waits_for_it(
 
 
 def test_a_process_that_stands_still_has_all_write_their_stacks_and_the_stage_is_tried_again(
-    store: Path, command: Command, settings: list[str]
+    store: Path, command: Command, short_settings: list[str]
 ) -> None:
-    settings = [*settings, *TWO_RANKS, "stage.sft.max_steps=100", "engine.watchdog_s=6"]
+    settings = [*short_settings, *TWO_RANKS, "stage.sft.max_steps=100", "engine.watchdog_s=6"]
     sft = keys(command, store, settings)["sft"]
     work = store / "work" / sft
     driver = start(store, *settings)
@@ -188,9 +163,9 @@ def test_a_process_that_stands_still_has_all_write_their_stacks_and_the_stage_is
 
 
 def test_a_run_whose_output_nobody_takes_is_made_all_the_same(
-    store: Path, command: Command, settings: list[str]
+    store: Path, command: Command, short_settings: list[str]
 ) -> None:
-    settings = [*settings, "stage.sft.seed=6"]
+    settings = [*short_settings, "stage.sft.seed=6"]
     with open("/dev/full", "w") as full:
         driver = subprocess.Popen(
             [sys.executable, "-m", "alignment.cli", "run", *settings],
@@ -200,8 +175,8 @@ def test_a_run_whose_output_nobody_takes_is_made_all_the_same(
     assert states(runs(command, store)[0])["sft"] == "done"
 
 
-def test_the_first_signal_in_a_sweep_ends_the_sweep(store: Path, command: Command, settings: list[str]) -> None:
-    sweep = ["-m", *settings, "stage.sft.seed=1,2", "stage.sft.max_steps=401"]
+def test_the_first_signal_in_a_sweep_ends_the_sweep(store: Path, command: Command, short_settings: list[str]) -> None:
+    sweep = ["-m", *short_settings, "stage.sft.seed=1,2", "stage.sft.max_steps=401"]
     driver = start(store, *sweep)
     at_work(store)
     driver.send_signal(signal.SIGTERM)
@@ -209,9 +184,11 @@ def test_the_first_signal_in_a_sweep_ends_the_sweep(store: Path, command: Comman
     assert sum(run["state"] == "preempted" for run in runs(command, store)) == 1
 
 
-def test_a_terminal_that_goes_away_is_a_request_to_stop(store: Path, command: Command, settings: list[str]) -> None:
+def test_a_terminal_that_goes_away_is_a_request_to_stop(
+    store: Path, command: Command, short_settings: list[str]
+) -> None:
     """As when a connection breaks: the driver saves though it can say nothing any more."""
-    settings = [*settings, "stage.sft.max_steps=149"]
+    settings = [*short_settings, "stage.sft.max_steps=149"]
     work = store / "work" / keys(command, store, settings)["sft"]
     pid, terminal = pty.fork()
     if pid == 0:

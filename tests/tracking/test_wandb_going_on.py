@@ -10,21 +10,18 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Command, tiny_stages
+from tests.conftest import Command
 from tests.test_kills import keys, start, until
-from tests.test_signals import SHORT
 
 pytestmark = pytest.mark.slow
 TIMES = {"time", "tokens_per_s"}
 
 
 def test_the_history_of_a_stage_that_went_on_is_whole(
-    tmp_path: Path, command: Command, tiny_settings: list[str], read_log: Callable[[Path], dict[str, Any]]
+    tmp_path: Path, command: Command, short_settings: list[str], read_log: Callable[[Path], dict[str, Any]]
 ) -> None:
-    (tmp_path / "mine" / "pipeline").mkdir(parents=True)
-    (tmp_path / "mine" / "pipeline" / "short.yaml").write_text(SHORT)
-    settings = ["--config-dir", str(tmp_path / "mine"), "pipeline=short", *tiny_settings, "tracking=wandb_offline"]
-    settings += [*tiny_stages("prepare_sft", "sft"), "stage.sft.max_steps=150", "stage.sft.log_every=2"]
+    more = ["tracking=wandb_offline", "stage.sft.max_steps=150", "stage.sft.log_every=2"]
+    settings = [*short_settings, *more]
     store, other = tmp_path / "store", tmp_path / "whole"
     key = keys(command, store, settings)["sft"]
     work = store / "work" / key
