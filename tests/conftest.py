@@ -19,8 +19,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first, so that two workers end together."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Files with long ones first, so that two workers end together; xdist must be told not to sort them itself."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish() -> None:
