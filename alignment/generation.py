@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from alignment.errors import InputError
 
@@ -50,10 +53,6 @@ def load(folder: Path, precision: str) -> tuple[Any, Any]:
 
     Only safetensors are read (nothing is unpickled), and no code from the folder is run.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     if not (folder / "config.json").is_file():
         raise InputError("not a model folder: it has no config.json", where=str(folder))
     if not any(folder.glob("*.safetensors")):

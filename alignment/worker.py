@@ -6,6 +6,7 @@ The settings come from stage.json in the folder, never from the command line. Ra
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import os
 import pickle
@@ -20,6 +21,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment import imports
 from alignment.allocation import allocation
 from alignment.errors import (
     AlignmentError,
@@ -145,14 +147,14 @@ def _fence(folder: Path) -> Callable[[], bool]:
 
 def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, replaced: Callable[[], bool]) -> None:
     store = Store(Path(order["store"]))
-    context = _context(folder, order, store, stop)
+    with imports.kept():
+        context = _context(folder, order, store, stop)
+        # A Literal of the schema, not free text.
+        stage = importlib.import_module(f"alignment.stages.{context.settings.kind}")
     pulse.got_on = context.got_on
     _require_parents(store, order, context.settings.ordering, stop)
     if not (folder / CHECKPOINTS).exists():  # it begins anew; who has looked for checkpoints knows better
         context.rewind(-1)
-    stage = importlib.import_module(
-        f"alignment.stages.{context.settings.kind}"
-    )  # a Literal of the schema, not free text
     with ExitStack() as deferred:
         with _tracked(context, order, store) as tracker:
             if order["distributed"]:  # it looks at `stop` itself, where all its processes can
@@ -366,4 +368,6 @@ def _leave(folder: Path, name: str, told: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    code = main(Path(sys.argv[1]))
+    gc.freeze()  # else the interpreter looks at all that lives once more before it ends, for seconds
+    sys.exit(code)

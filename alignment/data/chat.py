@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from alignment.data.formats import Message
 from alignment.errors import InputError
 
@@ -43,8 +45,6 @@ class Chat:
 
     @classmethod
     def load(cls, folder: Path) -> Chat:
-        from transformers import AutoTokenizer
-
         return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder))
 
     @property

@@ -10,6 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from alignment.config.paths import TEMPLATES, template_path
 from alignment.config.schema import Model
 from alignment.data.chat import Chat, adds_bos, without_clock
@@ -50,8 +53,6 @@ def _read(
     source: Path, settings: Model, name: str, progress: Callable[..., None], warn: Callable[[str], None]
 ) -> tuple[Any, Any]:
     """(model, tokenizer) as they are to be written. name: what to call the source in errors."""
-    import torch
-
     progress(0, STEPS, note="reading the tokenizer", force=True)
     tokenizer = load_tokenizer(source, name)
     set_tokens(tokenizer, settings, name)
@@ -122,8 +123,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(source: Path, name: str) -> Any:
-    from transformers import AutoTokenizer
-
     try:
         if source.is_file():
             return read_tokenizer(source, name)
@@ -200,9 +199,6 @@ def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
 
 def _load(source: Path, dtype: Any, name: str) -> Any:
     """A causal language model with every weight from the source. Raises InputError."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     packed = source.is_file()  # a GGUF file is dequantised in fp32, then rounded once
     given: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if packed:

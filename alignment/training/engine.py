@@ -7,7 +7,6 @@ an optimiser of its own that must be compiled.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import socket
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from transformers.utils.logging import disable_progress_bar
 
+from alignment import imports
 from alignment.config.schema import Engine, Reference, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
@@ -65,13 +65,10 @@ def start(engine: Engine, world_size: int) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     if engine.strategy in ZERO_STAGE:
         _join_process_group()
-        _start_deepspeed(on_gpu, _patience(engine))
+        with imports.kept():
+            _start_deepspeed(on_gpu, _patience(engine))
     elif world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_patience(engine))
-    # Trainer and DeepSpeed collect garbage several times a training, and spend most of it on what was imported, which
-    # stays anyway: half a second each time. What is garbage by now must not stay with it.
-    gc.collect()
-    gc.freeze()
 
 
 def _join_process_group() -> None:

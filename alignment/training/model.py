@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from alignment.config.schema import Lora
 from alignment.errors import ConfigError, TrainingError
@@ -22,8 +23,6 @@ def load(folder: Path) -> Any:
     Under ZeRO-3 the weights are sharded while they are read; transformers sees that from the TrainingArguments, which
     must exist, with the DeepSpeed configuration inside, before this is called.
     """
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -9,7 +9,12 @@ checkpoints; its "behind": see tests.distributed.asked, as for "noise". "poison"
 what each rank was told is in error-<rank>.txt. "shared": the folder of what the case shares with others.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import gc
+
+gc.disable()  # until main, as alignment.imports.kept
 
 import importlib
 import json
@@ -35,6 +40,7 @@ from tests.training import poison, tiny
 
 
 def main(folder: Path) -> None:
+    gc.freeze(), gc.enable()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     train.consolidate, trainers.trial = observed(train.consolidate), watched(trainers.trial)
     for case in json.loads((folder / "plan.json").read_text()):

@@ -5,6 +5,7 @@ Importing takes ten seconds, a run of this harness one or two.
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed looks for a device, as alignment.training.engine sees to
@@ -24,3 +25,5 @@ import alignment.stages.prepare
 import alignment.stages.sft
 import alignment.tracking
 import alignment.worker  # noqa: F401
+
+gc.freeze()  # else each worker's imports would begin with a collection of all these
