@@ -34,7 +34,7 @@ from alignment.config.paths import CONF
 from alignment.config.points import Points, as_given
 from alignment.config.provenance import Origin
 from alignment.config.schema import Experiment
-from alignment.errors import ConfigError
+from alignment.errors import AlignmentError, ConfigError
 from alignment.search import OPTUNA, Search, learns
 
 
@@ -50,7 +50,16 @@ class Point:
         return " ".join(["alignment run", *(shlex.quote(override) for override in self.overrides)])
 
 
-Execute = Callable[[list[Point], DictConfig | None], Sequence[Any]]  # the second: the config of a multirun
+@dataclass(frozen=True)
+class Refused:
+    """A job that a search has asked for, whose settings cannot be."""
+
+    error: AlignmentError
+    overrides: list[str]
+
+
+# The second: the config of a multirun.
+Execute = Callable[[Sequence[Point | Refused], DictConfig | None], Sequence[Any]]
 
 
 class Aside(BaseException):
@@ -162,11 +171,10 @@ class AllPoints(Launcher):
         self._master = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        points, returns = [], []
-        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
-            experiment = self._loader.experiment(self._master, list(overrides), number)
-            points.append(Point(experiment, list(overrides)))
-            returns.append(JobReturn(overrides=list(overrides)))
+        points = [self._point(list(one), number) for number, one in enumerate(job_overrides, start=initial_job_idx)]
+        if initial_job_idx == 0 and (refused := [one for one in points if isinstance(one, Refused)]) == points:
+            raise Aside(refused[0].error)  # most likely it is no trial's own
+        returns = [JobReturn(overrides=point.overrides) for point in points]
         with aside():
             values = type(self).execute(points, self._master)
         for told, value in zip(returns, values, strict=True):
@@ -175,6 +183,15 @@ class AllPoints(Launcher):
             told.status = JobStatus.FAILED if failed else JobStatus.COMPLETED
             told.return_value = None if isinstance(value, Exception) and not failed else value
         return returns
+
+    def _point(self, overrides: list[str], number: int) -> Point | Refused:
+        """Settings of a search may be right one by one, and not together: that is a failure of this trial alone."""
+        try:
+            return Point(self._loader.experiment(self._master, overrides, number), overrides)
+        except Aside as aside:
+            if isinstance(aside.error, AlignmentError) and learns(self._master):
+                return Refused(aside.error, overrides)
+            raise
 
 
 def _planned(app: Any) -> Experiment | None:

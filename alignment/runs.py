@@ -22,7 +22,7 @@ from alignment.errors import (
     PreemptedError,
     StageFailed,
 )
-from alignment.hydra_app import Point
+from alignment.hydra_app import Point, Refused
 from alignment.launchers import slurm
 from alignment.pipeline import runner, sanity, submission, sweeps
 from alignment.pipeline.following import Follower
@@ -53,11 +53,21 @@ class Session:
         self._leader: Leader | None = None  # what the other machines of a run see of this one
         self._follower: Follower | None = None
 
-    def execute(self, points: Sequence[Point], master: DictConfig | None) -> Sequence[Value]:
+    def execute(self, points: Sequence[Point | Refused], master: DictConfig | None) -> Sequence[Value]:
         """The value of each point. One that fails does not stop the others: `finish` raises what became of it.
 
         master: the config of the multirun that the points belong to, or None.
         """
+        for point in points:
+            if isinstance(point, Refused):
+                self._count += 1
+                self._errors[" ".join(point.overrides)] = point.error
+                queue.say(f"✗ {point.error}")
+        able = [point for point in points if isinstance(point, Point)]
+        values = iter(self._execute(able, master) if able else [])
+        return [point.error if isinstance(point, Refused) else next(values) for point in points]
+
+    def _execute(self, points: Sequence[Point], master: DictConfig | None) -> Sequence[Value]:
         with one_look():  # at each file that keys are made of
             runs = [runner.Run(point.experiment, point.command) for point in points]
         self._count += len(runs)
@@ -228,12 +238,12 @@ def plan_sweep(settings: Sequence[str], config_dir: Path | None = None) -> tuple
     points: list[Point] = []
     given: list[str] = []
 
-    def note(some: Sequence[Point], master: DictConfig | None) -> list[None]:
+    def note(some: Sequence[Point | Refused], master: DictConfig | None) -> list[None]:
         assert master is not None  # of -m
         if search.learns(master):
             what = "a search asks for its next trials by what became of the last ones: there is no sweep to plan"
             raise ConfigError(what, where="-m", fix="plan one trial: without -m, with a value for each setting")
-        points.extend(some)
+        points.extend(point for point in some if isinstance(point, Point))  # only a search has others
         given[:] = [setting for setting in _settings(master) if setting != elsewhere]
         return [None] * len(some)
 

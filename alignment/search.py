@@ -95,12 +95,11 @@ class Search(Sweeper):
     """
 
     def __init__(self, n_trials: int, n_jobs: int, max_failure_rate: float, **settings: Any) -> None:
-        if n_trials < 1 or n_jobs < 1 or not 0 <= max_failure_rate <= 1:
-            what = f"n_trials={n_trials}, n_jobs={n_jobs}, max_failure_rate={max_failure_rate} cannot be"
-            raise ConfigError(what, where="hydra.sweeper", fix="n_trials and n_jobs: at least 1; the rate: from 0 to 1")
         from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl  # Optuna is slow to import
 
-        settings |= {"n_trials": n_trials, "n_jobs": n_jobs, "max_failure_rate": max_failure_rate}
+        # Hydra would wrap an error of this method into words of its own, so `sweep` looks at what was given.
+        self._rate = max_failure_rate
+        settings |= {"n_trials": n_trials, "n_jobs": n_jobs, "max_failure_rate": 1.0}
         self._theirs: Any = OptunaSweeperImpl(**settings)
         self._counts = {"done": 0, "pruned": 0, "failed": 0}
 
@@ -111,6 +110,12 @@ class Search(Sweeper):
         import optuna
 
         theirs, ways = self._theirs, directions(self._theirs.direction)
+        for name in ("n_trials", "n_jobs"):
+            if (given := getattr(theirs, name)) < 1:
+                raise ConfigError(f"{name} is {given}", where=f"hydra.sweeper.{name}", fix="at least 1")
+        if not 0 <= self._rate <= 1:
+            what = f"max_failure_rate is {self._rate}"
+            raise ConfigError(what, where="hydra.sweeper.max_failure_rate", fix="from 0 to 1")
         self._metrics = [str(name) for name in theirs.config.objective]
         check_directions(self._metrics, ways)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -129,9 +134,9 @@ class Search(Sweeper):
             told = theirs.launcher.launch(jobs, initial_job_idx=asked)
             asked, left = asked + len(trials), left - len(trials)
             states = [self._tell(study, trial, one) for trial, one in zip(trials, told, strict=True)]
-            if states.count("failed") / len(states) > theirs.max_failure_rate:
+            if states.count("failed") / len(states) > self._rate:
                 told_of = f"{states.count('failed')} of {len(states)} trials have failed"
-                queue.say(f"the search ends: {told_of} (hydra.sweeper.max_failure_rate={theirs.max_failure_rate:g})")
+                queue.say(f"the search ends: {told_of} (hydra.sweeper.max_failure_rate={self._rate:g})")
                 break
         self._conclude(study)
 
@@ -170,7 +175,8 @@ class Search(Sweeper):
         from optuna.trial import TrialState
 
         counts = ", ".join(f"{count} {state}" for state, count in self._counts.items() if count)
-        queue.say(f"{sum(self._counts.values())} trials: {counts}")
+        total = sum(self._counts.values())
+        queue.say(f"{total} trial{'s' if total > 1 else ''}: {counts}")
         if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             return
         best = study.best_trials

@@ -92,6 +92,9 @@ def _partitions(ask: Ask, cluster: Cluster) -> list[Partition]:
             raise ConfigError("the cluster has no default partition", where=ask.where("partition"), fix=fix)
         return usual
     names = [name.strip() for name in ask.asked.partition.split(",") if name.strip()]
+    if not names:
+        what = f"`{ask.asked.partition}` names no partition"
+        raise ConfigError(what, where=ask.where("partition"), fix=f"one of: {', '.join(cluster.partitions)}")
     for name in names:
         if name not in cluster.partitions:
             fix = closest(name, cluster.partitions)

@@ -24,19 +24,21 @@ def test_a_failed_trial_is_one_line_and_the_others_go_on(
 ) -> None:
     store = tmp_path / "store"
     grid = ["hydra/sweeper/sampler=grid", "stage.prepare_sft.splits.train=choice(24,5000)", "stage.sft.epochs=1.0"]
+    grid += ["stage.prepare_sft.max_prompt_length=choice(96,100000)", "hydra.sweeper.n_jobs=4"]  # longer than a row
     both = ["objective=[heldout_nll,kl]", "hydra.sweeper.direction=[minimize,minimize]"]
-    done = command(store, "run", "-m", *small_settings, *OPTUNA, *grid, *both, code=3)
-    assert "2 trials: 1 done, 1 failed" in done.stdout and "best: held-out loss" in done.stdout
+    done = command(store, "run", "-m", *small_settings, *OPTUNA, *grid, *both, code=2)
+    assert "4 trials: 1 done, 3 failed" in done.stdout and "best: held-out loss" in done.stdout
     assert len([line for line in done.stdout.splitlines() if "5000" in line and line.startswith("✗")]) == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("alignment: error: ") and "1 of 2 points failed; the first: " in line
+    assert line.startswith("alignment: error: ") and "3 of 4 points failed; the first: " in line
+    assert done.stdout.count("✗ command line: `stage.prepare_sft.max_prompt_length` is 100000, more than") == 2
     assert sorted(run["state"] for run in runs(command, store)) == ["done", "failed"]
     assert sweep_of(store)["objective"] == [
         {"metric": "heldout_nll", "direction": "minimize"},
         {"metric": "kl", "direction": "minimize"},
     ]
-    again = command(store, "run", "-m", *small_settings, *OPTUNA, *grid, *both, code=3).stdout
-    assert "1 done, 1 failed" in again and "running" not in again
+    again = command(store, "run", "-m", *small_settings, *OPTUNA, *grid, *both, code=2).stdout
+    assert "1 done, 3 failed" in again and "running" not in again
 
 
 def test_a_hopeless_trial_stops_and_goes_on_without_pruning(

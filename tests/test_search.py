@@ -29,12 +29,17 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
     def run(answer: Answer, *settings: str, vary: tuple[str, ...] = (BETA,)) -> list[Experiment]:
         asked: list[Experiment] = []
 
-        def execute(points: Sequence[hydra_app.Point], master: DictConfig | None) -> list[Any]:
+        def execute(points: Sequence[hydra_app.Point | hydra_app.Refused], master: DictConfig | None) -> list[Any]:
             assert master is not None
-            search.objective(master, points[0].experiment)
-            first = len(asked)
-            asked.extend(point.experiment for point in points)
-            return [answer(first + number, point.experiment) for number, point in enumerate(points)]
+            values: list[Any] = []
+            for point in points:
+                if isinstance(point, hydra_app.Refused):
+                    values.append(point.error)
+                    continue
+                search.objective(master, point.experiment)
+                values.append(answer(len(asked), point.experiment))
+                asked.append(point.experiment)
+            return values
 
         given = [
             *("-m", "experiment=quickstart", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6"),
@@ -126,13 +131,24 @@ def test_if_all_fail_there_is_no_best(sweep: Any, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().out.splitlines()[-1] == "6 trials: 6 failed"
 
 
+def test_settings_that_do_not_fit_together_are_one_failed_trial(sweep: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """One by one they are right: a prompt may have at most 96 tokens, a row 128 or, in this trial, 9."""
+    lengths = "stage.prepare_sft.max_length=choice(9,128)"
+    asked = sweep(of_beta, "hydra/sweeper/sampler=grid", "hydra.sweeper.sampler.seed", vary=(lengths,))
+    assert len(asked) == 1
+    assert sorted(states()) == ["COMPLETE", "FAIL"]
+    assert "2 trials: 1 done, 1 failed" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
         (["objective=[reward,kl]"], "`hydra.sweeper.direction` has 1 of them, and `objective` names 2: reward, kl"),
         (["objective=[rewrd]"], "`objective` names `rewrd`, which no evaluation measures (did you mean `reward`?)"),
         (["hydra.sweeper.direction=[max]"], "`hydra.sweeper.direction` is max (one of: minimize, maximize)"),
-        (["hydra.sweeper.n_jobs=0"], "n_trials=6, n_jobs=0, max_failure_rate=1.0 cannot be"),
+        (["hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs: n_jobs is 0 (at least 1)"),
+        (["hydra.sweeper.n_trials=-1"], "hydra.sweeper.n_trials: n_trials is -1 (at least 1)"),
+        (["hydra.sweeper.max_failure_rate=2"], "hydra.sweeper.max_failure_rate: max_failure_rate is 2"),
         (
             ["~pipeline.nodes.evaluate_dpo", "~pipeline.nodes.verdict"],
             "the pipeline evaluates no final model (choose a pipeline with an evaluation",

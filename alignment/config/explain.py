@@ -113,6 +113,10 @@ def _unreadable(text: str, error: Exception, origin: Origin) -> Explained:
     key, sign, value = override.partition("=")
     if not sign:
         return ConfigError(f"`{override}` is no setting", where=COMMAND_LINE, fix="settings are written key=value")
+    listed = re.fullmatch(r"\[([^][\"'\\{}]*)\]", value)
+    if listed and _parse(apart := f"{key}=[{','.join(_quoted_item(item) for item in listed[1].split(','))}]"):
+        what = f"`{key}` has a value in its list that cannot be read as it stands"
+        return ConfigError(what, where=COMMAND_LINE, fix=f"write {shlex.quote(apart)}")
     value = os.path.expanduser(value)  # a path, if it begins with ~, which neither the shell nor Hydra expands here
     if not _is_read_as(f"{key}={quoted(value)}", value):  # then it is not the value
         return ConfigError(f"`{override}` cannot be read", where=COMMAND_LINE, fix="settings are written key=value")
@@ -220,6 +224,10 @@ def as_typed(key: str, value: str) -> str:
     if re.fullmatch(r"[\w@%+=:./-]*", text, re.ASCII):
         return f"{key}={text}"
     return shlex.quote(f"{key}={text}") if set(text) & set('"$`\\!') else f'{key}="{text}"'
+
+
+def _quoted_item(item: str) -> str:
+    return f'"{item.strip()}"'
 
 
 def _is_read_as(override: str, value: str) -> bool:

@@ -6,14 +6,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 AFTEROK, AFTERCORR = "afterok", "aftercorr"
+Source = int | str  # what a task waits for, or for an element of: a batch, or a job that is queued already
+Places = dict[str, tuple[Source, int | None]]  # key -> the source that makes it, and the index if that is an array
 
 
 @dataclass(frozen=True)
 class Wait:
-    """For a job that is queued already (job), or for a batch: one element of it (index), each for its own (aftercorr),
-    or all of it."""
+    """For a job that is queued already (job), or for a batch: one element of it (index; job: 7_0), each for its own
+    (aftercorr), or all of it."""
 
     how: str
     job: str | None = None
@@ -42,21 +45,28 @@ class Batch:
 
 
 def batches(tasks: Sequence[Task], queued: Mapping[str, str], largest: int) -> list[Batch]:
-    """In an order in which they can be submitted. tasks: parents before children. queued: key -> job that will make it.
+    """In an order in which they can be submitted. tasks: parents before children. queued: key -> job that will make it,
+    7_0 if it is an element of an array.
 
     largest: highest index of an array, and one more; 1: no arrays. Parents that are neither tasks nor queued are done.
     """
     made: list[Batch] = []
-    place: dict[str, tuple[Batch, int]] = {}
+    places: Places = {key: _queued(job) for key, job in queued.items()}
     for level in _levels(tasks):
-        for alike in _buckets(level, lambda task: (task.alike, _above(task, place, queued))):
-            corresponding = _corresponding(alike, place)
-            for group in _buckets(alike, lambda task: _waits(task, place, queued, corresponding)):  # noqa: B023
+        for alike in _buckets(level, lambda task: (task.alike, _above(task, places))):
+            corresponding = _corresponding(alike, places)
+            for group in _buckets(alike, lambda task: _waits(task, places, corresponding)):  # noqa: B023
                 for first in range(0, len(group), largest):
-                    batch = _batch(len(made), group[first : first + largest], place, queued, corresponding)
+                    batch = _batch(len(made), group[first : first + largest], places, corresponding)
                     made.append(batch)
-                    place.update({task.key: (batch, index) for index, task in batch.elements.items()})
+                    for index, task in batch.elements.items():
+                        places[task.key] = (batch.number, index if batch.array else None)
     return made
+
+
+def _queued(job: str) -> tuple[Source, int | None]:
+    number, _, index = job.partition("_")
+    return number, int(index) if index else None
 
 
 def _levels(tasks: Sequence[Task]) -> list[list[Task]]:
@@ -76,57 +86,52 @@ def _buckets(tasks: Sequence[Task], by: Callable[[Task], Hashable]) -> list[list
     return list(found.values())
 
 
-def _above(task: Task, place: Mapping[str, tuple[Batch, int]], queued: Mapping[str, str]) -> Hashable:
+def _above(task: Task, places: Places) -> Hashable:
     """The batches and the jobs that a task waits for."""
-    numbers = {place[parent][0].number for parent in task.parents if parent in place}
-    return frozenset(numbers), frozenset(queued[parent] for parent in task.parents if parent in queued)
+    return frozenset(places[parent][0] for parent in task.parents if parent in places)
 
 
-def _corresponding(tasks: Sequence[Task], place: Mapping[str, tuple[Batch, int]]) -> frozenset[int]:
+def _corresponding(tasks: Sequence[Task], places: Places) -> frozenset[Source]:
     """Arrays of which each of these tasks waits for another element, all of them at the same index of each array."""
-    index: list[int] | None = None
+    index: list[int | None] | None = None
     found = []
-    numbers = sorted({place[p][0].number for p in tasks[0].parents if p in place and place[p][0].array})
-    for number in numbers:
-        mine = [[place[p][1] for p in t.parents if p in place and place[p][0].number == number] for t in tasks]
+    sources = dict.fromkeys(places[p][0] for p in tasks[0].parents if p in places and places[p][1] is not None)
+    for source in sorted(sources, key=str):
+        mine = [[places[p][1] for p in t.parents if p in places and places[p][0] == source] for t in tasks]
         if any(len(one) != 1 for one in mine):
             continue
         at = [one[0] for one in mine]
         if len(set(at)) == len(tasks) > 1 and index in (None, at):
             index = at
-            found.append(number)
+            found.append(source)
     return frozenset(found)
 
 
-def _waits(
-    task: Task, place: Mapping[str, tuple[Batch, int]], queued: Mapping[str, str], corresponding: frozenset[int]
-) -> tuple[Wait, ...]:
+def _waits(task: Task, places: Places, corresponding: frozenset[Source]) -> tuple[Wait, ...]:
     waits = []
-    for parent in task.parents:
-        if parent in place:
-            batch, index = place[parent]
-            if batch.number in corresponding:
-                waits.append(Wait(AFTERCORR, batch=batch.number))
-            else:
-                waits.append(Wait(AFTEROK, batch=batch.number, index=index if batch.array else None))
-        elif parent in queued:
-            waits.append(Wait(AFTEROK, job=queued[parent]))
+    for source, index in (places[parent] for parent in task.parents if parent in places):
+        if source in corresponding:
+            waits.append(Wait(AFTERCORR, **_named(source)))
+        elif isinstance(source, int):
+            waits.append(Wait(AFTEROK, batch=source, index=index))
+        else:
+            waits.append(Wait(AFTEROK, job=source if index is None else f"{source}_{index}"))
     return tuple(sorted(set(waits), key=repr))
 
 
-def _batch(
-    number: int,
-    tasks: Sequence[Task],
-    place: Mapping[str, tuple[Batch, int]],
-    queued: Mapping[str, str],
-    corresponding: frozenset[int],
-) -> Batch:
-    waits = _waits(tasks[0], place, queued, corresponding)
+def _named(source: Source) -> dict[str, Any]:
+    return {"batch": source} if isinstance(source, int) else {"job": source}
+
+
+def _batch(number: int, tasks: Sequence[Task], places: Places, corresponding: frozenset[Source]) -> Batch:
+    waits = _waits(tasks[0], places, corresponding)
     if not corresponding:
         return Batch(number, dict(enumerate(tasks)), waits, array=len(tasks) > 1)
     at = {}
     for task in tasks:
-        index = next(place[p][1] for p in task.parents if p in place and place[p][0].number in corresponding)
+        found = (places[parent] for parent in task.parents if parent in places)
+        index = next(index for source, index in found if source in corresponding)
+        assert index is not None, "only arrays correspond"
         at[index] = task
     return Batch(number, at, waits, array=True)
 

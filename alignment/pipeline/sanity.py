@@ -35,17 +35,18 @@ KEYS = {
 }  # fmt: skip
 
 
-def check(runs: Sequence[Run], name: str, say: Say, *, probe: bool = True) -> None:
-    """All of it for what these runs lack and have not queued. Raises ConfigError and MachineError.
+def check(runs: Sequence[Run], name: str, say: Say, *, probe: bool = True) -> bool:
+    """All of it for what these runs lack and have not queued; whether there is any.
 
     probe: whether jobs may be sent that look around on the nodes, where `launcher.probe` says so.
+    Raises ConfigError and MachineError.
     """
     _require_plain(str(runs[0].store.root), "store")
     _require_plain(os.getcwd(), "the directory of this command")
     already = ledger.queued(runs, say)
     owners = [owner for key, owner in submission.missing(runs).items() if key not in already]
     if not owners:
-        return
+        return False
     asks = distinct(owners)
     cluster = facts.ask()
     warned = limits.check(asks, cluster)
@@ -55,6 +56,7 @@ def check(runs: Sequence[Run], name: str, say: Say, *, probe: bool = True) -> No
     _try(asks, waits, say)
     if probe and (wanted := [owner for owner in owners if owner.launcher.probe]):
         probing.probe(wanted, name, say)
+    return True
 
 
 def _require_plain(path: str, where: str) -> None:

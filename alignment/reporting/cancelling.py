@@ -21,7 +21,8 @@ def cancel(names: Sequence[str], root: Path) -> int:
     store = Store(root)
     ledger.recall(store)
     runs = watching.look(store, None)
-    live = {Path(run["folder"]) for run in runs if not is_over(run)}
+    # Of one whose run.json cannot be read nobody knows: better an error, below, than to say that there is nothing.
+    live = {Path(run["folder"]) for run in runs if not is_over(run) or not run["nodes"]}
     folders = list(dict.fromkeys(folder for name in names for folder in _meant(name, store.root, live)))
     for state in runs:
         if Path(state["folder"]) in folders and not state["nodes"]:

@@ -168,8 +168,10 @@ def check(runs: Sequence[Run], name: str) -> None:
     """Ask SLURM what `run` asks before it queues anything; warnings go to stderr. Raises ConfigError, MachineError."""
     if not isinstance(runs[0].experiment.launcher, SlurmLauncher):
         raise ConfigError("there is no cluster to ask", where="--check", fix="add launcher=slurm")
-    sanity.check(runs, name, _warn, probe=False)
-    _warn("checked: the cluster could start these jobs")
+    if sanity.check(runs, name, _warn, probe=False):
+        _warn("checked: the cluster could start these jobs")
+    else:
+        _warn("nothing to check: all stages are in the store or queued already")
 
 
 def _warn(text: str) -> None:

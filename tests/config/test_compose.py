@@ -110,6 +110,11 @@ REFUSED = [
     (["nonsense"], "command line: `nonsense` is no setting (settings are written key=value)"),
     (["stage..seed=1"], "command line: `stage..seed=1` cannot be read (settings are written key=value)"),
     (
+        ["launcher=slurm", "launcher.setup=[export FOO=bar, module load cuda]"],
+        "`launcher.setup` has a value in its list that cannot be read as it stands (write "
+        """'launcher.setup=["export FOO=bar","module load cuda"]')""",
+    ),
+    (
         ["seed=1,2"],
         "command line: `seed` is given several values (one value with commas: seed=\"'1,2'\"; a list: seed=[",
     ),

@@ -149,6 +149,7 @@ OF_OLD = [
         "launcher.exclude: .* only 1 of the 2 nodes of `gpu` with `v100&ib` is such",
     ),
     ({"constraint": "v100|a100"}, "launcher.constraint: sft asks for the feature `a100`, which no node has"),
+    ({"partition": ", "}, "launcher.partition: `, ` names no partition .one of: cpu, gpu, old"),
     ({"exclude": "c1,g3"}, "launcher.exclude: the cluster has no node `g3`"),
     ({"partition": "gpu", "account": "guests"}, "launcher.account: .* account `guests`, which `gpu` does not take"),
     ({"partition": "gpu", "qos": "urgent"}, "launcher.qos: .* `urgent`, which `gpu` does not take .one .*long, normal"),

@@ -64,6 +64,19 @@ def test_what_is_queued_already_is_waited_for_and_not_submitted() -> None:
     assert made.waits == (Wait("afterok", job="17_3"),)
 
 
+def test_each_waits_for_its_own_element_of_an_array_that_is_queued_already() -> None:
+    """A submission was killed after the DPOs: what is left of it is as few jobs as if it had not been."""
+    tasks = [Task(f"eval{i}", "evaluate", "e", (f"dpo{i}",)) for i in range(4)]
+    tasks += [Task(f"verdict{i}", "compare", "c", (f"eval{i}", "base")) for i in range(4)]
+    queued = {"dpo0": "17_0", "dpo1": "17_1", "dpo2": "17_5", "dpo3": "18", "base": "4"}
+    evaluations, last, verdicts, verdict = batches(tasks, queued, 1001)
+    assert (list(evaluations.elements), evaluations.waits) == ([0, 1, 5], (Wait("aftercorr", job="17"),))
+    assert (last.array, last.waits) == (False, (Wait("afterok", job="18"),))
+    assert list(verdicts.elements) == [0, 1, 5]
+    assert verdicts.waits == (Wait("aftercorr", batch=0), Wait("afterok", job="4"))
+    assert set(verdict.waits) == {Wait("afterok", batch=1), Wait("afterok", job="4")}
+
+
 def test_an_array_is_no_larger_than_the_cluster_takes() -> None:
     tasks = [Task(f"dpo{i}", "dpo", "dpo", ()) for i in range(5)]
     tasks += [Task(f"eval{i}", "evaluate", "e", (f"dpo{i}",)) for i in range(5)]

@@ -127,8 +127,8 @@ def test_a_run_that_cannot_be_read_is_not_one_without_jobs(
     store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (store / "runs" / "quickstart-2" / "run.json").write_text("{")
-    for command in ("cancel", "logs"):
-        assert cli.main([command, "quickstart-2", "--store", str(store)]) == 3
+    for command, name in (("cancel", "quickstart-2"), ("cancel", "quick"), ("logs", "quickstart-2")):
+        assert cli.main([command, name, "--store", str(store)]) == 3
         assert "is no run.json that can be read" in capsys.readouterr().err
     assert slurm.calls("scancel") == []
 
