@@ -157,7 +157,7 @@ def main(arguments: list[str], execute: Execute) -> int:
 
 @contextmanager
 def _many_objects() -> Iterator[None]:
-    """The points of a sweep are millions of objects that stay: looking at them for garbage takes a fifth of planning."""
+    """The points of a sweep are millions of objects that stay: looking at them for garbage is a fifth of planning."""
     usual = gc.get_threshold()
     gc.set_threshold(200_000, *usual[1:])
     try:
