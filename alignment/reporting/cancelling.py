@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from alignment.reporting import queue, targets, watching
 from alignment.reporting.gather import Row
 from alignment.reporting.status import is_over
 
-LISTED = 10  # names in an error
+LISTED = 10  # names in an error, jobs in an answer
 
 
 def cancel(names: Sequence[str], root: Path) -> int:
@@ -33,8 +34,12 @@ def cancel(names: Sequence[str], root: Path) -> int:
     for node, run in needed:
         queue.say(f"{node['name']} (job {node['job']}) stays: {run} waits for it")
     slurm.cancel(jobs)
-    for job, node in jobs.items():
-        queue.say(f"cancelled {node['name']} (job {job})")
+    if len(jobs) > LISTED:
+        for name, count in Counter(node["name"] for node in jobs.values()).items():
+            queue.say(f"cancelled {count} x {name}")
+    else:
+        for job, node in jobs.items():
+            queue.say(f"cancelled {node['name']} (job {job})")
     local = [said for run in runs if Path(run["folder"]) in folders for said in _here(run, store)]
     for said in local:
         queue.say(said)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.life import BEATS
 from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
 from alignment.reporting import words
 from alignment.reporting.gather import Row, read, tail
 from alignment.reporting.words import DONE, error_text, finite
 
+SILENT = 90.0  # seconds without a beat that are worth a word: a shared file system may show files a minute late
 FRESH = 15.0  # seconds after its last line in which a run between two stages counts as running
 LINES = 4  # of a failed stage's log
 NOISE = re.compile(r"(srun|slurmstepd\S*): |_step_signal: ")  # how SLURM ends what is left: no reason
@@ -162,6 +164,7 @@ def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
         }
         told["progress"] = read(work / "progress.json")
         told["seconds"] = finite((told["progress"] or {}).get("elapsed_s"))
+        told["silent"] = _silence(work) if told["state"] == "running" else None
         return told
     told["state"] = job.get("ended") or "waiting"
     error = read(work / "error.json") if _is_of(job, work / "error.json") else None
@@ -169,6 +172,20 @@ def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
     if isinstance(error, dict) and isinstance(error.get("code"), int):
         told["code"] = error["code"]
     return told
+
+
+def _silence(work: Path) -> float | None:
+    """Seconds since the newest sign of life of any rank, if they are many: SLURM takes minutes to find a node gone."""
+    beats = [stat.st_mtime for path in work.glob(f"{BEATS}/*") if (stat := _stat(path))]
+    silent = time.time() - max(beats, default=time.time())
+    return silent if silent > SILENT else None
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _is_of(job: Row, file: Path) -> bool:

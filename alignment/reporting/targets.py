@@ -38,7 +38,7 @@ def run_or_sweep(name: str, store: Path) -> list[Path]:
 def run_folders(names: Sequence[str], store: Path) -> list[Path] | None:
     """Folders of all runs that these names, or beginnings of names, of runs and sweeps mean. No names: None, for all.
 
-    Raises ConfigError for a name that means nothing.
+    Raises ConfigError for a name that means nothing, InputError for one that means what cannot be read.
     """
     if not names:
         return None
@@ -65,8 +65,18 @@ def named(name: str, store: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     runs = [file.parent for file in sorted(store.glob("runs/*/run.json")) if file.parent.name.startswith(name)]
     sweeps = [file for file in sorted(store.glob(f"sweeps/*/{FILE}")) if file.parent.name.startswith(name)]
     if not runs and not sweeps:
+        _refuse_emptied(name, store)
         raise ConfigError(f"no run is called {name!r}", where=str(store / "runs"), fix="alignment status lists them")
     return runs, {file.parent.name: _points(file, store) for file in sweeps}
+
+
+def _refuse_emptied(name: str, store: Path) -> None:
+    """Raises InputError for a run or sweep whose name begins so and whose file was removed: it may have jobs."""
+    for kind, file in (("runs", "run.json"), ("sweeps", FILE)):
+        for folder in sorted((store / kind).glob("*")):
+            if folder.name.startswith(name):
+                fix = "its command writes it again; squeue and scancel know its jobs"
+                raise InputError("is gone", where=str(folder / file), fix=fix)
 
 
 def _points(sweep: Path, store: Path) -> list[Path]:

@@ -144,3 +144,27 @@ def test_jobs_of_a_submission_that_was_killed_are_cancelled_too(store: Path, slu
     slurm.script("squeue", f"case \"$*\" in *StdOut*) echo '{wide}';; *) echo '51|PENDING|Priority||N/A';; esac")
     assert cancel(store, "quickstart-5") == 0
     assert slurm.calls("scancel") == ["51"]
+
+
+@pytest.mark.parametrize("file", ["runs/quickstart-2/run.json", "sweeps/swept/sweep.json"])
+def test_a_file_that_was_removed_is_not_a_run_without_jobs(
+    file: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sweep(store, "swept", ["quickstart-2"])
+    (store / file).unlink()
+    for command in ("cancel", "status"):
+        assert cli.main([command, Path(file).parent.name, "--store", str(store)]) == 3
+        assert f"{file}: is gone (its command writes it again" in capsys.readouterr().err
+    assert slurm.calls("scancel") == []
+
+
+def test_of_many_jobs_it_says_how_many_of_which(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"point-{number}" for number in range(11)]
+    for number, name in enumerate(names):
+        queued(store, name, f"7_{number}")
+    write_sweep(store, "swept", names)
+    slurm.queue(*((f"7_{number}", "PENDING") for number in range(11)))
+    assert cancel(store, "swept") == 0
+    assert capsys.readouterr().out == "cancelled 11 x sft\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -87,6 +88,19 @@ def test_a_job_at_work_says_on_which_nodes(store: Path, slurm: FakeSlurm, capsys
         write_run(store, f"run-{number}", {"sft": "queued"}, {"sft": "12"})
     assert cli.main(["status", "run-", "--store", str(store)]) == 0
     assert "job 12  on n[3-4]" in capsys.readouterr().out
+
+
+def test_a_job_that_is_silent_for_long_says_so(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.queue(("12", "RUNNING", "None", "n3"))
+    beat = log_of(store).with_name("beats") / "rank-00000.json"
+    beat.parent.mkdir()
+    beat.touch()
+    assert node(store, capsys)["silent"] is None
+    os.utime(beat, (time.time() - 125, time.time() - 125))
+    assert cli.main(["status", "run", "--store", str(store)]) == 0
+    assert "no sign of life for 2:05: its node may be gone" in " ".join(capsys.readouterr().out.split())
 
 
 # --- why -------------------------------------------------------------------------------------------------------------
