@@ -120,6 +120,8 @@ class Search(Sweeper):
         check_directions(self._metrics, ways)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, fixed = self._space(arguments)
+        if not space:
+            queue.say("warning: nothing is varied: all trials are the same (stage.dpo.beta=interval(0.01, 1.0), ...)")
         left, sampler = theirs.n_trials, theirs.sampler
         if isinstance(sampler, functools.partial):  # of a grid, which only now is known
             grid = {name: theirs._to_grid_sampler_choices(distribution) for name, distribution in space.items()}

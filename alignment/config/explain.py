@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from alignment.config import shape
 from alignment.config.paths import CONF
+from alignment.config.patterns import IN_WORDS
 from alignment.config.provenance import COMMAND_LINE, Origin, quoted
 from alignment.config.schema import Experiment
 from alignment.errors import ConfigError
@@ -60,6 +61,9 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
         kinds, kind = context["expected_tags"], context["tag"]
         what = f"`{key}.kind` should be one of {kinds}, got {kind!r}{more}"
         return ConfigError(what, where=origin.where(f"{key}.kind"), fix=_allowed(fault))
+    if fault["type"] == "string_pattern_mismatch" and context["pattern"] in IN_WORDS:
+        what = f"`{key}` is not written as it should be, got {fault['input']!r}{more}"
+        return ConfigError(what, where=where, fix=IN_WORDS[context["pattern"]])
     message = re.sub(r"^(Input|Value) ", "", str(fault["msg"]))
     unsaid = isinstance(fault.get("input"), dict | list) or fault["type"] == "secret"
     given = "" if unsaid else f", got {fault.get('input')!r}"

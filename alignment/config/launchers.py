@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from alignment.config import patterns
 from alignment.config.secret_names import secrets_in
 from alignment.config.settings import Settings, execution
 
@@ -69,8 +70,7 @@ def _interface(text: str) -> str:
     return text
 
 
-# A word of sbatch's: it stands on a line of its own in the script.
-Word = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\"'\\`$]+$")]
+Word = Annotated[str, Field(min_length=1, pattern=patterns.WORD)]
 Seconds = Annotated[int | None, BeforeValidator(seconds)]
 SetupLine = Annotated[str, AfterValidator(_setup_line)]
 Interface = Annotated[str, AfterValidator(_interface)]
@@ -107,7 +107,7 @@ class TorchrunLauncher(AnyLauncher):
     processes: int = execution(ge=1)
     nodes: int = execution(ge=1)
     rank: int = execution(ge=0)
-    head: Annotated[str, Field(pattern=r"^[^\s:/]+:[0-9]{1,5}$")] | None = execution()
+    head: Annotated[str, Field(pattern=patterns.ADDRESS)] | None = execution()
     join_s: int = execution(ge=1)
 
     def layout(self, *names: str, distributed: bool) -> tuple[int, int]:
@@ -121,7 +121,7 @@ class Resources(AnyLauncher):
     processes: int = execution(ge=1)
     gpus_per_node: int | None = execution(ge=0)
     cpus_per_process: int | None = execution(ge=1)
-    memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]?$")] | None = execution()
+    memory: Annotated[str, Field(pattern=patterns.MEMORY)] | None = execution()
     partition: Word | None = execution()
     account: Word | None = execution()
     qos: Word | None = execution()
@@ -155,7 +155,7 @@ class SlurmLauncher(Resources):
     python: Word | None = execution()
     container: Container | None = execution()
     interface: Interface | None = execution()
-    options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Word | int | bool] = execution()
+    options: dict[Annotated[str, Field(pattern=patterns.OPTION)], Word | int | bool] = execution()
     probe: bool = execution()
 
     def resources(self, *names: str, distributed: bool) -> Resources:

@@ -13,11 +13,9 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from alignment.config.launchers import LocalLauncher, SlurmLauncher, TorchrunLauncher
+from alignment.config.patterns import COMMIT, NAME, RUN, SHA256
 from alignment.config.settings import Settings, execution, identity
 
-SHA256 = r"^[0-9a-f]{64}$"
-NAME = r"^[a-z][a-z0-9_]*$"
-COMMIT = r"^([0-9a-f]{40}|\?\?\?)$"  # ??? = not given; refused where the source is used
 Reads = dict[str, Literal["heldout", "prompts"]]
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ means the same wherever the path is used
 
@@ -406,7 +404,7 @@ class Pipeline(Settings):
 
 
 class Experiment(Settings):
-    name: str = execution(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = execution(pattern=RUN)
     seed: int = identity(ge=0)
     store: str = execution(min_length=1)
     min_free_gb: float = execution(ge=0)

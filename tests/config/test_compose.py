@@ -110,6 +110,12 @@ REFUSED = [
     (["nonsense"], "command line: `nonsense` is no setting (settings are written key=value)"),
     (["stage..seed=1"], "command line: `stage..seed=1` cannot be read (settings are written key=value)"),
     (
+        ["launcher=slurm", "launcher.memory=64GB"],
+        "`launcher.memory` is not written as it should be, got '64GB' (a number, with K, M, G or T: 64G)",
+    ),
+    (["launcher=slurm", "launcher.comment='a$b'"], "got 'a$b' (one line without quotes, $, ` and \\)"),
+    (["name='my run'"], "`name` is not written as it should be, got 'my run' (letters, digits, `.`, `_` and `-`"),
+    (
         ["launcher=slurm", "launcher.setup=[export FOO=bar, module load cuda]"],
         "`launcher.setup` has a value in its list that cannot be read as it stands (write "
         """'launcher.setup=["export FOO=bar","module load cuda"]')""",
