@@ -34,9 +34,6 @@ def alignment(*arguments: str, cwd: Path, code: int = 0) -> subprocess.Completed
     return done
 
 
-BUSY = 2  # on a core that is shared the same work takes more CPU time, too
-
-
 def spent() -> float:
     """CPU seconds of all processes that this one has waited for."""
     of = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -73,7 +70,7 @@ def test_help_and_errors_of_settings_import_nothing_heavy(tmp_path: Path) -> Non
 
 
 def test_plan_answers_in_a_second_and_a_half(tmp_path: Path) -> None:
-    assert seconds(["plan", "experiment=quickstart"], tmp_path, times=5) < 1.5 * BUSY
+    assert seconds(["plan", "experiment=quickstart"], tmp_path, times=5) < 1.5
 
 
 @pytest.mark.parametrize("runs", [0, 30])
@@ -82,7 +79,7 @@ def test_status_answers_in_a_second_and_a_half_however_many_runs_there_are(runs:
     for number in range(runs):
         last = ["done", "reused", "failed", "running"][number % 4]
         write_run(tmp_path / "store", f"run-{number:08x}", experiment, last)
-    assert seconds(["status"], tmp_path, times=5) < 1.5 * BUSY
+    assert seconds(["status"], tmp_path, times=5) < 1.5
     assert len(status(tmp_path)) == runs
     assert len({run["state"] for run in status(tmp_path)}) == min(runs, 3)  # done, failed, and interrupted
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import SHORT
 from tests.slurm.cluster import Cluster
 
 # A job for every node of these; 2-node stages are two processes over gloo.
@@ -18,19 +19,6 @@ ON_SLURM = (
     "launcher=slurm", "launcher.processes=1", "launcher.gpus_per_node=null", "launcher.cpus_per_process=1",
     "launcher.memory=1500M", "launcher.time_limit=10:00",
 )  # fmt: skip
-ONLY_SFT = """# @package _global_
-defaults:
-  - /stage@stage.import_model: import_model
-  - /stage@stage.prepare_sft: prepare_sft
-  - /stage@stage.sft: sft
-  - _self_
-pipeline:
-  nodes:
-    start: {stage: import_model, inputs: {}}
-    rows: {stage: prepare_sft, inputs: {model: start}}
-    sft: {stage: sft, inputs: {model: start, data: rows}}
-  final: sft
-"""
 
 
 class Project:
@@ -40,7 +28,7 @@ class Project:
         self.folder, self.settings, self.cluster = folder, settings, cluster
         self.store = folder / "store"
         (folder / "conf" / "pipeline").mkdir(parents=True, exist_ok=True)
-        (folder / "conf" / "pipeline" / "only_sft.yaml").write_text(ONLY_SFT)
+        (folder / "conf" / "pipeline" / "only_sft.yaml").write_text(SHORT)
 
     def environment(self) -> dict[str, str]:
         ours = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
