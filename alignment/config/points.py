@@ -41,6 +41,7 @@ EXPERIMENTS = 10_000  # remembered
 FROM_TOP = re.compile(r"\$\{(?!hydra\b)\w+(?:\.(?!hydra\b)\w+)*\}")
 FROM_NEAR = re.compile(r"\$\{\.+(?!hydra\b)\w+(?:\.(?!hydra\b)\w+)*\}")
 VARIABLE = re.compile(r"\$\{oc\.env:")
+KEYS_ONLY = re.compile(r"\$\{([a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)*)\}")
 
 
 class Unusual(Exception):
@@ -57,10 +58,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Link:
-    """A place with an interpolation. text: of one that means the same wherever it stands."""
+    """A place with an interpolation. text: of one that means the same wherever it stands. target: where it leads to,
+    if that is all that it says."""
 
     path: Path
-    text: str | None
+    text: str | None = None
+    target: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -219,15 +222,18 @@ def _made(loader: ConfigLoaderImpl, base: Any, choices: Lines) -> Template:
 def _links(node: Any, path: Path) -> Iterator[Link]:
     """Every place with an interpolation; of a list that has some, the list."""
     if node._is_interpolation():
-        same = type(node) is AnyNode and not FROM_NEAR.search(node._value())
-        yield Link(path, node._value() if same else None)
+        if type(node) is AnyNode and not FROM_NEAR.search(text := node._value()):
+            sole = KEYS_ONLY.fullmatch(text)
+            yield Link(path, text, tuple(sole[1].split(".")) if sole else None)
+        else:
+            yield Link(path)
     elif isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
         for key in node:
             if not isinstance(key, str):
                 raise Unusual
             yield from _links(node._get_node(key), (*path, key))
     elif isinstance(node, ListConfig) and any(_interpolations(OmegaConf.to_container(node, resolve=False))):
-        yield Link(path, None)
+        yield Link(path)
 
 
 def _interpolations(value: Any) -> Iterator[str]:
@@ -341,13 +347,21 @@ def _resolved(config: DictConfig, template: Template, touched: frozenset[Path]) 
     for link in template.links:
         if any(link.path[:depth] in touched for depth in range(len(link.path) + 1)):
             continue
-        value = shared[link.text] if link.text in shared else _value(config, link.path)
+        value = shared[link.text] if link.text in shared else _followed(config, link)
         put(link.path, value)
         if link.text is not None:
             shared[link.text] = value
             if link.text.count("${") == len(VARIABLE.findall(link.text)):
                 template.constant[link.text] = value
     return raw
+
+
+def _followed(config: DictConfig, link: Link) -> Any:
+    """Most links are a key alone, and OmegaConf would parse each of them for every point."""
+    value = _value(config, link.target or link.path)
+    if value == "???":  # an error where it is led to, not where it stands
+        raise Unusual
+    return value
 
 
 def _value(config: DictConfig, path: Path) -> Any:

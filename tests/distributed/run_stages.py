@@ -9,13 +9,9 @@ checkpoints; its "behind": see tests.distributed.asked, as for "noise". "poison"
 what each rank was told is in error-<rank>.txt. "shared": the folder of what the case shares with others.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import gc
-
-gc.disable()  # until main, as alignment.imports.kept
-
 import importlib
 import json
 import os
@@ -36,11 +32,20 @@ from alignment.errors import AlignmentError, PreemptedError
 from alignment.training import ranks, tensors
 from alignment.training.trainers import Packing
 from tests.distributed import asked, bare
+from tests.forks import rank_environment, say_into
 from tests.training import poison, tiny
 
 
+def work(rank: int, folder: Path, world_size: int, port: int) -> None:
+    """Of a process that is a fork."""
+    say_into(folder / f"said-{rank}.txt")
+    os.environ.update(rank_environment(rank, world_size, port), ALIGNMENT_CACHE=str(folder / "cache"))
+    os.environ.pop("TORCH_EXTENSIONS_DIR", None)
+    main(folder)
+
+
 def main(folder: Path) -> None:
-    gc.freeze(), gc.enable()
+    gc.freeze()  # as alignment.imports.kept
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     train.consolidate, trainers.trial = observed(train.consolidate), watched(trainers.trial)
     for case in json.loads((folder / "plan.json").read_text()):

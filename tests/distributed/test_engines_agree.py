@@ -17,18 +17,13 @@ from typing import Any
 import pytest
 
 from alignment.life import LONGEST
-from tests.conftest import write_tiny_model
 from tests.distributed import bare
-from tests.training import models, tiny
-from tests.training.test_trial import UNPACKABLE
+from tests.distributed.launching import STRATEGIES, launch, rows_of, weights_of, write_plan, write_starts
+from tests.training import tiny
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-FOUR_RANKS = (*TORCHRUN[:-1], "--nproc_per_node=4")
 TOLERANCE = 1e-5
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 CASES = {
     **{f"{kind}_{strategy}": (kind, strategy, {}, {}) for kind in ("sft", "dpo") for strategy in STRATEGIES},
     "sft_ddp_lora": ("sft", "ddp", {"lora": True}, {}),
@@ -65,45 +60,17 @@ OTHERS = {
 IGNORED = {"step", "time", "tokens_per_s"}
 
 
-def run_stages(folder: Path, launcher: tuple[str, ...], cases: dict[str, tuple[str, str, dict, dict]]) -> None:
-    launch(
-        folder,
-        launcher,
-        [
-            {"name": name, "kind": kind, "strategy": strategy, "settings": settings, "engine": engine}
-            for name, (kind, strategy, settings, engine) in cases.items()
-        ],
-    )
-
-
-def launch(folder: Path, launcher: tuple[str, ...], plan: list[dict[str, Any]]) -> None:
-    """See tests/distributed/run_stages.py."""
-    for kind in ("sft", "dpo"):
-        tiny.write_inputs(folder, kind)
-    write_starts(folder)
-    (folder / "plan.json").write_text(json.dumps(plan))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALIGNMENT_CACHE": str(folder / "cache")}
-    environment.pop("TORCH_EXTENSIONS_DIR", None)
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.distributed.run_stages", str(folder)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-
-
-def write_starts(folder: Path) -> None:
-    """Start models beside the usual one: "sinks", and "small", whose parameters no number of ranks divides."""
-    small = {**models.SMALL, "hidden_size": 10, "intermediate_size": 13, "head_dim": 2}  # q_norm and k_norm have 2
-    for name, (architecture, settings) in {"sinks": UNPACKABLE["gpt_oss"][:2], "small": ("qwen3", small)}.items():
-        if not (folder / name).exists():
-            write_tiny_model(folder / name / "model")
-            models.make(architecture, settings, scale=2.0).save_pretrained(folder / name / "model")
+def plan_of(cases: dict[str, tuple[str, str, dict, dict]]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "kind": kind, "strategy": strategy, "settings": settings, "engine": engine}
+        for name, (kind, strategy, settings, engine) in cases.items()
+    ]
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
-    run_stages(folder, TORCHRUN, {**CASES, **OTHERS, "bf16": ("dpo", "zero2", {"precision": "bf16"}, {})})
+    launch(folder, 2, plan_of({**CASES, **OTHERS, "bf16": ("dpo", "zero2", {"precision": "bf16"}, {})}))
     return folder
 
 
@@ -137,20 +104,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
-def rows_of(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights_of(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
-    run_stages(folder, FOUR_RANKS, FOUR)
+    launch(folder, 4, plan_of(FOUR))
     return folder
 
 
@@ -248,7 +205,11 @@ def test_nothing_was_compiled(together: Path) -> None:
 
 
 def test_zero_runs_in_one_process_without_a_launcher(tmp_path: Path, alone: Any) -> None:
-    run_stages(tmp_path, (), {"sft_zero2": ("sft", "zero2", {}, {}), "dpo_zero3": ("dpo", "zero3", {"lora": True}, {})})
+    cases = {"sft_zero2": ("sft", "zero2", {}, {}), "dpo_zero3": ("dpo", "zero3", {"lora": True}, {})}
+    write_plan(tmp_path, plan_of(cases))
+    command = [sys.executable, "-m", "tests.distributed.run_stages", str(tmp_path)]
+    environment = {**os.environ, "ALIGNMENT_CACHE": str(tmp_path / "cache")}
+    subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=True, timeout=300)
     for name, kind, changes in (("sft_zero2", "sft", {}), ("dpo_zero3", "dpo", {"lora": True})):
         expected, found = rows_of(alone(kind, changes)), rows_of(tmp_path / name)
         assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=1e-4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.test_engines_agree import STRATEGIES, TORCHRUN, launch, rows_of, weights_of
+from tests.distributed.launching import STRATEGIES, launch, rows_of, weights_of
 from tests.distributed.test_resume import bits, case
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan.append({**full, "no_room": {"rank": 1, "steps": [2, 3, 5]}})
     fuller = case("fuller", "sft", "zero2", saving={"every_steps": 1, "asynchronous": False})
     plan.append({**fuller, "no_room": {"rank": 1, "steps": [2, 3, 4, 5]}, "fails": True})
-    launch(folder, TORCHRUN, plan)
+    launch(folder, 2, plan)
     return folder
 
 

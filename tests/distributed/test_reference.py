@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.test_engines_agree import TORCHRUN, launch
+from tests.distributed.launching import launch
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ):
             case = {"name": f"{kind}_{shared}", "kind": kind, "strategy": strategy, "shared": shared}
             plan.append({**case, "settings": {**given, "max_steps": 3}, "engine": dict(engine)})
-    launch(folder, TORCHRUN, plan)
+    launch(folder, 2, plan)
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.test_engines_agree import FOUR_RANKS, STRATEGIES, TORCHRUN, launch, rows_of, weights_of
+from tests.distributed.launching import STRATEGIES, launch, rows_of, weights_of
 
 pytestmark = pytest.mark.slow
 
@@ -32,24 +32,24 @@ def bits(folder: Path) -> tuple[Any, bytes]:
     return rows, (folder / "model" / "model.safetensors").read_bytes()
 
 
-# Of kinds of stages: both, if nothing is said.
+# Of kinds of stages: both, if nothing is said. What only an engine does is shown with one of them.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{strategy: {"strategy": strategy} for strategy in STRATEGIES},
-    "zero3_bf16": {"strategy": "zero3", "settings": {"precision": "bf16"}},
-    "zero2_bf16": {"strategy": "zero2", "settings": {"precision": "bf16"}},
-    "zero3_lora": {"strategy": "zero3", "settings": {"lora": True}},
+    "zero3_bf16": {"strategy": "zero3", "settings": {"precision": "bf16"}, "kinds": ["dpo"]},
+    "zero2_bf16": {"strategy": "zero2", "settings": {"precision": "bf16"}, "kinds": ["sft"]},
+    "zero3_lora": {"strategy": "zero3", "settings": {"lora": True}, "kinds": ["dpo"]},
     "zero2_lora": {"strategy": "zero2", "settings": {"lora": True}, "kinds": ["sft"]},
     "ddp_lora": {"strategy": "ddp", "settings": {"lora": True}, "kinds": ["dpo"]},
-    "zero2_offload": {"strategy": "zero2", "engine": {"offload": "optimizer"}},
+    "zero2_offload": {"strategy": "zero2", "engine": {"offload": "optimizer"}, "kinds": ["dpo"]},
     "zero3_offload": {"strategy": "zero3", "engine": {"offload": "optimizer"}, "kinds": ["sft"]},
     "zero3_offload_all": {"strategy": "zero3", "engine": {"offload": "all"}, "kinds": ["dpo"]},
-    "zero3_persistent": {"strategy": "zero3", "engine": {"param_persistence_threshold": 100_000}},
+    "zero3_persistent": {"strategy": "zero3", "engine": {"param_persistence_threshold": 100_000}, "kinds": ["sft"]},
     "zero3_hpz": {"strategy": "zero3", "engine": {"hpz": 2}, "kinds": ["sft"]},
     "zero3_bf16_persistent": {  # some parameters, not all
         "strategy": "zero3", "settings": {"precision": "bf16"}, "engine": {"param_persistence_threshold": 600},
         "kinds": ["dpo"],
     },
-    "ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}},
+    "ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}, "kinds": ["sft"]},
     "ddp_noise": {"strategy": "ddp", "noise": True, "kinds": ["sft"]},
     "zero3_noise": {"strategy": "zero3", "noise": True, "kinds": ["dpo"]},
 }  # fmt: skip
@@ -74,7 +74,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan.append(case(f"{kind}_{name}_parts", kind, **VARIANTS[name], stops=STOPS))
         if (kind, name) in WRITTEN_BEHIND:  # at once: DDP rounds otherwise in a process that DeepSpeed was in
             plan.append(case(f"{kind}_{name}_lost", kind, **VARIANTS[name], stops=LOST, saving=BEHIND))
-    launch(folder, TORCHRUN, plan)
+    launch(folder, 2, plan)
     return folder
 
 
@@ -136,7 +136,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, (kind, strategy, start) in FOUR.items()
         for arm, stops in (("whole", [None]), ("parts", STOPS))
     ]
-    launch(folder, FOUR_RANKS, plan)
+    launch(folder, 4, plan)
     return folder
 
 
@@ -146,21 +146,20 @@ def test_four_ranks_too(name: str, four: Path) -> None:
     assert bits(four / f"{name}_parts") == bits(four / f"{name}_whole")
 
 
-ALONE = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
-# Legs: launcher, engine by what is trained (all of the usual model, of the small one, adapters), and after how many
+# Legs: ranks, engine by what is trained (all of the usual model, of the small one, adapters), and after how many
 # steps it is left. All adapters decay: DeepSpeed drops the group without decay, which is empty then.
-JOURNEYS: dict[str, list[tuple[tuple[str, ...], dict[str, str], int | None]]] = {
+JOURNEYS: dict[str, list[tuple[int, dict[str, str], int | None]]] = {
     "zero2": [
-        (FOUR_RANKS, {"start": "zero2", "small": "zero3"}, 2),
-        (TORCHRUN, {"start": "zero2", "small": "zero3"}, 2),
-        (ALONE, {"start": "zero2", "small": "zero3"}, 2),
-        (TORCHRUN, {"start": "zero2", "small": "zero2"}, None),
+        (4, {"start": "zero2", "small": "zero3"}, 2),
+        (2, {"start": "zero2", "small": "zero3"}, 2),
+        (1, {"start": "zero2", "small": "zero3"}, 2),
+        (2, {"start": "zero2", "small": "zero2"}, None),
     ],
     "engines": [
-        (TORCHRUN, {"start": "zero3", "lora": "ddp"}, 2),
-        (TORCHRUN, {"start": "zero1", "lora": "zero3"}, 2),
-        (ALONE, {"start": "single", "lora": "single"}, 2),
-        (TORCHRUN, {"start": "ddp", "lora": "zero2"}, None),
+        (2, {"start": "zero3", "lora": "ddp"}, 2),
+        (2, {"start": "zero1", "lora": "zero3"}, 2),
+        (1, {"start": "single", "lora": "single"}, 2),
+        (2, {"start": "ddp", "lora": "zero2"}, None),
     ],
 }
 
@@ -178,7 +177,7 @@ def cases(engines: dict[str, str], stop: int | None = None) -> list[dict[str, An
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    launch(folder, ALONE, cases(dict.fromkeys(("start", "small", "lora"), "single")))
+    launch(folder, 1, cases(dict.fromkeys(("start", "small", "lora"), "single")))
     return folder
 
 
@@ -186,8 +185,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_on_other_numbers_of_ranks_and_engines_it_is_the_same_to_rounding(
     journey: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    for launcher, engines, stop in JOURNEYS[journey]:
-        launch(tmp_path, launcher, plan := cases(engines, stop))
+    for world_size, engines, stop in JOURNEYS[journey]:
+        launch(tmp_path, world_size, plan := cases(engines, stop))
     for name in (one["name"] for one in plan):
         require_each_step_once(tmp_path / name, 1)
         whole, parts = rows_of(uninterrupted / name), rows_of(tmp_path / name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from alignment.launchers.base import Job, environment
 from alignment.launchers.local import begin
 from alignment.life import Beat, unheard
 from alignment.pipeline.supervisor import GRACE
+from tests.forks import free_port, rank_environment, say_into
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def drive(order: Order) -> NoReturn:
     os.setsid()
     os.environ.update(order.environment)
     os.chdir(order.told.parent)
-    _say_into(order.told)
+    say_into(order.told)
     from alignment import cli
     from alignment.pipeline import runner
 
@@ -80,7 +80,7 @@ class Ranks:
     def __init__(self, job: Job, processes: int, faults: Sequence[Fault]):
         self._several, self._parent, self._codes = processes > 1, os.getpid(), {}
         self._failed: float | None = None  # when the first rank did
-        port, attempt = _free_port(), read_json(job.folder / "stage.json")["attempt"]
+        port, attempt = free_port(), read_json(job.folder / "stage.json")["attempt"]
         sys.stdout.flush(), sys.stderr.flush()
         for rank in range(processes):
             mine = [fault for fault in faults if fault.rank in (None, rank) and fault.attempt in (None, attempt)]
@@ -131,12 +131,10 @@ class Ranks:
                     os.close(handle)
             given = environment(job)
             if self._several:
-                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-                given |= {name: str(value) for name, value in {**names, "MASTER_PORT": port}.items()}
-                given |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
+                given |= rank_environment(rank, processes, port)
             os.environ.clear()
             os.environ.update(given)
-            _say_into(job.folder / "log.txt")
+            say_into(job.folder / "log.txt")
             from alignment import worker
             from tests.faults import inside
 
@@ -157,17 +155,3 @@ def _leave(code: int) -> NoReturn:
     with suppress(OSError):
         sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
-
-
-def _say_into(path: Path) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(handle, 1), os.dup2(handle, 2)
-    os.close(handle)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

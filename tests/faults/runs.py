@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -22,6 +21,7 @@ import pytest
 from alignment.pipeline.attempts import checkpoint
 from tests.conftest import write_tiny_model
 from tests.faults.driver import Fault, Order, drive
+from tests.forks import FORKING
 
 KINDS = ("sft", "dpo")
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
@@ -30,8 +30,6 @@ PATIENCE = 240  # seconds; whatever takes longer hangs
 ATTEMPT = re.compile(r"^--- attempt (\d+), ", re.MULTILINE)  # in log.txt
 DIFFERENT = ("time", "tokens_per_s")  # of two runs that are alike
 CONF = Path(__file__).with_name("conf")
-FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["tests.faults.warm"])
 
 
 def cells(kinds: Sequence[str] = KINDS, engines: Sequence[str] = ENGINES) -> pytest.MarkDecorator:

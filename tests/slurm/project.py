@@ -45,9 +45,15 @@ class Project:
         return done.stdout + done.stderr
 
     def run(self, *settings: str, code: int = 0) -> str:
-        flags = [setting for setting in settings if setting in ("-m", "--wait")]
+        return self._composed("run", *settings, code=code)
+
+    def plan(self, *settings: str, code: int = 0) -> str:
+        return self._composed("plan", *settings, code=code)
+
+    def _composed(self, verb: str, *settings: str, code: int) -> str:
+        flags = [setting for setting in settings if setting in ("-m", "--wait", "--check")]
         rest = [setting for setting in settings if setting not in flags]
-        return self.command("run", *flags, "--config-dir", str(self.folder / "conf"), *self.settings, *rest, code=code)
+        return self.command(verb, *flags, "--config-dir", str(self.folder / "conf"), *self.settings, *rest, code=code)
 
     def runs(self) -> list[dict[str, Any]]:
         return json.loads(self.command("status", "--json"))  # type: ignore[no-any-return]

@@ -97,6 +97,7 @@ def test_a_sweep_makes_what_is_equal_once_and_again_only_what_failed(project: Pr
     assert submitted(project) == POINT
     assert made(project) == WHOLE
     assert len(project.runs()) == 6
+    assert "nothing to check: all stages are in the store or queued already" in project.plan("--check", *sweep)
 
 
 def test_five_hundred_points_are_queued_in_a_few_submissions(slurm: Cluster, project: Project) -> None:

@@ -1,7 +1,4 @@
-"""What a run imports, imported once: the fork server loads this module, and every driver and rank is a fork of it.
-
-Importing takes ten seconds, a run of this harness one or two.
-"""
+"""What a run imports, imported once: the fork server of tests/forks.py loads this module."""
 
 from __future__ import annotations
 
