@@ -41,9 +41,8 @@ def spent() -> float:
     return of.ru_utime + of.ru_stime
 
 
-def seconds(arguments: list[str], cwd: Path, code: int = 0, times: int = 1) -> float:
-    """Of CPU time, the best of some times: promises are about the program, not about a busy machine. Nothing heavy is
-    imported."""
+def seconds(arguments: list[str], cwd: Path, code: int = 0) -> float:
+    """Of CPU time, as promises are about the program, not about a busy machine. Nothing heavy is imported."""
     program = (
         "import sys, runpy\n"
         f"sys.argv = ['alignment', *{arguments!r}]\n"
@@ -52,16 +51,21 @@ def seconds(arguments: list[str], cwd: Path, code: int = 0, times: int = 1) -> f
         f"assert not set({HEAVY!r}) & set(sys.modules), set({HEAVY!r}) & set(sys.modules)\n"
     )
     environment = {**os.environ, "ALIGNMENT_CACHE": str(cwd / "cache"), "ALIGNMENT_STORE": str(cwd / "store")}
-    found = []
-    for number in range(times):
-        time.sleep(2 if number else 0)  # a machine that is shared is slow for seconds at a time
-        start = spent()
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-        )
-        found.append(spent() - start)
-        assert done.returncode == 0, done.stderr
-    return min(found)
+    start = spent()
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return spent() - start
+
+
+def answers(arguments: list[str], cwd: Path, within: float) -> bool:
+    """At one of five tries: a machine that is shared is slow for seconds at a time."""
+    for number in range(5):
+        time.sleep(2 if number else 0)
+        if seconds(arguments, cwd) < within:
+            return True
+    return False
 
 
 def test_help_and_errors_of_settings_import_nothing_heavy(tmp_path: Path) -> None:
@@ -72,7 +76,7 @@ def test_help_and_errors_of_settings_import_nothing_heavy(tmp_path: Path) -> Non
 
 
 def test_plan_answers_in_a_second_and_a_half(tmp_path: Path) -> None:
-    assert seconds(["plan", "experiment=quickstart"], tmp_path, times=5) < 1.5
+    assert answers(["plan", "experiment=quickstart"], tmp_path, within=1.5)
 
 
 @pytest.mark.parametrize("runs", [0, 30])
@@ -81,7 +85,7 @@ def test_status_answers_in_a_second_and_a_half_however_many_runs_there_are(runs:
     for number in range(runs):
         last = ["done", "reused", "failed", "running"][number % 4]
         write_run(tmp_path / "store", f"run-{number:08x}", experiment, last)
-    assert seconds(["status"], tmp_path, times=5) < 1.5
+    assert answers(["status"], tmp_path, within=1.5)
     assert len(status(tmp_path)) == runs
     assert len({run["state"] for run in status(tmp_path)}) == min(runs, 3)  # done, failed, and interrupted
 
