@@ -232,6 +232,20 @@ def command() -> Command:
     return run
 
 
+@pytest.fixture(scope="session")
+def forked() -> Command:
+    """As `command`, but for the ranks of its stages, which are forks of a process that has imported all."""
+    from tests.faults.runs import start
+
+    def run(store: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        driver = start(store.parent, arguments, environment(store))
+        found, out, errors = driver.wait(540), driver.told, driver.errors
+        assert found == code, out + errors
+        return subprocess.CompletedProcess(arguments, found, out, errors)
+
+    return run
+
+
 def runs(command: Command, store: Path) -> list[dict[str, Any]]:
     return list(json.loads(command(store, "status", "--json").stdout))
 

@@ -12,12 +12,12 @@ FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["tests.warm"])
 
 
-def say_into(path: Path) -> None:
-    """All that this process prints from now on, behind what the file has."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(handle, 1), os.dup2(handle, 2)
-    os.close(handle)
-    for stream in (sys.stdout, sys.stderr):
+def say_into(path: Path, errors: Path | None = None) -> None:
+    """All that this process prints from now on, behind what the files have."""
+    for stream, file in ((sys.stdout, path), (sys.stderr, errors or path)):
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, stream.fileno())
+        os.close(handle)
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 

@@ -91,12 +91,12 @@ def test_another_beta_runs_dpo_and_what_follows_alone(store: Path, command: Comm
 
 
 def test_a_multirun_shares_what_is_equal_and_makes_the_rest_though_wandb_is_down(
-    store: Path, command: Command, settings: list[str], monkeypatch: pytest.MonkeyPatch
+    store: Path, command: Command, forked: Command, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     sweep = ["name=sweep", "stage.dpo.beta=0.1,0.7", "tracking=wandb"]
-    out = command(store, "run", "-m", *[s for s in settings if s != "tracking=none"], *sweep).stdout
+    out = forked(store, "run", "-m", *[s for s in settings if s != "tracking=none"], *sweep).stdout
     assert "wandb sync" in out  # the warning reaches people, with the command that uploads by hand
     of_sweep = sorted(
         (states(run) for run in runs(command, store) if run["name"] == "sweep"), key=lambda s: s["dpo"] == "done"

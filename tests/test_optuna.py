@@ -1,4 +1,4 @@
-"""A search by Optuna whose stages run here: what fails and what is pruned does not stop the others."""
+"""A search by Optuna whose stages run here, as forks: what fails and what is pruned does not stop the others."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def sweep_of(store: Path) -> dict[str, Any]:
 
 
 def test_a_failed_trial_is_one_line_and_the_others_go_on(
-    tmp_path: Path, command: Command, small_settings: list[str]
+    tmp_path: Path, command: Command, forked: Command, small_settings: list[str]
 ) -> None:
     store = tmp_path / "store"
     grid = ["hydra/sweeper/sampler=grid", "stage.prepare_sft.splits.train=choice(24,5000)", "stage.sft.epochs=1.0"]
     grid += ["stage.prepare_sft.max_prompt_length=choice(96,100000)", "hydra.sweeper.n_jobs=4"]  # longer than a row
     both = ["objective=[heldout_nll,kl]", "hydra.sweeper.direction=[minimize,minimize]"]
-    done = command(store, "run", "-m", *small_settings, *OPTUNA, *grid, *both, code=2)
+    done = forked(store, "run", "-m", *small_settings, *OPTUNA, *grid, *both, code=2)
     assert "4 trials: 1 done, 3 failed" in done.stdout and "best: held-out loss" in done.stdout
     assert len([line for line in done.stdout.splitlines() if "5000" in line and line.startswith("✗")]) == 1
     (line,) = done.stderr.splitlines()
@@ -37,12 +37,12 @@ def test_a_failed_trial_is_one_line_and_the_others_go_on(
         {"metric": "heldout_nll", "direction": "minimize"},
         {"metric": "kl", "direction": "minimize"},
     ]
-    again = command(store, "run", "-m", *small_settings, *OPTUNA, *grid, *both, code=2).stdout
+    again = forked(store, "run", "-m", *small_settings, *OPTUNA, *grid, *both, code=2).stdout
     assert "1 done, 3 failed" in again and "running" not in again
 
 
 def test_a_hopeless_trial_stops_and_goes_on_without_pruning(
-    tmp_path: Path, command: Command, small_settings: list[str]
+    tmp_path: Path, command: Command, forked: Command, small_settings: list[str]
 ) -> None:
     store = tmp_path / "store"
     search = [
@@ -52,7 +52,7 @@ def test_a_hopeless_trial_stops_and_goes_on_without_pruning(
     ]
     pruning = ["pruning=median", "pruning.min_trials=1", "pruning.warmup_steps=5"]
     given = ["run", "-m", *small_settings, *OPTUNA, *search, *pruning]
-    out = command(store, *given).stdout
+    out = forked(store, *given).stdout
     assert "2 trials: 1 done, 1 pruned" in out
     good, bad = sweep_of(store)["points"]
     assert ("pruned" in good, bad["pruned"]) == (False, True)
@@ -62,13 +62,13 @@ def test_a_hopeless_trial_stops_and_goes_on_without_pruning(
     assert states(found[bad["run"]])["measured"] == "waiting"
     assert "loss " in found[bad["run"]]["pruned"]
 
-    again = command(store, *given).stdout
+    again = forked(store, *given).stdout
     assert "2 trials: 1 done, 1 pruned" in again and "was pruned by this command" in again
     assert "started" not in again, "nothing is made twice, and the same trials are asked for"
     assert sweep_of(store)["points"] == [good, bad]
 
     without = [setting for setting in given if not setting.startswith("pruning")]
-    out = command(store, *without).stdout
+    out = forked(store, *without).stdout
     assert "2 trials: 2 done" in out and "SFT             done" not in out.split(bad["run"])[0]
     assert {run["state"] for run in runs(command, store)} == {"done"}
     key = next(node["key"] for node in found[bad["run"]]["nodes"] if node["name"] == "sft")

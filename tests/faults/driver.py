@@ -42,12 +42,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Order:
-    """A driver to start. told: the file that takes what it says. environment: beside that of the fork server."""
+    """A driver to start. told: the file that takes what it says; errors: what it says to stderr, if not that one too.
+    environment: beside that of the fork server."""
 
     arguments: list[str]
     told: Path
     environment: dict[str, str]
     faults: Sequence[Fault] = ()
+    errors: Path | None = None
 
 
 def drive(order: Order) -> NoReturn:
@@ -55,7 +57,7 @@ def drive(order: Order) -> NoReturn:
     os.setsid()
     os.environ.update(order.environment)
     os.chdir(order.told.parent)
-    say_into(order.told)
+    say_into(order.told, order.errors)
     from alignment import cli
     from alignment.pipeline import runner
 

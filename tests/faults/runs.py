@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import time
@@ -52,7 +53,7 @@ class Driver:
     """`alignment run` in a process of its own."""
 
     def __init__(self, order: Order):
-        self.told_in = order.told
+        self.told_in, self._errors_in = order.told, order.errors
         self._process = FORKING.Process(target=drive, args=(order,))
         self._process.start()
         assert self._process.pid is not None
@@ -65,6 +66,11 @@ class Driver:
     @property
     def told(self) -> str:
         return self.told_in.read_text(errors="replace") if self.told_in.exists() else ""
+
+    @property
+    def errors(self) -> str:
+        """What it says to stderr, if that is apart."""
+        return self._errors_in.read_text(errors="replace") if self._errors_in and self._errors_in.exists() else ""
 
     def ranks(self) -> list[int]:
         """Processes that it has started, the lowest rank first."""
@@ -83,6 +89,12 @@ class Driver:
             pytest.fail(f"the run hangs: {self.told[-2000:]}")
         assert self._process.exitcode is not None
         return self._process.exitcode
+
+
+def start(folder: Path, arguments: Sequence[str], environment: dict[str, str]) -> Driver:
+    """`alignment <arguments>` in this folder."""
+    told, errors = (folder / f"{secrets.token_hex(4)}.{stream}" for stream in ("out", "err"))
+    return Driver(Order(list(arguments), told, environment, errors=errors))
 
 
 @dataclass

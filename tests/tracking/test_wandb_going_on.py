@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,34 +11,41 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Command
-from tests.test_kills import keys, start, until
+from tests.conftest import Command, environment
+from tests.faults.runs import start, until
+from tests.test_kills import keys
 
 pytestmark = pytest.mark.slow
 TIMES = {"time", "tokens_per_s"}
 
 
 def test_the_history_of_a_stage_that_went_on_is_whole(
-    tmp_path: Path, command: Command, short_settings: list[str], read_log: Callable[[Path], dict[str, Any]]
+    tmp_path: Path,
+    command: Command,
+    forked: Command,
+    short_settings: list[str],
+    read_log: Callable[[Path], dict[str, Any]],
 ) -> None:
-    more = ["tracking=wandb_offline", "stage.sft.max_steps=150", "stage.sft.log_every=2"]
+    more = ["tracking=wandb_offline", "stage.sft.max_steps=80", "stage.sft.log_every=2"]
     settings = [*short_settings, *more]
-    store, other = tmp_path / "store", tmp_path / "whole"
+    store, other = tmp_path / "store", tmp_path / "whole" / "store"
+    forked(store, "run", *short_settings, "stage.sft.max_steps=1")  # what is before is the same
+    shutil.copytree(store, other)
     key = keys(command, store, settings)["sft"]
     work = store / "work" / key
-    driver = start(store, *settings)
+    driver = start(tmp_path, ["run", *settings], environment(store))
     until(lambda: len(rows(work)) >= 3, 120)
-    driver.send_signal(signal.SIGTERM)
+    driver.kill(signal.SIGTERM)
     assert driver.wait(60) == 75
     outcome = json.loads((work / "outcome.json").read_text())
     assert outcome["why"].startswith("its driver: saved at step")
     before = (work / "wandb_run_id").read_text()
-    command(store, "run", *settings)
-    command(other, "run", *settings)
+    forked(store, "run", *settings)
+    forked(other, "run", *settings)
 
     done = store / "store" / key
     assert (done / "wandb_run_id").read_text() == before
-    steps = list(range(2, 151, 2))
+    steps = list(range(2, 81, 2))
     assert [row["step"] for row in rows(done)] == steps
     newest = max(done.glob("wandb/*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
     log = read_log(newest)
