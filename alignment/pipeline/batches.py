@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 AFTEROK, AFTERCORR = "afterok", "aftercorr"
@@ -54,8 +55,7 @@ def batches(tasks: Sequence[Task], queued: Mapping[str, str], largest: int) -> l
     places: Places = {key: _queued(job) for key, job in queued.items()}
     for level in _levels(tasks):
         for alike in _buckets(level, lambda task: (task.alike, _above(task, places))):
-            corresponding = _corresponding(alike, places)
-            for group in _buckets(alike, lambda task: _waits(task, places, corresponding)):  # noqa: B023
+            for group, corresponding in _groups(alike, places):
                 for first in range(0, len(group), largest):
                     batch = _batch(len(made), group[first : first + largest], places, corresponding)
                     made.append(batch)
@@ -89,6 +89,28 @@ def _buckets(tasks: Sequence[Task], by: Callable[[Task], Hashable]) -> list[list
 def _above(task: Task, places: Places) -> Hashable:
     """The batches and the jobs that a task waits for."""
     return frozenset(places[parent][0] for parent in task.parents if parent in places)
+
+
+Groups = list[tuple[list[Task], frozenset[Source]]]
+
+
+def _groups(tasks: Sequence[Task], places: Places) -> Groups:
+    """Tasks that can share an array, as few as can be, and the arrays to whose elements theirs correspond.
+
+    Where several tasks wait for each element of one array they are as many arrays as it has elements, or, dealt in
+    rounds, the first task of each element, the second of each, and so on: few seeds with many values, or many with few.
+    """
+    together = _split(tasks, places)
+    if len(together) == 1:
+        return together
+    rounds = zip_longest(*(group for group, _ in together))
+    dealt = [part for one in rounds for part in _split([task for task in one if task], places)]
+    return min(together, dealt, key=len)
+
+
+def _split(tasks: Sequence[Task], places: Places) -> Groups:
+    corresponding = _corresponding(tasks, places)
+    return [(group, corresponding) for group in _buckets(tasks, lambda task: _waits(task, places, corresponding))]
 
 
 def _corresponding(tasks: Sequence[Task], places: Places) -> frozenset[Source]:

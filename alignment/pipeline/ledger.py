@@ -21,6 +21,7 @@ from alignment.pipeline.store import Store
 JOBS = "jobs"
 BEGUN = "begun"
 SUBMIT = "submit"  # name of the lock of submissions
+DEPENDENT = "Dependency"  # SLURM's reason for a job that waits for another
 NEVER = "DependencyNeverSatisfied"  # SLURM's reason; it takes such a job from the queue, but not at once
 ENDING = 90.0  # seconds to wait for a job that is ending: SLURM's KillWait, 30 s by default, and what sites do after it
 
@@ -71,7 +72,8 @@ def queued(
             if job in states and states[job].state == "COMPLETING" and store.record(key) is None
         ]
         if not ending or time.monotonic() > until:
-            return {key: job for key, job in known.items() if job in states and _will_make(states[job])}
+            live = {key: job for key, job in known.items() if job in states and _will_make(states[job])}
+            return _without_orphans(runs, live, states)
         if not said:
             say(f"waits for what is ending: job {', '.join(dict.fromkeys(ending))}")
             said = True
@@ -80,6 +82,22 @@ def queued(
 
 def _will_make(state: JobState) -> bool:
     return state.lives and state.state != "COMPLETING" and not (state.waits and state.reason == NEVER)
+
+
+def _without_orphans(runs: Sequence[Run], jobs: Mapping[str, str], states: Mapping[str, JobState]) -> dict[str, str]:
+    """Key -> job, but for those that wait for a job that is gone and has left no result: SLURM will take them from the
+    queue, but only when it comes to look, and till then they wait like any other."""
+    kept: dict[str, str] = {}
+    for run in runs:
+        for node in run.nodes:  # parents before children
+            job = jobs.get(node.key)
+            if job is None or node.key in kept:
+                continue
+            parents = (parent.key for parent in node.parents.values() if parent.key not in kept)
+            dependent = states[job].waits and states[job].reason == DEPENDENT
+            if not (dependent and any(run.store.record(key) is None for key in parents)):
+                kept[node.key] = job
+    return kept
 
 
 def recall(store: Store) -> None:

@@ -40,6 +40,26 @@ def test_a_sweep_of_three_by_two_is_four_submissions() -> None:
     assert [task.key for task in made[3].elements.values()] == ["eval00", "eval10", "eval20"]
 
 
+def test_many_seeds_with_few_values_are_an_array_for_each_value() -> None:
+    """250 seeds, one of whose SFTs is in the store; two betas of each, but one; an evaluation and a verdict of each."""
+    points = [(b, s) for s, b in product(range(250), range(2)) if (b, s) != (1, 9)]
+    tasks = [Task(f"sft{s}", "sft", "sft", ()) for s in range(250) if s != 4]
+    tasks += [Task(f"base{s}", "evaluate", "e", (f"sft{s}",)) for s in range(250) if s != 4]
+    tasks += [Task(f"dpo{b}.{s}", "dpo", "dpo", (f"sft{s}",)) for b, s in points]
+    tasks += [Task(f"eval{b}.{s}", "evaluate", "e", (f"dpo{b}.{s}",)) for b, s in points]
+    tasks += [Task(f"verdict{b}.{s}", "compare", "c", (f"eval{b}.{s}", f"base{s}")) for b, s in points]
+    made = batches(tasks, {}, 1001)
+    assert len(made) < 20
+    of = {task.key: (batch, index) for batch in made for index, task in batch.elements.items()}
+    for task in tasks:
+        batch, index = of[task.key]
+        assert len(batch.waits) == len(set(task.parents) & set(of))
+        for parent in set(task.parents) & set(of):
+            above, at = of[parent]
+            (wait,) = (wait for wait in batch.waits if wait.batch == above.number)
+            assert wait.index == at if wait.how == "afterok" else at == index, "its own, whatever the others wait for"
+
+
 def test_an_element_of_an_array_keeps_its_parent_s_index() -> None:
     """The second evaluation is in the store: the third still waits for the third DPO."""
     tasks = [Task(f"dpo{i}", "dpo", "dpo", ()) for i in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,22 @@ def test_what_waits_or_is_at_work_is_queued(submitted: Run, monkeypatch: pytest.
 
 
 def test_what_slurm_will_never_start_is_not(submitted: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    says(monkeypatch, {"2": ("PENDING", "DependencyNeverSatisfied"), "3": ("PENDING", "Dependency")})
-    assert ledger.queued([submitted]) == {submitted.nodes[2].key: "3"}
+    says(monkeypatch, {"1": ("PENDING", "DependencyNeverSatisfied"), "2": ("PENDING", "Resources")})
+    assert ledger.queued([submitted]) == {submitted.nodes[1].key: "2"}
+
+
+def test_what_waits_for_a_job_that_is_gone_is_not_though_slurm_has_not_looked_yet(
+    submitted: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for what it waits for is not, either; unless the result is there after all."""
+    dependent = ("PENDING", "Dependency")
+    says(monkeypatch, {"1": ("CANCELLED", "None"), "2": dependent, "3": dependent})
+    first, second, third, *_ = submitted.nodes
+    assert ledger.queued([submitted]) == {}
+    record = submitted.store.result(first.key) / "record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"key": first.key, "files": {}}))
+    assert ledger.queued([submitted]) == {second.key: "2", third.key: "3"}
 
 
 def test_a_job_that_is_ending_is_waited_for_till_it_is_known_what_it_was(
