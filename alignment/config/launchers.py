@@ -23,6 +23,7 @@ SETUP: dict[str, tuple[str, ...]] = {
 }
 # Variables that have something run wherever a program starts.
 LOADED = {"LD_PRELOAD", "LD_AUDIT", "BASH_ENV", "ENV", "PROMPT_COMMAND", "PYTHONSTARTUP", "PYTHONINSPECT"}
+EXPORTED = re.compile(rf"(?!(?:{'|'.join(sorted(LOADED))})\b)[A-Za-z_]\w*(?:\+?=|$)")
 LONGEST_GRACE = 3600  # seconds
 OURS = {"job-name", "output", "error", "array", "dependency", "signal", "requeue", "no-requeue", "open-mode", "chdir"}
 OURS |= {"kill-on-invalid-dep", "parsable", "wrap", "wait", "test-only", "nodes", "ntasks", "ntasks-per-node", "export"}
@@ -49,13 +50,14 @@ def _setup_line(line: str) -> str:
         what = "holds a secret by its name, {name}: scripts, run.json and every stage.json would show it"
         raise PydanticCustomError("secret", what, {"name": name, "fix": fix})
     try:
-        words = shlex.split(line)
+        words = shlex.split(re.sub(r"\s#[^'\"]*$", "", line))  # without a comment
     except ValueError:
         words = []
     plain = re.sub(r"\$\{?\w+\}?", "", line)  # a variable's value is no syntax
     first, second = [*words, "", ""][:2]
     known = first in SETUP and (not SETUP[first] or second in SETUP[first])
-    loads = first == "export" and any(word.partition("=")[0] in LOADED for word in words)
+    # A name is to be seen, so that `export $A=...` cannot be one of LOADED.
+    loads = first == "export" and any(not EXPORTED.match(word) for word in words[1:])
     if not known or loads or re.search(r"[;&|<>`$()\n\\]", plain):
         commands = ", ".join(" ".join([name, "|".join(after)]).strip() for name, after in SETUP.items())
         fix = f"one plain command a line: {commands}; put more into a file, and `source` it"
@@ -197,12 +199,13 @@ class SlurmLauncher(Resources):
     @field_validator("options")
     @classmethod
     def _are_not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        said = {*OURS, "time", "mem", *(key.replace("_", "-") for key in Resources.model_fields)}
         for name in value:
-            key = name.replace("-", "_")
-            if "clusters".startswith(name):  # sbatch takes beginnings of its options, too
+            # sbatch takes beginnings of its options, too
+            if "clusters".startswith(name):
                 fix = "give the command on that cluster's login node: what follows asks the one that it is given on"
                 raise PydanticCustomError("options", "names another cluster", {"fix": fix})
-            if name in OURS or key in Resources.model_fields or name in ("time", "mem", "gpus-per-node"):
+            if name != "gpus" and any(ours.startswith(name) for ours in said):  # gpus is one of its own
                 fix = f"a key of conf/launcher/slurm.yaml says it, or jobs cannot do without: --{name}"
                 raise PydanticCustomError("options", "names what is not for it to say", {"fix": fix})
         return value

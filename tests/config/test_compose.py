@@ -89,6 +89,8 @@ REFUSED = [
     (["launcher=slurm", "launcher.setup=['module load x; rm y']"], "is no line that sets up an environment"),
     (["launcher=slurm", "launcher.setup=['conda run python -c 1']"], "is no line that sets up an environment"),
     (["launcher=slurm", "launcher.setup=['export LD_PRELOAD=/x.so']"], "is no line that sets up an environment"),
+    (["launcher=slurm", "launcher.setup=['export LD_PRELOAD+=/x.so']"], "is no line that sets up an environment"),
+    (["launcher=slurm", "launcher.setup=['export A=1 $A=/x.so']"], "is no line that sets up an environment"),
     (
         ["launcher=slurm", "launcher.setup=['export A=1 DB_PASSWORD=hunter2']"],
         "command line: `launcher.setup.0` holds a secret by its name, DB_PASSWORD: scripts, run.json and every "
@@ -104,6 +106,7 @@ REFUSED = [
     (["launcher=slurm", "+launcher.options.cluster=b"], "`launcher.options` names another cluster (give the"),
     (["launcher=slurm", "+launcher.options.M=b"], "`launcher.options.M"),
     (["launcher=slurm", "+launcher.options.time=3"], "names what is not for it to say"),
+    (["launcher=slurm", "+launcher.options.dependenc=afterok:1"], "names what is not for it to say"),
     (["launcher=slurm", "launcher.time_limit=60"], "has a time_limit of 60 s, of which grace=120 s are for saving"),
     (["launcher=torchrun", "engine=ddp", "launcher.nodes=2"], "`launcher.nodes` is 2, and `launcher.head` is null"),
     (["launcher=torchrun", "engine=ddp", "launcher.rank=1"], "`launcher.rank` is 1, and there are 1 nodes"),
