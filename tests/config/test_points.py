@@ -347,19 +347,23 @@ def test_five_hundred_points_are_planned_in_seconds(loader: Loader, master: Dict
         *("~reward.terms.relevance.source", f"+reward.terms.relevance.source={{kind: path, path: {tmp_path}}}"),
         *("stage.sft.global_batch_size=8", "stage.sft.lora.rank=2", "stage.dpo.global_batch_size=4"),
     ]
-    began = time.process_time()
     points = [
         [*given, f"stage.dpo.beta={beta / 100}", f"seed={seed}"] for beta, seed in product(range(1, 21), range(25))
     ]
-    for lines in points:
-        loader.load_sweep_config(master, lines)
-    with one_look():
-        runs = {
-            graph.run_id(experiment, graph.build(experiment))
-            for number, lines in enumerate(points)
-            for experiment in [loader.experiment(master, lines, number)]
-        }
-    took = time.process_time() - began
-    print(f"{len(points)} points in {took:.2f} s")
-    assert len(runs) == 500
-    assert took < 15
+    for _ in range(3):  # tries: a machine that is shared is slow for seconds at a time
+        loader.points = Points()
+        began = time.process_time()
+        for lines in points:
+            loader.load_sweep_config(master, lines)
+        with one_look():
+            runs = {
+                graph.run_id(experiment, graph.build(experiment))
+                for number, lines in enumerate(points)
+                for experiment in [loader.experiment(master, lines, number)]
+            }
+        took = time.process_time() - began
+        print(f"{len(points)} points in {took:.2f} s")
+        assert len(runs) == 500
+        if took <= 5:
+            return
+    pytest.fail("not planned in five seconds")
