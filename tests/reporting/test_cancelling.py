@@ -141,7 +141,7 @@ def test_jobs_of_a_submission_that_was_killed_are_cancelled_too(store: Path, slu
     (folder / "000-sft.json").write_text(json.dumps({"0": order}))
     (folder / "begun").touch()
     wide = f"{'51':<20}{folder}/000-sft-%j.out"
-    slurm.script("squeue", f"case \"$*\" in *StdOut*) echo '{wide}';; *) echo '51|PENDING|Priority||N/A';; esac")
+    slurm.script("squeue", f"case \"$*\" in *StdOut*) echo '{wide}';; *) echo '51|PENDING|Priority||N/A|N/A';; esac")
     assert cancel(store, "quickstart-5") == 0
     assert slurm.calls("scancel") == ["51"]
 
