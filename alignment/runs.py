@@ -196,12 +196,12 @@ class Session:
         if not found:
             return
         store = runs[0].store
-        jobs, needed = cancelling.jobs_of(store, [run.folder for run, _ in found.values()])
-        trained = {node["key"] for node, _ in needed}
-        alone = {run.id: (run, why) for run, why in found.values() if pruning.judged(run).key not in trained}
-        if len(alone) < len(found):
-            jobs, _ = cancelling.jobs_of(store, [run.folder for run, _ in alone.values()])
         try:
+            jobs, needed = cancelling.jobs_of(store, [run.folder for run, _ in found.values()])
+            trained = {node["key"] for node, _ in needed}
+            alone = {run.id: (run, why) for run, why in found.values() if pruning.judged(run).key not in trained}
+            if len(alone) < len(found):
+                jobs, _ = cancelling.jobs_of(store, [run.folder for run, _ in alone.values()])
             slurm.cancel(jobs)
         except MachineError as error:
             queue.say(f"warning: hopeless trials go on for now: {error}")

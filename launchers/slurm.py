@@ -23,13 +23,15 @@ KEPT = {"SLURM_CONF", "SLURM_JWT"}  # where the cluster is, and who asks
 @dataclass(frozen=True)
 class JobState:
     """What SLURM says of a job or an element of an array. state: its word, such as PENDING. reason: that it waits.
-    nodes: that it runs on. end: when it has ended, or by its time limit will (unix seconds); None: it does not say."""
+    nodes: that it runs on. end: when it has ended, or by its time limit will; start: when it has started, or started
+    again, or is expected to (unix seconds); None: it does not say."""
 
     job: str
     state: str
     reason: str
     nodes: str
     end: float | None
+    start: float | None = None
 
     @property
     def waits(self) -> bool:
@@ -102,7 +104,7 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
 
 
 def _ask(jobs: Sequence[str]) -> list[JobState]:
-    form = "%i|%T|%r|%N|%e"
+    form = "%i|%T|%r|%N|%e|%S"
     try:
         said = call("squeue", "--noheader", "--states=all", "--array", f"--jobs={','.join(jobs)}", f"--format={form}")
     except MachineError as error:
@@ -110,10 +112,10 @@ def _ask(jobs: Sequence[str]) -> list[JobState]:
             raise
         # One that it has forgotten: alone that is an answer, among others squeue may refuse them all.
         return [state for job in jobs for state in _ask([job])] if len(jobs) > 1 else []
-    lines = [line.split("|") for line in said.splitlines() if line.count("|") == 4]
+    lines = [line.split("|") for line in said.splitlines() if line.count("|") == 5]
     return [
-        JobState(job, state, reason, nodes, _moment(end))
-        for job, state, reason, nodes, end in (map(str.strip, line) for line in lines)
+        JobState(job, state, reason, nodes, _moment(end), _moment(start))
+        for job, state, reason, nodes, end, start in (map(str.strip, line) for line in lines)
     ]
 
 

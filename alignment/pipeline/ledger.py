@@ -28,8 +28,18 @@ ENDING = 90.0  # seconds to wait for a job that is ending: SLURM's KillWait, 30 
 
 def job_of(store: Store, key: str) -> dict[str, Any] | None:
     """{"job", "submitted", "run", "node", "out"} of the job that was last submitted for a key."""
+    return _read(_place(store, key))
+
+
+def unmade(store: Store) -> list[dict[str, Any]]:
+    """As `job_of`, of every key that a job was ever submitted for and that has no result."""
+    notes = [(path.stem, _read(path)) for path in listed(store.root, f"{JOBS}/keys/*.json")]
+    return [told for key, told in notes if told and not (store.result(key) / "record.json").exists()]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        told = read_json(_place(store, key))
+        told = read_json(path)
     except (OSError, ValueError):
         return None
     whole = isinstance(told, dict) and all(isinstance(told.get(name), str) for name in ("job", "run", "node", "out"))

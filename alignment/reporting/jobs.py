@@ -53,8 +53,9 @@ class Jobs:
         self._files: dict[str, list[int]] = {}
 
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Key -> {"job", "out": file of what it printed, "submitted", "alive", "waits", "nodes", "why": it waits, or
-        has ended, "ended": failed | cancelled | gone}. Keys that no job was submitted for are left out.
+        """Key -> {"job", "out": file of what it printed, "submitted", "alive", "waits", "runs": its processes may be
+        expected to show life, "started", "nodes", "why": it waits, or has ended, "ended": failed | cancelled | gone}.
+        Keys that no job was submitted for are left out.
 
         Where SLURM does not answer, its word is missing: whose end is not known counts as queued, with that as its why.
         """
@@ -105,7 +106,9 @@ class Jobs:
         known = self._known.get(job)
         if known is not None and known.lives:
             why = REASONS.get(known.reason, known.reason) if known.waits else None
-            return {"alive": True, "waits": known.waits, "why": why, "nodes": known.nodes}
+            runs = known.state == "RUNNING"  # not one that is suspended, or whose nodes are being made ready
+            told = {"alive": True, "waits": known.waits, "runs": runs, "started": known.start}
+            return {**told, "why": why, "nodes": known.nodes}
         state = self._final.get(job) or known or self._accounted.get(job)
         if state is not None and state.state == "COMPLETED":  # by its code its result is stored
             if time.time() - (state.end or self._completed.setdefault(job, time.time())) < LAG:

@@ -20,7 +20,7 @@ from alignment.pipeline.submission import Submission
 from alignment.reporting import words
 from alignment.reporting.gather import Row
 from alignment.reporting.status import facts_text
-from alignment.reporting.terminal import log_lines, progress_line, status_table, styled
+from alignment.reporting.terminal import log_lines, progress_line, silence_text, status_table, styled
 
 MANY = 8  # runs: of more, only how many of their stages are in which state
 SHOWN = 12  # stages that work or failed
@@ -84,7 +84,8 @@ def overview(runs: Sequence[Row]) -> RenderableType:
     for name in dict.fromkeys(node["name"] for node in nodes.values()):
         counts = Counter(node["state"] for node in nodes.values() if node["name"] == name)
         table.add_row(words.label(name), *(str(counts[state] or "") for state in states))
-    found = [node for state in ("failed", "running") for node in nodes.values() if node["state"] == state]
+    failed, running = ([n for n in nodes.values() if n["state"] == state] for state in ("failed", "running"))
+    found = failed + sorted(running, key=lambda node: not silence_text(node))  # the silent first: they are few
     lines = [
         line for node in found[:SHOWN] for line in [_line(node), *(log_lines(node) if node in found[:LOGS] else [])]
     ]
@@ -95,7 +96,8 @@ def overview(runs: Sequence[Row]) -> RenderableType:
 def _line(node: Row) -> Text:
     """What there is to say of a stage that works or failed."""
     job = f"job {node['job']}" if node.get("job") else ""
-    parts = [job, f"on {node['on']}" if node.get("on") else "", node.get("error") or "", progress_line(node)]
+    on = f"on {node['on']}" if node.get("on") else ""
+    parts = [job, on, node.get("error") or "", silence_text(node) or progress_line(node)]
     return Text.assemble(styled(node["state"]), f"  {words.label(node['name'])}  ", "  ".join(filter(None, parts)))
 
 

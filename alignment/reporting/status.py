@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.life import BEATS
+from alignment import life
+from alignment.files import listed
 from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
 from alignment.reporting import words
 from alignment.reporting.gather import Row, read, tail
 from alignment.reporting.words import DONE, error_text, finite
 
-SILENT = 90.0  # seconds without a beat that are worth a word: a shared file system may show files a minute late
+# Seconds without a beat that are worth a word. Of a file that another machine holds open and writes, NFS may show what
+# is 95 s old though all is well: it is written back up to 35 s late, and what was seen of it here is believed for 60 s.
+SILENT = 150.0
 FRESH = 15.0  # seconds after its last line in which a run between two stages counts as running
 LINES = 4  # of a failed stage's log
 NOISE = re.compile(r"(srun|slurmstepd\S*): |_step_signal: ")  # how SLURM ends what is left: no reason
@@ -164,7 +167,7 @@ def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
         }
         told["progress"] = read(work / "progress.json")
         told["seconds"] = finite((told["progress"] or {}).get("elapsed_s"))
-        told["silent"] = _silence(work) if told["state"] == "running" else None
+        told["silent"] = _silence(work, finite(job.get("started")) or 0.0) if job.get("runs") else None
         return told
     told["state"] = job.get("ended") or "waiting"
     error = read(work / "error.json") if _is_of(job, work / "error.json") else None
@@ -174,11 +177,21 @@ def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
     return told
 
 
-def _silence(work: Path) -> float | None:
-    """Seconds since the newest sign of life of any rank, if they are many: SLURM takes minutes to find a node gone."""
-    beats = [stat.st_mtime for path in work.glob(f"{BEATS}/*") if (stat := _stat(path))]
-    silent = time.time() - max(beats, default=time.time())
-    return silent if silent > SILENT else None
+def _silence(work: Path, started: float) -> float | None:
+    """Seconds since the newest sign of life of any rank, if they are many: SLURM takes minutes to find a node gone.
+
+    None before the first sign since the job started, perhaps not for the first time, and between two attempts.
+    """
+    files = listed(work, f"{life.BEATS}/rank-*.json")
+    silent = time.time() - max((stat.st_mtime for path in files if (stat := _stat(path))), default=time.time())
+    if silent <= SILENT or time.time() - silent < started:
+        return None
+    order = read(work / "stage.json")
+    attempt = order.get("attempt") if isinstance(order, dict) else None
+    # Who left in order has said so. Who was killed after another had failed has not: then the attempt is noted as over.
+    paused = attempt is not None and any(row["attempt"] == attempt for row in attempts.read(work))
+    left = [beat.ended for beat in life.beats(work).values()]
+    return None if paused or (left and all(left)) else silent
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ConfigError, InputError
-from alignment.files import read_json
+from alignment.files import listed, read_json
 from alignment.pipeline.store import Store
 from alignment.pipeline.sweeps import FILE
 from alignment.reporting.gather import MAKES_MODEL, read
+
+VISIBLE = "[!.]*"  # what begins with a dot is nobody's run: .DS_Store, .nfs0001
 
 
 def run_folder(name: str, store: Path) -> Path:
@@ -59,24 +61,36 @@ def refuse_empty(name: str) -> None:
 
 
 def named(name: str, store: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """Runs whose names begin so: their folders; and sweeps: name -> folders of its runs. Raises ConfigError if there is
-    neither."""
+    """Runs whose names begin so: their folders; and sweeps: name -> folders of its runs. Only the run or the sweep of
+    exactly this name, if there is one. Raises ConfigError if there is neither.
+
+    Runs whose run.json was removed are among them, for they may have jobs. Raises InputError if there are no others,
+    and for a sweep whose sweep.json was removed or cannot be read.
+    """
     refuse_empty(name)
-    runs = [file.parent for file in sorted(store.glob("runs/*/run.json")) if file.parent.name.startswith(name)]
-    sweeps = [file for file in sorted(store.glob(f"sweeps/*/{FILE}")) if file.parent.name.startswith(name)]
+    runs = [folder for folder in folders_of_runs(store) if folder.name.startswith(name)]
+    sweeps = [path for path in listed(store, f"sweeps/{VISIBLE}") if path.is_dir() and path.name.startswith(name)]
+    if exact := [folder for folder in runs if folder.name == name]:
+        runs, sweeps = exact, []
+    elif exact := [folder for folder in sweeps if folder.name == name]:
+        runs, sweeps = [], exact
     if not runs and not sweeps:
-        _refuse_emptied(name, store)
         raise ConfigError(f"no run is called {name!r}", where=str(store / "runs"), fix="alignment status lists them")
-    return runs, {file.parent.name: _points(file, store) for file in sweeps}
+    if not sweeps and not any((folder / "run.json").exists() for folder in runs):
+        raise unreadable(runs[0] / "run.json")
+    return runs, {folder.name: _points(folder / FILE, store) for folder in sweeps}
 
 
-def _refuse_emptied(name: str, store: Path) -> None:
-    """Raises InputError for a run or sweep whose name begins so and whose file was removed: it may have jobs."""
-    for kind, file in (("runs", "run.json"), ("sweeps", FILE)):
-        for folder in sorted((store / kind).glob("*")):
-            if folder.name.startswith(name):
-                fix = "its command writes it again; squeue and scancel know its jobs"
-                raise InputError("is gone", where=str(folder / file), fix=fix)
+def folders_of_runs(store: Path) -> list[Path]:
+    """Also of those whose run.json was removed."""
+    return [path for path in listed(store, f"runs/{VISIBLE}") if path.is_dir()]
+
+
+def unreadable(file: Path, more: str = "") -> InputError:
+    """Of a run.json or sweep.json that was removed or damaged: what it names may have jobs."""
+    what = f"is no {file.name} that can be read" if file.exists() else "is gone"
+    fix = "its command writes it again; squeue and scancel know its jobs"
+    return InputError(what + more, where=str(file), fix=fix)
 
 
 def _points(sweep: Path, store: Path) -> list[Path]:
@@ -84,9 +98,7 @@ def _points(sweep: Path, store: Path) -> list[Path]:
     told = read(sweep)
     points = told.get("points") if isinstance(told, dict) else None
     if not isinstance(points, list):
-        raise InputError(
-            "is no sweep.json that can be read", where=str(sweep), fix="the sweep's command writes it again"
-        )
+        raise unreadable(sweep)
     return [store / "runs" / str(point["run"]) for point in points if isinstance(point, dict) and point.get("run")]
 
 

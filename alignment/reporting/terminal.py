@@ -143,11 +143,18 @@ def _note(node: Row) -> str:
         note = node.get("error") or ""
     if state == "queued":
         note = node.get("why") or ""
-    if silent := words.finite(node.get("silent")):
-        note = f"no sign of life for {words.clock(silent)}: its node may be gone, which SLURM takes a while to see"
+    note = silence_text(node) or note
     job = f"job {node['job']}" if node.get("job") and state in ("queued", "running", "failed", "cancelled") else ""
     where = f"on {node['on']}" if state == "running" and node.get("on") else ""
     return "; ".join(filter(None, (" ".join(filter(None, (job, where))), note, attempts_text(node))))
+
+
+def silence_text(node: Row) -> str:
+    """Of a stage at work none of whose processes has shown life for long."""
+    silent = words.finite(node.get("silent"))
+    if not silent:
+        return ""
+    return f"no sign of life for {words.clock(silent)}: its node may be gone, which SLURM takes a while to see"
 
 
 def progress_line(node: Row) -> str:

@@ -27,7 +27,7 @@ def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_elements_of_an_array_are_told_apart(bin: Path) -> None:
-    lines = "12_0|RUNNING|None|n[1-2]|2026-11-26T10:00:00\n12_1|PENDING|JobArrayTaskLimit||N/A"
+    lines = "12_0|RUNNING|None|n[1-2]|2026-11-26T10:00:00|2026-11-26T08:00:00\n12_1|PENDING|JobArrayTaskLimit||N/A|N/A"
     answer(bin, "squeue", lines)
     found = slurm.states(["12_0", "12_1", "7"])
     assert {job: (state.state, state.lives, state.waits) for job, state in found.items()} == {
@@ -35,6 +35,7 @@ def test_elements_of_an_array_are_told_apart(bin: Path) -> None:
         "12_1": ("PENDING", True, True),
     }
     assert (found["12_0"].nodes, found["12_1"].reason) == ("n[1-2]", "JobArrayTaskLimit")
+    assert (found["12_0"].start, found["12_1"].start) == (datetime(2026, 11, 26, 8).timestamp(), None)
 
 
 def test_a_forgotten_job_is_no_error(bin: Path) -> None:
@@ -53,7 +54,7 @@ def test_what_the_controller_has_forgotten_the_accounting_may_know(bin: Path) ->
 
 
 def test_the_time_is_read_however_a_user_has_it_shown(bin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(bin, "squeue", "12|COMPLETED|None|n1|2026-11-26T10:00:00")
+    answer(bin, "squeue", "12|COMPLETED|None|n1|2026-11-26T10:00:00|N/A")
     script = (bin / "squeue").read_text()
     (bin / "squeue").write_text(script.replace("cat", '[ -z "$SLURM_TIME_FORMAT" ] || exit 1\ncat', 1))
     monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")

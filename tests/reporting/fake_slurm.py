@@ -21,8 +21,8 @@ class FakeSlurm:
         self.script("scancel", "true")
 
     def queue(self, *jobs: tuple[str, ...]) -> None:
-        """What squeue knows. Each: job, state, and then reason, nodes and end, as far as they matter."""
-        lines = ["|".join([*job, *("None", "n1", "N/A")[len(job) - 2 :]]) for job in jobs]
+        """What squeue knows. Each: job, state, and then reason, nodes, end and start, as far as they matter."""
+        lines = ["|".join([*job, *("None", "n1", "N/A", "N/A")[len(job) - 2 :]]) for job in jobs]
         self._prints("squeue", lines)
 
     def accounts(self, *jobs: tuple[str, str, str]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from alignment import cli
+from alignment.pipeline.store import Store
+from alignment.reporting import cancelling
 from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, write_run, write_sweep
 
 DONE = {"rows": "done", "sft": "done"}
@@ -20,6 +23,15 @@ def cancel(store: Path, *names: str) -> int:
 def queued(store: Path, run: str, job: str) -> None:
     commit(store, run, "rows")
     write_run(store, run, {"rows": "reused", "sft": "queued"}, {"sft": job})
+
+
+def damage(run: Path, left: str) -> None:
+    if left == "no folder":
+        shutil.rmtree(run)
+    elif left == "run.json that is cut":
+        (run / "run.json").write_text("{")
+    else:
+        (run / "run.json").unlink()
 
 
 @pytest.fixture
@@ -90,8 +102,6 @@ def test_a_sweep_s_name_means_all_its_runs_and_no_other(
 def test_a_run_that_works_here_is_no_job_and_its_process_is_named(
     store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from alignment.pipeline.store import Store
-
     write_run(store, "local-1", {"sft": "running"})
     lock = Store(store).lock(key_of("local-1", "sft"))
     assert lock.acquire("local-1/sft")
@@ -141,7 +151,7 @@ def test_jobs_of_a_submission_that_was_killed_are_cancelled_too(store: Path, slu
     (folder / "000-sft.json").write_text(json.dumps({"0": order}))
     (folder / "begun").touch()
     wide = f"{'51':<20}{folder}/000-sft-%j.out"
-    slurm.script("squeue", f"case \"$*\" in *StdOut*) echo '{wide}';; *) echo '51|PENDING|Priority||N/A';; esac")
+    slurm.script("squeue", f"case \"$*\" in *StdOut*) echo '{wide}';; *) echo '51|PENDING|Priority||N/A|N/A';; esac")
     assert cancel(store, "quickstart-5") == 0
     assert slurm.calls("scancel") == ["51"]
 
@@ -156,6 +166,88 @@ def test_a_file_that_was_removed_is_not_a_run_without_jobs(
         assert cli.main([command, Path(file).parent.name, "--store", str(store)]) == 3
         assert f"{file}: is gone (its command writes it again" in capsys.readouterr().err
     assert slurm.calls("scancel") == []
+
+
+@pytest.mark.parametrize("left", ["a folder without run.json", "run.json that is cut", "no folder"])
+def test_of_a_sweep_the_run_that_nobody_can_read_is_an_error_and_the_others_are_cancelled(
+    left: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sweep(store, "swept", ["quickstart-2", "mine-3"])
+    damage(store / "runs" / "quickstart-2", left)
+    for name in ("swept", "swe"):
+        assert cancel(store, name) == 3
+        told = capsys.readouterr()
+        assert told.out == "cancelled sft (job 31)\n"
+        assert "runs/quickstart-2/run.json: is " in told.err and "its job 21 is in the queue" in told.err
+    slurm.queue(("21", "RUNNING"))
+    write_sweep(store, "swept", ["quickstart-2"])
+    assert cancel(store, "swept") == 3 and "nothing to cancel" not in capsys.readouterr().out
+
+
+def test_points_that_a_sweep_has_not_come_to_are_no_error(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sweep(store, "swept", ["quickstart-1", "later-7"])
+    assert cancel(store, "swept") == 0
+    assert "nothing to cancel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", ["a folder without run.json", "run.json that is cut", "no folder"])
+def test_a_beginning_means_the_run_that_nobody_can_read_too(
+    left: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(store / "runs" / "quickstart-2", left)
+    assert cancel(store, "quickstart") == 3
+    assert "runs/quickstart-2/run.json: is " in capsys.readouterr().err
+    queued(store, "quickstart-4", "41")
+    slurm.queue(("21", "RUNNING"), ("41", "RUNNING"))
+    assert cancel(store, "quickstart") == 2
+    assert "quickstart-2, quickstart-4" in capsys.readouterr().err
+    assert slurm.calls("scancel") == []
+
+
+def test_an_exact_name_does_not_mean_one_that_begins_so_where_its_file_was_removed(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queued(store, "quickstart-22", "41")
+    write_sweep(store, "quick", ["quickstart-22"])
+    (store / "runs" / "quickstart-2" / "run.json").unlink()
+    slurm.queue(("21", "RUNNING"), ("41", "RUNNING"))
+    for command in ("cancel", "status"):
+        assert cli.main([command, "quickstart-2", "--store", str(store)]) == 3
+        assert "runs/quickstart-2/run.json: is gone" in capsys.readouterr().err
+    (store / "sweeps" / "quick" / "sweep.json").unlink()
+    assert cancel(store, "qui") == 3
+    assert "sweeps/quick/sweep.json: is gone" in capsys.readouterr().err
+    assert slurm.calls("scancel") == []
+
+
+@pytest.mark.parametrize("left", ["a folder without run.json", "run.json that is cut", "no folder"])
+def test_what_a_run_that_nobody_can_read_may_wait_for_is_not_cancelled(
+    left: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its DPO, job 31, waits for the SFT that quickstart-2 was submitted with, job 21."""
+    damage(store / "runs" / "mine-3", left)
+    assert cancel(store, "quickstart-2") == 3
+    error = capsys.readouterr().err
+    assert "runs/mine-3/run.json: is " in error and "its job 31 may wait for what is to be cancelled" in error
+    jobs, needed = cancelling.jobs_of(Store(store), [store.resolve() / "runs" / "quickstart-2"])
+    assert (jobs, [(node["job"], run) for node, run in needed]) == ({}, [("21", "mine-3")]), "nor is it pruned"
+    assert slurm.calls("scancel") == []
+    slurm.queue(("21", "RUNNING"))
+    assert cancel(store, "quickstart-2") == 0, "it has no jobs any more"
+    assert ("what mine-3 may wait for is not known" in capsys.readouterr().out) == (left != "no folder")
+    assert slurm.calls("scancel") == ["21"]
+
+
+def test_where_all_stays_for_another_run_that_is_said(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(store / "runs" / "quickstart-2", store / "runs" / "other-5")
+    other = store / "runs" / "other-5" / "run.json"
+    other.write_text(other.read_text().replace('"run": "quickstart-2"', '"run": "other-5"'))
+    assert cancel(store, "quickstart-2") == 0
+    assert capsys.readouterr().out == "sft (job 21) stays: other-5 waits for it\n"
 
 
 def test_of_many_jobs_it_says_how_many_of_which(

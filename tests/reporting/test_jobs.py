@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from alignment import cli
+from alignment.life import Beat
 from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, note, write_run
 
 
@@ -90,17 +92,72 @@ def test_a_job_at_work_says_on_which_nodes(store: Path, slurm: FakeSlurm, capsys
     assert "job 12  on n[3-4]" in capsys.readouterr().out
 
 
+def beat(store: Path, before: float, rank: int = 0, ended: bool = False) -> None:
+    """The last sign of life of a rank of SFT, so many seconds ago."""
+    file = log_of(store).with_name("beats") / f"rank-{rank:05d}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(asdict(Beat(rank, 7, 7, "n3", 9, 4, ended))))
+    os.utime(file, (time.time() - before, time.time() - before))
+
+
 def test_a_job_that_is_silent_for_long_says_so(
     store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slurm.queue(("12", "RUNNING", "None", "n3"))
-    beat = log_of(store).with_name("beats") / "rank-00000.json"
-    beat.parent.mkdir()
-    beat.touch()
-    assert node(store, capsys)["silent"] is None
-    os.utime(beat, (time.time() - 125, time.time() - 125))
+    slurm.queue(("12", "RUNNING", "None", "n3", "N/A", ago(3600)))
+    beat(store, 100)
+    assert node(store, capsys)["silent"] is None, "a network's file system may be as late"
+    beat(store, 185)
+    beat(store, 400, rank=1, ended=True)
     assert cli.main(["status", "run", "--store", str(store)]) == 0
-    assert "no sign of life for 2:05: its node may be gone" in " ".join(capsys.readouterr().out.split())
+    assert "no sign of life for 3:05: its node may be gone" in " ".join(capsys.readouterr().out.split())
+    beat(store, 5, rank=1)
+    assert node(store, capsys)["silent"] is None
+
+
+def test_of_many_runs_the_silent_stages_come_first(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(20):
+        write_run(store, f"a-{number}", {"sft": "queued"}, {"sft": f"13_{number}"})
+    slurm.queue(("12", "RUNNING", "None", "n3"), *((f"13_{number}", "RUNNING") for number in range(20)))
+    beat(store, 185)
+    assert cli.main(["status", "a-", "run", "--store", str(store)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "job 12 on n3 no sign of life for 3:05: its node may be gone" in said and "and 9 more" in said
+
+
+@pytest.mark.parametrize("state", ["SUSPENDED", "CONFIGURING", "STOPPED", "COMPLETING"])
+def test_a_job_that_is_not_running_just_now_may_be_silent(
+    state: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.queue(("12", state, "None", "n3"))
+    beat(store, 7200)
+    told = node(store, capsys)
+    assert (told["state"], told["silent"]) == ("running", None)
+
+
+def test_signs_of_life_from_before_a_job_was_queued_again_do_not_count(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until its driver begins another attempt the work folder is as the lost node has left it."""
+    beat(store, 7200)
+    slurm.queue(("12", "RUNNING", "None", "n3", "N/A", ago(20)))
+    assert node(store, capsys)["silent"] is None
+
+
+def test_between_two_attempts_nobody_shows_life(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.queue(("12", "RUNNING", "None", "n3", "N/A", ago(3600)))
+    beat(store, 250, ended=True)
+    assert node(store, capsys)["silent"] is None, "all have left in order"
+    beat(store, 250, rank=1)
+    log_of(store).with_name("stage.json").write_text(json.dumps({"attempt": 2}))
+    attempts = log_of(store).with_name("attempts.jsonl")
+    attempts.write_text('{"attempt": 1}\n')
+    assert node(store, capsys)["silent"] == pytest.approx(250, abs=10)
+    attempts.write_text('{"attempt": 1}\n{"attempt": 2}\n')
+    assert node(store, capsys)["silent"] is None, "it was killed when another had failed"
 
 
 # --- why -------------------------------------------------------------------------------------------------------------

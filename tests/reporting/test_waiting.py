@@ -38,7 +38,7 @@ class Waiting:
 
     def ends(self, *answers: str, then: str = "") -> AlignmentError | None:
         """What the command ends with. answers: of squeue while it waits. then: a command of the shell with the last."""
-        lines = ["12|PENDING|Priority||N/A"] * SUBMITTING + list(answers)
+        lines = ["12|PENDING|Priority||N/A|N/A"] * SUBMITTING + list(answers)
         cases = [f"{number}) echo '{line}';;" for number, line in enumerate(lines[:-1], start=1)]
         last = f"*) echo '{lines[-1]}'; {then} ;;"
         calls = self._slurm.folder / "squeue.calls"
@@ -58,7 +58,7 @@ def waiting(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -
     return Waiting(tmp_path / "store", slurm)
 
 
-FAILED = "12|FAILED|NonZeroExitCode|n1|2026-11-26T10:00:00"
+FAILED = "12|FAILED|NonZeroExitCode|n1|2026-11-26T10:00:00|N/A"
 
 
 @pytest.mark.parametrize(("code", "kind"), [(5, "TrainingError"), (1, "StageFailed"), (None, "LostError")])
@@ -77,9 +77,9 @@ def test_the_code_is_the_failed_stage_s(code: int | None, kind: str, waiting: Wa
 @pytest.mark.parametrize(
     ("answer", "then", "what"),
     [
-        ("12|CANCELLED|None|n1|2026-11-26T10:00:00", "", "sft was cancelled: "),
-        ("12|COMPLETED|None|n1|2020-11-20T10:00:00", "", "sft is gone: job 12 has made it"),
-        ("12|RUNNING|None|n1|N/A", "rm -f NOTE", "sft was not made: no job is known that makes it"),
+        ("12|CANCELLED|None|n1|2026-11-26T10:00:00|N/A", "", "sft was cancelled: "),
+        ("12|COMPLETED|None|n1|2020-11-20T10:00:00|N/A", "", "sft is gone: job 12 has made it"),
+        ("12|RUNNING|None|n1|N/A|N/A", "rm -f NOTE", "sft was not made: no job is known that makes it"),
     ],
 )
 def test_what_is_not_there_is_no_success(answer: str, then: str, what: str, waiting: Waiting) -> None:
@@ -89,7 +89,7 @@ def test_what_is_not_there_is_no_success(answer: str, then: str, what: str, wait
 
 
 def test_a_run_that_cannot_be_read_any_more_is_no_success(waiting: Waiting) -> None:
-    ended = waiting.ends("12|RUNNING|None|n1|N/A", then=f"echo '{{' > {waiting.run.folder}/run.json")
+    ended = waiting.ends("12|RUNNING|None|n1|N/A|N/A", then=f"echo '{{' > {waiting.run.folder}/run.json")
     assert ended is not None and "run.json cannot be read" in str(ended)
 
 
@@ -98,7 +98,7 @@ def test_what_is_there_is_a_success_whatever_its_job_came_to(waiting: Waiting) -
     aside = waiting.store / "aside"
     record = {"key": waiting.sft.key, "seconds": 1.0, "metrics": {}, "files": {}, "run": waiting.run.id}
     write(aside / "record.json", record)
-    assert waiting.ends("12|RUNNING|None|n1|N/A", then=f"mv {aside} {folder} 2>&1") is None
+    assert waiting.ends("12|RUNNING|None|n1|N/A|N/A", then=f"mv {aside} {folder} 2>&1") is None
     assert json.loads((folder / "record.json").read_text())["key"] == waiting.sft.key
 
 
