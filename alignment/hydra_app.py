@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from alignment.config.guard import refuse_code
 from alignment.config.paths import CONF
 from alignment.config.points import Points, as_given
 from alignment.config.provenance import Origin
+from alignment.config.redact import run_command
 from alignment.config.schema import Experiment
 from alignment.errors import AlignmentError, ConfigError
 from alignment.search import OPTUNA, Search, learns
@@ -48,7 +48,7 @@ class Point:
 
     @property
     def command(self) -> str:
-        return " ".join(["alignment run", *(shlex.quote(override) for override in self.overrides)])
+        return run_command(self.overrides)
 
 
 @dataclass(frozen=True)
