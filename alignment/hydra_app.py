@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from alignment.config.guard import refuse_code
 from alignment.config.paths import CONF
 from alignment.config.points import Points, as_given
 from alignment.config.provenance import Origin
+from alignment.config.redact import run_command
 from alignment.config.schema import Experiment
 from alignment.errors import AlignmentError, ConfigError
 from alignment.search import OPTUNA, Search, learns
@@ -48,7 +48,7 @@ class Point:
 
     @property
     def command(self) -> str:
-        return " ".join(["alignment run", *(shlex.quote(override) for override in self.overrides)])
+        return run_command(self.overrides)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,12 @@ class Loader(ConfigLoaderImpl):
         with aside():
             if known := self.points.known(master_config.hydra, sweep_overrides):
                 return known
-            config = self.load_sweep_config(master_config, sweep_overrides)
+            try:
+                config = self.load_sweep_config(master_config, sweep_overrides)
+            except explain.REFUSALS as error:  # here and not in `main`: of a search it is one trial's
+                theirs = master_config.hydra
+                origin = Origin((*as_given(theirs.overrides.hydra), *sweep_overrides), Origin.of(theirs).folders)
+                raise explain.refusal(error, origin) from error
             if known := self.points.known(master_config.hydra, sweep_overrides):
                 return known
             with open_dict(config):
@@ -184,8 +189,6 @@ class AllPoints(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         points = [self._point(list(one), number) for number, one in enumerate(job_overrides, start=initial_job_idx)]
-        if initial_job_idx == 0 and (refused := [one for one in points if isinstance(one, Refused)]) == points:
-            raise Aside(refused[0].error)  # most likely it is no trial's own
         returns = [JobReturn(overrides=point.overrides) for point in points]
         with aside():
             values = type(self).execute(points, self._master)

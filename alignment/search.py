@@ -91,7 +91,7 @@ class Search(Sweeper):
 
     A trial that was stopped as hopeless is told as pruned: samplers take it for worse than any that has ended (TPE), or
     leave it out. One that failed is told as failed, and the others go on; max_failure_rate is, as theirs, the share of
-    those asked for at once that may fail without an end to the search.
+    those asked for at once that may fail without an end to the search. Settings that no trial can have end it too.
     """
 
     def __init__(self, n_trials: int, n_jobs: int, max_failure_rate: float, **settings: Any) -> None:
@@ -129,13 +129,16 @@ class Search(Sweeper):
         study = optuna.create_study(
             study_name=theirs.study_name, storage=theirs.storage, sampler=sampler, directions=ways, load_if_exists=True
         )
-        asked = 0
+        asked, ended = 0, list[tuple[Any, dict[str, Any]]]()
         while left > 0:
             trials = [study.ask() for _ in range(min(left, theirs.n_jobs))]
             jobs = theirs._configure_trials(trials, space, fixed)
             told = theirs.launcher.launch(jobs, initial_job_idx=asked)
             asked, left = asked + len(trials), left - len(trials)
             states = [self._tell(study, trial, one) for trial, one in zip(trials, told, strict=True)]
+            ended += [(one._return_value, trial.params) for trial, one in zip(trials, told, strict=True)]
+            if error := _of_every_trial(ended, space):
+                raise error
             if states.count("failed") / len(states) > self._rate:
                 told_of = f"{states.count('failed')} of {len(states)} trials have failed"
                 queue.say(f"the search ends: {told_of} (hydra.sweeper.max_failure_rate={self._rate:g})")
@@ -191,3 +194,17 @@ class Search(Sweeper):
             )
             settings = "  ".join(f"{name}={value}" for name, value in trial.params.items())
             queue.say(f"best: {values}  with {settings or 'nothing varied'}")
+
+
+def _of_every_trial(ended: Sequence[tuple[Any, dict[str, Any]]], space: dict[str, Any]) -> ConfigError | None:
+    """What is wrong whatever the values: all trials so far were refused in the same words, with every value of what is
+    chosen, and two of what lies in a range. ended: what each came to, and its values."""
+    error = ended[0][0]
+    if not isinstance(error, ConfigError) or any(str(other) != str(error) for other, _ in ended):
+        return None
+    for name, values in space.items():
+        choices = getattr(values, "choices", None)
+        enough = len({repr(choice) for choice in choices}) if choices else 1 if values.single() else 2
+        if len({repr(params[name]) for _, params in ended}) < enough:
+            return None
+    return error

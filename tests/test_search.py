@@ -14,7 +14,9 @@ from optuna.trial import TrialState
 from alignment import hydra_app, search
 from alignment.config.schema import Dpo, Experiment
 from alignment.errors import ConfigError, LostError
+from alignment.runs import Session
 from alignment.search import Pruned
+from alignment.signals import Listener
 
 Answer = Callable[[int, Experiment], Any]
 BETA = "stage.dpo.beta=tag(log, interval(0.01, 1.0))"
@@ -23,10 +25,13 @@ BETA = "stage.dpo.beta=tag(log, interval(0.01, 1.0))"
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Experiment]]:
     """sweep(answer, *settings): Hydra's multirun with Optuna, in which answer(number, experiment) is what becomes of a
-    trial. Returns what was asked for. The study lies in study.db. A setting without a value is left at its default."""
+    trial. Returns what was asked for; the words of what was refused go into `refused`. The study lies in study.db. A
+    setting without a value is left at its default."""
     monkeypatch.chdir(tmp_path)
 
-    def run(answer: Answer, *settings: str, vary: tuple[str, ...] = (BETA,)) -> list[Experiment]:
+    def run(
+        answer: Answer, *settings: str, vary: tuple[str, ...] = (BETA,), refused: list[str] | None = None
+    ) -> list[Experiment]:
         asked: list[Experiment] = []
 
         def execute(points: Sequence[hydra_app.Point | hydra_app.Refused], master: DictConfig | None) -> list[Any]:
@@ -35,6 +40,8 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
             for point in points:
                 if isinstance(point, hydra_app.Refused):
                     values.append(point.error)
+                    if refused is not None:
+                        refused.append(str(point.error))
                     continue
                 search.objective(master, point.experiment)
                 values.append(answer(len(asked), point.experiment))
@@ -140,6 +147,55 @@ def test_settings_that_do_not_fit_together_are_one_failed_trial(sweep: Any, capf
     assert "2 trials: 1 done, 1 failed" in capfd.readouterr().out
 
 
+def test_what_hydra_refuses_is_one_failed_trial_in_the_words_of_a_grid(sweep: Any) -> None:
+    refused: list[str] = []
+    given = ("hydra/sweeper/sampler=grid", "hydra.sweeper.sampler.seed", "hydra.sweeper.n_jobs=1")
+    vary = ("engine=choice(zero2,zer3,zero3)",)
+    asked = sweep(lambda number, experiment: 1.0, *given, vary=vary, refused=refused)
+    assert {experiment.engine.strategy for experiment in asked} == {"zero2", "zero3"}
+    assert sorted(states()) == ["COMPLETE", "COMPLETE", "FAIL"]
+    with pytest.raises(ConfigError) as grids:
+        hydra_app.main(["-m", "experiment=quickstart", "engine=zero2,zer3,zero3"], lambda points, master: [])
+    assert refused == [str(grids.value)]
+    assert "no engine is called 'zer3' (did you mean engine=zero3?)" in refused[0]
+
+
+def test_if_the_first_trial_is_refused_the_others_go_on(sweep: Any) -> None:
+    """Also if that happens again, as long as another value may do: of two, a choice draws the same one often."""
+    lengths = "stage.prepare_sft.max_length=choice(9,128)"
+    given = ("hydra.sweeper.sampler.seed=4", "hydra.sweeper.n_jobs=1")  # by this seed it begins with three of 9
+    sweep(lambda number, experiment: 1.0, *given, vary=(lengths, BETA))
+    assert states() == ["FAIL"] * 3 + ["COMPLETE"] * 2 + ["FAIL"]
+
+
+def test_by_the_packages_own_rate_the_first_refusal_ends_the_search(
+    sweep: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ("hydra.sweeper.max_failure_rate=0.0", "hydra.sweeper.n_jobs=1")
+    assert sweep(of_beta, *given, vary=("stage.prepare_sft.max_length=range(8,10)",)) == []
+    assert "the search ends: 1 of 1 trials have failed (hydra.sweeper.max_failure_rate=0)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "vary",
+    [
+        ("stage.dpo.bta=interval(0.01,1)",),
+        ("stage.dpo.bta=choice(0.1,0.2)", "seed=choice(3)"),
+        ("+stage.dpo.bta=range(1,9)", BETA),
+        (BETA, "seed=-1"),
+        ("seed=-1",),
+    ],
+    ids=" ".join,
+)
+def test_what_no_value_can_mend_ends_the_search(vary: tuple[str, ...], sweep: Any) -> None:
+    refused: list[str] = []
+    with pytest.raises(ConfigError) as caught:
+        sweep(of_beta, "hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=40", vary=vary, refused=refused)
+    assert set(refused) == {str(caught.value)} and len(refused) < 20
+    right = "did you mean `stage.dpo.beta`?" if "bta" in vary[0] else "`seed` should be greater than or equal to 0"
+    assert right in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
@@ -185,6 +241,19 @@ def test_the_shipped_search_is_chosen_by_its_name(sweep: Any, capfd: pytest.Capt
     assert len({(beta(e), getattr(e.stage["dpo"], "learning_rate")) for e in asked}) == 3  # noqa: B009
     assert {(e.pruning.kind, e.objective[0]) for e in asked} == {("percentile", "reward")}
     assert "warning" not in capfd.readouterr().out
+
+
+def test_if_all_are_refused_the_command_ends_as_the_first_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = Session(Listener(), wait=False, arguments=[])
+    given = ["-m", "experiment=quickstart", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid"]
+    given += ["hydra.sweeper.n_jobs=1", "hydra.sweeper.max_failure_rate=1.0"]
+    hydra_app.main([*given, "hydra.sweeper.direction=maximize", "engine=choice(zer2,zer3)"], session.execute)
+    with pytest.raises(ConfigError, match=r"2 of 2 points failed; the first: no engine is called 'zer[23]'"):
+        session.finish()
+    assert capfd.readouterr().out.count("✗ command line: no engine is called") == 2
 
 
 def test_without_the_extra_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

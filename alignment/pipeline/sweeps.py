@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from alignment.config.redact import run_command, setting_without_secrets
 from alignment.config.varied import varied
 from alignment.files import digest, read_json, write_json
 from alignment.pipeline.runner import Run
@@ -23,7 +23,7 @@ class Sweep:
     def __init__(self, settings: Sequence[str], arguments: Sequence[str], objective: Sequence[dict[str, str]]):
         """settings: as they were given, with all their values. arguments: those of the whole command. objective:
         {"metric", "direction"} of each metric that is looked at."""
-        self.command = shlex.join(["alignment", "run", *arguments])
+        self.command = run_command(arguments)
         self._settings = list(settings)
         self.id = ""
         self.folder = Path()
@@ -37,7 +37,7 @@ class Sweep:
             first = first or run
             self.id = self.id or name_of(run, self._settings)
             run.belongs_to(self.id)
-            self._points[run.id] = {"run": run.id, "overrides": list(overrides)}
+            self._points[run.id] = {"run": run.id, "overrides": [setting_without_secrets(one) for one in overrides]}
         if first is None:
             return
         self.folder = first.store.root / "sweeps" / self.id

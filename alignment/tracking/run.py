@@ -28,8 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
+from alignment.config.redact import without_secrets
 from alignment.files import program, write_text
-from alignment.tracking.redact import without_secrets
 from alignment.tracking.upload import Upload
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from alignment.tracking.redact import without_secrets
+from alignment.config.redact import without_secrets
 
 SEND_SECONDS = 5.0  # how often rows are sent (W&B's default: 15 s)
 SILENCE_SECONDS = 20.0  # a server that has not answered by then gets a warning

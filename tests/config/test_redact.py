@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import alignment
-from alignment.tracking.redact import without_secrets
+from alignment.config.redact import run_command, without_secrets
 
 HEX40 = "0123456789abcdef0123456789abcdef01234567"
 
@@ -86,3 +86,18 @@ def test_no_shipped_setting_is_taken_for_a_secret() -> None:
     assert len(files) > 10
     for file in files:
         assert "[removed]" not in str(without_secrets(yaml.safe_load(file.read_text()))), file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [
+        (["-m", "hydra.sweeper.storage=postgresql://me:pw@db/optuna"], "-m 'hydra.sweeper.storage=[removed]'"),
+        (["+data.more.token=abc", "seed=1"], "'+data.more.token=[removed]' seed=1"),
+        (["launcher.setup=['export DB_PASSWORD=hunter2']"], "'launcher.setup=[removed]'"),
+        ([f"model.source.revision={HEX40},{HEX40[::-1]}"], None),
+        (["hydra.sweeper.storage=sqlite:///study.db", "--config-dir", "here"], None),
+        (["model.eos_token=end", "hydra.sweeper.storage=null"], None),
+    ],
+)
+def test_a_command_is_kept_without_its_secrets(arguments: list[str], left: str | None) -> None:
+    assert run_command(arguments) == "alignment run " + (left or " ".join(arguments))

@@ -1,16 +1,17 @@
-"""Settings without their secrets, fit to be sent elsewhere."""
+"""Settings and commands without their secrets, fit to be kept, shown and sent elsewhere."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from alignment.config.secret_names import is_secret, secrets_in
 
 REMOVED = "[removed]"
 _GIT_NAMES = {"revision", "commit", "sha", "sha1"}  # 40 hex digits there are a commit
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"(?<![\w-])[0-9a-f]{40}(?![\w-])")
 _TOKENS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bwandb_v\d+_\w{16,}|(?<![0-9A-Za-z/@])[0-9a-f]{40}(?![0-9A-Za-z/])"
     r"|\b(?:sk|pk|rk)-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}"
@@ -37,9 +38,22 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, int | float):
         return value
     text = str(value)
-    if _TOKENS.search(text) and not (name.lower() in _GIT_NAMES and _COMMIT.fullmatch(text)):
+    if _TOKENS.search(_COMMIT.sub("", text) if name.lower() in _GIT_NAMES else text):
         return REMOVED
     return _without_named(text)
+
+
+def setting_without_secrets(setting: str) -> str:
+    """key=value as it is given to the command. The value goes as a whole, so that Hydra can still read what is left."""
+    key, _, value = setting.partition("=")
+    name = key.lstrip("+~")
+    kept = not is_secret(name, value) and without_secrets(value, name.rpartition(".")[2]) == value
+    return setting if kept else f"{key}={REMOVED}"
+
+
+def run_command(arguments: Iterable[str]) -> str:
+    """`alignment run` with these arguments, as it is kept with runs and sweeps and shown to whoever reads of them."""
+    return shlex.join(["alignment", "run", *map(setting_without_secrets, arguments)])
 
 
 def _without_named(text: str) -> str:
