@@ -23,7 +23,6 @@ from alignment.errors import (
     StageFailed,
 )
 from alignment.hydra_app import Point, Refused
-from alignment.launchers import slurm
 from alignment.pipeline import runner, sanity, submission, sweeps
 from alignment.pipeline.following import Follower
 from alignment.pipeline.identity import one_look
@@ -192,22 +191,19 @@ class Session:
         for run in runs:
             if run.id in broken:
                 self._trials.drop(run)
-        found = {run.id: (run, why) for run in runs if (why := self._trials.look(run))}
+        found = [(run, why) for run in runs if (why := self._trials.look(run))]
         if not found:
             return
-        store = runs[0].store
+        assert self._sweep is not None  # trials are those of a sweep
+        trained = {run.folder: pruning.judged(run).key for run, _ in found}
         try:
-            jobs, needed = cancelling.jobs_of(store, [run.folder for run, _ in found.values()])
-            trained = {node["key"] for node, _ in needed}
-            alone = {run.id: (run, why) for run, why in found.values() if pruning.judged(run).key not in trained}
-            if len(alone) < len(found):
-                jobs, _ = cancelling.jobs_of(store, [run.folder for run, _ in alone.values()])
-            slurm.cancel(jobs)
+            pruned = cancelling.prune(runs[0].store, self._sweep.id, list(trained), trained)
         except MachineError as error:
             queue.say(f"warning: hopeless trials go on for now: {error}")
             return
-        for run, why in alone.values():
-            self._prune(run, why)
+        for run, why in found:
+            if run.folder in pruned:
+                self._prune(run, why)
 
     # --- hopeless trials ---------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from alignment.allocation import Allocation, allocation
@@ -95,12 +95,19 @@ def test(script: str, patience: float) -> tuple[bool, str]:
 
 def states(jobs: Iterable[str]) -> dict[str, JobState]:
     """Of these jobs and elements of arrays: those that SLURM still knows."""
+    jobs = list(jobs)
     wanted = sorted({job.split("_")[0] for job in jobs})
     found: dict[str, JobState] = {}
     for first in range(0, len(wanted), CHUNK):
         for state in _ask(wanted[first : first + CHUNK]):
             found[state.job] = state
-    return found
+    return found | {job: whole for job in jobs if (whole := _of_array(job, found))}
+
+
+def _of_array(job: str, found: Mapping[str, JobState]) -> JobState | None:
+    """Of an element of an array that was cancelled as a whole while it waited: of that squeue has one line."""
+    state = found.get(job.split("_")[0])
+    return None if job in found or state is None or state.lives else replace(state, job=job)
 
 
 def _ask(jobs: Sequence[str]) -> list[JobState]:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from alignment.files import listed, read_json, remove, write_json
 from alignment.launchers import slurm
 from alignment.launchers.slurm import JobState
+from alignment.pipeline import claims
 from alignment.pipeline.runner import Run
 from alignment.pipeline.store import Store
 
 JOBS = "jobs"
+KEYS = f"{JOBS}/keys"
 BEGUN = "begun"
 SUBMIT = "submit"  # name of the lock of submissions
 DEPENDENT = "Dependency"  # SLURM's reason for a job that waits for another
@@ -33,7 +37,7 @@ def job_of(store: Store, key: str) -> dict[str, Any] | None:
 
 def unmade(store: Store) -> list[dict[str, Any]]:
     """As `job_of`, of every key that a job was ever submitted for and that has no result."""
-    notes = [(path.stem, _read(path)) for path in listed(store.root, f"{JOBS}/keys/*.json")]
+    notes = [(path.stem, _read(path)) for path in listed(store.root, f"{KEYS}/*.json")]
     return [told for key, told in notes if told and not (store.result(key) / "record.json").exists()]
 
 
@@ -47,7 +51,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _place(store: Store, key: str) -> Path:
-    return store.root / JOBS / "keys" / f"{key[:16]}.json"
+    return store.root / KEYS / f"{key[:16]}.json"
 
 
 def note(
@@ -110,9 +114,22 @@ def _without_orphans(runs: Sequence[Run], jobs: Mapping[str, str], states: Mappi
     return kept
 
 
+@contextmanager
+def alone(store: Store, who: str, say: Callable[[str], None]) -> Iterator[None]:
+    """While nobody else submits or cancels. who: a word for those who wait."""
+    lock = store.run_lock(SUBMIT)
+    if not lock.acquire(who):
+        say(f"waits for another submission: {lock.holder().get('who')}")
+        lock.wait(who, lambda holder: None)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def recall(store: Store) -> None:
     """`remember`, by who submits nothing: not while another command submits. Raises MachineError if SLURM refuses."""
-    if not listed(store.root, f"{JOBS}/*/{BEGUN}"):
+    if not _left(store):
         return
     lock = store.run_lock(SUBMIT)
     if lock.acquire("what a submission has left"):
@@ -124,12 +141,27 @@ def recall(store: Store) -> None:
 
 def remember(store: Store) -> None:
     """Note the jobs of submissions that did not come to their end: their command was killed, or SLURM took too long to
-    answer it. The caller holds the lock of submissions, so none is at it now."""
-    folders = {path.parent for path in listed(store.root, f"{JOBS}/*/{BEGUN}")}
+    answer it; and of all, if the notes were removed. The caller holds the lock of submissions: none is at it now."""
+    folders = _left(store)
     for asked, number in slurm.outputs().items() if folders else ():
         path = Path(asked.replace("%%", "%"))
-        if path.parent in folders and (found := re.fullmatch(r"(.+)-(%A_%a|%j|\d+_\d+|\d+)\.out", path.name)):
-            script = path.with_name(found[1])
-            note(store, script, number, read_json(script.with_suffix(".json")), array="_" in found[2])
+        found = re.fullmatch(r"(.+)-(%A_%a|%j|\d+_\d+|\d+)\.out", path.name)
+        if found and path.parent in folders and (script := path.with_name(found[1])).with_suffix(".json").exists():
+            orders = read_json(script.with_suffix(".json"))
+            jobs = note(store, script, number, orders, array="_" in found[2])
+            if (path.parent / BEGUN).exists():
+                owners: dict[str, list[str]] = defaultdict(list)
+                for order in orders.values():
+                    owners[order["run"]].append(jobs[order["key"]])
+                claims.add(store, (path.parent / BEGUN).read_text(), owners)
     for folder in folders:
         remove(folder / BEGUN)
+    if folders:
+        (store.root / KEYS).mkdir(exist_ok=True)
+
+
+def _left(store: Store) -> set[Path]:
+    """Folders of submissions whose jobs may have no note."""
+    if not (store.root / KEYS).exists():
+        return {path.parent for path in listed(store.root, f"{JOBS}/*/*.sbatch")}
+    return {path.parent for path in listed(store.root, f"{JOBS}/*/{BEGUN}")}

@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from alignment.config.launchers import Resources, SlurmLauncher
 from alignment.files import remove, write_json, write_text
 from alignment.launchers import slurm
-from alignment.pipeline import ledger, snapshot
+from alignment.pipeline import claims, ledger, snapshot
 from alignment.pipeline.batches import Batch, Task, Wait, batches, nearest
 from alignment.pipeline.graph import Node
 from alignment.pipeline.runner import Run
@@ -99,6 +99,11 @@ class Submission:
             self.numbers[batch.number] = number = slurm.submit(script)
             self.jobs |= ledger.note(self.store, path, number, orders, array=batch.array)
         remove(begun)
+
+    def claim(self, runs: Sequence[Run]) -> None:
+        """Have the jobs that there are so far stay in the queue for these runs. Raises OSError."""
+        waited_for = {run.id: [self.jobs[node.key] for node in run.nodes if node.key in self.jobs] for run in runs}
+        claims.add(self.store, self.name, waited_for)
 
     def _write_settings(self) -> None:
         runs = [self.owners[task.key].run for batch in self.batches for task in batch.elements.values()]
@@ -272,17 +277,13 @@ def submit(
     signal does not come between one and the note of it."""
     with suppress(OSError):
         runs[0].store.root.mkdir(parents=True, exist_ok=True)
-    lock = runs[0].store.run_lock(ledger.SUBMIT)
-    if not lock.acquire(name):
-        say(f"waits for another submission: {lock.holder().get('who')}")
-        lock.wait(name, lambda holder: None)
-    try:
+    with ledger.alone(runs[0].store, name, say):
         ledger.remember(runs[0].store)
         submission = Submission(runs, name, ledger.queued(runs, say), slurm.largest_array())
         with whole():
             for run in runs:
                 run.submitted(submission.owners)
+            submission.claim(runs)  # what is queued already must not be cancelled from under us, if this is killed
             submission.submit()
-    finally:
-        lock.release()
+            submission.claim(runs)
     return submission

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from alignment.errors import ConfigError
 from alignment.launchers import slurm
-from alignment.pipeline import ledger
+from alignment.pipeline import claims, ledger
 from alignment.pipeline.store import Store
 from alignment.reporting import queue, targets, watching
 from alignment.reporting.gather import Row
 from alignment.reporting.status import is_over
 
 LISTED = 10  # names in an error, jobs in an answer
+Jobs = dict[str, Row]  # job -> its node
+Needed = dict[str, tuple[Row, str]]  # job -> its node, and who else waits for it
+Mine = Callable[[str, str], bool]
 
 
 def cancel(names: Sequence[str], root: Path) -> int:
-    """Raises ConfigError for a name that means nothing, or several that have jobs; MachineError if SLURM refuses.
-
-    Raises InputError where the run.json of a run is gone or cannot be read: of one that is meant once the jobs of the
-    others are cancelled, of one that may wait for these before any is.
-    """
+    """Raises ConfigError for a name that means nothing, or several that have jobs; MachineError if SLURM refuses; and,
+    once the jobs of the others are cancelled, InputError for a run whose run.json is gone or cannot be read."""
     store = Store(root)
     ledger.recall(store)
     runs = watching.look(store, targets.folders_of_runs(store.root))
     unknown = _unknown(store, runs)
     # Of one whose run.json cannot be read nobody knows: better an error, below, than to say that there is nothing.
     live = {Path(run["folder"]) for run in runs if not is_over(run) or not run["nodes"]} | set(unknown)
-    folders = list(dict.fromkeys(folder for name in names for folder in _meant(name, store.root, live)))
-    jobs, needed = _jobs_of(runs, folders)
-    if jobs:
-        _refuse_risk(runs, unknown, folders)
-    for node, run in needed:
-        queue.say(f"{node['name']} (job {node['job']}) stays: {run} waits for it")
-    slurm.cancel(jobs)
-    _tell(jobs)
+    meant = [_meant(name, store.root, live) for name in names]
+    folders = list(dict.fromkeys(folder for _, found in meant for folder in found))
+    sweeps = {sweep for sweep, _ in meant if sweep}
+    alone = {folder.name for sweep, found in meant if not sweep for folder in found}  # whatever sweeps they are in
+    jobs, needed = _cancel_jobs(store, runs, folders, lambda claimant, run: claimant in sweeps or run in alone)
     local = [said for run in runs if Path(run["folder"]) in folders for said in _here(run, store)]
     for said in local:
         queue.say(said)
@@ -51,6 +48,20 @@ def cancel(names: Sequence[str], root: Path) -> int:
     return 0
 
 
+def _cancel_jobs(store: Store, runs: Sequence[Row], folders: Sequence[Path], mine: Mine) -> tuple[Jobs, Needed]:
+    """mine: see `_jobs_of`. Who is among them waits for no job any more."""
+    if not any(_living(runs, folders)):
+        return {}, {}
+    with ledger.alone(store, "alignment cancel", queue.say):  # who submits now may wait for these jobs in a moment
+        jobs, needed = _jobs_of(store, runs, folders, mine)
+        for job, (node, other) in needed.items():
+            queue.say(f"{node['name']} (job {job}) stays: {other} waits for it")
+        claims.drop(store, mine)
+        slurm.cancel(jobs)
+    _tell(jobs)
+    return jobs, needed
+
+
 def _tell(jobs: dict[str, Row]) -> None:
     if len(jobs) > LISTED:
         for name, count in Counter(node["name"] for node in jobs.values()).items():
@@ -61,8 +72,7 @@ def _tell(jobs: dict[str, Row]) -> None:
 
 
 def _unknown(store: Store, runs: Sequence[Row]) -> dict[Path, str]:
-    """Of runs whose run.json is gone or cannot be read: folder -> a job that was submitted for it and waits or runs. Of
-    what else they wait for nobody knows."""
+    """Of runs whose run.json is gone or cannot be read: folder -> a job that was submitted for it and waits or runs."""
     readable = {Path(run["folder"]).name for run in runs if run["nodes"]}
     notes = [note for note in ledger.unmade(store) if note["run"] not in readable]
     states = slurm.states(note["job"] for note in notes) if notes else {}
@@ -70,35 +80,26 @@ def _unknown(store: Store, runs: Sequence[Row]) -> dict[Path, str]:
     return {store.run_folder(note["run"]): note["job"] for note in living}
 
 
-def _refuse_risk(runs: Sequence[Row], unknown: dict[Path, str], folders: Sequence[Path]) -> None:
-    """Raises InputError if another run than those in these folders may wait for their jobs: one of `_unknown`. One that
-    has no job of its own may wait, too, for what others submitted, but most likely is of long ago: it is named."""
-    for folder in (path for path in unknown if path not in folders):
-        more = f", and its job {unknown[folder]} may wait for what is to be cancelled"
-        raise targets.unreadable(folder / "run.json", more)
-    others = [run["run"] for run in runs if not run["nodes"] and Path(run["folder"]) not in folders]
-    if others:
-        more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
-        queue.say(f"warning: what {', '.join(others[:LISTED])}{more} may wait for is not known: run.json is unreadable")
-
-
-def _meant(name: str, store: Path, live: set[Path]) -> list[Path]:
-    """Folders of the run or sweep of that name; else of the only one whose name begins so and that is `live`.
+def _meant(name: str, store: Path, live: set[Path]) -> tuple[str | None, list[Path]]:
+    """The sweep of that name, or None, and the folders of its runs, or of the run of that name; else of the only one
+    whose name begins so and that is `live`.
 
     Names begin with the experiment's: most often with that of every run that was ever made of it.
     """
     runs, sweeps = targets.named(name, store)
     if exact := targets.whole(name, runs, sweeps):
-        return exact
-    found = {sweep: folders for sweep, folders in sweeps.items() if live.intersection(folders)}
-    in_sweeps = {folder for folders in found.values() for folder in folders}
+        return (name if name in sweeps else None), exact
+    found: dict[str, tuple[str | None, list[Path]]] = {
+        sweep: (sweep, folders) for sweep, folders in sweeps.items() if live.intersection(folders)
+    }
+    in_sweeps = {folder for _, folders in found.values() for folder in folders}
     mine = sorted(folder for folder in live if folder.name.startswith(name) and folder not in in_sweeps)
-    found |= {folder.name: [folder] for folder in mine}
+    found |= {folder.name: (None, [folder]) for folder in mine}
     if len(found) > 1:
         more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
         what = f"{name!r} is the beginning of several that wait or run: {', '.join([*found][:LISTED])}{more}"
         raise ConfigError(what, where="command line", fix="give a whole name; a sweep's means all its runs")
-    return next(iter(found.values()), [])
+    return next(iter(found.values()), (None, []))
 
 
 def _here(run: Row, store: Store) -> list[str]:
@@ -112,27 +113,40 @@ def _here(run: Row, store: Store) -> list[str]:
     return found
 
 
-def jobs_of(store: Store, folders: Sequence[Path]) -> tuple[dict[str, Row], list[tuple[Row, str]]]:
-    """Of the runs in these folders: job -> its node, of what waits or works for them alone; and nodes that another run
-    waits for too, with its name. One whose run.json cannot be read, and that has jobs, may wait for any. Raises
-    MachineError if SLURM refuses."""
-    runs = watching.look(store, None)
-    jobs, needed = _jobs_of(runs, folders)
-    others = [folder.name for folder in (_unknown(store, runs) if jobs else {}) if folder not in folders]
-    return ({}, [*needed, *((node, others[0]) for node in jobs.values())]) if others else (jobs, needed)
+def prune(store: Store, sweep: str, folders: Sequence[Path], trained: Mapping[Path, str]) -> list[Path]:
+    """Cancel the jobs of a sweep's runs in these folders, but for those that others wait for, and not of a run whose
+    training others wait for. trained: folder -> key of that. Returns the folders of those whose jobs were cancelled.
+    Raises MachineError if SLURM refuses."""
+    runs = watching.look(store, folders)
+    with ledger.alone(store, sweep, queue.say):
+
+        def of(some: Sequence[Path]) -> tuple[Jobs, Needed]:
+            names = {folder.name for folder in some}
+            return _jobs_of(store, runs, some, lambda claimant, run: claimant == sweep and run in names)
+
+        kept = {node["key"] for node, _ in of(folders)[1].values()}
+        alone = [folder for folder in folders if trained[folder] not in kept]
+        slurm.cancel(of(alone)[0])
+        claims.drop(store, lambda claimant, run: claimant == sweep and run in {folder.name for folder in alone})
+    return alone
 
 
-def _jobs_of(runs: Sequence[Row], folders: Sequence[Path]) -> tuple[dict[str, Row], list[tuple[Row, str]]]:
-    mine = [run for run in runs if Path(run["folder"]) in folders]
-    others = {node["key"]: run["run"] for run in runs if run not in mine and not is_over(run) for node in run["nodes"]}
-    jobs: dict[str, Row] = {}
-    needed: list[tuple[Row, str]] = []
-    for run in mine:
-        for node in run["nodes"]:
-            if node["state"] not in ("queued", "running") or not node.get("job"):
-                continue
-            if node["key"] in others:
-                needed.append((node, others[node["key"]]))
-            else:
-                jobs[node["job"]] = node
+def _jobs_of(store: Store, runs: Sequence[Row], folders: Sequence[Path], mine: Mine) -> tuple[Jobs, Needed]:
+    """Of the runs in these folders: what waits or works for them alone; and what others wait for too, with the name of
+    one. mine(claimant, run): whether that one does not count, as it is to wait for nothing any more."""
+    waiting = claims.by_job(claims.read(store))
+    jobs: Jobs = {}
+    needed: Needed = {}
+    for node in _living(runs, folders):
+        others = (claimant for claimant, run in waiting.get(node["job"], []) if not mine(claimant, run))
+        if other := next(others, None):
+            needed[node["job"]] = node, other
+        else:
+            jobs[node["job"]] = node
     return jobs, needed
+
+
+def _living(runs: Sequence[Row], folders: Sequence[Path]) -> Iterator[Row]:
+    for run in runs:
+        if Path(run["folder"]) in folders:
+            yield from (node for node in run["nodes"] if node["state"] in ("queued", "running") and node.get("job"))

@@ -38,6 +38,16 @@ def test_elements_of_an_array_are_told_apart(bin: Path) -> None:
     assert (found["12_0"].start, found["12_1"].start) == (datetime(2026, 11, 26, 8).timestamp(), None)
 
 
+def test_elements_of_an_array_that_was_cancelled_as_a_whole_are_cancelled(bin: Path) -> None:
+    """Slurm 22.05 has one line for it once none of its elements is left in the queue."""
+    answer(bin, "squeue", "12|CANCELLED|None||2026-11-26T10:00:00|N/A")
+    found = slurm.states(["12_0", "12_1"])
+    assert {job: (state.job, state.state) for job, state in found.items() if job != "12"} == {
+        "12_0": ("12_0", "CANCELLED"),
+        "12_1": ("12_1", "CANCELLED"),
+    }
+
+
 def test_a_forgotten_job_is_no_error(bin: Path) -> None:
     answer(bin, "squeue", "", 1, "slurm_load_jobs error: Invalid job id specified")
     assert slurm.states(["12"]) == {}

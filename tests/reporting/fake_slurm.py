@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from alignment.pipeline import claims
+from alignment.pipeline.store import Store
+
 CREATED = 1_795_395_600.0
 
 
@@ -63,6 +66,8 @@ def write_run(store: Path, run: str, states: dict[str, str], jobs: dict[str, str
     write(store / "runs" / run / "run.json", {**told, "nodes": nodes})
     for node, job in (jobs or {}).items():
         note(store, run, node, job)
+    if jobs:
+        claims.add(Store(store), run, {run: list(jobs.values())})
     return store / "runs" / run
 
 
@@ -82,4 +87,8 @@ def commit(store: Path, run: str, node: str) -> Path:
 
 
 def write_sweep(store: Path, name: str, runs: list[str]) -> None:
+    """Of these runs, which wait for their jobs as its points from now on."""
+    waiting = claims.read(Store(store))
+    claims.add(Store(store), name, {run: waiting[run][run] for run in runs if run in waiting.get(run, {})})
+    claims.drop(Store(store), lambda claimant, run: claimant == run and run in runs)
     write(store / "sweeps" / name / "sweep.json", {"sweep": name, "points": [{"run": run} for run in runs]})

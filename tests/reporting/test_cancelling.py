@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignment import cli
+from alignment.pipeline import claims
 from alignment.pipeline.store import Store
 from alignment.reporting import cancelling
 from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, write_run, write_sweep
@@ -223,31 +224,70 @@ def test_an_exact_name_does_not_mean_one_that_begins_so_where_its_file_was_remov
 
 
 @pytest.mark.parametrize("left", ["a folder without run.json", "run.json that is cut", "no folder"])
-def test_what_a_run_that_nobody_can_read_may_wait_for_is_not_cancelled(
+def test_what_a_run_that_nobody_can_read_waits_for_is_not_cancelled(
     left: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its DPO, job 31, waits for the SFT that quickstart-2 was submitted with, job 21."""
+    claims.add(Store(store), "mine-3", {"mine-3": ["21"]})
     damage(store / "runs" / "mine-3", left)
-    assert cancel(store, "quickstart-2") == 3
-    error = capsys.readouterr().err
-    assert "runs/mine-3/run.json: is " in error and "its job 31 may wait for what is to be cancelled" in error
-    jobs, needed = cancelling.jobs_of(Store(store), [store.resolve() / "runs" / "quickstart-2"])
-    assert (jobs, [(node["job"], run) for node, run in needed]) == ({}, [("21", "mine-3")]), "nor is it pruned"
+    assert cancel(store, "quickstart-2") == 0
+    assert capsys.readouterr().out == "sft (job 21) stays: mine-3 waits for it\n"
     assert slurm.calls("scancel") == []
-    slurm.queue(("21", "RUNNING"))
-    assert cancel(store, "quickstart-2") == 0, "it has no jobs any more"
-    assert ("what mine-3 may wait for is not known" in capsys.readouterr().out) == (left != "no folder")
-    assert slurm.calls("scancel") == ["21"]
 
 
-def test_where_all_stays_for_another_run_that_is_said(
+def test_the_last_of_those_that_wait_for_a_job_takes_it_along(
     store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In whatever order they are cancelled, and though all of them still know of it."""
     shutil.copytree(store / "runs" / "quickstart-2", store / "runs" / "other-5")
     other = store / "runs" / "other-5" / "run.json"
     other.write_text(other.read_text().replace('"run": "quickstart-2"', '"run": "other-5"'))
+    claims.add(Store(store), "other-5", {"other-5": ["21"]})
     assert cancel(store, "quickstart-2") == 0
     assert capsys.readouterr().out == "sft (job 21) stays: other-5 waits for it\n"
+    assert slurm.calls("scancel") == []
+    assert cancel(store, "other-5") == 0
+    assert capsys.readouterr().out == "cancelled sft (job 21)\n"
+    assert slurm.calls("scancel") == ["21"]
+
+
+def test_a_point_of_two_sweeps_goes_with_the_second_or_by_its_own_name(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The larger sweep was given after the smaller one, whose job it has found."""
+    write_sweep(store, "smaller", ["quickstart-2"])
+    queued(store, "quickstart-4", "41")
+    slurm.queue(("21", "PENDING"), ("41", "PENDING"))
+    write_sweep(store, "larger", ["quickstart-2", "quickstart-4"])
+    claims.add(Store(store), "larger", {"quickstart-2": ["21"]})
+    assert cancel(store, "smaller") == 0
+    assert capsys.readouterr().out == "sft (job 21) stays: larger waits for it\n"
+    assert cancel(store, "quickstart-2") == 0, "who names the run means it"
+    assert slurm.calls("scancel") == ["21"]
+    assert cancel(store, "larger") == 0
+    assert slurm.calls("scancel") == ["21", "21 41"]
+
+
+def test_a_hopeless_point_of_another_sweep_too_is_not_pruned(store: Path, slurm: FakeSlurm) -> None:
+    write_sweep(store, "search", ["quickstart-2", "mine-3"])
+    write_sweep(store, "plain", [])
+    claims.add(Store(store), "plain", {"mine-3": ["31"]})
+    folders = {store / "runs" / run: key_of(run, "sft") for run in ("quickstart-2", "mine-3")}
+    assert cancelling.prune(Store(store), "search", list(folders), folders) == [store / "runs" / "quickstart-2"]
+    assert slurm.calls("scancel") == ["21"]
+    assert claims.read(Store(store))["search"].keys() == {"mine-3"}
+
+
+def test_jobs_are_found_though_all_notes_of_them_were_removed(store: Path, slurm: FakeSlurm) -> None:
+    folder = store / "jobs" / "once"
+    order = {"run": "quickstart-2", "node": "sft", "key": key_of("quickstart-2", "sft")}
+    (folder / "000-sft.json").write_text(json.dumps({"0": order}))
+    (folder / "000-sft.sbatch").touch()
+    shutil.rmtree(store / "jobs" / "keys")
+    wide = f"{'21':<20}{folder}/000-sft-%j.out"
+    slurm.script("squeue", f"case \"$*\" in *StdOut*) echo '{wide}';; *) echo '21|PENDING|Priority||N/A|N/A';; esac")
+    assert cancel(store, "quickstart-2") == 0
+    assert slurm.calls("scancel") == ["21"]
 
 
 def test_of_many_jobs_it_says_how_many_of_which(
