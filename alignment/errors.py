@@ -50,6 +50,12 @@ class MachineError(AlignmentError):
     exit_code = 4
 
 
+def word_of_a_job(error: AlignmentError) -> str:
+    """The line with which a job of a cluster ends. It has the code, which SLURM soon forgets: who waits for the job
+    ends with it. job.sbatch.jinja writes such a line, too; reporting/jobs.py reads them."""
+    return f"alignment: error: {error} [code {error.exit_code}]"
+
+
 def unusable(error: OSError) -> MachineError:
     """A file or folder of ours (the store, the cache) that the system refuses, in words for people."""
     where = str(error.filename) if error.filename is not None else None

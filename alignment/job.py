@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from alignment.allocation import Allocation, allocation
 from alignment.config.schema import Experiment, SlurmLauncher
-from alignment.errors import AlignmentError, InputError, LostError, MachineError, PreemptedError
+from alignment.errors import AlignmentError, InputError, LostError, MachineError, PreemptedError, word_of_a_job
 from alignment.files import read_json
 from alignment.launchers import slurm
 from alignment.pipeline.graph import Node
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
             run, node = _run(read_json(Path(arguments[0]))[arguments[1]])
             return _bring(run, node, here, stop)
     except AlignmentError as error:
-        print(f"alignment: error: {error}", file=sys.stderr, flush=True)
+        print(word_of_a_job(error), file=sys.stderr, flush=True)
         return error.exit_code
     except Exception:
         traceback.print_exc()
@@ -147,7 +147,7 @@ def _again(here: Allocation, launcher: SlurmLauncher, why: str) -> int:
         return PreemptedError.exit_code
     if here.restarts >= launcher.max_restarts:
         what = f"the job {why}, after {here.restarts} restarts: it is not queued again"
-        print(f"alignment: error: {LostError(what, fix=TOO_OFTEN)}", file=sys.stderr, flush=True)
+        print(word_of_a_job(LostError(what, fix=TOO_OFTEN)), file=sys.stderr, flush=True)
         return PreemptedError.exit_code
     _say(f"the job {why}: it is queued again")
     insist(lambda: slurm.requeue(here.job))

@@ -65,7 +65,8 @@ def test_a_job_takes_the_settings_that_it_was_submitted_with(
     write_json(stage.run.folder / "run.json", {**state, "config": {**state["config"], "launcher": {"kind": "local"}}})
     monkeypatch.setattr(store, "LATE", 0.0)
     assert job.main(stage.of("sft")) == 4
-    assert "the result of start is not there" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the result of start is not there" in said and said.endswith(" [code 4]\n"), "who waits learns it from this"
 
 
 def test_a_job_that_its_cluster_starts_again_for_ever_ends(

@@ -139,7 +139,7 @@ def test_it_asks_for_little() -> None:
             "MachineError {folder}: probe on n1: the code in the store is not",
         ),
         (
-            "alignment: error: launcher.setup: `source x` has ended with code 1 (mend the line)",
+            "alignment: error: launcher.setup: `source x` has ended with code 1 (mend the line) [code 4]",
             "MachineError launcher.setup: probe on n1: `source x` has ended with code 1 (mend the line; log: {log})",
         ),
         ("slurmstepd: error: killed", "MachineError {log}: probe on n1: it has FAILED, and said last: slurmstepd"),

@@ -47,6 +47,13 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
+def begun(folder: Path) -> list[Row]:
+    """As `read`, and after them what stage.json says of the attempt that is at work, or ended without being noted."""
+    rows, order = read(folder), _read(folder / "stage.json") or {}
+    is_new = isinstance(order.get("attempt"), int) and all(row["attempt"] != order["attempt"] for row in rows)
+    return [*rows, order] if is_new else rows
+
+
 def summary(rows: list[Row]) -> Row:
     """Of the attempts at a stage: {"attempts": how many, "causes": why each that failed did so, "restarts": times that
     its job was queued again}."""
@@ -88,15 +95,20 @@ def note_unnoted(folder: Path) -> None:
     if any(line.get("attempt") == order["attempt"] for line in read(folder)):
         return
     ended = (_read(folder / "progress.json") or {}).get("at", order["started"])
-    note(folder, row(folder, order, *_left(folder), ended))
+    note(folder, row(folder, order, *_left(folder, order), ended))
 
 
-def _left(folder: Path) -> tuple[str, str]:
+def _left(folder: Path, order: Row) -> tuple[str, str]:
     """Outcome and cause of an attempt, as far as its processes have said: their words have their disk reserved."""
     if error := _told(folder, "error.json") or _told(folder, "lost.json"):
         return outcome_of(error), str(error)
     if outcome := _read(folder / OUTCOME):
         return "preempted", str(outcome.get("why"))
+    before, mine = order.get("job") or {}, allocation()
+    # SLURM ends the whole job, with the driver on a living node, where another node fails; and then starts it again.
+    if mine and before.get("id") == mine.job and before.get("restarts", mine.restarts) < mine.restarts:
+        since = f"job {mine.job}, restart {mine.restarts}"
+        return "interrupted", f"its job was ended by SLURM without a word: a node has failed, most likely ({since})"
     return "interrupted", "its driver was killed, or the disk too full to say why"
 
 

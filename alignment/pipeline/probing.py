@@ -260,7 +260,7 @@ def _without(one: Probe, state: str, node: str) -> AlignmentError:
         return MachineError(f"{on}: no log of it, and it has {state}: the store is not to be written there",
                             where=str(one.path.parent), fix=fix)  # fmt: skip
     last = lines[-1].strip() if lines else "nothing"
-    if said := re.fullmatch(r"alignment: error: (launcher\.setup): (.*) \((.*)\)", last):
+    if said := re.fullmatch(r"alignment: error: (launcher\.setup): (.*) \((.*)\)(?: \[code \d+\])?", last):
         return MachineError(f"{on}: {said[2]}", where=said[1], fix=f"{said[3]}; log: {one.log}")
     if re.search(r"exec: |line \d+: .*(No such file|not found|Permission denied|cannot execute)", last):
         python = re.sub(r"^.*?line \d+: (exec: )?", "", last)

@@ -54,7 +54,8 @@ class Jobs:
 
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Key -> {"job", "out": file of what it printed, "submitted", "alive", "waits", "runs": its processes may be
-        expected to show life, "started", "nodes", "why": it waits, or has ended, "ended": failed | cancelled | gone}.
+        expected to show life, "started", "nodes", "why": it waits, or has ended, "ended": failed | cancelled | gone,
+        "code": of errors.BY_CODE, or 1, where it has failed and has said so}.
         Keys that no job was submitted for are left out.
 
         Where SLURM does not answer, its word is missing: whose end is not known counts as queued, with that as its why.
@@ -118,12 +119,12 @@ class Jobs:
                 "ended": "gone",
                 "why": f"job {job} has made it; its result is not in the store any more",
             }
-        said = last_error(Path(str(note.get("out"))))
-        if state is None or state.lives:
-            return {"alive": False, "ended": "failed", "why": said or f"job {job} has ended without a result"}
-        cancelled = state.state == "CANCELLED"
-        because = "cancelled, or a stage before it has failed" if cancelled else _ended(state)
-        return {"alive": False, "ended": "cancelled" if cancelled else "failed", "why": said or because}
+        said, code = last_error(Path(str(note.get("out"))))
+        if state is not None and state.state == "CANCELLED":
+            why = said or "cancelled, or a stage before it has failed"
+            return {"alive": False, "ended": "cancelled", "why": why}
+        lost = f"job {job} has ended without a result" if state is None or state.lives else _ended(state)
+        return {"alive": False, "ended": "failed", "why": said or lost, **({} if code is None else {"code": code})}
 
 
 def _ended(state: slurm.JobState) -> str:
@@ -138,7 +139,10 @@ def _mtime(file: Path) -> int:
         return 0
 
 
-def last_error(out: Path) -> str | None:
-    """What a job has said it failed of."""
-    found = re.findall(r"^alignment: error: (.*)$", tail(out, TAIL), re.M)
-    return found[-1] if found else None
+def last_error(out: Path) -> tuple[str | None, int | None]:
+    """What a job has said it failed of, and the code of that (errors.word_of_a_job)."""
+    found = re.findall(r"^alignment: error: (.*?)(?: \[code (\d+)\])?$", tail(out, TAIL), re.M)
+    if not found:
+        return None, None
+    said, code = found[-1]
+    return said, int(code) if code else None

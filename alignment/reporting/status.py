@@ -42,7 +42,7 @@ def read_runs(
     have "progress", those that this run has tried "attempts" (a count) and "causes" (why each that ended without a
     result did), those that are jobs of a cluster "job" and, where it waits, "why", where it runs, "on" (its nodes);
     failed ones "log" (the last lines of what the stage, or else its job, has written), and those of a cluster that have
-    said why their "code" (of errors.BY_CODE).
+    said why their "code" (of errors.BY_CODE, or 1).
     gone: it was done, but the store no longer has the result, or not whole; the same command makes it again.
     preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
     """
@@ -93,8 +93,15 @@ def jobs_of_runs(
 
 
 def _is_readable(run: Any) -> bool:
+    """Whether it has what all that shows runs relies on: one that lacks it must not end a look at all the others."""
     nodes = (run.get("nodes") or []) if isinstance(run, dict) else None
-    return isinstance(nodes, list) and all(isinstance(node, dict) and "name" in node for node in nodes)
+    return isinstance(nodes, list) and isinstance(run.get("run") or "", str) and all(map(_is_node, nodes))
+
+
+def _is_node(node: Any) -> bool:
+    if not isinstance(node, dict) or not isinstance(node.get("inputs") or {}, dict):
+        return False
+    return all(isinstance(node.get(name), str) for name in ("name", "kind", "key", "state"))
 
 
 def read_run(file: Path, results: Results, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
@@ -158,7 +165,7 @@ def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
     if record:
         tried = attempts.summary(record["attempts"] or [])
         return {**told, "state": "done", "seconds": finite(record["seconds"]), **tried}
-    told |= {"job": job.get("job"), **attempts.summary(attempts.read(work))}
+    told |= {"job": job.get("job"), **attempts.summary(attempts.begun(work))}
     if job.get("alive"):
         told |= {
             "state": "queued" if job.get("waits") else "running",
@@ -172,8 +179,9 @@ def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
     told["state"] = job.get("ended") or "waiting"
     error = read(work / "error.json") if _is_of(job, work / "error.json") else None
     told["error"] = error_text(error) or job.get("why")
-    if isinstance(error, dict) and isinstance(error.get("code"), int):
-        told["code"] = error["code"]
+    code = error.get("code") if isinstance(error, dict) else job.get("code")  # of whose words these are
+    if isinstance(code, int):
+        told["code"] = code
     return told
 
 

@@ -197,6 +197,29 @@ def test_an_attempt_that_a_full_disk_kept_from_being_noted_is_known_by_its_proce
     assert told == [("preempted", "SIGTERM: saved at step 4"), ("failed", "NaN")]
 
 
+@pytest.mark.parametrize(
+    ("job", "restart", "cause"),
+    [
+        ("12", 2, "its job was ended by SLURM without a word: a node has failed, most likely (job 12_3, restart 2)"),
+        ("12", 1, NOT_SAID),
+        ("13", 2, NOT_SAID),
+        (None, 2, NOT_SAID),
+    ],
+)
+def test_a_job_that_slurm_has_started_again_without_a_word_has_lost_a_node(
+    job: str | None, restart: int, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", job)
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    (tmp_path / "stage.json").write_text(json.dumps(ORDER))
+    attempts.note_unnoted(tmp_path)
+    assert [(row["outcome"], row["cause"]) for row in attempts.read(tmp_path)] == [("interrupted", cause)]
+
+
 def test_a_line_that_a_kill_has_cut_spoils_none_of_the_next(tmp_path: Path) -> None:
     attempts.note(tmp_path, {"attempt": 1})
     with open(tmp_path / "attempts.jsonl", "a") as stream:

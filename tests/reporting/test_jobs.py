@@ -74,11 +74,32 @@ def test_a_job_that_only_the_accounting_believes_to_run_has_failed(
 def test_a_job_that_said_why_it_failed_is_quoted(
     store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    note(store, "run", "sft", "12").write_text("begins\nalignment: error: no GPU\n")
+    out = note(store, "run", "sft", "12")
+    out.write_text("begins\nalignment: error: no GPU\n")
     slurm.accounts(("12", "FAILED", ago(10)))
-    assert node(store, capsys)["error"] == "no GPU"
+    assert (told := node(store, capsys))["error"] == "no GPU" and "code" not in told
+    out.write_text("begins\nalignment: error: no GPU [code 4]\n")
+    assert ((told := node(store, capsys))["error"], told["code"]) == ("no GPU", 4)
     slurm.accounts(("12", "CANCELLED by 0", ago(10)))
     assert node(store, capsys)["state"] == "cancelled"
+
+
+def test_the_attempt_at_work_counts_with_the_restarts_of_its_job(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.queue(("12", "RUNNING"))
+    rows = [{"attempt": number, "cause": f"lost {number}", "job": {"restarts": number - 1}} for number in (1, 2, 3)]
+    log_of(store).with_name("attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    order = log_of(store).with_name("stage.json")
+    told = {name: value for name, value in rows[2].items() if name != "cause"}
+    for stage, attempts, restarts in ((None, 2, 1), (rows[1], 2, 1), (told, 3, 2), ([], 2, 1)):
+        if stage is not None:
+            order.write_text(json.dumps(stage))
+        of = node(store, capsys)
+        assert (of["attempts"], of["restarts"], of["causes"]) == (attempts, restarts, ["lost 1", "lost 2"])
+    order.write_text(json.dumps(told))
+    assert cli.main(["status", "run", "--store", str(store)]) == 0
+    assert "queued again 2 times; 3 attempts (lost 1; lost 2)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_job_at_work_says_on_which_nodes(store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:

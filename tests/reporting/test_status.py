@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment import cli
 from alignment.pipeline.store import Store
 from alignment.reporting.status import read_runs
 from alignment.reporting.terminal import attempts_text
@@ -106,6 +107,26 @@ def test_runs_come_newest_first_and_a_damaged_one_does_not_hide_the_others(make_
         ("damaged", "unreadable"),
     ]
     assert read_runs(store / "nowhere", lambda key: False) == []
+
+
+@pytest.mark.parametrize("name", ["name", "kind", "key", "state", "inputs"])
+@pytest.mark.parametrize("value", [None, 3])
+def test_a_run_whose_stages_lack_what_is_needed_is_unreadable_and_hides_none(
+    name: str, value: int | None, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, store = make_run()
+    run = json.loads((folder / "run.json").read_text())
+    node = {"name": "a", "kind": "sft", "key": "0" * 64, "state": "queued", "inputs": {}}
+    bad = {key: found for key, found in node.items() if key != name} | ({name: value} if value else {})
+    (store / "runs" / "bad").mkdir()
+    for nodes in ([bad], [*run["nodes"], bad]):
+        (store / "runs" / "bad" / "run.json").write_text(json.dumps({"nodes": nodes, "run": "bad"}))
+        states = {told["run"]: told["state"] for told in read_runs(store, lambda key: False)}
+        optional = name == "inputs" and value is None
+        assert states[run["run"]] == "done" and (states["bad"] == "unreadable") is not optional
+        for names in ([], ["bad"]):
+            assert cli.main(["status", *names, "--store", str(store)]) == 0
+        assert "bad" in capsys.readouterr().out
 
 
 def test_a_dead_stage_that_was_stopped_in_order_is_preempted(halfway: tuple[Path, Path]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignment.config.compose import compose
-from alignment.errors import AlignmentError, LostError
+from alignment.errors import AlignmentError, ConfigError, InputError, LostError, MachineError, word_of_a_job
 from alignment.hydra_app import Point
 from alignment.pipeline.runner import Run
 from alignment.reporting import queue, watching
@@ -72,6 +73,36 @@ def test_the_code_is_the_failed_stage_s(code: int | None, kind: str, waiting: Wa
     assert str(ended).startswith(
         f"{waiting.run.id}: sft has failed: {'loss is NaN' if code else 'failed without a word'}"
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError("sft is not what was submitted", where="on n1", fix="submit it again"),
+        MachineError("the result of start is not there"),
+        LostError("the job has started again 21 times", where="launcher.max_restarts"),
+        ConfigError("sft has come to its time limit 2 times", fix="raise it"),
+    ],
+)
+def test_a_job_that_left_no_word_in_its_work_folder_is_believed_what_it_printed(
+    error: AlignmentError, waiting: Waiting
+) -> None:
+    (waiting.store / "out").write_text(f"begins\n{word_of_a_job(error)}\nslurmstepd: error: x\n")
+    ended = waiting.ends(FAILED)
+    assert type(ended) is type(error)
+    assert str(ended) == f"{waiting.run.id}: sft has failed: {error}"
+
+
+def test_a_line_of_the_set_up_that_fails_ends_with_its_code(waiting: Waiting) -> None:
+    """By the script itself, as it is submitted."""
+    run = Run(compose([*SETTINGS, "launcher.setup=['source /nowhere']", f"store={waiting.store}"]), "")
+    script = queue.scripts([run], "x")[0]
+    with open(waiting.store / "out", "w") as out:
+        subprocess.run(["bash"], input=script, text=True, stdout=out, stderr=out, check=False)
+    ended = waiting.ends(FAILED)
+    assert isinstance(ended, MachineError)
+    assert f"{waiting.run.id}: sft has failed: launcher.setup: `source /nowhere` has ended with code 1 (" in str(ended)
+    assert str(ended).endswith("such as true)")
 
 
 @pytest.mark.parametrize(
