@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 STAMP  := $(VENV)/.installed
 BIN    := $(VENV)/bin
-# Not compiled: Python does that with what is imported, a small part, and pip would take two minutes for all.
+# Compiled afterwards, by all cores: pip would do it with one, for two minutes.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Where there is no GPU: PyTorch's CPU build, a tenth of the size. It is looked for here and wherever pip is told to look.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
@@ -46,6 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@command -v nvidia-smi >/dev/null || $(PIP) --no-deps --retries 0 --extra-index-url $(TORCH_CPU) torch
 	$(PIP) -e '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null || true  # some packages have files that are no Python 3
 	@touch $@
 
 clean:           ## removes the virtual environment; the store in outputs/ stays
