@@ -119,6 +119,10 @@ class Jobs:
                 "ended": "gone",
                 "why": f"job {job} has made it; its result is not in the store any more",
             }
+        if state is None and not Path(str(note.get("out"))).exists():
+            # Of an element of an array that was cancelled while it waited SLURM says nothing, while others wait still.
+            why = f"job {job} has never begun: it was cancelled, or its node could not write into {note.get('out')}"
+            return {"alive": False, "ended": "cancelled", "why": why}
         said, code = last_error(Path(str(note.get("out"))))
         if state is not None and state.state == "CANCELLED":
             why = said or "cancelled, or a stage before it has failed"

@@ -71,6 +71,16 @@ def test_a_job_that_only_the_accounting_believes_to_run_has_failed(
     assert (told["state"], told["error"]) == ("failed", "job 12 has ended without a result")
 
 
+def test_a_job_that_slurm_does_not_know_and_that_never_printed_was_cancelled_while_it_waited(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An element of an array whose others still wait. One that has begun has failed."""
+    told = node(store, capsys)
+    assert (told["state"], "job 12 has never begun: it was cancelled" in told["error"]) == ("cancelled", True)
+    (store / "jobs" / "once" / "sft-12.out").write_text("job 12 on n1\n")
+    assert node(store, capsys)["state"] == "failed"
+
+
 def test_a_job_that_said_why_it_failed_is_quoted(
     store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:

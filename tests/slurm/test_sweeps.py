@@ -120,3 +120,22 @@ def test_five_hundred_points_are_queued_in_a_few_submissions(slurm: Cluster, pro
     print(f"planned and submitted in {took:.1f} s, cancelled in {time.monotonic() - began:.1f} s")
     project.until(lambda: not slurm.run("squeue", "--noheader").stdout, "all are cancelled")
     assert took < 30
+
+
+def test_what_two_sweeps_wait_for_goes_with_the_second(slurm: Cluster, project: Project) -> None:
+    """The second one has a point of the first, whose jobs it has found in the queue. All is held."""
+    held = (*ON_SLURM, "+launcher.options.hold=true", "-m")
+    project.run(*held, "stage.dpo.beta=0.05,0.1", "seed=0,1")
+    (first,) = project.store.glob("sweeps/*/sweep.json")
+    assert "2 submitted, 7 queued already" in project.run(*held, "stage.dpo.beta=0.1,0.5", "seed=0")
+    (second,) = (path for path in project.store.glob("sweeps/*/sweep.json") if path != first)
+    said = project.command("cancel", first.parent.name)
+    assert f"stays: {second.parent.name} waits for it" in said
+    queued = Counter(
+        line.split(".")[-1] for line in slurm.run("squeue", "--noheader", "--array", "--format=%j").stdout.split()
+    )
+    assert queued == {"start": 1, "rows": 1, "pairs": 1, "sft": 1, "reference": 1, "dpo": 2, "evaluate_dpo": 2}
+    states = {node["state"] for run in project.runs() for node in run["nodes"] if node["name"] == "dpo"}
+    assert states == {"queued", "cancelled"}
+    project.command("cancel", second.parent.name)
+    project.until(lambda: not slurm.run("squeue", "--noheader").stdout, "all are cancelled")
