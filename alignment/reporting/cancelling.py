@@ -56,8 +56,8 @@ def _cancel_jobs(store: Store, runs: Sequence[Row], folders: Sequence[Path], min
         jobs, needed = _jobs_of(store, runs, folders, mine)
         for job, (node, other) in needed.items():
             queue.say(f"{node['name']} (job {job}) stays: {other} waits for it")
-        claims.drop(store, mine)
         slurm.cancel(jobs)
+        claims.drop(store, mine)  # not if SLURM refuses: then all is as it was
     _tell(jobs)
     return jobs, needed
 
