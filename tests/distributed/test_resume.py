@@ -32,24 +32,24 @@ def bits(folder: Path) -> tuple[Any, bytes]:
     return rows, (folder / "model" / "model.safetensors").read_bytes()
 
 
-# Of kinds of stages: both, if nothing is said. What only an engine does is shown with one of them.
+# Of kinds of stages: both, if nothing is said.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{strategy: {"strategy": strategy} for strategy in STRATEGIES},
-    "zero3_bf16": {"strategy": "zero3", "settings": {"precision": "bf16"}, "kinds": ["dpo"]},
-    "zero2_bf16": {"strategy": "zero2", "settings": {"precision": "bf16"}, "kinds": ["sft"]},
-    "zero3_lora": {"strategy": "zero3", "settings": {"lora": True}, "kinds": ["dpo"]},
+    "zero3_bf16": {"strategy": "zero3", "settings": {"precision": "bf16"}},
+    "zero2_bf16": {"strategy": "zero2", "settings": {"precision": "bf16"}},
+    "zero3_lora": {"strategy": "zero3", "settings": {"lora": True}},
     "zero2_lora": {"strategy": "zero2", "settings": {"lora": True}, "kinds": ["sft"]},
     "ddp_lora": {"strategy": "ddp", "settings": {"lora": True}, "kinds": ["dpo"]},
-    "zero2_offload": {"strategy": "zero2", "engine": {"offload": "optimizer"}, "kinds": ["dpo"]},
+    "zero2_offload": {"strategy": "zero2", "engine": {"offload": "optimizer"}},
     "zero3_offload": {"strategy": "zero3", "engine": {"offload": "optimizer"}, "kinds": ["sft"]},
     "zero3_offload_all": {"strategy": "zero3", "engine": {"offload": "all"}, "kinds": ["dpo"]},
-    "zero3_persistent": {"strategy": "zero3", "engine": {"param_persistence_threshold": 100_000}, "kinds": ["sft"]},
+    "zero3_persistent": {"strategy": "zero3", "engine": {"param_persistence_threshold": 100_000}},
     "zero3_hpz": {"strategy": "zero3", "engine": {"hpz": 2}, "kinds": ["sft"]},
     "zero3_bf16_persistent": {  # some parameters, not all
         "strategy": "zero3", "settings": {"precision": "bf16"}, "engine": {"param_persistence_threshold": 600},
         "kinds": ["dpo"],
     },
-    "ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}, "kinds": ["sft"]},
+    "ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}},
     "ddp_noise": {"strategy": "ddp", "noise": True, "kinds": ["sft"]},
     "zero3_noise": {"strategy": "zero3", "noise": True, "kinds": ["dpo"]},
 }  # fmt: skip
