@@ -153,19 +153,15 @@ def plan(arguments: list[str]) -> int:
         return _plan_sweep(given)
     from alignment.config.compose import compose
     from alignment.pipeline import runner
-    from alignment.reporting import terminal
+    from alignment.reporting import queue, terminal
 
     prepared = runner.Run(compose(given.overrides, tuple(given.config_dir)), "")
     if given.show_scripts:
-        from alignment.reporting import queue
-
         print("\n".join(queue.scripts([prepared], prepared.id)))
         return 0
     if given.check:
-        from alignment.reporting import queue
-
         queue.check([prepared], prepared.id)
-    rows = runner.plan(prepared)
+    rows = runner.plan(prepared, queue.queued([prepared]))
     if given.json:
         _print_json({"run": prepared.id, "nodes": rows})
     else:
@@ -326,10 +322,18 @@ def _parser(name: str, usage: str, command: Callable[..., Any]) -> argparse.Argu
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
-    default = Path(os.environ.get("ALIGNMENT_STORE", "outputs"))
+    default = os.environ.get("ALIGNMENT_STORE", "outputs")
     parser.add_argument(
-        "--store", type=Path, default=default, help="the store (default: $ALIGNMENT_STORE, else outputs)"
+        "--store", type=_store, default=default, help="the store (default: $ALIGNMENT_STORE, else outputs)"
     )
+
+
+def _store(text: str) -> Path:
+    if Path(text).exists() and not Path(text).is_dir():
+        raise ConfigError(
+            "the store is no folder", where=text, fix="--store names the folder that holds store/ and runs/"
+        )
+    return Path(text)
 
 
 def _print_json(value: Any) -> None:

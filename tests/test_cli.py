@@ -208,6 +208,7 @@ def test_a_sweep_s_scripts_are_arrays(tmp_path: Path) -> None:
         (["plan", "-m", "--config-dir", "a", "--config-dir", "b"], 2, "a sweep takes one --config-dir"),
         (["chat", "nothing"], 2, "no run is called 'nothing'"),
         (["status", "nothing"], 2, "no run is called 'nothing'"),
+        (["status", "--store", "/dev/null"], 2, "/dev/null: the store is no folder"),
     ],
 )
 def test_an_error_is_one_line_with_its_exit_code_and_no_traceback(

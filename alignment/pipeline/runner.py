@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from alignment.config.schema import Experiment
@@ -118,8 +119,9 @@ class Run:
             write_json(self.folder / "run.json", self.state, durable=False)
 
 
-def plan(run: Run) -> list[dict[str, Any]]:
-    """What would happen to each node: reuse (the store has it), wait (another process works on it), or run, and why."""
+def plan(run: Run, queued: Mapping[str, str] = MappingProxyType({})) -> list[dict[str, Any]]:
+    """What would happen to each node: reuse (the store has it), wait (another process works on it, or a job of a
+    cluster will), or run, and why. queued: key -> number of the job that waits or runs for it."""
     rows, fresh = [], set()
     for node in run.nodes:
         stale = list(dict.fromkeys(parent.name for parent in node.parents.values() if parent.name in fresh))
@@ -128,8 +130,10 @@ def plan(run: Run) -> list[dict[str, Any]]:
         else:
             fresh.add(node.name)
             held, reached = run.store.is_held(node.key), attempts.checkpoint(run.store.work(node.key))
-            action = "wait" if held else "run"
-            if held:
+            action = "wait" if held or node.key in queued else "run"
+            if node.key in queued:
+                why = f"job {queued[node.key]} makes it"
+            elif held:
                 why = "another run works on it"
             elif reached >= 0:
                 why = f"goes on from step {reached}"

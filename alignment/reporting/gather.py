@@ -143,10 +143,28 @@ def gather(run_folder: Path, store: Path) -> Report:
 
     run_folder holds run.json; store is the folder with store/, work/ and runs/. Raises InputError without a run.json.
     """
+    return collect(read_run(run_folder), store)
+
+
+def read_run(run_folder: Path) -> Row:
+    """The content of its run.json. Raises InputError if there is none, or one that lacks what `is_run` asks for."""
     run = read(run_folder / "run.json")
-    if not isinstance(run, dict):
-        raise InputError("no run.json that can be read", where=str(run_folder), fix="name a folder under <store>/runs")
-    return collect(run, store)
+    if not is_run(run):
+        fix = "name a folder under <store>/runs; the run's command writes it again"
+        raise InputError("no run.json that can be read", where=str(run_folder), fix=fix)
+    return dict(run)
+
+
+def is_run(run: Any) -> bool:
+    """Whether it has what all that shows runs relies on: one that lacks it must not end a look at all the others."""
+    nodes = (run.get("nodes") or []) if isinstance(run, dict) else None
+    return isinstance(nodes, list) and isinstance(run.get("run") or "", str) and all(map(_is_node, nodes))
+
+
+def _is_node(node: Any) -> bool:
+    if not isinstance(node, dict) or not isinstance(node.get("inputs") or {}, dict):
+        return False
+    return all(isinstance(node.get(name), str) for name in ("name", "kind", "key", "state"))
 
 
 def collect(run: Row, store: Path) -> Report:

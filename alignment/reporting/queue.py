@@ -120,12 +120,7 @@ def changes(runs: Sequence[dict[str, Any]], said: dict[str, str]) -> Iterator[st
 def plan(runs: Sequence[Run]) -> list[Row]:
     """What `run` would do with the runs of a sweep, each stage once: {"name", "kind", "new", "reused", "queued", "at
     work": how many}, by name in the order of the graph. SLURM is asked for those that a job was ever submitted for."""
-    jobs: dict[str, str] = {}
-    if isinstance(runs[0].experiment.launcher, SlurmLauncher):
-        try:
-            jobs = ledger.queued(runs, patience=0.0)
-        except MachineError as error:
-            _warn(f"warning: what is queued counts as new: {error}")
+    jobs = queued(runs)
     found: dict[str, Row] = {}
     nodes = {(run.store.root, node.key): (run.store, node) for run in runs for node in run.nodes}
     for store, node in nodes.values():
@@ -137,6 +132,17 @@ def plan(runs: Sequence[Run]) -> list[Row]:
         else:
             row["at work" if store.is_held(node.key) else "new"] += 1
     return list(found.values())
+
+
+def queued(runs: Sequence[Run]) -> dict[str, str]:
+    """key -> number of the job that waits or runs for it, as `ledger.queued`; none, with a word, if SLURM is silent."""
+    if not isinstance(runs[0].experiment.launcher, SlurmLauncher):
+        return {}
+    try:
+        return ledger.queued(runs, patience=0.0)
+    except MachineError as error:
+        _warn(f"warning: what is queued counts as new: {error}")
+        return {}
 
 
 def show_plan(name: str, runs: int, rows: Sequence[Row]) -> None:

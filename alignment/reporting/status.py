@@ -14,7 +14,7 @@ from alignment.files import listed
 from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
 from alignment.reporting import words
-from alignment.reporting.gather import Row, read, tail
+from alignment.reporting.gather import Row, is_run, read, tail
 from alignment.reporting.words import DONE, error_text, finite
 
 # Seconds without a beat that are worth a word. Of a file that another machine holds open and writes, NFS may show what
@@ -86,28 +86,16 @@ def jobs_of_runs(
     files: Sequence[Path], results: Results, jobs_of: Callable[[list[str]], dict[str, Row]]
 ) -> dict[str, Row]:
     """What is said of the jobs of all stages of these runs that are a job's to make, and not made: asked once."""
-    runs = [run for file in files if _is_readable(run := read(file))]
+    runs = [run for file in files if is_run(run := read(file))]
     keys = {node.get("key"): None for run in runs for node in run.get("nodes") or [] if node.get("state") == "queued"}
     missing = [key for key in keys if isinstance(key, str) and not results.record(key)]
     return jobs_of(missing) if missing else {}
 
 
-def _is_readable(run: Any) -> bool:
-    """Whether it has what all that shows runs relies on: one that lacks it must not end a look at all the others."""
-    nodes = (run.get("nodes") or []) if isinstance(run, dict) else None
-    return isinstance(nodes, list) and isinstance(run.get("run") or "", str) and all(map(_is_node, nodes))
-
-
-def _is_node(node: Any) -> bool:
-    if not isinstance(node, dict) or not isinstance(node.get("inputs") or {}, dict):
-        return False
-    return all(isinstance(node.get(name), str) for name in ("name", "kind", "key", "state"))
-
-
 def read_run(file: Path, results: Results, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
     """One run by its run.json, as in `read_runs`. jobs: of `jobs_of_runs`."""
     run = read(file)
-    if not _is_readable(run):
+    if not is_run(run):
         return {
             "run": file.parent.name,
             "state": "unreadable",

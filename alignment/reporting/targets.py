@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ConfigError, InputError
-from alignment.files import listed, read_json
+from alignment.files import listed
 from alignment.pipeline.store import Store
 from alignment.pipeline.sweeps import FILE
-from alignment.reporting.gather import MAKES_MODEL, read
+from alignment.reporting.gather import MAKES_MODEL, read, read_run
 
 VISIBLE = "[!.]*"  # what begins with a dot is nobody's run: .DS_Store, .nfs0001
 
@@ -119,15 +119,15 @@ def models(target: str, store: Path, compare: bool) -> dict[str, Path]:
     if Path(target).is_dir() and not (Path(target) / "run.json").is_file():
         raise InputError("is neither a run nor a model folder (no config.json)", where=target)
     folder = run_folder(target, store)
-    state = read_json(folder / "run.json")
+    state = read_run(folder)
     found = model_folders(state, Store(folder.parent.parent))
-    wanted = found if compare else {name: path for name, path in found.items() if name == state["final"]}
+    wanted = found if compare else {name: path for name, path in found.items() if name == state.get("final")}
     if not wanted:
-        raise InputError(f"the run {state['run']} has no finished model yet", where=str(folder), fix="alignment status")
+        raise InputError(f"the run {folder.name} has no finished model yet", where=str(folder), fix="alignment status")
     return wanted
 
 
 def model_folders(state: dict[str, Any], store: Store) -> dict[str, Path]:
     """node name -> model folder, for every committed node of a run that makes a model."""
-    nodes = [node for node in state["nodes"] if node["kind"] in MAKES_MODEL and store.record(node["key"])]
+    nodes = [node for node in state.get("nodes") or [] if node["kind"] in MAKES_MODEL and store.record(node["key"])]
     return {node["name"]: store.result(node["key"]) / "model" for node in nodes}

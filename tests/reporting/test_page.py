@@ -135,7 +135,9 @@ def test_a_run_whose_store_is_gone_still_gets_its_report(make_run: MakeRun, stat
 
 
 def test_a_run_json_with_next_to_nothing_in_it_gets_a_page(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"run": "bare", "nodes": [{"name": "x"}]}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"run": "bare", "nodes": [dict.fromkeys(("name", "kind", "key", "state"), "x")]})
+    )
     assert "bare" in write_report(tmp_path, tmp_path).read_text(encoding="utf-8")
 
 

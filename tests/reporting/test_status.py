@@ -127,6 +127,9 @@ def test_a_run_whose_stages_lack_what_is_needed_is_unreadable_and_hides_none(
         for names in ([], ["bad"]):
             assert cli.main(["status", *names, "--store", str(store)]) == 0
         assert "bad" in capsys.readouterr().out
+        for command in [] if optional else (["report", "bad"], ["chat", "bad"]):
+            assert cli.main([*command, "--store", str(store)]) == 3
+            assert "no run.json that can be read" in capsys.readouterr().err
 
 
 def test_a_dead_stage_that_was_stopped_in_order_is_preempted(halfway: tuple[Path, Path]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from alignment.config.compose import compose
 from alignment.errors import AlignmentError, ConfigError, InputError, LostError, MachineError, word_of_a_job
 from alignment.hydra_app import Point
+from alignment.pipeline import runner
 from alignment.pipeline.runner import Run
 from alignment.reporting import queue, watching
 from alignment.runs import Session
@@ -140,6 +141,9 @@ def test_a_plan_knows_what_is_queued(waiting: Waiting, slurm: FakeSlurm, capsys:
 
     slurm.queue(("12", "PENDING"))
     assert planned() == {node.name: "queued" if node.name == "sft" else "reused" for node in waiting.run.nodes}
+    alone = {row["name"]: row for row in runner.plan(waiting.run, queue.queued([waiting.run]))}
+    assert alone["sft"]["action"] == "wait" and alone["sft"]["why"] == "job 12 makes it"
+    assert {row["action"] for name, row in alone.items() if name != "sft"} == {"reuse"}
     slurm.script("squeue", "echo down >&2; exit 1")
     assert planned()["sft"] == "new"
     assert "what is queued counts as new: " in capsys.readouterr().err
