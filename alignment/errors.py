@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -59,6 +60,10 @@ def word_of_a_job(error: AlignmentError) -> str:
 def unusable(error: OSError) -> MachineError:
     """A file or folder of ours (the store, the cache) that the system refuses, in words for people."""
     where = str(error.filename) if error.filename is not None else None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(
+            "no room is left", where=where, fix="make room, or a larger quota; the same command goes on"
+        )
     fix = "check path and permissions; store=... and ALIGNMENT_CACHE say where results and the cache lie"
     return MachineError(f"cannot be used: {error.strerror or error}", where=where, fix=fix)
 

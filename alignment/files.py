@@ -26,14 +26,20 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a file whole or not at all: a temporary neighbour, fsync, one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    try:
+        with open(aside, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(aside, path)
         if durable:
-            stream.flush()
-            os.fsync(stream.fileno())
-    os.replace(aside, path)
-    if durable:
-        fsync(path.parent)
+            fsync(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        error.filename = str(path)  # the system does not say where a disk is full
+        raise
 
 
 def append(path: Path, lines: str) -> None:
@@ -48,7 +54,8 @@ def append(path: Path, lines: str) -> None:
             while rest:
                 rest = rest[stream.write(rest) :]
             os.fsync(stream.fileno())
-        except OSError:
+        except OSError as error:
+            error.filename = str(path)
             os.truncate(path, size)
             raise
 

@@ -15,7 +15,7 @@ from tests.faults.runs import Case, Driver, cells, faults
 
 MOMENTS = {"loading": 1, "reference": 1, "training": 2, "saving": 2, "committing": 2, "model": 1, "result": 1}
 EVERYWHERE = ["training", "model"]
-FULL = ("No space left", "no space left", "of weights do not fit")
+FULL = ("No space left", "no space left", "no room is left", "of weights do not fit")
 
 
 @pytest.fixture
