@@ -161,11 +161,13 @@ class Session:
         """All of them as one graph of jobs; whoever wants their values waits for them."""
         sanity.check(runs, name, queue.say, probe=not self._probed)
         self._probed = True
-        queue.show_submission(name, len(runs), submission.submit(runs, name, queue.say, self._stop.deferred))
+        queue.show_submission(name, len(runs), submission.submit(runs, name, queue.say, self._stop))
         for run in runs:
             with suppress(AlignmentError, OSError):  # its jobs write it when they are done, if there are any
                 if run.finished():
                     page.write_report(run.folder, run.store.root)
+        if self._stop.asked:  # while the last jobs were sent
+            raise watching.jobs_go_on(self._stop.asked)
         if not wait:
             return
         store, folders = runs[0].store, [run.folder for run in runs]
@@ -197,7 +199,7 @@ class Session:
         assert self._sweep is not None  # trials are those of a sweep
         trained = {run.folder: pruning.judged(run).key for run, _ in found}
         try:
-            pruned = cancelling.prune(runs[0].store, self._sweep.id, list(trained), trained)
+            pruned = cancelling.prune(runs[0].store, self._sweep.id, list(trained), trained, self._stop)
         except MachineError as error:
             queue.say(f"warning: hopeless trials go on for now: {error}")
             return

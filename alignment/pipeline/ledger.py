@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alignment.files import listed, read_json, remove, write_json
+from alignment.files import LATE, listed, read_json, remove, write_json
 from alignment.launchers import slurm
 from alignment.launchers.slurm import JobState
 from alignment.pipeline import claims
 from alignment.pipeline.runner import Run
 from alignment.pipeline.store import Store
+from alignment.signals import Asked, Stopped
 
 JOBS = "jobs"
 KEYS = f"{JOBS}/keys"
@@ -60,9 +61,10 @@ def note(
     """Remember the jobs of one script, which is `number` for SLURM. script: without its ending; jobs print beside it.
     orders: index -> {"run", "node", "key"}. Returns key -> job."""
     jobs = {}
+    submitted = script.with_suffix(".json").stat().st_mtime  # by the clock that what jobs write is dated with
     for index, order in orders.items():
         job = f"{number}_{index}" if array else number
-        told = {"job": job, "submitted": time.time(), "run": order["run"], "node": order["node"]}
+        told = {"job": job, "submitted": submitted, "run": order["run"], "node": order["node"]}
         told["out"] = str(script.with_name(f"{script.name}-{job}.out"))
         write_json(_place(store, order["key"]), told, durable=False)
         jobs[order["key"]] = job
@@ -72,8 +74,9 @@ def note(
 def queued(
     runs: Sequence[Run], say: Callable[[str], None] = lambda text: None, patience: float = ENDING
 ) -> dict[str, str]:
-    """Key -> job, of what SLURM will make or makes already. A job that is ending, cancelled or queued again, is waited
-    for, `patience` seconds, till it is known which; what SLURM will never start does not count."""
+    """Key -> job, of what SLURM will make or makes already. A job that is ending is waited for, `patience` seconds,
+    till it is known how: cancelled, queued again, or well, though its result is not to be seen yet. What SLURM will
+    never start does not count."""
     store = runs[0].store
     keys = dict.fromkeys(node.key for run in runs for node in run.nodes)
     known = {key: told["job"] for key in keys if (told := job_of(store, key))}
@@ -81,9 +84,7 @@ def queued(
     while True:
         states = slurm.states(known.values()) if known else {}
         ending = [
-            job
-            for key, job in known.items()
-            if job in states and states[job].state == "COMPLETING" and store.record(key) is None
+            job for key, job in known.items() if job in states and _is_ending(states[job]) and store.record(key) is None
         ]
         if not ending or time.monotonic() > until:
             live = {key: job for key, job in known.items() if job in states and _will_make(states[job])}
@@ -92,9 +93,21 @@ def queued(
             say(f"waits for what is ending: job {', '.join(dict.fromkeys(ending))}")
             said = True
         time.sleep(1.0)
+        store.look_anew()
+
+
+def _is_ending(state: JobState) -> bool:
+    return state.state == "COMPLETING" or _has_just_made(state)
+
+
+def _has_just_made(state: JobState) -> bool:
+    """By its word, while a file system may hide what another machine has just committed."""
+    return state.state == "COMPLETED" and state.end is not None and time.time() - state.end < LATE
 
 
 def _will_make(state: JobState) -> bool:
+    if _has_just_made(state):
+        return True
     return state.lives and state.state != "COMPLETING" and not (state.waits and state.reason == NEVER)
 
 
@@ -115,12 +128,18 @@ def _without_orphans(runs: Sequence[Run], jobs: Mapping[str, str], states: Mappi
 
 
 @contextmanager
-def alone(store: Store, who: str, say: Callable[[str], None]) -> Iterator[None]:
-    """While nobody else submits or cancels. who: a word for those who wait."""
+def alone(store: Store, who: str, say: Callable[[str], None], stop: Asked | None = None) -> Iterator[None]:
+    """While nobody else submits or cancels. who: a word for those who wait. Raises Stopped if this process is asked to
+    stop while it waits; stop: hears that where signals are deferred."""
+
+    def waiting(holder: object) -> None:
+        if stop is not None and stop.asked:
+            raise Stopped(stop.asked)
+
     lock = store.run_lock(SUBMIT)
     if not lock.acquire(who):
         say(f"waits for another submission: {lock.holder().get('who')}")
-        lock.wait(who, lambda holder: None)
+        lock.wait(who, waiting)
     try:
         yield
     finally:
@@ -143,7 +162,10 @@ def remember(store: Store) -> None:
     """Note the jobs of submissions that did not come to their end: their command was killed, or SLURM took too long to
     answer it; and of all, if the notes were removed. The caller holds the lock of submissions: none is at it now."""
     folders = _left(store)
-    for asked, number in slurm.outputs().items() if folders else ():
+    asked_for = slurm.outputs() if folders else {}
+    for asked, number in sorted(
+        asked_for.items(), key=lambda found: int(found[1])
+    ):  # of two for one key the later stays
         path = Path(asked.replace("%%", "%"))
         found = re.fullmatch(r"(.+)-(%A_%a|%j|\d+_\d+|\d+)\.out", path.name)
         if found and path.parent in folders and (script := path.with_name(found[1])).with_suffix(".json").exists():

@@ -43,6 +43,7 @@ def check(runs: Sequence[Run], name: str, say: Say, *, probe: bool = True) -> bo
     """
     _require_plain(str(runs[0].store.root), "store")
     _require_plain(os.getcwd(), "the directory of this command")
+    ledger.recall(runs[0].store)
     already = ledger.queued(runs, say)
     owners = [owner for key, owner in submission.missing(runs).items() if key not in already]
     if not owners:

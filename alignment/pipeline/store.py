@@ -67,9 +67,13 @@ class Store:
         until = time.monotonic() + (LATE if allocation() else 0.0)
         while (record := self.record(key)) is None and time.monotonic() < until and not asked():
             time.sleep(1.0)
-            with suppress(OSError):
-                os.listdir(self.root / "store")  # NFS remembers that a name was not there till it sees the folder anew
+            self.look_anew()
         return record
+
+    def look_anew(self) -> None:
+        """NFS remembers that a name was not there till it sees the folder anew."""
+        with suppress(OSError):
+            os.listdir(self.root / "store")
 
     def begin(self, key: str, warn: Callable[[str], None] = lambda text: None) -> Path:
         """The work folder for a new attempt, with nothing in it but what is KEPT; the caller holds the key's lock.

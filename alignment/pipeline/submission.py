@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from alignment.pipeline import claims, ledger, snapshot
 from alignment.pipeline.batches import Batch, Task, Wait, batches, nearest
 from alignment.pipeline.graph import Node
 from alignment.pipeline.runner import Run
+from alignment.signals import Asked, Stopped
 
 TEMPLATE = "job.sbatch.jinja"
 LAUNCHERS = Path(slurm.__file__).resolve().parent
@@ -84,13 +85,16 @@ class Submission:
     def _unnumbered(self, number: int) -> str:
         return f"<{self._path(self.batches[number]).name}>"
 
-    def submit(self) -> None:
-        """Queue all batches. What is queued stays if a later one is refused: the same command submits the rest."""
+    def submit(self, asked: Callable[[], str | None] = lambda: None) -> None:
+        """Queue all batches. What is queued stays if a later one is refused, or if this process is asked to stop
+        (Stopped): the same command submits the rest. asked: why to."""
         code = snapshot.take(self.store.root)
         self._write_settings()
         begun = self.folder / ledger.BEGUN
         write_text(begun, self.name)
         for batch in self.batches:
+            if why := asked():
+                raise Stopped(f"{why}, {len(self.numbers)} of {len(self.batches)} submissions are queued")
             script = self._script(batch, code, self.numbers.__getitem__)
             path = self._path(batch)
             orders = {str(index): self._order(task) for index, task in batch.elements.items()}
@@ -271,19 +275,19 @@ def submit(
     runs: Sequence[Run],
     name: str,
     say: Say = lambda text: None,
-    whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    stop: Asked | None = None,
 ) -> Submission:
-    """Queue what is missing of these runs; at once, however much it is. whole: entered while jobs are sent, so that a
-    signal does not come between one and the note of it."""
+    """Queue what is missing of these runs; at once, however much it is. stop: hears the signals of this process, so
+    that none comes between a job and the note of it; between two submissions it is raised as Stopped."""
     with suppress(OSError):
         runs[0].store.root.mkdir(parents=True, exist_ok=True)
     with ledger.alone(runs[0].store, name, say):
         ledger.remember(runs[0].store)
         submission = Submission(runs, name, ledger.queued(runs, say), slurm.largest_array())
-        with whole():
+        with stop.deferred() if stop else nullcontext():
             for run in runs:
                 run.submitted(submission.owners)
             submission.claim(runs)  # what is queued already must not be cancelled from under us, if this is killed
-            submission.submit()
+            submission.submit(lambda: stop.asked if stop else None)
             submission.claim(runs)
     return submission

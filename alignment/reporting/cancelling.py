@@ -13,6 +13,7 @@ from alignment.pipeline.store import Store
 from alignment.reporting import queue, targets, watching
 from alignment.reporting.gather import Row
 from alignment.reporting.status import is_over
+from alignment.signals import Asked
 
 LISTED = 10  # names in an error, jobs in an answer
 Jobs = dict[str, Row]  # job -> its node
@@ -24,7 +25,14 @@ def cancel(names: Sequence[str], root: Path) -> int:
     """Raises ConfigError for a name that means nothing, or several that have jobs; MachineError if SLURM refuses; and,
     once the jobs of the others are cancelled, InputError for a run whose run.json is gone or cannot be read."""
     store = Store(root)
-    ledger.recall(store)
+    for name in names:
+        targets.named(name, store.root)  # what is mistyped is said before anybody is waited for
+    with ledger.alone(store, "alignment cancel", queue.say):  # who submits now does so for what is meant, perhaps
+        ledger.remember(store)
+        return _cancel(names, store)
+
+
+def _cancel(names: Sequence[str], store: Store) -> int:
     runs = watching.look(store, targets.folders_of_runs(store.root))
     unknown = _unknown(store, runs)
     # Of one whose run.json cannot be read nobody knows: better an error, below, than to say that there is nothing.
@@ -50,14 +58,11 @@ def cancel(names: Sequence[str], root: Path) -> int:
 
 def _cancel_jobs(store: Store, runs: Sequence[Row], folders: Sequence[Path], mine: Mine) -> tuple[Jobs, Needed]:
     """mine: see `_jobs_of`. Who is among them waits for no job any more."""
-    if not any(_living(runs, folders)):
-        return {}, {}
-    with ledger.alone(store, "alignment cancel", queue.say):  # who submits now may wait for these jobs in a moment
-        jobs, needed = _jobs_of(store, runs, folders, mine)
-        for job, (node, other) in needed.items():
-            queue.say(f"{node['name']} (job {job}) stays: {other} waits for it")
-        slurm.cancel(jobs)
-        claims.drop(store, mine)  # not if SLURM refuses: then all is as it was
+    jobs, needed = _jobs_of(store, runs, folders, mine)
+    for job, (node, other) in needed.items():
+        queue.say(f"{node['name']} (job {job}) stays: {other} waits for it")
+    slurm.cancel(jobs)
+    claims.drop(store, mine)  # not if SLURM refuses: then all is as it was
     _tell(jobs)
     return jobs, needed
 
@@ -106,19 +111,21 @@ def _here(run: Row, store: Store) -> list[str]:
     """Of stages at work that are no jobs: whose process would have to be asked."""
     found = []
     for node in run["nodes"]:
-        if node["state"] == "running" and not node.get("job"):
+        if node["state"] == "running" and node.get("held"):
             holder = store.lock(node["key"]).holder()
             who = f"runs on {holder.get('host')} and is no job: kill {holder.get('pid')} there has it save and end"
             found.append(f"{node['name']} of {run['run']} {who}")
     return found
 
 
-def prune(store: Store, sweep: str, folders: Sequence[Path], trained: Mapping[Path, str]) -> list[Path]:
+def prune(
+    store: Store, sweep: str, folders: Sequence[Path], trained: Mapping[Path, str], stop: Asked | None = None
+) -> list[Path]:
     """Cancel the jobs of a sweep's runs in these folders, but for those that others wait for, and not of a run whose
     training others wait for. trained: folder -> key of that. Returns the folders of those whose jobs were cancelled.
-    Raises MachineError if SLURM refuses."""
-    runs = watching.look(store, folders)
-    with ledger.alone(store, sweep, queue.say):
+    Raises MachineError if SLURM refuses, Stopped as `ledger.alone`."""
+    with ledger.alone(store, sweep, queue.say, stop):
+        runs = watching.look(store, folders)
 
         def of(some: Sequence[Path]) -> tuple[Jobs, Needed]:
             names = {folder.name for folder in some}

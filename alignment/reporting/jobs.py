@@ -58,7 +58,8 @@ class Jobs:
         "code": of errors.BY_CODE, or 1, where it has failed and has said so}.
         Keys that no job was submitted for are left out.
 
-        Where SLURM does not answer, its word is missing: whose end is not known counts as queued, with that as its why.
+        Where SLURM does not answer, its word is missing: whose end is not known counts as queued, with that as its why,
+        and is "unknown" if it never was known to be alive.
         """
         notes = {key: note for key in keys if (note := job_of(self._store, key))}
         jobs, now = {str(note["job"]) for note in notes.values()}, self._clock()
@@ -69,7 +70,7 @@ class Jobs:
         if jobs - self._asked or now - self._at >= self._every:
             self._ask(jobs)
         if self._refused:
-            lost = {"alive": True, "waits": True, "why": f"unknown: {self._refused}"}
+            lost = {"alive": True, "unknown": True, "waits": True, "why": f"unknown: {self._refused}"}
             return {key: {**note, **self._last_told(note, lost)} for key, note in notes.items()}
         return {key: {**note, **self._told(note)} for key, note in notes.items()}
 

@@ -139,6 +139,7 @@ def queued(runs: Sequence[Run]) -> dict[str, str]:
     if not isinstance(runs[0].experiment.launcher, SlurmLauncher):
         return {}
     try:
+        ledger.recall(runs[0].store)
         return ledger.queued(runs, patience=0.0)
     except MachineError as error:
         _warn(f"warning: what is queued counts as new: {error}")

@@ -85,9 +85,9 @@ class Results:
 def jobs_of_runs(
     files: Sequence[Path], results: Results, jobs_of: Callable[[list[str]], dict[str, Row]]
 ) -> dict[str, Row]:
-    """What is said of the jobs of all stages of these runs that are a job's to make, and not made: asked once."""
+    """What is said of the jobs of all stages of these runs that are not made: asked once."""
     runs = [run for file in files if is_run(run := read(file))]
-    keys = {node.get("key"): None for run in runs for node in run.get("nodes") or [] if node.get("state") == "queued"}
+    keys = {node.get("key"): None for run in runs for node in run.get("nodes") or []}
     missing = [key for key in keys if isinstance(key, str) and not results.record(key)]
     return jobs_of(missing) if missing else {}
 
@@ -129,11 +129,13 @@ def _node(node: Row, results: Results, is_held: Callable[[str], bool], jobs: dic
     if not key:
         return told
     record = results.record(key)
-    if state == "queued":
-        return _of_a_job(told, work, record, jobs.get(key, {}))
     if state in DONE:
         return told if record else {**told, "state": "gone"}
-    held = is_held(key)
+    job, held = jobs.get(key, {}), state != "queued" and is_held(key)
+    # The same settings may have been given to another launcher since they were queued: then run.json does not say so.
+    alive = job.get("alive") and not job.get("unknown")
+    if state == "queued" or (alive and not (held and job.get("waits"))):
+        return _of_a_job(told, work, record, job)
     if state == "running" and not held:
         if record:
             return {**told, "state": "done"}
@@ -141,7 +143,7 @@ def _node(node: Row, results: Results, is_held: Callable[[str], bool], jobs: dic
         told["state"] = "failed" if failure else "preempted" if left else "interrupted"
         told["error"] = error_text(failure)
     elif held:
-        told["held"] = True
+        told |= {"held": True, "job": job["job"] if alive else None}
     if held or told["state"] in ("preempted", "interrupted"):
         told["progress"] = read(work / "progress.json")
         told["seconds"] = finite((told["progress"] or {}).get("elapsed_s"))

@@ -83,5 +83,10 @@ def until_done(
                 return runs
             each(runs)
             if stop.asked:
-                raise Stopped(f"{stop.asked}: the jobs go on, alignment cancel ends them")
+                raise jobs_go_on(stop.asked)
             sleep(EVERY)
+
+
+def jobs_go_on(asked: str) -> Stopped:
+    """What is said by a command that is asked to stop, and why, when all its jobs are queued."""
+    return Stopped(f"{asked}: the jobs go on, alignment cancel ends them")

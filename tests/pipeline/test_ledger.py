@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignment.config.compose import compose
+from alignment.files import LATE
 from alignment.launchers import slurm
 from alignment.launchers.slurm import JobState
-from alignment.pipeline import ledger, submission
+from alignment.pipeline import claims, ledger, submission
 from alignment.pipeline.runner import Run
+from alignment.signals import Listener, Stopped
 
 
 @pytest.fixture
@@ -78,6 +82,65 @@ def test_a_job_that_never_ends_its_end_is_not_waited_for_for_ever(
 ) -> None:
     says(monkeypatch, {"1": ("COMPLETING", "None")})
     assert ledger.queued([submitted], patience=0.5) == {}
+
+
+@pytest.mark.parametrize("ago", [1.0, 300.0])
+def test_what_a_job_has_just_made_need_not_be_seen_yet(
+    ago: float, submitted: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a file system shows late what another machine has written: what waits for it is no orphan."""
+    first, second, *_ = submitted.nodes
+    record = submitted.store.result(first.key) / "record.json"
+    looks: list[int] = []
+
+    def states(jobs: Any) -> dict[str, JobState]:
+        looks.append(len(looks))
+        if len(looks) == 2:
+            record.parent.mkdir(parents=True)
+            record.write_text(json.dumps({"key": first.key, "files": {}}))
+        made = JobState("1", "COMPLETED", "None", "", time.time() - ago)
+        return {"1": made, "2": JobState("2", "PENDING", "Dependency", "", None)}
+
+    monkeypatch.setattr(slurm, "states", states)
+    found = ledger.queued([submitted])
+    assert (found.get(second.key), len(looks)) == (("2", 2) if ago < LATE else (None, 1))
+
+
+def test_who_is_asked_to_stop_while_jobs_are_sent_sends_no_more_and_the_same_command_the_rest(
+    tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["pipeline=sft", "launcher=slurm", "engine=single", "launcher.processes=1", f"store={tmp_path}"]
+    run, stop, numbers = Run(compose([*tiny_settings, *settings]), "alignment run"), Listener(), list[str]()
+
+    def send(script: str) -> str:
+        stop.asked = "SIGINT"
+        numbers.append(str(len(numbers) + 1))
+        return numbers[-1]
+
+    monkeypatch.setattr(slurm, "submit", send)
+    monkeypatch.setattr(slurm, "largest_array", lambda: 1001)
+    monkeypatch.setattr(slurm, "outputs", dict)
+    with pytest.raises(Stopped, match=f"SIGINT, 1 of {len(run.nodes)} submissions are queued"):
+        submission.submit([run], "mine", stop=stop)
+    assert numbers == ["1"]
+    says(monkeypatch, {"1": ("RUNNING", "None")})
+    sent = submission.submit([run], "mine", stop=Listener())
+    assert len(numbers) == len(run.nodes) == len(sent.jobs)
+    assert claims.read(run.store) == {"mine": {run.id: numbers}}
+
+
+def test_of_two_jobs_for_a_stage_the_later_is_remembered(submitted: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all notes were removed: squeue names those that live before those that have ended."""
+    key = submitted.nodes[0].key
+    (first,) = submitted.store.root.glob("jobs/*/000-*.sbatch")
+    shutil.copytree(first.parent, again := first.parent.with_name("again"))
+    shutil.rmtree(submitted.store.root / "jobs" / "keys")
+    found = {again: "20", first.parent: "9"}
+    monkeypatch.setattr(slurm, "outputs", lambda: {f"{at}/{first.stem}-%j.out": job for at, job in found.items()})
+    ledger.remember(submitted.store)
+    told = ledger.job_of(submitted.store, key)
+    assert told is not None and told["job"] == "20"
+    assert told["submitted"] == (again / first.name).with_suffix(".json").stat().st_mtime
 
 
 def test_jobs_of_a_submission_that_was_killed_are_found(submitted: Run, monkeypatch: pytest.MonkeyPatch) -> None:

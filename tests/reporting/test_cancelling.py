@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from alignment import cli
-from alignment.pipeline import claims
+from alignment.pipeline import claims, ledger
 from alignment.pipeline.store import Store
 from alignment.reporting import cancelling
-from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, write_run, write_sweep
+from tests.reporting.fake_slurm import FakeSlurm, commit, key_of, note, write_run, write_sweep
 
 DONE = {"rows": "done", "sft": "done"}
 
@@ -288,6 +290,45 @@ def test_jobs_are_found_though_all_notes_of_them_were_removed(store: Path, slurm
     slurm.script("squeue", f"case \"$*\" in *StdOut*) echo '{wide}';; *) echo '21|PENDING|Priority||N/A|N/A';; esac")
     assert cancel(store, "quickstart-2") == 0
     assert slurm.calls("scancel") == ["21"]
+
+
+def test_what_is_being_submitted_is_waited_for_and_cancelled(store: Path, slurm: FakeSlurm) -> None:
+    """run.json says `queued` before the first job is sent."""
+    commit(store, "late", "rows")
+    write_run(store, "late", {"rows": "reused", "sft": "queued"})
+    at_it = threading.Event()
+
+    def submit() -> None:
+        with ledger.alone(Store(store), "late", lambda text: None):
+            at_it.set()
+            time.sleep(1.0)
+            note(store, "late", "sft", "61")
+            claims.add(Store(store), "late", {"late": ["61"]})
+            slurm.queue(("61", "PENDING"))
+
+    command = threading.Thread(target=submit)
+    command.start()
+    at_it.wait()
+    assert cancel(store, "late") == 0
+    command.join()
+    assert slurm.calls("scancel") == ["61"]
+    assert claims.read(Store(store))["late"] == {}
+
+
+def test_a_run_of_which_a_command_here_has_written_since_has_its_jobs_still(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher is not in the key: the same settings under launcher=local are the same run."""
+    write_run(store, "mine-3", {"rows": "reused", "sft": "failed"}, {"sft": "31"})
+    assert cli.main(["status", "mine-3", "--json", "--store", str(store)]) == 0
+    node = json.loads(capsys.readouterr().out)[0]["nodes"][1]
+    assert (node["state"], node["job"]) == ("queued", "31")
+    assert cancel(store, "mine-3") == 0
+    assert slurm.calls("scancel") == ["31"]
+    capsys.readouterr()
+    slurm.script("squeue", "echo down >&2; exit 1")
+    assert cli.main(["status", "mine-3", "--json", "--store", str(store)]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["nodes"][1]["state"] == "failed", "what it said itself is known"
 
 
 def test_of_many_jobs_it_says_how_many_of_which(

@@ -12,11 +12,12 @@ import pytest
 from alignment.config.compose import compose
 from alignment.errors import AlignmentError, ConfigError, InputError, LostError, MachineError, word_of_a_job
 from alignment.hydra_app import Point
-from alignment.pipeline import runner
+from alignment.launchers import slurm as launching
+from alignment.pipeline import runner, sanity
 from alignment.pipeline.runner import Run
 from alignment.reporting import queue, watching
 from alignment.runs import Session
-from alignment.signals import Listener
+from alignment.signals import Listener, Stopped
 from tests.reporting.fake_slurm import FakeSlurm, write
 
 SETTINGS = ["pipeline=sft", "launcher=slurm", "launcher.processes=1"]
@@ -132,6 +133,23 @@ def test_what_is_there_is_a_success_whatever_its_job_came_to(waiting: Waiting) -
     write(aside / "record.json", record)
     assert waiting.ends("12|RUNNING|None|n1|N/A|N/A", then=f"mv {aside} {folder} 2>&1") is None
     assert json.loads((folder / "record.json").read_text())["key"] == waiting.sft.key
+
+
+def test_who_is_asked_to_stop_with_the_last_job_hears_that_the_jobs_go_on(
+    waiting: Waiting, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = Listener()
+    waiting.note.unlink()
+    monkeypatch.setattr(sanity, "check", lambda *given, **more: None)
+
+    def send(script: str) -> str:
+        stop.asked = "SIGINT"
+        return "12"
+
+    monkeypatch.setattr(launching, "submit", send)
+    with pytest.raises(Stopped, match="SIGINT: the jobs go on, alignment cancel ends them"):
+        Session(stop, False, []).execute([Point(waiting.run.experiment, [])], None)
+    assert json.loads(waiting.note.read_text())["job"] == "12"
 
 
 def test_a_plan_knows_what_is_queued(waiting: Waiting, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
