@@ -90,11 +90,12 @@ class Sweep:
             return
         if not isinstance(told, dict):
             return
-        known = {point["run"]: point for point in told.get("points", [])}
+        known = _points_of(told)
         self._points = {run: point["overrides"] for run, point in known.items()} | self._points
         self._pruned -= known.keys()
         self._pruned |= {run for run, point in known.items() if point.get("pruned") is True}
-        self._told["created"] = told.get("created") or self._told["created"]
+        if isinstance(told.get("created"), int | float):
+            self._told["created"] = told["created"]
 
     def _write(self) -> None:
         points: list[dict[str, Any]] = [
@@ -102,6 +103,30 @@ class Sweep:
             for run, overrides in self._points.items()
         ]
         write_json(self.folder / FILE, {**self._told, "points": with_settings(points)}, durable=False)
+
+
+def _points_of(told: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Run -> its point. What is no point is left out, as readers do: the command writes its own again."""
+    points = told.get("points")
+    named = (point for point in (points if isinstance(points, list) else []) if isinstance(point, dict))
+    return {
+        point["run"]: {**point, "overrides": _readable(point.get("overrides"))}
+        for point in named
+        if isinstance(point.get("run"), str) and point["run"]
+    }
+
+
+def _readable(overrides: Any) -> list[str]:
+    """Of what a file calls overrides, those that are some."""
+    from hydra.errors import HydraException  # slow to import, and readers need none
+
+    found = []
+    for one in overrides if isinstance(overrides, list) else ():
+        with suppress(HydraException):
+            if isinstance(one, str):
+                _setting(one)
+                found.append(one)
+    return found
 
 
 def name_of(first: Run, settings: Sequence[str]) -> str:

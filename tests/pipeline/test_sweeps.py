@@ -82,6 +82,37 @@ def test_what_another_process_is_about_to_write_is_waited_for(tmp_path: Path) ->
     assert [p["run"] for p in told(sweep)["points"]][:2] == [run.id, "x"] and len(told(sweep)["points"]) == 3
 
 
+@pytest.mark.parametrize(
+    "points",
+    [3, None, "points", ["a", None, {}, {"run": None}, {"run": ["a"]}, {"run": ""}, {"overrides": ["seed=1"]}]],
+    ids=["number", "nothing", "text", "no points"],
+)
+def test_a_damaged_sweep_is_written_again_by_its_command(tmp_path: Path, points: object) -> None:
+    sweep, point = search(), trial(tmp_path, 1)
+    sweep.add([point])
+    whole = told(sweep)
+    write_json(sweep.folder / "sweep.json", {**whole, "points": points})
+    search().add([point])
+    assert told(sweep) == whole
+    write_json(sweep.folder / "sweep.json", {"points": points, "created": "yesterday"})
+    sweep.prune(point[0])
+    assert told(sweep) == {**whole, "points": [{**whole["points"][0], "pruned": True}]}
+
+
+@pytest.mark.parametrize("overrides", [None, 3, ["seed", "seed=[", None, "seed=1"]], ids=["none", "number", "damaged"])
+def test_a_point_whose_settings_are_damaged_stays_and_its_command_writes_them_again(
+    tmp_path: Path, overrides: object
+) -> None:
+    sweep, point = search(), trial(tmp_path, 1)
+    sweep.add([point])
+    whole = told(sweep)
+    write_json(sweep.folder / "sweep.json", {**whole, "points": [{**whole["points"][0], "overrides": overrides}]})
+    search().add([other := trial(tmp_path, 2)])
+    assert [line["run"] for line in told(sweep)["points"]] == [point[0].id, other[0].id]
+    search().add([point])
+    assert [line["overrides"] for line in told(sweep)["points"]] == [["seed=1"], ["seed=2"]]
+
+
 def test_a_password_of_the_command_is_in_no_file_and_on_no_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
