@@ -193,7 +193,8 @@ class Session:
         for run in runs:
             if run.id in broken:
                 self._trials.drop(run)
-        found = [(run, why) for run in runs if (why := self._trials.look(run))]
+        hopeless = self._trials.look_at(runs)
+        found = [(run, hopeless[run.id]) for run in runs if run.id in hopeless]
         if not found:
             return
         assert self._sweep is not None  # trials are those of a sweep

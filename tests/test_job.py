@@ -10,7 +10,7 @@ import pytest
 from alignment import job
 from alignment.config.compose import compose
 from alignment.errors import MachineError
-from alignment.files import write_json
+from alignment.files import read_json, write_json
 from alignment.launchers import slurm
 from alignment.pipeline import store
 from alignment.pipeline.identity import difference
@@ -75,6 +75,35 @@ def test_a_job_that_its_cluster_starts_again_for_ever_ends(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "21")
     assert job.main(stage.of("sft")) == 6
     assert "launcher.max_restarts: the job has started again 21 times" in capsys.readouterr().err
+
+
+def made(run: Run) -> None:
+    """All its stages, as other jobs have left them."""
+    for node in run.nodes:
+        record = {"key": node.key, "files": {}, "seconds": 1.0, "metrics": {}, "run": run.id}
+        write_json(run.store.result(node.key) / "record.json", record)
+
+
+def test_the_last_job_of_a_run_leaves_it_its_time_and_that_it_was_pruned(stage: Stage) -> None:
+    stage.run.submitted([node.key for node in stage.run.nodes])
+    stage.run.note_pruned("hopeless")
+    made(stage.run)
+    time.sleep(0.01)
+    assert job.main(stage.of("sft")) == 0
+    told = read_json(stage.run.folder / "run.json")
+    assert {node["state"] for node in told["nodes"]} == {"done"}
+    assert told["created"] == stage.run.state["created"] < told["updated"]
+    assert told["pruned"] == "hopeless"
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"created": "yesterday", "pruned": 3}'])
+def test_the_last_job_of_a_run_writes_a_damaged_run_again(stage: Stage, damage: str) -> None:
+    made(stage.run)
+    stage.run.folder.mkdir(parents=True)
+    (stage.run.folder / "run.json").write_text(damage)
+    assert job.main(stage.of("sft")) == 0
+    told = read_json(stage.run.folder / "run.json")
+    assert told["created"] > stage.run.state["created"] and "pruned" not in told
 
 
 def test_a_result_that_another_machine_has_just_stored_may_be_seen_late(

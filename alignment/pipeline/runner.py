@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from alignment.config.schema import Experiment
 from alignment.errors import AlignmentError, LostError, PreemptedError
-from alignment.files import append, write_json
+from alignment.files import append, read_json, write_json
 from alignment.launchers import Job, launcher_for
 from alignment.pipeline import attempts, graph
 from alignment.pipeline.graph import Node
@@ -88,7 +88,8 @@ class Run:
         write_json(self.folder / "run.json", self.state, durable=False)
 
     def finished(self) -> bool:
-        """If all its stages are in the store: say so in run.json, whoever has made them. Raises OSError."""
+        """If all its stages are in the store: say so in run.json, whoever has made them. When its command was given,
+        and that it was pruned, stays as it is there: the last of its jobs knows neither. Raises OSError."""
         records = {node.name: self.store.record(node.key) for node in self.nodes}
         if not all(records.values()):
             return False
@@ -97,9 +98,20 @@ class Run:
             mine = record.get("run") == self.id
             line.update(state="done" if mine else "reused", seconds=record["seconds"], error=None)
             line.update(attempts.summary(record.get("attempts") or []) if mine else {})
+        self.state |= self._of_its_command()
         self.state["updated"] = time.time()
         write_json(self.folder / "run.json", self.state, durable=False)
         return True
+
+    def _of_its_command(self) -> dict[str, Any]:
+        """What run.json says and no job knows; nothing if it is gone or damaged."""
+        try:
+            told = read_json(self.folder / "run.json")
+        except (OSError, ValueError):
+            return {}
+        kinds = {"created": int | float, "pruned": str}
+        known = told if isinstance(told, dict) else {}
+        return {name: known[name] for name, kind in kinds.items() if isinstance(known.get(name), kind)}
 
     def note(self, name: str, **facts: Any) -> None:
         """Change a node's line in run.json, unless the disk is full: that must not hide what became of the stage."""

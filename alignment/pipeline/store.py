@@ -151,6 +151,10 @@ class Store:
         """Held by a run's driver: run.json has one writer."""
         return Lock(self.root / "locks" / run)
 
+    def sweep_lock(self, sweep: str) -> Lock:
+        """Held for the moment in which sweep.json is changed: two processes of one command both add to it."""
+        return Lock(self.root / "locks" / f"sweep-{sweep}")
+
     def machine_lock(self, head: str, rank: int) -> Lock:
         """Held by the machine that has this rank among those that meet there."""
         return Lock(self.root / "locks" / f"joined-{head}-{rank}")

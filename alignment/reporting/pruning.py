@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 
 from alignment.config.checks import trains
@@ -33,10 +34,11 @@ def hopeless(own: Curve, others: Sequence[Curve], rule: PercentilePruning) -> st
     others' values at the same step. That is the newest step which enough of the others have reached too: a trial that
     is ahead of them is compared where they are, with all that it has reached since to its credit.
     """
-    steps = [step for step in own if step >= rule.warmup_steps and _count(others, step) >= rule.min_trials]
-    if not steps:
+    newest = (step for step in sorted(own, reverse=True) if step >= rule.warmup_steps)
+    step = next((step for step in newest if _count(others, step) >= rule.min_trials), None)
+    if step is None:
         return None
-    step, more_is_better = max(steps), rule.direction == "maximize"
+    more_is_better = rule.direction == "maximize"
     best = max(own.values()) if more_is_better else min(own.values())
     values = [other[step] for other in others if step in other]
     limit = percentile(values, 100 - rule.percentile if more_is_better else rule.percentile)
@@ -79,22 +81,39 @@ class Trials:
 
     def look(self, run: Run) -> str | None:
         """Why the trial is to be stopped now; None if it may go on, and where its stage is not at work or has ended."""
-        rule = run.experiment.pruning
-        if run.id not in self._runs or not isinstance(rule, PercentilePruning):
-            return None
-        node = judged(run)
-        work = run.store.work(node.key)
-        if not work.is_dir():
-            return None
-        own = self._curve(work, rule)
-        if not own:
-            self._warn(work, rule, node.name)
-        # Trials that train the same are one: they have one curve, and what becomes of it becomes of all.
-        others = {judged(one).key: one.store.root for one in self._runs.values()}
-        del others[node.key]
-        return hopeless(own, [self._curve(folder_of(root, key), rule) for key, root in others.items()], rule)
+        return self.look_at([run]).get(run.id)
 
-    def _curve(self, folder: Path | None, rule: PercentilePruning) -> Curve:
+    def look_at(self, runs: Sequence[Run]) -> dict[str, str]:
+        """As `look`, of several: run -> why, of those that are to be stopped now. However many they are, the files of
+        each trial are asked for once: done for each run anew it is more than a shared file system bears."""
+        asked = [
+            (run, judged(run), rule)
+            for run in runs
+            if run.id in self._runs and isinstance(rule := run.experiment.pruning, PercentilePruning)
+        ]
+        at_work = [(run, node, rule) for run, node, rule in asked if run.store.work(node.key).is_dir()]
+        if not at_work:
+            return {}
+        # Trials that train the same are one: they have one curve, and what becomes of it becomes of all.
+        stores = {judged(one).key: one.store.root for one in self._runs.values()}
+        folders = {key: folder_of(root, key) for key, root in stores.items()}
+
+        @cache
+        def curves(metric: str) -> dict[str, Curve]:
+            return {key: self._curve(folder, metric) for key, folder in folders.items()}
+
+        found = {}
+        for run, node, rule in at_work:
+            work = run.store.work(node.key)
+            own = self._curve(work, rule.metric)
+            if not own:
+                self._warn(work, rule, node.name)
+            others = [curve for key, curve in curves(rule.metric).items() if key != node.key]
+            if why := hopeless(own, others, rule):
+                found[run.id] = why
+        return found
+
+    def _curve(self, folder: Path | None, metric: str) -> Curve:
         """Of a stage's folder; read anew if its rows have changed."""
         try:
             told = (folder / ROWS).stat() if folder else None
@@ -102,9 +121,9 @@ class Trials:
             told = None
         if folder is None or told is None:
             return {}
-        place, version = (str(folder), rule.metric), (told.st_mtime_ns, told.st_size)
+        place, version = (str(folder), metric), (told.st_mtime_ns, told.st_size)
         if place not in self._curves or self._curves[place][0] != version:
-            self._curves[place] = version, curve_of(folder, rule.metric)
+            self._curves[place] = version, curve_of(folder, metric)
         return self._curves[place][1]
 
     def _warn(self, work: Path, rule: PercentilePruning, name: str) -> None:

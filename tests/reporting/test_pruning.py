@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -129,6 +132,28 @@ def test_a_trial_is_compared_with_those_at_work_and_those_that_are_done(tmp_path
     known = trials(done, other, bad)
     known.drop(other)
     assert known.look(bad) is None, "one that was stopped is nobody's measure"
+
+
+def test_a_look_at_many_finds_what_one_at_each_does_and_asks_for_no_file_for_each_trial_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one who waits for the jobs of a sweep, of which hundreds may be done and dozens at work, every two seconds."""
+    losses = ((1.0, 0.5), (1.0, 0.6), (1.0, 0.7), (3.0, 2.0), (4.0, 2.5), (), (1.0, 0.4))
+    runs = [trial(tmp_path, 0.1 * (1 + at), *rows, at_work=at > 1) for at, rows in enumerate(losses)]
+    mostly = (*MEDIAN, "pruning.percentile=90")
+    other, stranger = trial(tmp_path, 0.9, 5.0, 5.0, more=mostly), trial(tmp_path, 0.95, 9.0, 9.0)
+    found, asked = trials(*runs, other), (*runs, other, stranger)
+    each = {run.id: why for run in asked if (why := found.look(run))}
+    looks, stat = Counter[Path](), Path.stat
+
+    def counted(path: Path, **options: Any) -> os.stat_result:
+        looks[path] += 1
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", counted)
+    assert found.look_at(asked) == each
+    assert set(each) == {run.id for run in (runs[3], runs[4], other)}
+    assert looks and max(looks.values()) <= 3, "as another's measure, as its own, and to say what is missing"
 
 
 def test_trials_that_train_the_same_are_one(tmp_path: Path) -> None:
