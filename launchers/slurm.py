@@ -60,7 +60,8 @@ def call(*command: str, patience: float = PATIENCE, stdin: str | None = None) ->
 def _run(command: Sequence[str], patience: float, stdin: str | None) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=patience, check=False, input=stdin, env=_plain(),
+            command, capture_output=True, timeout=patience, check=False, input=stdin, env=_plain(),
+            encoding="utf-8", errors="replace",  # some of what they print, people have written, in any encoding
             start_new_session=True,  # Ctrl-C is for us: it must not come between SLURM's yes and our hearing it
         )  # fmt: skip
     except FileNotFoundError:

@@ -101,6 +101,24 @@ def test_its_first_word_needs_the_standard_library_alone(order: dict[str, Any], 
     assert "alignment.job cannot be imported: No module named" in driver["problems"][1]["what"]
 
 
+def test_what_a_step_says_in_another_encoding_is_told(
+    order: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"scontrol": "echo n1", "srun": r"printf 'refus\351\n' >&2; exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    launcher = compose(["experiment=quickstart", "launcher=slurm", "engine=zero2"], ()).launcher
+    held = order.pop("held")
+    order |= {"token": "t", "result": str(tmp_path / "result.json"), "nodes": 1, "launcher": launcher.model_dump()}
+    write_json(tmp_path / "order.json", order)
+    assert probe.main([str(tmp_path / "order.json"), "0"]) == 0
+    step = read_json(tmp_path / "result.json")["found"][-1]
+    assert [problem["what"] for problem in step["problems"]] == ["srun has ended with code 1: refus\ufffd"]
+    held.release()
+
+
 def test_it_looks_for_what_the_whole_graph_needs(
     tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
