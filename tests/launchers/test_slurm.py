@@ -78,9 +78,25 @@ def test_a_refusal_is_one_line_in_slurm_s_words(bin: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_number_of_a_job_is_found_among_a_federation_s_words(bin: Path) -> None:
-    answer(bin, "sbatch", "sbatch: your account is nearly empty\n1234;cluster2")
+@pytest.mark.parametrize(
+    "said",
+    [
+        "1234",
+        "sbatch: your account is nearly empty\n1234;cluster2",
+        "1234;a\n*** 12 nodes are down ***",
+        "hello\n\n1234\n\n",
+    ],
+)
+def test_the_number_of_a_job_is_found_among_a_site_s_words(said: str, bin: Path) -> None:
+    answer(bin, "sbatch", said)
     assert slurm.submit("#!/bin/sh\n") == "1234"
+
+
+@pytest.mark.parametrize(("said", "told"), [("", "nothing"), ("*** 12 nodes\nare down", r"\*\*\* 12 nodes are down")])
+def test_an_answer_without_the_number_of_a_job_is_no_job(said: str, told: str, bin: Path) -> None:
+    answer(bin, "sbatch", said)
+    with pytest.raises(MachineError, match=rf": sbatch names no job: {told} \(give the command again"):
+        slurm.submit("#!/bin/sh\n")
 
 
 def test_words_of_an_administrator_in_another_encoding_are_no_error(bin: Path) -> None:
