@@ -204,7 +204,9 @@ def _steps(order: Order, path: Path) -> list[dict[str, Any]]:
     command = srun.step(settings, "probe", order["nodes"], Path(order["store"]))
     command += ["-m", "alignment.probe", str(path), "step", slurm.head()]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE, check=False
+        )
         said, code = f"{done.stdout}{done.stderr}".strip(), f"code {done.returncode}"
     except (OSError, subprocess.TimeoutExpired) as error:
         said, code = str(error), "no answer"

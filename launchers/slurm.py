@@ -60,7 +60,8 @@ def call(*command: str, patience: float = PATIENCE, stdin: str | None = None) ->
 def _run(command: Sequence[str], patience: float, stdin: str | None) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=patience, check=False, input=stdin, env=_plain(),
+            command, capture_output=True, timeout=patience, check=False, input=stdin, env=_plain(),
+            encoding="utf-8", errors="replace",  # some of what they print, people have written, in any encoding
             start_new_session=True,  # Ctrl-C is for us: it must not come between SLURM's yes and our hearing it
         )  # fmt: skip
     except FileNotFoundError:
@@ -83,8 +84,13 @@ def _plain() -> dict[str, str]:
 
 def submit(script: str) -> str:
     """The number of the job, or array, that the script has become."""
-    said = call("sbatch", "--parsable", stdin=script).strip()
-    return said.splitlines()[-1].split(";")[0]
+    said = call("sbatch", "--parsable", stdin=script)
+    # A site's own words may stand before and after it. Of a federation the cluster's name follows.
+    if number := re.search(r"^(\d+)(;\S+)?\s*$", said, re.M):
+        return number[1]
+    told = " ".join(said.split()) or "nothing"
+    fix = "give the command again: it asks squeue first whether the job is queued all the same"
+    raise MachineError(f"sbatch names no job: {told}", where="sbatch --parsable", fix=fix)
 
 
 def test(script: str, patience: float) -> tuple[bool, str]:

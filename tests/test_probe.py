@@ -14,6 +14,7 @@ import alignment
 from alignment import probe
 from alignment.config.compose import compose
 from alignment.config.launchers import Resources
+from alignment.errors import ConfigError
 from alignment.files import read_json, write_json
 from alignment.pipeline import probing
 from alignment.pipeline.runner import Run
@@ -101,6 +102,24 @@ def test_its_first_word_needs_the_standard_library_alone(order: dict[str, Any], 
     assert "alignment.job cannot be imported: No module named" in driver["problems"][1]["what"]
 
 
+def test_what_a_step_says_in_another_encoding_is_told(
+    order: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"scontrol": "echo n1", "srun": r"printf 'refus\351\n' >&2; exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    launcher = compose(["experiment=quickstart", "launcher=slurm", "engine=zero2"], ()).launcher
+    held = order.pop("held")
+    order |= {"token": "t", "result": str(tmp_path / "result.json"), "nodes": 1, "launcher": launcher.model_dump()}
+    write_json(tmp_path / "order.json", order)
+    assert probe.main([str(tmp_path / "order.json"), "0"]) == 0
+    step = read_json(tmp_path / "result.json")["found"][-1]
+    assert [problem["what"] for problem in step["problems"]] == ["srun has ended with code 1: refus\ufffd"]
+    held.release()
+
+
 def test_it_looks_for_what_the_whole_graph_needs(
     tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +134,27 @@ def test_it_looks_for_what_the_whole_graph_needs(
     assert any("model.safetensors" in names for names in files.values())
     size, digest = files["mine.jinja"][""]
     assert size == 14 and len(str(digest)) == 64
+
+
+# Prints where SLURM would: %j is the job's number, %% a %.
+SBATCH = r"""#!/bin/sh
+out=$(sed -n 's/^#SBATCH --output=//p' | sed 's/%%/\n/g; s/%j/7/g; s/\n/%/g')
+echo 'line 9: exec: python4: not found' > "$out"
+echo 7
+"""
+
+
+def test_its_log_is_found_in_a_store_whose_path_has_a_per_cent_sign(
+    tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"sbatch": SBATCH, "squeue": "echo '7|FAILED|None|n1|N/A|N/A'", "scancel": "true"}.items():
+        (tmp_path / name).write_text(text if text == SBATCH else f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("ALIGNMENT_STORE", str(tmp_path / "100%jobs"))
+    run = Run(compose([*tiny_settings, "pipeline=sft", "launcher=slurm", "launcher.processes=1"], ()), "")
+    with pytest.raises(ConfigError, match="probe on n1: python4: not found"):
+        probing.probe([Owner(run, run.node("sft"))], "mine", lambda text: None)
 
 
 def test_it_asks_for_little() -> None:

@@ -43,12 +43,17 @@ def seconds(value: Any) -> int | None:
     return value
 
 
+def _refuse_secrets(text: str, fix: str) -> None:
+    """What is set here is kept with the run, for all who read the store. fix: {name} in it is the secret's."""
+    if name := next((name for name, *_ in secrets_in(text)), None):
+        what = "holds a secret by its name, {name}: scripts, run.json and every stage.json would show it"
+        raise PydanticCustomError("secret", what, {"name": name, "fix": fix.format(name=name)})
+
+
 def _setup_line(line: str) -> str:
     """A line of the set-up. It runs in the job's shell, so it may not be more than its first word says."""
-    if name := next((name for name, *_ in secrets_in(line)), None):
-        fix = "put the line into a file that nobody else reads, and `source` it; or give it the value of a variable, $X"
-        what = "holds a secret by its name, {name}: scripts, run.json and every stage.json would show it"
-        raise PydanticCustomError("secret", what, {"name": name, "fix": fix})
+    fix = "put the line into a file that nobody else reads, and `source` it; or give it the value of a variable, $X"
+    _refuse_secrets(line, fix)
     try:
         words = shlex.split(re.sub(r"\s#[^'\"]*$", "", line))  # without a comment
     except ValueError:
@@ -65,6 +70,12 @@ def _setup_line(line: str) -> str:
     return line
 
 
+def _container_option(text: str) -> str:
+    fix = "export it before the command: jobs and their containers get it, with apptainer's --cleanenv as "
+    _refuse_secrets(text, fix + "APPTAINERENV_{name}")
+    return text
+
+
 def _interface(text: str) -> str:
     if not re.fullmatch(r"[\w.,:^=-]+", text, re.ASCII):
         fix = "such as ib0; NCCL also takes =ib0,ib1 for exact names, and ^docker0,lo for those that it may not take"
@@ -75,6 +86,7 @@ def _interface(text: str) -> str:
 Word = Annotated[str, Field(min_length=1, pattern=patterns.WORD)]
 Seconds = Annotated[int | None, BeforeValidator(seconds)]
 SetupLine = Annotated[str, AfterValidator(_setup_line)]
+ContainerOption = Annotated[Word, AfterValidator(_container_option)]
 Interface = Annotated[str, AfterValidator(_interface)]
 
 
@@ -142,7 +154,7 @@ class Container(Settings):
 
     kind: Literal["apptainer", "enroot"] = execution()
     image: Word = execution()
-    options: list[Word] = execution()
+    options: list[ContainerOption] = execution()
 
 
 class SlurmLauncher(Resources):
@@ -195,6 +207,14 @@ class SlurmLauncher(Resources):
             what = "has a time_limit of {limit} s, of which grace={grace} s are for saving"
             raise PydanticCustomError("grace", what, {"limit": self.time_limit, "grace": self.grace})
         return self
+
+    @field_validator("options")
+    @classmethod
+    def _hold_no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, given in value.items():
+            if isinstance(given, str):
+                _refuse_secrets(f"{name}={given}", "export {name} before the command: jobs get its environment")
+        return value
 
     @field_validator("options")
     @classmethod

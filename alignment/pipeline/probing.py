@@ -24,7 +24,7 @@ from alignment.pipeline import snapshot
 from alignment.pipeline.ledger import JOBS
 from alignment.pipeline.runner import Run
 from alignment.pipeline.store import Lock
-from alignment.pipeline.submission import Owner, asked, script
+from alignment.pipeline.submission import Owner, asked, literal, script
 
 Say = Callable[[str], None]
 PATIENCE = 600.0  # seconds in the queue
@@ -105,7 +105,7 @@ def _send(group: Sequence[Owner], path: Path, code: Path, wanted: dict[str, Any]
     }
     write_json(path.with_suffix(".json"), order)
     options = {"job-name": f"{name}.probe", **asked(asks), "no-requeue": True}
-    options |= {"output": str(path.with_suffix(".out")), "chdir": os.getcwd()}
+    options |= {"output": literal(path.with_suffix(".out")), "chdir": os.getcwd()}
     options |= {key: value for key, value in launcher.options.items() if value is not False and key not in NOT_NOW}
     text = script(f"{path.name} of {name}", options, launcher, code, "alignment.probe", path.with_suffix(".json"))
     write_text(path.with_suffix(".sbatch"), text)

@@ -159,7 +159,7 @@ class Submission:
         options |= {
             "requeue": True,
             "open-mode": "append",
-            "output": str(path).replace("%", "%%") + ("-%A_%a.out" if batch.array else "-%j.out"),
+            "output": literal(path) + ("-%A_%a.out" if batch.array else "-%j.out"),
             "signal": f"B:USR1@{launcher.grace}",
             "chdir": os.getcwd(),
         }
@@ -230,6 +230,11 @@ def asked(resources: Resources) -> dict[str, str | int | bool]:
         "comment": resources.comment,
     }
     return {name: value for name, value in named.items() if value is not None}
+
+
+def literal(path: Path) -> str:
+    """As a part of sbatch's --output, where a % begins what SLURM fills in: %j is the job's number."""
+    return str(path).replace("%", "%%")
 
 
 def directives(options: Mapping[str, str | int | bool]) -> list[str]:

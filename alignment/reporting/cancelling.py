@@ -12,7 +12,7 @@ from alignment.pipeline import claims, ledger
 from alignment.pipeline.store import Store
 from alignment.reporting import queue, targets, watching
 from alignment.reporting.gather import Row
-from alignment.reporting.status import is_over
+from alignment.reporting.status import works
 from alignment.signals import Asked
 
 LISTED = 10  # names in an error, jobs in an answer
@@ -36,7 +36,7 @@ def _cancel(names: Sequence[str], store: Store) -> int:
     runs = watching.look(store, targets.folders_of_runs(store.root))
     unknown = _unknown(store, runs)
     # Of one whose run.json cannot be read nobody knows: better an error, below, than to say that there is nothing.
-    live = {Path(run["folder"]) for run in runs if not is_over(run) or not run["nodes"]} | set(unknown)
+    live = {Path(run["folder"]) for run in runs if works(run) or not run["nodes"]} | set(unknown)
     meant = [_meant(name, store.root, live) for name in names]
     folders = list(dict.fromkeys(folder for _, found in meant for folder in found))
     sweeps = {sweep for sweep, _ in meant if sweep}

@@ -192,7 +192,7 @@ def difference(group: Row, other: Row, metric: str, seeds: list[str]) -> Row | N
     shared = [seed for seed in mine if seed in theirs]
     lists = [[_number(p, metric) for p in g["counted"] if metric in p["metrics"]] for g in (group, other)]
     if len(shared) > 1:
-        if found := inference.paired([mine[seed] - theirs[seed] for seed in shared]):
+        if found := inference.paired([mine[seed] for seed in shared], [theirs[seed] for seed in shared]):
             return {**found, "by": "paired", "n": len(shared)}
     elif min(map(len, lists)) > 1 and (found := inference.welch(lists[0], lists[1])):
         return {**found, "by": "welch", "n": min(map(len, lists))}

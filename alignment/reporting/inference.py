@@ -13,6 +13,7 @@ from typing import Any
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
+ROUNDING = 1e-9  # of the values' size: what spreads no more than that spreads by how floats are rounded
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
@@ -69,12 +70,19 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def variance(values: Sequence[float]) -> float:
-    """Unbiased: divided by n - 1, so n >= 2. Equal values have exactly 0."""
-    if all(value == values[0] for value in values):
+def variance(values: Sequence[float], size: float | None = None) -> float:
+    """Unbiased: divided by n - 1, so n >= 2. Exactly 0 of values that are equal but for rounding.
+
+    size: of the numbers that they were worked out from, by which they are rounded; None: their own.
+    """
+    if max(values) - min(values) <= ROUNDING * (_size(values) if size is None else size):
         return 0.0
     centre = mean(values)
     return math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
+
+
+def _size(values: Sequence[float]) -> float:
+    return max(abs(value) for value in values)
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Row:
@@ -86,21 +94,25 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Ro
     return found
 
 
-def paired(differences: Sequence[float], confidence: float = CONFIDENCE) -> Row | None:
-    """The mean of n >= 2 differences, each within one seed, by Student's paired t: {"mean", "low", "high", "p", "df"}.
+def paired(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Row | None:
+    """Mean of the first minus mean of the second, n >= 2 pairs, each of one seed, by Student's paired t: {"mean",
+    "low", "high", "p", "df"}.
 
-    None if all differences are equal: then nothing is known of the noise between seeds.
+    None if all differences are equal, but for rounding: then nothing is known of the noise between seeds.
     """
-    return _by_t(mean(differences), variance(differences) / len(differences), len(differences) - 1, confidence)
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    spread = variance(differences, _size([*first, *second]))
+    return _by_t(mean(differences), spread / len(differences), len(differences) - 1, confidence)
 
 
 def welch(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Row | None:
     """Mean of the first minus mean of the second, both of n >= 2, variances not assumed equal: as `paired`.
 
     df = (u + v)^2 / (u^2 / (n - 1) + v^2 / (m - 1)) with u = s1^2 / n, v = s2^2 / m (Welch 1947, Satterthwaite 1946).
-    None if neither has any variance.
+    None if neither has any variance, but for rounding.
     """
-    u, v = variance(first) / len(first), variance(second) / len(second)
+    size = _size([*first, *second])
+    u, v = variance(first, size) / len(first), variance(second, size) / len(second)
     if u + v <= 0:
         return None
     df = (u + v) ** 2 / (u**2 / (len(first) - 1) + v**2 / (len(second) - 1))

@@ -38,11 +38,12 @@ def read_runs(
     is_held(key) says whether a living process works on a key. jobs_of(keys): key -> what `jobs.read` says of the job of
     a cluster that makes it. A run is run.json's content with, corrected,
     "state": done | gone | running | waiting | queued | failed | cancelled | preempted | interrupted | pruned |
-    unreadable, "seconds": of its own work, "folder", and nodes whose "state" is reused or one of these; working ones
-    have "progress", those that this run has tried "attempts" (a count) and "causes" (why each that ended without a
-    result did), those that are jobs of a cluster "job" and, where it waits, "why", where it runs, "on" (its nodes);
-    failed ones "log" (the last lines of what the stage, or else its job, has written), and those of a cluster that have
-    said why their "code" (of errors.BY_CODE, or 1).
+    unreadable, "driven": whether a living process brings its stages into the store here, "seconds": of its own work,
+    "folder", and nodes whose "state" is reused or one of these; working ones have "progress", those that this run has
+    tried "attempts" (a count) and "causes" (why each that ended without a result did), those that are jobs of a cluster
+    "job" and, where it waits, "why", where it runs, "on" (its nodes); failed ones "log" (the last lines of what the
+    stage, or else its job, has written), and those of a cluster that have said why their "code" (of errors.BY_CODE, or
+    1).
     gone: it was done, but the store no longer has the result, or not whole; the same command makes it again.
     preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
     """
@@ -57,12 +58,16 @@ def read_runs(
 
 class Results:
     """What a store has, as it says itself: all files with their sizes. Of a result that was whole these are not looked
-    at again while its record is the same: who looks at hundreds of stages every few seconds would ask for thousands."""
+    at again while its record is the same: who looks at hundreds of stages every few seconds would ask for thousands.
+    And which runs have a driver: who holds a run's lock."""
 
     def __init__(self, root: Path):
         self.root = root
         self._store = Store(root)
         self._known: dict[str, tuple[tuple[int, ...], Row]] = {}
+
+    def is_driven(self, run: str) -> bool:
+        return self._store.run_lock(run).is_held()
 
     def record(self, key: str) -> Row | None:
         """{"seconds", "attempts"} of a committed result, else None."""
@@ -108,7 +113,8 @@ def read_run(file: Path, results: Results, is_held: Callable[[str], bool], jobs:
         if node["state"] == "failed":
             node["log"] = _last_lines(results.root, node, jobs.get(node.get("key") or "", {}))
     spent = sum(finite(node.get("seconds")) or 0.0 for node in nodes if node["state"] != "reused")
-    state = _state(nodes, finite(run.get("updated")) or 0.0)
+    driven = any(node["state"] not in DONE for node in nodes) and results.is_driven(file.parent.name)
+    state = _state(nodes, driven or time.time() - (finite(run.get("updated")) or 0.0) < FRESH)
     if run.get("pruned") and state not in ("done", "running", "queued"):
         state = "pruned"
     return {
@@ -116,6 +122,7 @@ def read_run(file: Path, results: Results, is_held: Callable[[str], bool], jobs:
         "run": run.get("run") or file.parent.name,
         "nodes": nodes,
         "state": state,
+        "driven": driven,
         "seconds": spent,
         "folder": str(file.parent),
     }
@@ -217,12 +224,19 @@ def _last_lines(store: Path, node: Row, job: Row) -> list[str]:
     return []
 
 
+def works(run: Row) -> bool:
+    """Whether a stage of it is at work, or waits in the queue."""
+    return any(node["state"] in ("queued", "running") for node in run["nodes"])
+
+
 def is_over(run: Row) -> bool:
-    """Whether nothing of it waits or works any more."""
-    return not any(node["state"] in ("queued", "running") for node in run["nodes"])
+    """Whether nothing of it waits or works any more. Between two stages, and while it waits for what another process
+    makes, none of its own is at work, but its driver lives."""
+    return not (works(run) or run.get("driven") or run["state"] == "waiting")
 
 
-def _state(nodes: list[Row], updated: float) -> str:
+def _state(nodes: list[Row], lives: bool) -> str:
+    """lives: whether it goes on, as far as is known, where no node says so."""
     states = [node["state"] for node in nodes]
     if nodes and all(state in DONE for state in states):
         return "done"
@@ -233,7 +247,7 @@ def _state(nodes: list[Row], updated: float) -> str:
         return "gone"
     if any(node.get("held") for node in nodes):
         return "waiting"
-    return "running" if time.time() - updated < FRESH else "interrupted"
+    return "running" if lives else "interrupted"
 
 
 def facts_text(progress: Any) -> str:

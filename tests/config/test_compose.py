@@ -97,6 +97,25 @@ REFUSED = [
         "stage.json would show it (put the line into a file that nobody else reads, and `source` it; or give it the",
     ),
     (["launcher=slurm", "launcher.setup=['export HF_TOKEN=\"hunter2']"], "holds a secret by its name, HF_TOKEN"),
+    (
+        [
+            "launcher=slurm",
+            "launcher.container={kind: apptainer, image: a, options: [--nv,'--env=A=1,API_KEY=hunter2']}",
+        ],
+        "command line: `launcher.container.options.1` holds a secret by its name, API_KEY: scripts, run.json and every "
+        "stage.json would show it (export it before the command: jobs and their containers get it, with apptainer's "
+        "--cleanenv as APPTAINERENV_API_KEY)",
+    ),
+    (
+        ["launcher=slurm", "launcher.container={kind: enroot, image: a, options: [--env,'DB_PASSWORD=hunter2']}"],
+        "`launcher.container.options.1` holds a secret by its name, DB_PASSWORD",
+    ),
+    (
+        ["launcher=slurm", "+launcher.options.container-env='A=1,DB_PASSWORD=hunter2'"],
+        "`launcher.options` holds a secret by its name, DB_PASSWORD: scripts, run.json and every stage.json would show "
+        "it (export DB_PASSWORD before the command: jobs get its environment)",
+    ),
+    (["launcher=slurm", "+launcher.options.site-token=hunter2"], "holds a secret by its name, site-token"),
     (["launcher=slurm", "launcher.interface='ib0; id'"], "`launcher.interface` is no list of network interfaces"),
     (["launcher=slurm", "launcher.interface='ib0|id'"], "`launcher.interface` is no list of network interfaces"),
     (
@@ -165,6 +184,18 @@ def test_a_line_that_passes_a_secret_on_by_its_variable_is_let_through() -> None
     lines = ["export HF_TOKEN=$MINE", 'export API_KEY="$MINE" TOKENIZERS_PARALLELISM=false', "source /me/secrets"]
     given = compose(["experiment=quickstart", "launcher=slurm", "engine=zero2", f"launcher.setup={lines}"]).launcher
     assert given.model_dump()["setup"] == lines
+
+
+def test_options_that_only_name_a_variable_or_a_file_are_no_secrets() -> None:
+    inside = ["--nv", "--env=OMP_NUM_THREADS=4", "--env-file=/me/secrets", "--container-env=DB_PASSWORD"]
+    given = compose(
+        [
+            *("experiment=quickstart", "launcher=slurm", "engine=zero2"),
+            f"launcher.container={{kind: apptainer, image: /a.sif, options: {inside}}}",
+            *("+launcher.options.wckey=lab", "+launcher.options.licenses=matlab:1"),
+        ]
+    ).launcher.model_dump()
+    assert (given["container"]["options"], given["options"]) == (inside, {"wckey": "lab", "licenses": "matlab:1"})
 
 
 def test_a_wrong_key_in_a_file_names_the_file_and_its_line(tmp_path: Path) -> None:

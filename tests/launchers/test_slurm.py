@@ -10,7 +10,7 @@ import pytest
 
 from alignment.allocation import allocation
 from alignment.errors import MachineError
-from alignment.launchers import slurm
+from alignment.launchers import facts, slurm
 from alignment.pipeline.batches import AFTEROK, Task, Wait, batches
 
 
@@ -78,9 +78,39 @@ def test_a_refusal_is_one_line_in_slurm_s_words(bin: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_number_of_a_job_is_found_among_a_federation_s_words(bin: Path) -> None:
-    answer(bin, "sbatch", "sbatch: your account is nearly empty\n1234;cluster2")
+@pytest.mark.parametrize(
+    "said",
+    [
+        "1234",
+        "sbatch: your account is nearly empty\n1234;cluster2",
+        "1234;a\n*** 12 nodes are down ***",
+        "hello\n\n1234\n\n",
+    ],
+)
+def test_the_number_of_a_job_is_found_among_a_site_s_words(said: str, bin: Path) -> None:
+    answer(bin, "sbatch", said)
     assert slurm.submit("#!/bin/sh\n") == "1234"
+
+
+@pytest.mark.parametrize(("said", "told"), [("", "nothing"), ("*** 12 nodes\nare down", r"\*\*\* 12 nodes are down")])
+def test_an_answer_without_the_number_of_a_job_is_no_job(said: str, told: str, bin: Path) -> None:
+    answer(bin, "sbatch", said)
+    with pytest.raises(MachineError, match=rf": sbatch names no job: {told} \(give the command again"):
+        slurm.submit("#!/bin/sh\n")
+
+
+def test_words_of_an_administrator_in_another_encoding_are_no_error(bin: Path) -> None:
+    """A Reason is kept as it was typed: here e acute in Latin-1, which is no UTF-8."""
+    node = (
+        r"NodeName=n1 CPUTot=8 RealMemory=1000 State=DOWN Partitions=p Reason=d\351fectueux [root@2026-11-26T10:00:00]"
+    )
+    (bin / "scontrol").write_text(f"#!/bin/sh\nprintf '{node}\\n'\n")
+    (bin / "scontrol").chmod(0o755)
+    assert list(facts.ask().machines) == ["n1"]
+    (bin / "sbatch").write_text("#!/bin/sh\nprintf 'refus\\351\\n' >&2; exit 1\n")
+    (bin / "sbatch").chmod(0o755)
+    with pytest.raises(MachineError, match="sbatch refuses: refus\ufffd"):
+        slurm.submit("#!/bin/sh\n")
 
 
 def test_where_there_is_no_slurm_the_fix_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,8 +192,33 @@ def test_what_is_queued_is_waited_for(composed: Any) -> None:
 
 
 def test_the_code_is_copied_once_and_a_later_edit_does_not_reach_it(tmp_path: Path) -> None:
+    """Taken from a checkout of its own, by who runs there. An edit is made in the file itself: a link would show it."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(snapshot.package_root(), checkout / "alignment", ignore=shutil.ignore_patterns("__pycache__"))
+    program = (
+        "import pathlib, sys; from alignment.pipeline import snapshot; print(snapshot.take(pathlib.Path(sys.argv[1])))"
+    )
+
+    def take() -> Path:
+        command, environment = [sys.executable, "-c", program, str(tmp_path / "store")], {"PYTHONPATH": str(checkout)}
+        said = subprocess.run(
+            command, env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+        return Path(said.strip()) / "alignment" / "job.py"
+
+    copied = take()
+    was = copied.read_text(), copied.stat().st_ino
+    assert take() == copied
+    assert (copied.read_text(), copied.stat().st_ino) == was, "not copied again"
+    with open(checkout / "alignment" / "job.py", "a") as stream:
+        stream.write("# edited\n")
+    edited = take()
+    assert edited != copied and edited.read_text() == f"{was[0]}# edited\n"
+    assert (copied.read_text(), copied.stat().st_ino) == was
+
+
+def test_a_copy_of_the_code_has_all_that_a_job_needs(tmp_path: Path) -> None:
     place = snapshot.take(tmp_path)
-    assert snapshot.take(tmp_path) == place
     assert (place / "alignment" / "launchers" / "job.sbatch.jinja").is_file()
     assert (place / "alignment" / "conf" / "config.yaml").is_file()
     assert not list(place.glob("**/*.pyc"))

@@ -121,6 +121,51 @@ def test_a_job_submitted_meanwhile_is_asked_for_at_once(store: Path, slurm: Fake
     assert clock.now == 10 * MINUTES
 
 
+@pytest.fixture
+def here(store: Path) -> Path:
+    """The store, with a run whose stages wait, and none is a job."""
+    write_run(store, "run", {"sft": "waiting", "evaluate": "waiting"})
+    return store
+
+
+def test_a_run_that_waits_for_another_process_is_watched_until_it_has_ended(
+    here: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That one ends, and the driver sees so only some time later."""
+    driver, other = Store(here).run_lock("run"), Store(here).lock(key_of("run", "sft"))
+    assert driver.acquire("run") and other.acquire("another/sft")
+
+    def ends() -> None:
+        commit(here, "run", "evaluate")
+        write_run(here, "run", {"sft": "reused", "evaluate": "done"})
+        driver.release()
+
+    clock.at(10 * MINUTES - 10, lambda: commit(here, "run", "sft"))
+    clock.at(10 * MINUTES - 10, other.release)
+    clock.at(10 * MINUTES, ends)
+    assert watch(here, clock) == 0
+    assert clock.now == 10 * MINUTES
+    assert "evaluate  done" in capsys.readouterr().out
+
+
+def test_a_run_whose_driver_is_gone_is_over_once_nobody_makes_what_it_waited_for(here: Path, clock: Clock) -> None:
+    other = Store(here).lock(key_of("run", "sft"))
+    assert other.acquire("another/sft")
+    clock.at(10 * MINUTES, other.release)
+    assert watch(here, clock) == 1
+    assert clock.now == 10 * MINUTES
+    assert watch(here, clock) == 1
+    assert clock.now == 10 * MINUTES, "at once"
+
+
+def test_a_run_that_has_failed_is_over_though_another_tries_the_stage_again(here: Path, clock: Clock) -> None:
+    write_run(here, "run", {"sft": "failed", "evaluate": "waiting"})
+    other = Store(here).lock(key_of("run", "sft"))
+    assert other.acquire("another/sft")
+    assert (watch(here, clock), clock.now) == (1, 0)
+    other.release()
+
+
 def test_the_accounting_is_asked_once_for_a_job_that_has_ended(store: Path, slurm: FakeSlurm, clock: Clock) -> None:
     slurm.queue(("13", "RUNNING"))
     slurm.accounts(("12", "FAILED", "2026-11-26T10:00:00"))

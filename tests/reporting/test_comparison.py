@@ -81,6 +81,17 @@ def test_seeds_that_change_nothing_are_no_seeds(tmp_path: Path) -> None:
     assert told["groups"][1]["difference"]["by"] == "prompts"
 
 
+def test_what_is_equal_but_for_rounding_is_not_taken_for_certainty(tmp_path: Path) -> None:
+    """0.9 - 0.8 and 0.8 - 0.7 are both 0.1, but not to the last bit: that bit is no noise between seeds."""
+    few = {0.1: [0.9, 0.8], 0.3: [0.8, 0.7]}
+    told = content(tmp_path / "prompts", grid(tmp_path / "prompts", few, interval=0.2))
+    assert standings(told) == [("beta=0.1", "best"), ("beta=0.3", "as good")]
+    assert told["groups"][1]["difference"]["by"] == "prompts"
+    told = content(tmp_path / "none", grid(tmp_path / "none", few, interval=None))
+    assert standings(told) == [("beta=0.1", "best"), ("beta=0.3", "not comparable")]
+    assert "whether beta=0.3 differs from it cannot be told" in told["conclusion"]
+
+
 def test_without_any_interval_nothing_is_claimed(tmp_path: Path) -> None:
     told = content(tmp_path, grid(tmp_path, {0.1: [0.3], 0.3: [0.1]}, interval=None))
     assert standings(told) == [("beta=0.1", "best"), ("beta=0.3", "not comparable")]

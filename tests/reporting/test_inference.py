@@ -62,7 +62,7 @@ def test_one_seed_has_no_interval() -> None:
 def test_paired_differences() -> None:
     """0.1, 0.2, 0.3: mean 0.2, standard error 0.1 / sqrt(3); t = 2 sqrt(3) with 2 degrees of freedom, whose tail is
     1 - t / sqrt(2 + t^2) = 1 - sqrt(12 / 14)."""
-    found = paired([0.1, 0.2, 0.3])
+    found = paired([0.3, 0.6, 0.8], [0.2, 0.4, 0.5])
     assert found
     assert (found["mean"], found["df"]) == (pytest.approx(0.2), 2)
     assert found["p"] == pytest.approx(1 - math.sqrt(12 / 14))
@@ -70,8 +70,18 @@ def test_paired_differences() -> None:
 
 
 def test_equal_differences_say_nothing_about_noise() -> None:
-    assert paired([0.1, 0.1, 0.1]) is None
+    assert paired([0.1, 0.1, 0.1], [0.0, 0.0, 0.0]) is None
     assert welch([0.3, 0.3], [0.1, 0.1]) is None
+
+
+def test_what_differs_by_rounding_alone_is_equal_and_small_numbers_are_not_taken_for_it() -> None:
+    """0.9 - 0.8 and 0.8 - 0.7 are not the same float; 0.1 + 0.2 is not 0.3. Beside 100 the last digits are larger."""
+    assert paired([0.9, 0.8], [0.8, 0.7]) is None
+    assert paired([100.4, 100.3], [100.3, 100.2]) is None
+    assert welch([0.1 + 0.2, 0.3], [0.1, 0.1]) is None
+    assert mean_interval([0.1 + 0.2, 0.3])["low"] == mean_interval([0.1 + 0.2, 0.3])["high"]
+    small = paired([3e-12, 5e-12, 7e-12], [1e-12, 1e-12, 1e-12])
+    assert small and small["p"] == pytest.approx(two_sided(2 * math.sqrt(3), 2))
 
 
 def test_welch_by_hand() -> None:

@@ -92,6 +92,15 @@ def test_a_run_that_waits_for_another_s_stage_is_waiting(make_run: MakeRun) -> N
     assert read_runs(store, lambda key: False)[0]["state"] == "interrupted"
 
 
+def test_between_two_stages_a_run_is_running_as_long_as_its_driver_lives(make_run: MakeRun) -> None:
+    folder, store = make_run(states=dict.fromkeys(AFTER_SFT, "waiting"))
+    driver = Store(store).run_lock(folder.name)
+    assert driver.acquire(folder.name)
+    assert read_runs(store, lambda key: False)[0]["state"] == "running"
+    driver.release()
+    assert read_runs(store, lambda key: False)[0]["state"] == "interrupted"
+
+
 def test_runs_come_newest_first_and_a_damaged_one_does_not_hide_the_others(make_run: MakeRun) -> None:
     folder, store = make_run()
     run = json.loads((folder / "run.json").read_text())
