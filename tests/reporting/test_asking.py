@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def test_a_job_submitted_meanwhile_is_asked_for_at_once(store: Path, slurm: Fake
 @pytest.fixture
 def here(store: Path) -> Path:
     """The store, with a run whose stages wait, and none is a job."""
+    shutil.rmtree(store / "jobs")
     write_run(store, "run", {"sft": "waiting", "evaluate": "waiting"})
     return store
 
