@@ -204,7 +204,7 @@ def status(arguments: list[str]) -> int:
     store = Store(given.store)
     folders = targets.run_folders(given.runs, store.root)
     if given.watch:
-        return watching.watch(store, folders)
+        return watching.watch(store, lambda: targets.run_folders(given.runs, store.root))
     runs = watching.look(store, folders)
     if given.json:
         _print_json(runs)

@@ -61,6 +61,7 @@ def unusable(error: OSError) -> MachineError:
     """A file or folder of ours (the store, the cache) that the system refuses, in words for people."""
     where = str(error.filename) if error.filename is not None else None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = str(error.filename2) if error.filename2 is not None else where  # of a copy: not what is copied
         return MachineError(
             "no room is left", where=where, fix="make room, or a larger quota; the same command goes on"
         )

@@ -30,7 +30,7 @@ from alignment.pipeline.leading import Leader
 from alignment.reporting import cancelling, gather, page, pruning, queue, terminal, watching
 from alignment.reporting.sweeps import objective
 from alignment.reporting.words import DONE
-from alignment.signals import Asked, Listener, Stopped
+from alignment.signals import CANCELLED, Asked, Either, Listener, Stopped
 
 # Of a point: its objective, why it has none, or nothing (yet).
 Value = float | tuple[float, ...] | AlignmentError | search.Pruned | None
@@ -89,6 +89,8 @@ class Session:
             self._queue(going, name, wait)
             if not wait:
                 return [None] * len(runs)
+            if master is not None and search.learns(master) and (why := self._is_cancelled()):
+                raise Stopped(why)  # trials that were cancelled with their search have not failed
         return [self._value(run, in_sweep=master is not None) for run in runs]
 
     def finish(self) -> None:
@@ -127,6 +129,9 @@ class Session:
             self._trials.add(run)
         return self._sweep.id
 
+    def _is_cancelled(self) -> str | None:
+        return CANCELLED if self._sweep is not None and self._sweep.is_cancelled() else None
+
     def _value(self, run: runner.Run, in_sweep: bool) -> Value:
         if run.id in self._errors:
             return self._errors[run.id]
@@ -137,8 +142,8 @@ class Session:
     # --- stages that run here ----------------------------------------------------------------------------------------
 
     def _here(self, run: runner.Run) -> None:
-        if self._stop.asked:  # while the point before ended well
-            raise Stopped(self._stop.asked)
+        if why := self._stop.asked or self._is_cancelled():  # while the point before ended well
+            raise Stopped(why)
         doomed = pruning.Doomed(self._stop, lambda: self._trials.look(run))
         try:
             if self._follower is not None:
@@ -161,7 +166,9 @@ class Session:
         """All of them as one graph of jobs; whoever wants their values waits for them."""
         sanity.check(runs, name, queue.say, probe=not self._probed)
         self._probed = True
-        queue.show_submission(name, len(runs), submission.submit(runs, name, queue.say, self._stop))
+        queue.show_submission(
+            name, len(runs), submission.submit(runs, name, queue.say, Either(self._stop, self._is_cancelled))
+        )
         for run in runs:
             with suppress(AlignmentError, OSError):  # its jobs write it when they are done, if there are any
                 if run.finished():

@@ -13,6 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PASSED_ON = signal.SIGRTMIN  # a driver's to its processes: it asks once, so it is never a second request
 TIME_LIMIT = "launcher.time_limit"  # why a stage stops that was not asked by a signal
 PRUNED = "pruned"  # the same, of a hopeless trial of a sweep
+CANCELLED = "alignment cancel"  # why a command stops whose sweep was cancelled
 # One request may arrive as several signals: a terminal or a launcher sends it to the group, and torchrun passes it on.
 ECHO = 2.0
 
@@ -27,6 +28,20 @@ class Asked(Protocol):
     @property
     def asked(self) -> str | None: ...
     def deferred(self) -> AbstractContextManager[None]: ...
+
+
+class Either:
+    """As a Listener hears, or another who may ask this process to stop."""
+
+    def __init__(self, stop: Asked, other: Callable[[], str | None]):
+        self._stop, self._other = stop, other
+
+    @property
+    def asked(self) -> str | None:
+        return self._stop.asked or self._other()
+
+    def deferred(self) -> AbstractContextManager[None]:
+        return self._stop.deferred()
 
 
 class Listener:

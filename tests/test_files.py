@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,14 @@ import pytest
 from alignment.errors import unusable
 from alignment.files import append, write_text
 from tests.conftest import fill
+
+
+def test_of_a_copy_the_full_disk_is_named_and_not_what_is_copied(small_disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 100_000)
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space") as caught:
+        shutil.copy2(tmp_path / "source", small_disk / "copy")
+    assert str(unusable(caught.value)).startswith(f"{small_disk / 'copy'}: no room is left")
 
 
 @pytest.mark.parametrize("write", [write_text, append])

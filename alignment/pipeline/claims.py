@@ -1,18 +1,21 @@
 """Who waits for which jobs: one that several runs or sweeps wait for is cancelled with the last of them.
 
 jobs/claims/<run or sweep>.json   of what was submitted under that name: run -> jobs that it waits for
+jobs/ended/<sweep>                when it was cancelled last: a command that works on it begins nothing more
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.files import listed, read_json, write_json
+from alignment.files import listed, read_json, write_json, write_text
 from alignment.pipeline.store import Store
 
 FOLDER = "jobs/claims"
+ENDED = "jobs/ended"
 Claims = dict[str, dict[str, list[str]]]  # claimant -> run -> jobs
 
 
@@ -44,6 +47,18 @@ def drop(store: Store, gone: Callable[[str, str], bool]) -> None:
         left = {run: jobs for run, jobs in of_runs.items() if not gone(claimant, run)}
         if len(left) < len(of_runs):
             write_json(store.root / FOLDER / f"{claimant}.json", left, durable=False)
+
+
+def end(store: Store, sweep: str) -> None:
+    write_text(store.root / ENDED / sweep, f"{time.time_ns()}\n", durable=False)
+
+
+def ended(store: Store, sweep: str) -> str | None:
+    """A mark, another one each time that the sweep is cancelled; None if it never was."""
+    try:
+        return (store.root / ENDED / sweep).read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def by_job(claims: Claims) -> dict[str, list[tuple[str, str]]]:

@@ -32,7 +32,8 @@ ENDING = 90.0  # seconds to wait for a job that is ending: SLURM's KillWait, 30 
 
 
 def job_of(store: Store, key: str) -> dict[str, Any] | None:
-    """{"job", "submitted", "run", "node", "out"} of the job that was last submitted for a key."""
+    """{"job", "submitted", "run", "node", "out"} of the job that was last submitted for a key; and "cancelled", when,
+    if `alignment cancel` has cancelled it."""
     return _read(_place(store, key))
 
 
@@ -69,6 +70,13 @@ def note(
         write_json(_place(store, order["key"]), told, durable=False)
         jobs[order["key"]] = job
     return jobs
+
+
+def note_cancelled(store: Store, jobs: Mapping[str, str]) -> None:
+    """Remember that these were cancelled by us: SLURM forgets within minutes. jobs: number -> key of what it makes."""
+    for job, key in jobs.items():
+        if (told := job_of(store, key)) and told["job"] == job:
+            write_json(_place(store, key), {**told, "cancelled": time.time()}, durable=False)
 
 
 def queued(

@@ -155,6 +155,10 @@ class Store:
         """Held for the moment in which sweep.json is changed: two processes of one command both add to it."""
         return Lock(self.root / "locks" / f"sweep-{sweep}")
 
+    def driver_lock(self, sweep: str) -> Lock:
+        """Held by a command that works on a sweep or waits for it, for as long as it lives; by one, if several do."""
+        return Lock(self.root / "locks" / f"driver-{sweep}")
+
     def machine_lock(self, head: str, rank: int) -> Lock:
         """Held by the machine that has this rank among those that meet there."""
         return Lock(self.root / "locks" / f"joined-{head}-{rank}")

@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.config.launchers import Resources, SlurmLauncher
+from alignment.errors import MachineError
 from alignment.files import remove, write_json, write_text
 from alignment.launchers import slurm
 from alignment.pipeline import claims, ledger, snapshot
@@ -100,9 +101,20 @@ class Submission:
             orders = {str(index): self._order(task) for index, task in batch.elements.items()}
             write_json(path.with_suffix(".json"), orders)
             write_text(path.with_suffix(".sbatch"), script)
-            self.numbers[batch.number] = number = slurm.submit(script)
+            try:
+                self.numbers[batch.number] = number = slurm.submit(script)
+            except MachineError as error:
+                raise self._half(error) from error
             self.jobs |= ledger.note(self.store, path, number, orders, array=batch.array)
         remove(begun)
+
+    def _half(self, error: MachineError) -> MachineError:
+        """An error that also says what is queued already."""
+        if not self.numbers:
+            return error
+        what = f"{error.what}; {len(self.numbers)} of {len(self.batches)} submissions are queued"
+        fix = f"the same command queues the rest, alignment cancel {self.name} ends these"
+        return MachineError(what, where=error.where, fix=fix)
 
     def claim(self, runs: Sequence[Run]) -> None:
         """Have the jobs that there are so far stay in the queue for these runs. Raises OSError."""
@@ -287,6 +299,8 @@ def submit(
     with suppress(OSError):
         runs[0].store.root.mkdir(parents=True, exist_ok=True)
     with ledger.alone(runs[0].store, name, say):
+        if stop and stop.asked:
+            raise Stopped(stop.asked)
         ledger.remember(runs[0].store)
         submission = Submission(runs, name, ledger.queued(runs, say), slurm.largest_array())
         with stop.deferred() if stop else nullcontext():

@@ -13,8 +13,9 @@ from typing import Any
 from alignment.config.redact import run_command, setting_without_secrets
 from alignment.config.varied import varied
 from alignment.files import digest, read_json, write_json
+from alignment.pipeline import claims
 from alignment.pipeline.runner import Run
-from alignment.pipeline.store import Store
+from alignment.pipeline.store import Lock, Store
 
 FILE = "sweep.json"
 
@@ -33,6 +34,8 @@ class Sweep:
         self._points: dict[str, list[str]] = {}  # run -> overrides
         self._pruned: set[str] = set()
         self._told: dict[str, Any] = {"objective": list(objective)}
+        self._driver: Lock | None = None  # for as long as this process lives
+        self._before: str | None = None
 
     def add(self, points: Iterable[tuple[Run, Sequence[str]]]) -> None:
         """Raises OSError, MachineError."""
@@ -56,8 +59,16 @@ class Sweep:
             "objective": self._told["objective"],
             "wandb_group": self.id if first.experiment.tracking.kind == "wandb" else None,
         }
+        if self._driver is None:
+            store = Store(first.store.root)
+            self._driver, self._before = store.driver_lock(self.id), claims.ended(store, self.id)
+            self._driver.acquire(self.id)
         with self._alone():
             self._write()
+
+    def is_cancelled(self) -> bool:
+        """Whether `alignment cancel` has been given for it since this command began."""
+        return self._driver is not None and claims.ended(Store(self.folder.parents[1]), self.id) != self._before
 
     def is_pruned(self, run: Run) -> bool:
         """Whether the point was stopped as hopeless, now or when the same command was given before."""

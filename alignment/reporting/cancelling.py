@@ -10,14 +10,14 @@ from alignment.errors import ConfigError
 from alignment.launchers import slurm
 from alignment.pipeline import claims, ledger
 from alignment.pipeline.store import Store
-from alignment.reporting import queue, targets, watching
+from alignment.reporting import queue, targets, watching, words
 from alignment.reporting.gather import Row
 from alignment.reporting.status import works
 from alignment.signals import Asked
 
 LISTED = 10  # names in an error, jobs in an answer
 Jobs = dict[str, Row]  # job -> its node
-Needed = dict[str, tuple[Row, str]]  # job -> its node, and who else waits for it
+Needed = dict[str, tuple[Row, list[str]]]  # job -> its node, and who else waits for it
 Mine = Callable[[str, str], bool]
 
 
@@ -37,12 +37,14 @@ def _cancel(names: Sequence[str], store: Store) -> int:
     unknown = _unknown(store, runs)
     # Of one whose run.json cannot be read nobody knows: better an error, below, than to say that there is nothing.
     live = {Path(run["folder"]) for run in runs if works(run) or not run["nodes"]} | set(unknown)
-    meant = [_meant(name, store.root, live) for name in names]
+    others = _of_others(store, runs)
+    meant = [_meant(name, store.root, live, others) for name in names]
     folders = list(dict.fromkeys(folder for _, found in meant for folder in found))
     sweeps = {sweep for sweep, _ in meant if sweep}
     alone = {folder.name for sweep, found in meant if not sweep for folder in found}  # whatever sweeps they are in
     jobs, needed = _cancel_jobs(store, runs, folders, lambda claimant, run: claimant in sweeps or run in alone)
     local = [said for run in runs if Path(run["folder"]) in folders for said in _here(run, store)]
+    local += [said for sweep in sorted(sweeps) if (said := _end_command(store, sweep))]
     for said in local:
         queue.say(said)
     readable = {Path(run["folder"]) for run in runs if run["nodes"]}
@@ -59,10 +61,12 @@ def _cancel(names: Sequence[str], store: Store) -> int:
 def _cancel_jobs(store: Store, runs: Sequence[Row], folders: Sequence[Path], mine: Mine) -> tuple[Jobs, Needed]:
     """mine: see `_jobs_of`. Who is among them waits for no job any more."""
     jobs, needed = _jobs_of(store, runs, folders, mine)
-    for job, (node, other) in needed.items():
-        queue.say(f"{node['name']} (job {job}) stays: {other} waits for it")
+    for job, (node, others) in needed.items():
+        wait = "waits" if len(others) == 1 else "wait"
+        queue.say(f"{node['name']} (job {job}) stays: {words.listed(others, LISTED)} {wait} for it")
     slurm.cancel(jobs)
     claims.drop(store, mine)  # not if SLURM refuses: then all is as it was
+    ledger.note_cancelled(store, {job: node["key"] for job, node in jobs.items()})
     _tell(jobs)
     return jobs, needed
 
@@ -85,9 +89,22 @@ def _unknown(store: Store, runs: Sequence[Row]) -> dict[Path, str]:
     return {store.run_folder(note["run"]): note["job"] for note in living}
 
 
-def _meant(name: str, store: Path, live: set[Path]) -> tuple[str | None, list[Path]]:
+def _of_others(store: Store, runs: Sequence[Row]) -> dict[Path, set[str]]:
+    """Of runs whose living jobs all have somebody who waits for them: folder -> who. A sweep that was cancelled has the
+    folders of its points still, and these may go on for others."""
+    waiting = claims.by_job(claims.read(store))
+    found: dict[Path, set[str]] = {}
+    for run in runs:
+        folder = Path(run["folder"])
+        who = [{name for name, _ in waiting.get(node["job"], [])} for node in _living([run], [folder])]
+        if who and all(who) and not _here(run, store):
+            found[folder] = set().union(*who)
+    return found
+
+
+def _meant(name: str, store: Path, live: set[Path], others: Mapping[Path, set[str]]) -> tuple[str | None, list[Path]]:
     """The sweep of that name, or None, and the folders of its runs, or of the run of that name; else of the only one
-    whose name begins so and that is `live`.
+    whose name begins so and that is `live`, which a sweep is not by runs that go on for `others` (`_of_others`) alone.
 
     Names begin with the experiment's: most often with that of every run that was ever made of it.
     """
@@ -95,16 +112,27 @@ def _meant(name: str, store: Path, live: set[Path]) -> tuple[str | None, list[Pa
     if exact := targets.whole(name, runs, sweeps):
         return (name if name in sweeps else None), exact
     found: dict[str, tuple[str | None, list[Path]]] = {
-        sweep: (sweep, folders) for sweep, folders in sweeps.items() if live.intersection(folders)
+        sweep: (sweep, folders)
+        for sweep, folders in sweeps.items()
+        if any(sweep in others.get(folder, {sweep}) for folder in live.intersection(folders))
     }
     in_sweeps = {folder for _, folders in found.values() for folder in folders}
     mine = sorted(folder for folder in live if folder.name.startswith(name) and folder not in in_sweeps)
     found |= {folder.name: (None, [folder]) for folder in mine}
     if len(found) > 1:
-        more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
-        what = f"{name!r} is the beginning of several that wait or run: {', '.join([*found][:LISTED])}{more}"
+        what = f"{name!r} is the beginning of several that wait or run: {words.listed([*found], LISTED)}"
         raise ConfigError(what, where="command line", fix="give a whole name; a sweep's means all its runs")
     return next(iter(found.values()), (None, []))
+
+
+def _end_command(store: Store, sweep: str) -> str | None:
+    """Have the command of a sweep begin nothing more, if it is at work: a search would ask for more trials."""
+    claims.end(store, sweep)
+    lock = store.driver_lock(sweep)
+    if not lock.is_held():
+        return None
+    holder = lock.holder()
+    return f"the command of {sweep}, {holder.get('pid')} on {holder.get('host')}, begins nothing more"
 
 
 def _here(run: Row, store: Store) -> list[str]:
@@ -133,21 +161,22 @@ def prune(
 
         kept = {node["key"] for node, _ in of(folders)[1].values()}
         alone = [folder for folder in folders if trained[folder] not in kept]
-        slurm.cancel(of(alone)[0])
+        slurm.cancel(jobs := of(alone)[0])
+        ledger.note_cancelled(store, {job: node["key"] for job, node in jobs.items()})
         claims.drop(store, lambda claimant, run: claimant == sweep and run in {folder.name for folder in alone})
     return alone
 
 
 def _jobs_of(store: Store, runs: Sequence[Row], folders: Sequence[Path], mine: Mine) -> tuple[Jobs, Needed]:
-    """Of the runs in these folders: what waits or works for them alone; and what others wait for too, with the name of
-    one. mine(claimant, run): whether that one does not count, as it is to wait for nothing any more."""
+    """Of the runs in these folders: what waits or works for them alone; and what others wait for too, with their
+    names. mine(claimant, run): whether that one does not count, as it is to wait for nothing any more."""
     waiting = claims.by_job(claims.read(store))
     jobs: Jobs = {}
     needed: Needed = {}
     for node in _living(runs, folders):
-        others = (claimant for claimant, run in waiting.get(node["job"], []) if not mine(claimant, run))
-        if other := next(others, None):
-            needed[node["job"]] = node, other
+        others = [claimant for claimant, run in waiting.get(node["job"], []) if not mine(claimant, run)]
+        if others:
+            needed[node["job"]] = node, list(dict.fromkeys(others))
         else:
             jobs[node["job"]] = node
     return jobs, needed

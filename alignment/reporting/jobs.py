@@ -112,6 +112,8 @@ class Jobs:
             told = {"alive": True, "waits": known.waits, "runs": runs, "started": known.start}
             return {**told, "why": why, "nodes": known.nodes}
         state = self._final.get(job) or known or self._accounted.get(job)
+        if note.get("cancelled") and (state is None or state.state != "COMPLETED"):
+            return {"alive": False, "ended": "cancelled", "why": "by alignment cancel"}
         if state is not None and state.state == "COMPLETED":  # by its code its result is stored
             if time.time() - (state.end or self._completed.setdefault(job, time.time())) < LAG:
                 return {"alive": True, "waits": False, "why": "has ended; its result is not to be seen from here yet"}

@@ -40,25 +40,32 @@ def look(store: Store, folders: Sequence[Path] | None) -> list[dict[str, Any]]:
 
 def watch(
     store: Store,
-    folders: Sequence[Path] | None,
+    folders: Callable[[], Sequence[Path] | None],
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Until all have ended: in a terminal the table, which changes; elsewhere a line for each stage that does. Returns
-    the exit code: 0 if all are done or pruned, else 1."""
+    the exit code: 0 if all are done or pruned, else 1. folders: of the runs, as many as there are by now: a search
+    makes more of them."""
     console, said, look = Console(highlight=False), dict[str, str](), Look(store, clock)
     moving = console.is_terminal and not console.is_dumb_terminal
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            runs = look(folders)
+            runs = look(folders())
             if moving:
                 live.update(queue.table(runs), refresh=True)
             else:
                 for line in queue.changes(runs, said):
                     queue.say(line)
-            if all(status.is_over(run) for run in runs):
+            if all(status.is_over(run) for run in runs) and not _has_command(store, runs):
                 return int(any(run["state"] not in ("done", "pruned") for run in runs))
             sleep(EVERY)
+
+
+def _has_command(store: Store, runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether a command works on a sweep of theirs still, which may come to its next points in a moment."""
+    sweeps = {sweep for run in runs if isinstance(sweep := run.get("sweep"), str)}
+    return any(store.driver_lock(sweep).is_held() for sweep in sorted(sweeps))
 
 
 def until_done(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -174,6 +175,12 @@ def count(value: Any) -> str:
     """51.0 -> 51: a count, whatever type carried it; other numbers to three decimals."""
     given = finite(value)
     return number(given, 0 if given is not None and given.is_integer() and abs(given) >= 1 else 3)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """a, b and 3 more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def plain_lines(text: str) -> list[str]:

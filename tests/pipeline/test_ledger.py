@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from alignment.config.compose import compose
+from alignment.errors import MachineError
 from alignment.files import LATE
 from alignment.launchers import slurm
 from alignment.launchers.slurm import JobState
@@ -127,6 +128,26 @@ def test_who_is_asked_to_stop_while_jobs_are_sent_sends_no_more_and_the_same_com
     sent = submission.submit([run], "mine", stop=Listener())
     assert len(numbers) == len(run.nodes) == len(sent.jobs)
     assert claims.read(run.store) == {"mine": {run.id: numbers}}
+
+
+def test_what_a_refusal_half_way_leaves_in_the_queue_is_said(
+    tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["pipeline=sft", "launcher=slurm", "engine=single", "launcher.processes=1", f"store={tmp_path}"]
+    run, answers = Run(compose([*tiny_settings, *settings]), "alignment run"), [None, "1", "2", None]
+
+    def send(script: str) -> str:
+        if (number := answers.pop(0)) is None:
+            raise MachineError("sbatch refuses: Socket timed out")
+        return number
+
+    monkeypatch.setattr(slurm, "submit", send)
+    monkeypatch.setattr(slurm, "largest_array", lambda: 1001)
+    monkeypatch.setattr(slurm, "outputs", dict)
+    with pytest.raises(MachineError, match=r"^sbatch refuses: Socket timed out$"):
+        submission.submit([run], "mine")
+    with pytest.raises(MachineError, match=r"; 2 of \d submissions are queued .*alignment cancel mine ends these"):
+        submission.submit([run], "mine")
 
 
 def test_of_two_jobs_for_a_stage_the_later_is_remembered(submitted: Run, monkeypatch: pytest.MonkeyPatch) -> None:

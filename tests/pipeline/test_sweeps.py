@@ -10,7 +10,9 @@ from alignment import cli
 from alignment.config.compose import compose
 from alignment.files import read_json, write_json
 from alignment.hydra_app import Point
+from alignment.pipeline import claims
 from alignment.pipeline.runner import Run
+from alignment.pipeline.store import Store
 from alignment.pipeline.sweeps import Sweep
 from alignment.reporting.settings import called
 from alignment.reporting.sweeps import read_sweep
@@ -40,6 +42,21 @@ def search() -> Sweep:
 
 def told(sweep: Sweep) -> dict[str, Any]:
     return dict(read_json(sweep.folder / "sweep.json"))
+
+
+def test_a_command_knows_that_its_sweep_was_cancelled_since_it_was_given(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for _ in range(2):
+        sweep = search()
+        assert not sweep.is_cancelled()
+        sweep.add([trial(tmp_path, 1)])
+        assert not sweep.is_cancelled() and store.driver_lock(sweep.id).is_held()
+        claims.end(store, "another")
+        assert not sweep.is_cancelled()
+        claims.end(store, sweep.id)
+        assert sweep.is_cancelled()
+        del sweep
+    assert not store.driver_lock(search().id).is_held()
 
 
 def test_two_processes_of_one_command_keep_each_other_s_points(tmp_path: Path) -> None:

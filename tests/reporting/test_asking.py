@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def store(tmp_path: Path, slurm: FakeSlurm) -> Path:
 
 
 def watch(store: Path, clock: Clock) -> int:
-    return watching.watch(Store(store), [store / "runs" / "run"], clock.sleep, clock)
+    return watching.watch(Store(store), lambda: [store / "runs" / "run"], clock.sleep, clock)
 
 
 def enough() -> None:
@@ -148,6 +149,27 @@ def test_a_run_that_waits_for_another_process_is_watched_until_it_has_ended(
     assert watch(here, clock) == 0
     assert clock.now == 10 * MINUTES
     assert "evaluate  done" in capsys.readouterr().out
+
+
+def test_a_search_is_watched_between_its_trials_too_and_the_new_ones_with_it(
+    store: Path, slurm: FakeSlurm, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(store, "run", {"sft": "done"})
+    commit(store, "run", "sft")
+    file = store / "runs" / "run" / "run.json"
+    write(file, {**json.loads(file.read_text()), "sweep": "search"})
+    driver = Store(store).driver_lock("search")
+    assert driver.acquire("search")
+
+    def another() -> None:
+        commit(store, "next", "sft")
+        write_run(store, "next", {"sft": "done"})
+
+    clock.at(5 * MINUTES, another)
+    clock.at(10 * MINUTES, driver.release)
+    assert watching.watch(Store(store), lambda: sorted((store / "runs").iterdir()), clock.sleep, clock) == 0
+    assert clock.now == 10 * MINUTES
+    assert "next  SFT  done" in capsys.readouterr().out
 
 
 def test_a_run_whose_driver_is_gone_is_over_once_nobody_makes_what_it_waited_for(here: Path, clock: Clock) -> None:

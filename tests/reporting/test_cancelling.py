@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -268,6 +269,37 @@ def test_a_point_of_two_sweeps_goes_with_the_second_or_by_its_own_name(
     assert slurm.calls("scancel") == ["21"]
     assert cancel(store, "larger") == 0
     assert slurm.calls("scancel") == ["21", "21 41"]
+
+
+def test_all_who_wait_are_named_and_whose_jobs_are_cancelled_is_no_more_meant_by_a_beginning(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for sweep in ("dpo-1", "dpo-2", "dpo-3"):
+        write_sweep(store, sweep, ["mine-3"])
+        claims.add(Store(store), sweep, {"mine-3": ["31"]})
+    assert cancel(store, "dpo-1") == 0
+    assert capsys.readouterr().out == "sft (job 31) stays: dpo-2, dpo-3 wait for it\n"
+    assert cancel(store, "dpo") == 2
+    assert "several that wait or run: dpo-2, dpo-3 (" in capsys.readouterr().err
+    assert cancel(store, "dpo-2") == cancel(store, "dpo") == 0
+    assert slurm.calls("scancel") == ["31"]
+
+
+def test_the_command_of_a_sweep_that_is_cancelled_begins_nothing_more(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no job of it is in the queue just now: a search is between two rounds."""
+    write_sweep(store, "search", ["quickstart-2"])
+    before, driver = claims.ended(Store(store), "search"), Store(store).driver_lock("search")
+    assert driver.acquire("search")
+    slurm.queue(("21", "FAILED"))
+    assert cancel(store, "search") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"the command of search, {os.getpid()} on ") and said.endswith(", begins nothing more\n")
+    assert claims.ended(Store(store), "search") != before
+    driver.release()
+    assert cancel(store, "search") == 0
+    assert capsys.readouterr().out == "nothing to cancel: no job of theirs waits or runs\n"
 
 
 def test_a_hopeless_point_of_another_sweep_too_is_not_pruned(store: Path, slurm: FakeSlurm) -> None:

@@ -81,6 +81,22 @@ def test_a_job_that_slurm_does_not_know_and_that_never_printed_was_cancelled_whi
     assert node(store, capsys)["state"] == "failed"
 
 
+def test_what_was_cancelled_stays_so_when_slurm_has_forgotten_it(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.queue(("12", "RUNNING"))
+    out = note(store, "run", "sft", "12")
+    out.write_text("alignment: stopped (SIGTERM: saved at step 7)\n")
+    assert cli.main(["cancel", "run", "--store", str(store)]) == 0
+    capsys.readouterr()
+    for known in [[("12", "CANCELLED")], [("12", "FAILED")], []]:
+        slurm.queue(*known)
+        told = node(store, capsys)
+        assert (told["state"], told["error"]) == ("cancelled", "by alignment cancel")
+    note(store, "run", "sft", "13").write_text("")
+    assert node(store, capsys)["state"] == "failed", "of one that was submitted later nobody has said that"
+
+
 def test_a_job_that_said_why_it_failed_is_quoted(
     store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Command, runs, states
+from tests.conftest import Command, environment, runs, states
+from tests.faults.runs import start
 from tests.slurm.cluster import Cluster
 
 RATE = "stage.sft.learning_rate"
@@ -59,3 +61,25 @@ def test_six_trials_of_which_the_hopeless_are_pruned(
     assert "6 trials: 3 done, 3 pruned" in again
     assert slurm.run("squeue", "-h", "-t", "all").stdout.count("\n") == before.count("\n"), "nothing was submitted"
     assert [point["run"] for point in sweep_of(store)["points"]] == [point["run"] for point in points]
+
+
+def test_a_search_that_is_cancelled_asks_for_no_more_trials(
+    slurm: Cluster, tmp_path: Path, command: Command, small_settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in slurm.environment().items():
+        monkeypatch.setenv(name, value)
+    store = tmp_path / "store"
+    given = ["run", "-m", *small_settings, *SEARCH, *SLURM, "+launcher.options.begin=now+1hour"]
+    search = start(tmp_path, given, environment(store))
+    end = time.monotonic() + 120
+    while len(list(store.glob("jobs/keys/*.json"))) < 3 or list(store.glob("jobs/*/begun")):
+        assert search.alive and time.monotonic() < end, search.told + search.errors
+        time.sleep(0.3)
+    name = sweep_of(store)["sweep"]
+    said = command(store, "cancel", name).stdout
+    assert f"the command of {name}, {search.pid} on " in said
+    assert search.wait(60) == 75, search.told
+    assert "stopped (alignment cancel); the same command goes on" in search.told + search.errors
+    assert len(sweep_of(store)["points"]) == 3, "the second three were not asked for"
+    for run in runs(command, store):
+        assert set(states(run).values()) == {"cancelled"}
