@@ -167,6 +167,17 @@ def test_a_sweep_s_scripts_are_arrays(tmp_path: Path) -> None:
     assert "--dependency=aftercorr:<" in out
 
 
+def test_a_sweep_of_jobs_that_is_refused_is_none(tmp_path: Path) -> None:
+    """SLURM takes no script from such a folder: it is the one refusal that no cluster is asked for."""
+    here = tmp_path / "it's"
+    here.mkdir()
+    sweep = ("experiment=quickstart", "seed=0,1", "launcher=slurm", "launcher.processes=1")
+    done = alignment("run", "-m", *sweep, cwd=here, code=2)
+    assert "which SLURM does not take" in done.stderr
+    assert json.loads(alignment("compare", "--json", cwd=here).stdout) == []
+    assert not (here / "store" / "sweeps").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [

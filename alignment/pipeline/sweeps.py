@@ -34,8 +34,10 @@ class Sweep:
         self._pruned: set[str] = set()
         self._told: dict[str, Any] = {"objective": list(objective)}
 
-    def add(self, points: Iterable[tuple[Run, Sequence[str]]]) -> None:
-        """Raises OSError, MachineError."""
+    def add(self, points: Iterable[tuple[Run, Sequence[str]]], write: bool = True) -> None:
+        """write: to the file as well; else `write` is to be called once these points are no longer refused.
+
+        Raises OSError, MachineError."""
         first: Run | None = None
         for run, overrides in points:
             first = first or run
@@ -56,6 +58,13 @@ class Sweep:
             "objective": self._told["objective"],
             "wandb_group": self.id if first.experiment.tracking.kind == "wandb" else None,
         }
+        if write:
+            self.write()
+        else:
+            self._read()
+
+    def write(self) -> None:
+        """All points that were added. Raises OSError, MachineError."""
         with self._alone():
             self._write()
 
