@@ -59,6 +59,9 @@ def test_a_result_may_be_late_but_not_for_ever(
     assert (told["state"], "job 12" in told["error"]) == ("gone", True)
     assert cli.main(["status", "run", "--watch", "--store", str(store)]) == 1
     assert "gone" in capsys.readouterr().out
+    record = commit(store, "run", "sft") / "record.json"
+    record.write_text("{")
+    assert node(store, capsys)["error"] == f"damaged: record.json cannot be read (in {record.parent})"
     commit(store, "run", "sft")
     assert node(store, capsys)["state"] == "done"
 

@@ -71,6 +71,7 @@ def test_a_result_deleted_from_the_store_is_gone(make_run: MakeRun) -> None:
     shutil.rmtree(store / "store" / key[:16])
     (run,) = read_runs(store, lambda key: False)
     assert (run["state"], run["nodes"][2]["state"], run["nodes"][1]["state"]) == ("gone", "gone", "done")
+    assert run["nodes"][2]["error"] is None
 
 
 def test_a_result_of_which_a_file_is_missing_or_cut_is_gone_as_for_a_run(make_run: MakeRun) -> None:
@@ -80,9 +81,13 @@ def test_a_result_of_which_a_file_is_missing_or_cut_is_gone_as_for_a_run(make_ru
     assert read_runs(store, lambda key: False)[0]["state"] == "done"
     with open(weights, "r+b") as stream:
         stream.truncate(1000)
-    assert read_runs(store, lambda key: False)[0]["nodes"][2]["state"] == "gone"
+    sft = read_runs(store, lambda key: False)[0]["nodes"][2]
+    assert sft["state"] == "gone"
+    place = store / "store" / key[:16]
+    assert sft["error"] == f"damaged: model/model.safetensors has 1000 bytes instead of 538000000 (in {place})"
     weights.unlink()
-    assert read_runs(store, lambda key: False)[0]["nodes"][2]["state"] == "gone"
+    sft = read_runs(store, lambda key: False)[0]["nodes"][2]
+    assert (sft["state"], sft["error"]) == ("gone", f"damaged: model/model.safetensors is gone (in {place})")
     assert Store(store).record(key) is None
 
 
