@@ -15,6 +15,7 @@ from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
 from alignment.reporting import words
 from alignment.reporting.gather import Row, is_run, read, tail
+from alignment.reporting.targets import unreadable
 from alignment.reporting.words import DONE, error_text, finite
 
 # Seconds without a beat that are worth a word. Of a file that another machine holds open and writes, NFS may show what
@@ -47,6 +48,7 @@ def read_runs(
     gone: it was done, but the store no longer has the result, or not whole ("error" says what is wrong with it); the
     same command makes it again.
     preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
+    unreadable: the run's "error" says what is wrong with its run.json; nothing else is known of it.
     """
     files = sorted(store.glob("runs/*/run.json")) if folders is None else [folder / "run.json" for folder in folders]
     results = results or Results(store)
@@ -108,6 +110,7 @@ def read_run(file: Path, results: Results, is_held: Callable[[str], bool], jobs:
         return {
             "run": file.parent.name,
             "state": "unreadable",
+            "error": str(unreadable(file)),
             "folder": str(file.parent),
             "seconds": None,
             "nodes": [],

@@ -123,6 +123,26 @@ def test_runs_come_newest_first_and_a_damaged_one_does_not_hide_the_others(make_
     assert read_runs(store / "nowhere", lambda key: False) == []
 
 
+def test_a_run_that_cannot_be_read_is_shown_with_its_file_and_what_to_do(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among few runs, and among many, whose stages are counted."""
+    folder, store = make_run()
+    bad = store / "runs" / "bad" / "run.json"
+    bad.parent.mkdir()
+    bad.write_text("{")
+    others = [folder.with_name(f"{folder.name}-{number}") for number in range(9)]
+    for other in others:
+        shutil.copytree(folder, other)
+    for names in (["bad"], ["bad", *(other.name for other in others)]):
+        assert cli.main(["status", *names, "--store", str(store)]) == 0
+        said = "".join(capsys.readouterr().out.split())  # it is folded at the width of the terminal
+        assert "badunreadable" in said and "—ofwork" not in said
+        assert f"{bad}:isnorun.jsonthatcanberead(itscommandwritesitagain;" in said
+    assert cli.main(["status", "bad", "--json", "--store", str(store)]) == 0
+    assert str(bad) in json.loads(capsys.readouterr().out)[0]["error"]
+
+
 @pytest.mark.parametrize("name", ["name", "kind", "key", "state", "inputs"])
 @pytest.mark.parametrize("value", [None, 3])
 def test_a_run_whose_stages_lack_what_is_needed_is_unreadable_and_hides_none(
