@@ -325,7 +325,7 @@ def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict
         **attempts.here(),
     }
     write_json(folder / "stage.json", order)
-    append(folder / "log.txt", f"--- attempt {number}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+    append(folder / "log.txt", f"{attempts.BEGINS}{number}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
     return order
 
 

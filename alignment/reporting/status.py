@@ -227,7 +227,7 @@ def _last_lines(store: Path, node: Row, job: Row) -> list[str]:
     log = store / "work" / str(node.get("key"))[:16] / "log.txt"
     for path in (log if _is_of(job, log) else None, job.get("out")):
         lines = [line for line in words.plain_lines(tail(Path(path), TAIL)) if not NOISE.match(line)] if path else []
-        if lines := [line for line in lines if not line.startswith("--- attempt ")]:
+        if lines := [line for line in lines if not line.startswith(attempts.BEGINS)]:
             return lines[-LINES:]
     return []
 
