@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment import life
+from alignment.errors import BY_CODE
 from alignment.files import listed
 from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
@@ -223,11 +224,15 @@ def _is_of(job: Row, file: Path) -> bool:
 
 
 def _last_lines(store: Path, node: Row, job: Row) -> list[str]:
-    """What the stage has written last, else what its job has; that of an earlier job would explain another failure."""
-    log = store / "work" / str(node.get("key"))[:16] / "log.txt"
-    for path in (log if _is_of(job, log) else None, job.get("out")):
+    """What the stage has written last, else what its job has; that of an earlier job would explain another failure.
+    Of an error with a known cause, which is said already, no traceback."""
+    work = store / "work" / str(node.get("key"))[:16]
+    for path in (work / "log.txt" if _is_of(job, work / "log.txt") else None, job.get("out")):
         lines = [line for line in words.plain_lines(tail(Path(path), TAIL)) if not NOISE.match(line)] if path else []
         if lines := [line for line in lines if not line.startswith(attempts.BEGINS)]:
+            error = read(work / "error.json") if _is_of(job, work / "error.json") else None
+            if isinstance(error, dict) and error.get("code") in BY_CODE:
+                lines = words.without_tracebacks(lines, str(error.get("traceback") or ""))
             return lines[-LINES:]
     return []
 
