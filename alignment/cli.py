@@ -267,7 +267,7 @@ def compare(arguments: list[str]) -> int:
     _add_store(parser)
     given = parser.parse_args(arguments)
     from alignment.pipeline.store import Store
-    from alignment.reporting import compare_page, compare_terminal, comparison, jobs, sweeps
+    from alignment.reporting import compare_page, compare_terminal, comparison, jobs, queue, sweeps
 
     if not given.names:
         known = sweeps.list_sweeps(given.store)
@@ -276,7 +276,8 @@ def compare(arguments: list[str]) -> int:
     if len(given.names) > 1:
         sweep, folder = sweeps.sweep_of_runs(given.names, given.store)
     else:
-        folder = sweeps.sweep_folder(given.names[0], given.store)
+        say = (lambda text: None) if given.json else queue.say
+        folder = sweeps.sweep_folder(given.names[0], given.store, say)
         sweep = sweeps.read_sweep(folder)
     store = Store(folder.parent.parent)
     content = comparison.compare(

@@ -216,7 +216,10 @@ def _steps(order: Order, path: Path) -> list[dict[str, Any]]:
     if len(found) < len(files):
         what = f"srun has ended with {code}: {said.rpartition(chr(10))[2] or 'without a word'}"
         where, fix = ("launcher.container", "try the container by hand") if order["inside"] else ("srun", "see the log")
-        found.append({**look(order, []), "problems": [_problem(what, where, fix)]})
+        problem = _problem(what, where, fix)
+        if refused := srun.refused(said):
+            problem = _problem(refused.what, refused.where, str(refused.fix))
+        found.append({**look(order, []), "problems": [problem]})
     return found
 
 

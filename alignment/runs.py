@@ -75,8 +75,8 @@ class Session:
             for run in runs:
                 self._here(run)
             return [self._value(run, in_sweep=master is not None) for run in runs]
-        name = runs[0].id if master is None else self._note_sweep(master, points, runs)
         clustered = _are_jobs(runs)
+        name = runs[0].id if master is None else self._note_sweep(master, points, runs, write=not clustered)
         going = [run for run in runs if not self._was_pruned(run)]
         for run in going:
             self._errors.pop(run.id, None)  # a sweeper may ask for the same point again
@@ -120,11 +120,14 @@ class Session:
         self._leader = self._leader or Leader(runs[0].store, launcher, queue.say)
         self._leader.expect(runs)
 
-    def _note_sweep(self, master: DictConfig, points: Sequence[Point], runs: Sequence[runner.Run]) -> str:
+    def _note_sweep(
+        self, master: DictConfig, points: Sequence[Point], runs: Sequence[runner.Run], *, write: bool
+    ) -> str:
+        """Its name. write: nothing can refuse its points any more."""
         if self._sweep is None:
             looked_at = search.objective(master, runs[0].experiment)
             self._sweep = sweeps.Sweep(_settings(master), self._arguments, looked_at)
-        self._sweep.add([(run, point.overrides) for run, point in zip(runs, points, strict=True)])
+        self._sweep.add([(run, point.overrides) for run, point in zip(runs, points, strict=True)], write)
         for run in runs:
             self._trials.add(run)
         return self._sweep.id
@@ -166,9 +169,10 @@ class Session:
         """All of them as one graph of jobs; whoever wants their values waits for them."""
         sanity.check(runs, name, queue.say, probe=not self._probed)
         self._probed = True
-        queue.show_submission(
-            name, len(runs), submission.submit(runs, name, queue.say, Either(self._stop, self._is_cancelled))
-        )
+        if self._sweep is not None:  # what is refused is no sweep; what is queued must be one, to be cancelled
+            self._sweep.write()
+        stop = Either(self._stop, self._is_cancelled)
+        queue.show_submission(name, len(runs), submission.submit(runs, name, queue.say, stop))
         for run in runs:
             with suppress(AlignmentError, OSError):  # its jobs write it when they are done, if there are any
                 if run.finished():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import re
 import socket
 import sys
 from pathlib import Path
@@ -11,13 +13,18 @@ from pathlib import Path
 import alignment
 from alignment.allocation import allocation
 from alignment.config.launchers import Container, SlurmLauncher
+from alignment.errors import MachineError
 from alignment.launchers import slurm
 from alignment.launchers.base import Handle, Job
 from alignment.launchers.local import Process
 from alignment.life import Beat
 
 CODE = Path(alignment.__file__).parent.parent  # that the driver runs
+APPTAINER = "apptainer"
 CODE_FIRST = 'export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"; exec "$@"'
+# Of a step whose program a node could not execute: its exit code is the system's error number, which is none of ours.
+REFUSED = re.compile(r"^(?:slurmstepd|srun)\S*: error: execve\(\): (?P<program>.+): (?P<why>[^:\n]+)$", re.M)
+NODE = re.compile(r"^srun: error: (\S+): tasks? \S+: Exited with exit code", re.M)
 PORTS = range(20_000, 32_000)  # below those that kernels give to whoever asks for any
 
 
@@ -70,7 +77,23 @@ def _inside(container: Container, store: Path) -> list[str]:
         workdir = f"--container-workdir={os.getcwd()}"
         return [f"--container-image={container.image}", f"--container-mounts={mounts}", workdir, *container.options]
     binds = [argument for place in seen for argument in ("--bind", place)]
-    return ["apptainer", "exec", *binds, "--pwd", os.getcwd(), *container.options, container.image]
+    return [APPTAINER, "exec", *binds, "--pwd", os.getcwd(), *container.options, container.image]
+
+
+def refused(said: str) -> MachineError | None:
+    """If a node could not execute what it was to start, by srun's own words in what a step has said: what, where."""
+    found = REFUSED.search(said)
+    if found is None:
+        return None
+    program, why, node = found["program"], found["why"].strip(), NODE.search(said, found.end())
+    on = f"on node {node[1]}" if node else "on a node of the job"
+    missing = why == os.strerror(errno.ENOENT)
+    what = f"{program} is not installed {on}" if missing else f"{program} cannot be started {on}: {why}"
+    where = "launcher.container" if program == APPTAINER else "launcher.python"
+    fix = (
+        "install it there, have a line of launcher.setup put it on the PATH, or leave such nodes out: launcher.exclude"
+    )
+    return MachineError(what, where=where, fix=fix)
 
 
 def free_port(attempt: int) -> int:

@@ -167,6 +167,17 @@ def test_a_sweep_s_scripts_are_arrays(tmp_path: Path) -> None:
     assert "--dependency=aftercorr:<" in out
 
 
+def test_a_sweep_of_jobs_that_is_refused_is_none(tmp_path: Path) -> None:
+    """SLURM takes no script from such a folder: it is the one refusal that no cluster is asked for."""
+    here = tmp_path / "it's"
+    here.mkdir()
+    sweep = ("experiment=quickstart", "seed=0,1", "launcher=slurm", "launcher.processes=1")
+    done = alignment("run", "-m", *sweep, cwd=here, code=2)
+    assert "which SLURM does not take" in done.stderr
+    assert json.loads(alignment("compare", "--json", cwd=here).stdout) == []
+    assert not (here / "store" / "sweeps").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
@@ -242,19 +253,45 @@ def test_a_value_that_hydra_cannot_read_is_answered_with_one_that_a_shell_can_be
     assert again.stderr == f"alignment: error: {os.path.expanduser(path)}: no such file or folder\n"
 
 
-@pytest.mark.slow
-def test_a_point_that_fails_in_a_sweep_does_not_stop_the_others(tmp_path: Path, tiny_model: Path) -> None:
-    """The fourth point needs what has failed for the second: it is not tried again."""
-    (tmp_path / "mine" / "pipeline").mkdir(parents=True)
-    (tmp_path / "mine" / "pipeline" / "import.yaml").write_text(
+def importing(cwd: Path) -> list[str]:
+    """Settings of a pipeline of one stage, which takes a second."""
+    (cwd / "mine" / "pipeline").mkdir(parents=True)
+    (cwd / "mine" / "pipeline" / "import.yaml").write_text(
         "# @package _global_\ndefaults:\n  - /stage@stage.import_model: import_model\n  - _self_\n"
         "pipeline: {nodes: {start: {stage: import_model, inputs: {}}}, final: start}\n"
     )
+    return ["--config-dir", "mine", "pipeline=import", "tracking=none", "min_free_gb=0", "model=path"]
+
+
+@pytest.mark.slow
+def test_a_damaged_result_is_said_by_plan_status_and_run_and_kept_beside_the_new_one(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    settings = [*importing(tmp_path), f"model.source.path={tiny_model}"]
+    alignment("run", *settings, cwd=tmp_path)
+    (file,) = (tmp_path / "store").glob("store/*/model/config.json")
+    size = file.stat().st_size
+    file.write_text("{}")
+    folder = file.parents[1]
+    wrong = f"damaged: model/config.json has 2 bytes instead of {size} (in {folder})"
+    (node,) = json.loads(alignment("plan", *settings, "--json", cwd=tmp_path).stdout)["nodes"]
+    assert (node["action"], node["why"]) == ("run", wrong)
+    (node,) = status(tmp_path)[0]["nodes"]
+    assert (node["state"], node["error"]) == ("gone", wrong)
+    said = alignment("run", *settings, cwd=tmp_path).stdout
+    assert f"its result is {wrong}; it is made again, and what is there stays as {folder.name}.damaged-*" in said
+    assert status(tmp_path)[0]["state"] == "done"
+    (kept,) = folder.parent.glob(f"{folder.name}.damaged-*/model/config.json")
+    assert kept.read_text() == "{}"
+
+
+@pytest.mark.slow
+def test_a_point_that_fails_in_a_sweep_does_not_stop_the_others(tmp_path: Path, tiny_model: Path) -> None:
+    """The fourth point needs what has failed for the second: it is not tried again."""
     weightless = shutil.copytree(tiny_model, tmp_path / "weightless")
     (weightless / "model.safetensors").unlink()
-    settings = ["pipeline=import", "tracking=none", "min_free_gb=0", "model=path", "name=a,b"]
-    sweep = f"model.source.path={tiny_model},{weightless}"
-    done = alignment("run", "-m", "--config-dir", "mine", *settings, sweep, cwd=tmp_path, code=3)
+    sweep = ("name=a,b", f"model.source.path={tiny_model},{weightless}")
+    done = alignment("run", "-m", *importing(tmp_path), *sweep, cwd=tmp_path, code=3)
     assert len(done.stderr.strip().splitlines()) == 1
     assert "2 of 4 points failed; the first: " in done.stderr and "weights" in done.stderr
     runs = status(tmp_path)

@@ -102,11 +102,23 @@ def test_its_first_word_needs_the_standard_library_alone(order: dict[str, Any], 
     assert "alignment.job cannot be imported: No module named" in driver["problems"][1]["what"]
 
 
-def test_what_a_step_says_in_another_encoding_is_told(
-    order: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+EXECVE = """printf 'slurmstepd: error: execve(): apptainer: No such file or directory\n' >&2
+printf 'srun: error: n1: task 0: Exited with exit code 2\n' >&2; exit 2"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (r"printf 'refus\351\n' >&2; exit 1", "srun has ended with code 1: refus\ufffd"),
+        (EXECVE, "apptainer is not installed on node n1"),
+    ],
+    ids=["in another encoding", "without a container's program"],
+)
+def test_what_a_step_says_is_told(
+    text: str, said: str, order: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, text in {"scontrol": "echo n1", "srun": r"printf 'refus\351\n' >&2; exit 1"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+    for name, script in {"scontrol": "echo n1", "srun": text}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -116,7 +128,7 @@ def test_what_a_step_says_in_another_encoding_is_told(
     write_json(tmp_path / "order.json", order)
     assert probe.main([str(tmp_path / "order.json"), "0"]) == 0
     step = read_json(tmp_path / "result.json")["found"][-1]
-    assert [problem["what"] for problem in step["problems"]] == ["srun has ended with code 1: refus\ufffd"]
+    assert [problem["what"] for problem in step["problems"]] == [said]
     held.release()
 
 

@@ -16,6 +16,7 @@ from alignment import life
 from alignment.allocation import allocation
 from alignment.errors import BY_CODE, AlignmentError, ConfigError, LostError, MachineError, PreemptedError, StageFailed
 from alignment.files import append, listed, read_json
+from alignment.launchers import srun
 from alignment.pipeline.store import CHECKPOINTS, NEXT, OUTCOME
 from alignment.signals import TIME_LIMIT
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from alignment.pipeline.supervisor import Supervisor
 
 ATTEMPTS = "attempts.jsonl"
+BEGINS = "--- attempt "  # the line of log.txt before what an attempt says
 FULL = 1 << 20  # bytes: with so few free, a process that has left no word had no room for one
 LONGEST_WAIT = 300.0  # seconds before a retry
 OUT_OF_MEMORY = "out of memory is the usual cause of signal 9"
@@ -285,17 +287,20 @@ def _by_code(name: str, folder: Path, code: int) -> AlignmentError:
     """What the exit code and the log of a job say that left no word."""
     log = folder / "log.txt"
     number = -code if code < 0 else code - 128 if code > 128 else 0
-    if number or code == StageFailed.exit_code:  # torchrun's, of a rank that left no word
-        error: AlignmentError = silent(name, number, log)
+    try:
+        said = log.read_text(encoding="utf-8", errors="replace").rpartition(BEGINS)[2]  # this attempt
+    except OSError:
+        said = ""
+    if refused := srun.refused(said):
+        error: AlignmentError = refused
+    elif number or code == StageFailed.exit_code:  # torchrun's, of a rank that left no word
+        error = silent(name, number, log)
     elif full := _full_disk(folder, None):
         error = full
     else:
         kind = BY_CODE.get(code, StageFailed)  # a full disk may have kept its words
         error = kind(f"the stage {name} ended with exit code {code} and left no result", fix=f"see {log}")
-    try:
-        error.add_note("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]))
-    except OSError:
-        pass
+    error.add_note("".join(said.splitlines(keepends=True)[-30:]))
     return error
 
 

@@ -147,6 +147,8 @@ def plan(run: Run, queued: Mapping[str, str] = MappingProxyType({})) -> list[dic
                 why = f"job {queued[node.key]} makes it"
             elif held:
                 why = "another run works on it"
+            elif damage := run.store.damage(node.key):
+                why = damage
             elif reached >= 0:
                 why = f"goes on from step {reached}"
             else:
@@ -223,6 +225,9 @@ def _bring(run: Run, node: Node, lock: Lock, observer: Observer, stop: Asked) ->
     if record is None:
         run.note(node.name, state="running")
         observer.started(node.name, node.kind)
+        if damage := run.store.damage(node.key):
+            kept = f"{run.store.result(node.key).name}.damaged-*"
+            observer.warning(node.name, f"its result is {damage}; it is made again, and what is there stays as {kept}")
         started = time.monotonic()
         try:
             record = _persist(run, node, lock, observer, stop)
@@ -320,7 +325,7 @@ def _begin(run: Run, node: Node, left: float | None, observer: Observer) -> dict
         **attempts.here(),
     }
     write_json(folder / "stage.json", order)
-    append(folder / "log.txt", f"--- attempt {number}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+    append(folder / "log.txt", f"{attempts.BEGINS}{number}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
     return order
 
 

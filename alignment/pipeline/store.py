@@ -51,15 +51,29 @@ class Store:
 
     def record(self, key: str) -> dict[str, Any] | None:
         """The record of a committed result whose files are all there with their sizes, else None."""
+        return self._look(key)[0]
+
+    def damage(self, key: str) -> str | None:
+        """Of a result that is there and not whole: what is wrong with it, and its folder. `record` knows none then."""
+        record, wrong = self._look(key)
+        folder = self.result(key)
+        return f"damaged: {wrong} (in {folder})" if record is None and os.path.lexists(folder) else None
+
+    def _look(self, key: str) -> tuple[dict[str, Any] | None, str]:
+        """The record, or else what is wrong."""
         folder = self.result(key)
         try:
             record = read_json(folder / "record.json")
-            whole = record["key"] == key and all(
-                (folder / name).stat().st_size == file["bytes"] for name, file in record["files"].items()
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return record if whole else None
+        except (OSError, ValueError) as error:
+            return None, f"record.json {'is gone' if isinstance(error, FileNotFoundError) else 'cannot be read'}"
+        try:
+            sizes = [(name, file["bytes"]) for name, file in record["files"].items()]
+            if record["key"] != key:
+                return None, "record.json is of another result"
+        except (KeyError, TypeError, AttributeError):
+            return None, "record.json is no record of a result"
+        wrong = next((wrong for name, size in sizes if (wrong := _wrong(folder, name, size))), None)
+        return (None, wrong) if wrong else (record, "")
 
     def awaited(self, key: str, asked: Callable[[], str | None] = lambda: None) -> dict[str, Any] | None:
         """`record`, inside of a cluster's job for as long as a file system may hide what another machine has just
@@ -176,6 +190,17 @@ class Store:
                 where=str(self.root),
                 fix="free some space, or set store=... or min_free_gb=...",
             )
+
+
+def _wrong(folder: Path, name: str, size: Any) -> str | None:
+    """Of a file that has this size in a record."""
+    try:
+        found = (folder / name).stat().st_size
+    except FileNotFoundError:
+        return f"{name} is gone"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None if found == size else f"{name} has {found} bytes instead of {size}"
 
 
 def _lasting(folder: Path) -> list[Path]:

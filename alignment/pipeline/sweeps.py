@@ -37,8 +37,10 @@ class Sweep:
         self._driver: Lock | None = None  # for as long as this process lives
         self._before: str | None = None
 
-    def add(self, points: Iterable[tuple[Run, Sequence[str]]]) -> None:
-        """Raises OSError, MachineError."""
+    def add(self, points: Iterable[tuple[Run, Sequence[str]]], write: bool = True) -> None:
+        """write: to the file as well; else `write` is to be called once these points are no longer refused.
+
+        Raises OSError, MachineError."""
         first: Run | None = None
         for run, overrides in points:
             first = first or run
@@ -60,9 +62,15 @@ class Sweep:
             "wandb_group": self.id if first.experiment.tracking.kind == "wandb" else None,
         }
         if self._driver is None:
-            store = Store(first.store.root)
-            self._driver, self._before = store.driver_lock(self.id), claims.ended(store, self.id)
+            self._driver, self._before = first.store.driver_lock(self.id), claims.ended(first.store, self.id)
             self._driver.acquire(self.id)
+        if write:
+            self.write()
+        else:
+            self._read()
+
+    def write(self) -> None:
+        """All points that were added. Raises OSError, MachineError."""
         with self._alone():
             self._write()
 

@@ -20,7 +20,7 @@ from alignment.pipeline.submission import Submission
 from alignment.reporting import words
 from alignment.reporting.gather import Row
 from alignment.reporting.status import facts_text
-from alignment.reporting.terminal import log_lines, progress_line, silence_text, status_table, styled
+from alignment.reporting.terminal import log_lines, progress_line, silence_text, status_table, styled, unreadable_lines
 
 MANY = 8  # runs: of more, only how many of their stages are in which state
 SHOWN = 12  # stages that work or failed
@@ -74,7 +74,8 @@ def table(runs: Sequence[Row]) -> RenderableType:
 
 
 def overview(runs: Sequence[Row]) -> RenderableType:
-    """Of many runs: how many stages of each name are in which state, each stage once, and those that work or failed."""
+    """Of many runs: how many stages of each name are in which state, each stage once; those that work or failed; and
+    runs that cannot be read."""
     nodes = {node["key"]: node for run in runs for node in run["nodes"]}
     states = list(dict.fromkeys(state for state in ORDER for node in nodes.values() if node["state"] == state))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
@@ -90,7 +91,8 @@ def overview(runs: Sequence[Row]) -> RenderableType:
         line for node in found[:SHOWN] for line in [_line(node), *(log_lines(node) if node in found[:LOGS] else [])]
     ]
     more = [Text(f"and {len(found) - SHOWN} more", "dim")] if len(found) > SHOWN else []
-    return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines, *more)
+    unknown = [line for run in runs if run["state"] == "unreadable" for line in unreadable_lines(run)]
+    return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines, *more, *unknown)
 
 
 def _line(node: Row) -> Text:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from alignment import life
+from alignment.errors import BY_CODE
 from alignment.files import listed
 from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
 from alignment.reporting import words
 from alignment.reporting.gather import Row, is_run, read, tail
+from alignment.reporting.targets import unreadable
 from alignment.reporting.words import DONE, error_text, finite
 
 # Seconds without a beat that are worth a word. Of a file that another machine holds open and writes, NFS may show what
@@ -44,8 +46,10 @@ def read_runs(
     "job" and, where it waits, "why", where it runs, "on" (its nodes); failed ones "log" (the last lines of what the
     stage, or else its job, has written), and those of a cluster that have said why their "code" (of errors.BY_CODE, or
     1).
-    gone: it was done, but the store no longer has the result, or not whole; the same command makes it again.
+    gone: it was done, but the store no longer has the result, or not whole ("error" says what is wrong with it); the
+    same command makes it again.
     preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
+    unreadable: the run's "error" says what is wrong with its run.json; nothing else is known of it.
     """
     files = sorted(store.glob("runs/*/run.json")) if folders is None else [folder / "run.json" for folder in folders]
     results = results or Results(store)
@@ -68,6 +72,9 @@ class Results:
 
     def is_driven(self, run: str) -> bool:
         return self._store.run_lock(run).is_held()
+
+    def damage(self, key: str) -> str | None:
+        return self._store.damage(key)
 
     def record(self, key: str) -> Row | None:
         """{"seconds", "attempts"} of a committed result, else None."""
@@ -104,6 +111,7 @@ def read_run(file: Path, results: Results, is_held: Callable[[str], bool], jobs:
         return {
             "run": file.parent.name,
             "state": "unreadable",
+            "error": str(unreadable(file)),
             "folder": str(file.parent),
             "seconds": None,
             "nodes": [],
@@ -137,12 +145,12 @@ def _node(node: Row, results: Results, is_held: Callable[[str], bool], jobs: dic
         return told
     record = results.record(key)
     if state in DONE:
-        return told if record else {**told, "state": "gone"}
+        return told if record else {**told, "state": "gone", "error": results.damage(key)}
     job, held = jobs.get(key, {}), state != "queued" and is_held(key)
     # The same settings may have been given to another launcher since they were queued: then run.json does not say so.
     alive = job.get("alive") and not job.get("unknown")
     if state == "queued" or (alive and not (held and job.get("waits"))):
-        return _of_a_job(told, work, record, job)
+        return _of_a_job(told, work, record, job, results)
     if state == "running" and not held:
         if record:
             return {**told, "state": "done"}
@@ -157,7 +165,7 @@ def _node(node: Row, results: Results, is_held: Callable[[str], bool], jobs: dic
     return told
 
 
-def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
+def _of_a_job(told: Row, work: Path, record: Row | None, job: Row, results: Results) -> Row:
     """A node that is a job's to make: what became of it the store, the work folder and SLURM say, not run.json."""
     if record:
         tried = attempts.summary(record["attempts"] or [])
@@ -175,7 +183,8 @@ def _of_a_job(told: Row, work: Path, record: Row | None, job: Row) -> Row:
         return told
     told["state"] = job.get("ended") or "waiting"
     error = read(work / "error.json") if _is_of(job, work / "error.json") else None
-    told["error"] = error_text(error) or job.get("why")
+    damage = results.damage(told["key"]) if told["state"] == "gone" else None
+    told["error"] = error_text(error) or damage or job.get("why")
     code = error.get("code") if isinstance(error, dict) else job.get("code")  # of whose words these are
     if isinstance(code, int):
         told["code"] = code
@@ -215,11 +224,15 @@ def _is_of(job: Row, file: Path) -> bool:
 
 
 def _last_lines(store: Path, node: Row, job: Row) -> list[str]:
-    """What the stage has written last, else what its job has; that of an earlier job would explain another failure."""
-    log = store / "work" / str(node.get("key"))[:16] / "log.txt"
-    for path in (log if _is_of(job, log) else None, job.get("out")):
+    """What the stage has written last, else what its job has; that of an earlier job would explain another failure.
+    Of an error with a known cause, which is said already, no traceback."""
+    work = store / "work" / str(node.get("key"))[:16]
+    for path in (work / "log.txt" if _is_of(job, work / "log.txt") else None, job.get("out")):
         lines = [line for line in words.plain_lines(tail(Path(path), TAIL)) if not NOISE.match(line)] if path else []
-        if lines := [line for line in lines if not line.startswith("--- attempt ")]:
+        if lines := [line for line in lines if not line.startswith(attempts.BEGINS)]:
+            error = read(work / "error.json") if _is_of(job, work / "error.json") else None
+            if isinstance(error, dict) and error.get("code") in BY_CODE:
+                lines = words.without_tracebacks(lines, str(error.get("traceback") or ""))
             return lines[-LINES:]
     return []
 

@@ -49,16 +49,21 @@ def list_sweeps(store: Path) -> list[Row]:
     return sorted(found, key=lambda sweep: (-(finite(sweep["created"]) or 0.0), sweep["sweep"]))
 
 
-def sweep_folder(name: str, store: Path) -> Path:
-    """A sweep's folder by path, by its full name, or by the beginning of its name (the newest that fits)."""
+def sweep_folder(name: str, store: Path, say: Callable[[str], None] = lambda text: None) -> Path:
+    """A sweep's folder by path, by its full name, or by the beginning of its name (the newest that fits). say: told
+    which others would."""
     refuse_empty(name)
     if (Path(name) / "sweep.json").is_file():
         return Path(name).resolve()
     known = list_sweeps(store)
     names = [sweep["sweep"] for sweep in known]
     for fits in (name.__eq__, lambda one: one.startswith(name)):
-        if folder := next((sweep["folder"] for sweep in known if fits(sweep["sweep"])), None):
-            return Path(folder)
+        if found := [sweep for sweep in known if fits(sweep["sweep"])]:
+            newest, *others = found
+            if others:
+                more = ", ".join([one["sweep"] for one in others[:5]] + ["..."] * (len(others) > 5))
+                say(f"{newest['sweep']}: of {len(found)} sweeps that begin so, the newest; others: {more}")
+            return Path(newest["folder"])
     fix = f"known: {', '.join(names[:5])}" if names else "alignment run -m key=value1,value2 makes one"
     fix += "; runs are compared by naming two or more"
     raise ConfigError(f"no sweep is called {name!r}", where=str(store / "sweeps"), fix=fix)

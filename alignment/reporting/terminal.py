@@ -89,7 +89,15 @@ def status_table(runs: list[Row]) -> RenderableType:
     return Group(*(_run_table(run) for run in runs))
 
 
+def unreadable_lines(run: Row) -> list[Text]:
+    """Of a run of whose run.json nothing can be read: its name, and below it the path and what to do."""
+    head = Text.assemble((str(run["run"]), "bold"), "  ", styled(run["state"]))
+    return [head, Text(f"  {run['error']}")]
+
+
 def _run_table(run: Row) -> RenderableType:
+    if run["state"] == "unreadable":
+        return Group(*unreadable_lines(run), "")
     head = Text.assemble(
         (str(run["run"]), "bold"), "  ", styled(run["state"]),
         (f"  {words.duration(run.get('seconds'))} of work", "dim"), (f"  {words.moment(run.get('created'))}", "dim"),
@@ -376,13 +384,8 @@ class StageProgress:
 
 
 SHOWN = {"loss": "last loss", "reward": "reward", "reward_mean": "reward", "stop_rate": "stop rate", "rows": "rows"}
-SHOWN |= {
-    "train": "train",
-    "pairs": "pairs",
-    "dropped": "dropped",
-    "computed": "computed",
-    "reference_computed": "reference log-probs computed",
-}
+SHOWN |= {"train": "train", "pairs": "pairs", "dropped": "dropped", "computed": "computed"}
+SHOWN |= {"reference_computed": "reference log-probs computed"}
 
 
 def main_facts(facts: Row, most: int = 4) -> str:

@@ -15,6 +15,10 @@ NOTHING = "\N{EM DASH}"
 
 ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|.)")  # of a terminal: colours, titles
 
+BETWEEN = re.compile(
+    "(The above exception was the direct cause of|During handling of the above exception)"
+)  # tracebacks
+
 ACRONYMS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}
 DONE = ("done", "reused")
 BETTER = {
@@ -189,6 +193,19 @@ def plain_lines(text: str) -> list[str]:
     lines = (ESCAPE.sub("", line).rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
     plain = ("".join(c for c in line.expandtabs(4) if c.isprintable()).rstrip() for line in lines)
     return [line for line in plain if line]
+
+
+def without_tracebacks(lines: Sequence[str], known: str = "") -> list[str]:
+    """known: the text of one of them, whose message may be of several lines, and whose beginning may not be there."""
+    told, kept, inside = set(plain_lines(known)), [], False
+    for line in lines:
+        if line.startswith("Traceback (most recent call last)"):
+            inside = True
+        elif inside:
+            inside = line.startswith(" ")  # the message is the first line that is not indented
+        elif line not in told and not BETWEEN.match(line):
+            kept.append(line)
+    return kept
 
 
 def error_text(error: Any) -> str | None:

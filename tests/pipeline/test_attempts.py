@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from alignment import life
-from alignment.errors import InputError, LostError, PreemptedError, StageFailed, TrainingError
+from alignment.errors import InputError, LostError, MachineError, PreemptedError, StageFailed, TrainingError
 from alignment.life import BEATS
 from alignment.pipeline import attempts
 
@@ -61,6 +61,30 @@ def test_without_a_word_the_exit_code_speaks(tmp_path: Path, code: int, kind: ty
     assert type(error) is kind
     assert str(error).startswith(text)
     assert isinstance(cause(tmp_path, code, asked="SIGTERM"), PreemptedError), "it had no time to say so"
+
+
+STEP = "--- attempt 2\nslurmstepd{}: error: execve(): {}: {}\nsrun: error: n{}: task{}: Exited with exit code {}\n"
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (("", "apptainer", "No such file or directory", 3, " 0", 2),
+         "launcher.container: apptainer is not installed on node n3 (install it there, "),
+        (("-n2", "/opt/my python", "Permission denied", "[2-3]", "s 0-1", 13),
+         "launcher.python: /opt/my python cannot be started on node n[2-3]: Permission denied (install it there, "),
+    ],
+)  # fmt: skip
+def test_what_a_node_could_not_execute_is_the_cause_whatever_code_srun_makes_of_it(
+    tmp_path: Path, step: tuple[Any, ...], said: str
+) -> None:
+    """2 is the system's word for a file that is not there, not ours for a setting."""
+    (tmp_path / "log.txt").write_text("--- attempt 1\n" + STEP.format(*step))
+    error = cause(tmp_path, step[-1])
+    assert (type(error), error.retry) == (MachineError, False)
+    assert str(error).startswith(said)
+    (tmp_path / "log.txt").write_text(STEP.format(*step) + "--- attempt 2\nloading\n")
+    assert "ended with exit code" in str(cause(tmp_path, step[-1])), "that was the attempt before"
 
 
 def test_a_bug_is_not_taken_for_an_end_in_order(tmp_path: Path) -> None:

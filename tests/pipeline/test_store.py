@@ -120,14 +120,38 @@ def test_a_result_with_a_file_lost_or_cut_is_no_result_and_is_kept_aside(store: 
     place = commit(store)
     (place / "model.bin").write_text("cut")
     assert store.record(KEY) is None
+    assert store.damage(KEY) == f"damaged: model.bin has 3 bytes instead of 7 (in {place})"
     commit(store)
-    assert store.record(KEY) is not None
+    assert store.record(KEY) is not None and store.damage(KEY) is None
     assert [path.name for path in place.parent.iterdir() if "damaged" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (None, "is gone"),
+        ("{", "cannot be read"),
+        ("[]", "is no record of a result"),
+        (f'{{"key": "{KEY}", "files": []}}', "is no record of a result"),
+        (f'{{"key": "{KEY}", "files": {{"model.bin": null}}}}', "is no record of a result"),
+    ],
+)
+def test_a_result_whose_record_is_damaged_is_none_and_says_so(store: Store, text: str | None, wrong: str) -> None:
+    assert store.damage(KEY) is None, "where nothing is nothing is damaged"
+    file = commit(store) / "record.json"
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+    assert store.record(KEY) is None
+    assert store.damage(KEY) == f"damaged: record.json {wrong} (in {file.parent})"
 
 
 def test_a_result_under_anothers_short_name_is_no_result(store: Store) -> None:
     commit(store)
-    assert store.record(KEY[:16] + "f" * 48) is None
+    other = KEY[:16] + "f" * 48
+    assert store.record(other) is None
+    assert "record.json is of another result" in str(store.damage(other))
 
 
 def leave_an_attempt(store: Store) -> Path:

@@ -83,6 +83,19 @@ def test_two_processes_of_one_command_keep_each_other_s_points(tmp_path: Path) -
     assert not one.is_pruned(points[0][0])
 
 
+def test_points_that_may_be_refused_are_written_once_they_are_not(tmp_path: Path) -> None:
+    """Those of jobs of a cluster; which of them an earlier process has pruned is known before."""
+    before, sweep = search(), search()
+    points = [trial(tmp_path, seed) for seed in range(2)]
+    before.add(points[:1])
+    before.prune(points[0][0])
+    sweep.add(points, write=False)
+    assert sweep.is_pruned(points[0][0]) and points[1][0].sweep == sweep.id
+    assert [line["run"] for line in told(sweep)["points"]] == [points[0][0].id]
+    sweep.write()
+    assert [line["run"] for line in told(sweep)["points"]] == [run.id for run, _ in points]
+
+
 def test_what_another_process_is_about_to_write_is_waited_for(tmp_path: Path) -> None:
     sweep, (run, settings) = search(), trial(tmp_path, 1)
     sweep.add([(run, settings)])

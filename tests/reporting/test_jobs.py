@@ -59,6 +59,9 @@ def test_a_result_may_be_late_but_not_for_ever(
     assert (told["state"], "job 12" in told["error"]) == ("gone", True)
     assert cli.main(["status", "run", "--watch", "--store", str(store)]) == 1
     assert "gone" in capsys.readouterr().out
+    record = commit(store, "run", "sft") / "record.json"
+    record.write_text("{")
+    assert node(store, capsys)["error"] == f"damaged: record.json cannot be read (in {record.parent})"
     commit(store, "run", "sft")
     assert node(store, capsys)["state"] == "done"
 
@@ -270,6 +273,31 @@ def test_a_stage_that_failed_here_shows_the_end_of_its_log(
     write_run(store, "run", {"sft": "failed"})
     log_of(store).write_text("KeyError: 'text'\n")
     assert node(store, capsys)["log"] == ["KeyError: 'text'"]
+
+
+def test_an_error_with_a_known_cause_is_shown_without_its_traceback(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of each rank is in the log, which may begin anywhere and which keeps them. Of a bug it says where."""
+    last = "pydantic.Error: 1 row:\n  text\nhas no text"
+    trace = f'Traceback (most recent call last):\n  File "a.py", line 3, in read\n    row["text"]\n{last}\n'
+    trace += "\nThe above exception was the direct cause of the following exception:\n\n"
+    trace += 'Traceback (most recent call last):\n  File "b.py", line 4, in main\n'
+    trace += "    read()\n    ^^^^^^\nInputError: no text\n"
+    log_of(store).write_text(f"reads rows\n{trace}{trace.replace('line 4', 'line 5')}ends\n")
+    told = {"code": 3, "what": "no text", "traceback": trace}
+    log_of(store).with_name("error.json").write_text(json.dumps(told))
+    for state, jobs in (("failed", None), ("queued", {"sft": "12"})):
+        write_run(store, "run", {"sft": state}, jobs)
+        slurm.accounts(("12", "FAILED", ago(1)))
+        log_of(store).with_name("error.json").write_text(json.dumps(told))
+        assert node(store, capsys)["log"] == ["reads rows", "ends"]
+        log_of(store).with_name("error.json").write_text(json.dumps({**told, "code": 1}))
+        assert node(store, capsys)["log"] == ["    read()", "    ^^^^^^", "InputError: no text", "ends"]
+    note(store, "run", "sft", "12", ago=-5.0).write_text("")
+    os.utime(log_of(store), (time.time() + 9, time.time() + 9))
+    log_of(store).with_name("error.json").write_text(json.dumps(told))
+    assert "InputError: no text" in node(store, capsys)["log"], "it is the error of the job before"
 
 
 def test_of_many_runs_the_first_that_failed_show_theirs(

@@ -71,6 +71,7 @@ def test_a_result_deleted_from_the_store_is_gone(make_run: MakeRun) -> None:
     shutil.rmtree(store / "store" / key[:16])
     (run,) = read_runs(store, lambda key: False)
     assert (run["state"], run["nodes"][2]["state"], run["nodes"][1]["state"]) == ("gone", "gone", "done")
+    assert run["nodes"][2]["error"] is None
 
 
 def test_a_result_of_which_a_file_is_missing_or_cut_is_gone_as_for_a_run(make_run: MakeRun) -> None:
@@ -80,9 +81,13 @@ def test_a_result_of_which_a_file_is_missing_or_cut_is_gone_as_for_a_run(make_ru
     assert read_runs(store, lambda key: False)[0]["state"] == "done"
     with open(weights, "r+b") as stream:
         stream.truncate(1000)
-    assert read_runs(store, lambda key: False)[0]["nodes"][2]["state"] == "gone"
+    sft = read_runs(store, lambda key: False)[0]["nodes"][2]
+    assert sft["state"] == "gone"
+    place = store / "store" / key[:16]
+    assert sft["error"] == f"damaged: model/model.safetensors has 1000 bytes instead of 538000000 (in {place})"
     weights.unlink()
-    assert read_runs(store, lambda key: False)[0]["nodes"][2]["state"] == "gone"
+    sft = read_runs(store, lambda key: False)[0]["nodes"][2]
+    assert (sft["state"], sft["error"]) == ("gone", f"damaged: model/model.safetensors is gone (in {place})")
     assert Store(store).record(key) is None
 
 
@@ -116,6 +121,26 @@ def test_runs_come_newest_first_and_a_damaged_one_does_not_hide_the_others(make_
         ("damaged", "unreadable"),
     ]
     assert read_runs(store / "nowhere", lambda key: False) == []
+
+
+def test_a_run_that_cannot_be_read_is_shown_with_its_file_and_what_to_do(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among few runs, and among many, whose stages are counted."""
+    folder, store = make_run()
+    bad = store / "runs" / "bad" / "run.json"
+    bad.parent.mkdir()
+    bad.write_text("{")
+    others = [folder.with_name(f"{folder.name}-{number}") for number in range(9)]
+    for other in others:
+        shutil.copytree(folder, other)
+    for names in (["bad"], ["bad", *(other.name for other in others)]):
+        assert cli.main(["status", *names, "--store", str(store)]) == 0
+        said = "".join(capsys.readouterr().out.split())  # it is folded at the width of the terminal
+        assert "badunreadable" in said and "—ofwork" not in said
+        assert f"{bad}:isnorun.jsonthatcanberead(itscommandwritesitagain;" in said
+    assert cli.main(["status", "bad", "--json", "--store", str(store)]) == 0
+    assert str(bad) in json.loads(capsys.readouterr().out)[0]["error"]
 
 
 @pytest.mark.parametrize("name", ["name", "kind", "key", "state", "inputs"])

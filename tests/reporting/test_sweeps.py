@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment import cli
 from alignment.config.varied import level, varied
 from alignment.errors import ConfigError, InputError
 from alignment.reporting import sweeps
@@ -179,6 +180,21 @@ def test_a_sweep_is_found_by_name_beginning_or_folder(tmp_path: Path) -> None:
         sweeps.sweep_folder("no", tmp_path)
     with pytest.raises(ConfigError, match="alignment run -m"):
         sweeps.sweep_folder("no", tmp_path / "nowhere")
+
+
+def test_of_several_sweeps_that_begin_so_the_newest_is_compared_and_the_others_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        write_sweep(tmp_path, [{"run": None, "settings": {}}], f"beta{number}", created=CREATED + number)
+    compare = ["compare", "--store", str(tmp_path)]
+    said = "beta2-0a1b2c3d: of 3 sweeps that begin so, the newest; others: beta1-0a1b2c3d, beta0-0a1b2c3d\n"
+    assert cli.main([*compare, "beta"]) == 0
+    assert capsys.readouterr().out.startswith(said)
+    assert cli.main([*compare, "beta", "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+    assert cli.main([*compare, "beta1"]) == 0
+    assert "begin so" not in capsys.readouterr().out
 
 
 def test_a_damaged_sweep_json_is_one_line(tmp_path: Path) -> None:
