@@ -43,6 +43,11 @@ def seconds(value: Any) -> int | None:
     return value
 
 
+def _as_text(value: Any) -> Any:
+    """Whole numbers as sbatch is given them: YAML reads 0 and 1500 as numbers, 64G as text."""
+    return str(value) if type(value) is int else value
+
+
 def _refuse_secrets(text: str, fix: str) -> None:
     """What is set here is kept with the run, for all who read the store. fix: {name} in it is the secret's."""
     if name := next((name for name, *_ in secrets_in(text)), None):
@@ -85,6 +90,7 @@ def _interface(text: str) -> str:
 
 Word = Annotated[str, Field(min_length=1, pattern=patterns.WORD)]
 Seconds = Annotated[int | None, BeforeValidator(seconds)]
+Memory = Annotated[str, BeforeValidator(_as_text), Field(pattern=patterns.MEMORY)]
 SetupLine = Annotated[str, AfterValidator(_setup_line)]
 ContainerOption = Annotated[Word, AfterValidator(_container_option)]
 Interface = Annotated[str, AfterValidator(_interface)]
@@ -135,7 +141,7 @@ class Resources(AnyLauncher):
     processes: int = execution(ge=1)
     gpus_per_node: int | None = execution(ge=0)
     cpus_per_process: int | None = execution(ge=1)
-    memory: Annotated[str, Field(pattern=patterns.MEMORY)] | None = execution()
+    memory: Memory | None = execution()
     partition: Word | None = execution()
     account: Word | None = execution()
     qos: Word | None = execution()
