@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from alignment import cli
+from alignment import cli, hydra_app
 from alignment.config.compose import compose
 from alignment.config.schema import Experiment
 
@@ -242,6 +242,32 @@ def test_a_value_that_hydra_cannot_read_is_answered_with_one_that_a_shell_can_be
     assert again.stderr == f"alignment: error: {os.path.expanduser(path)}: no such file or folder\n"
 
 
+@pytest.mark.parametrize("folder", [["--config-dir", "mine"], ["-cd", "mine"], ["hydra.searchpath=[file://mine]"]])
+@pytest.mark.parametrize("vary", [["seed=3"], ["-m", "seed=3,4"]])
+def test_the_command_that_is_kept_makes_the_same_again(
+    folder: list[str], vary: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of a sweep's point, which is made alone then."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [/experiment/quickstart]\nname: own\n"
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text(text)
+
+    def points(arguments: list[str]) -> list[hydra_app.Point]:
+        found: list[Any] = []
+        hydra_app.main(arguments, lambda points, master: found.extend(points) or [0.0 for _ in points])
+        return found
+
+    made = points([*vary[:-1], *folder, "experiment=own", "min_free_gb=1", vary[-1]])
+    assert len(made) == (2 if "-m" in vary else 1)
+    for point in made:
+        assert point.experiment.name == "own"
+        (again,) = points(shlex.split(point.command)[2:])
+        assert again.experiment == point.experiment
+    if "-m" not in vary:
+        assert made[0].command == shlex.join(["alignment", "run", *folder, "experiment=own", "min_free_gb=1", *vary])
+
+
 @pytest.mark.slow
 def test_a_point_that_fails_in_a_sweep_does_not_stop_the_others(tmp_path: Path, tiny_model: Path) -> None:
     """The fourth point needs what has failed for the second: it is not tried again."""
@@ -258,6 +284,9 @@ def test_a_point_that_fails_in_a_sweep_does_not_stop_the_others(tmp_path: Path, 
     assert len(done.stderr.strip().splitlines()) == 1
     assert "2 of 4 points failed; the first: " in done.stderr and "weights" in done.stderr
     runs = status(tmp_path)
+    assert {run["command"].partition(" model=path")[0] for run in runs} == {
+        "alignment run --config-dir mine pipeline=import tracking=none min_free_gb=0"
+    }
     assert sorted(node["state"] for run in runs for node in run["nodes"]) == ["done", "failed", "failed", "reused"]
     assert sum(node.get("attempts", 0) for run in runs for node in run["nodes"]) == 2, "one that works, one that fails"
 
