@@ -208,6 +208,9 @@ def test_a_sweep_s_scripts_are_arrays(tmp_path: Path) -> None:
         (["plan", "-m", "--config-dir", "a", "--config-dir", "b"], 2, "a sweep takes one --config-dir"),
         (["chat", "nothing"], 2, "no run is called 'nothing'"),
         (["status", "nothing"], 2, "no run is called 'nothing'"),
+        (["status", "--store", "/nowhere"], 2, "--store /nowhere: there is no such folder"),
+        (["compare", "--store", "/nowhere"], 2, "--store /nowhere: there is no such folder"),
+        (["logs", "nothing", "--lines", "-3"], 2, "command line: --lines is -3 (0 or more; 0 = all)"),
         (["status", "--store", "/dev/null"], 2, "/dev/null: the store is no folder"),
     ],
 )
