@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 from typing import Annotated, Any, Literal
@@ -163,6 +164,14 @@ class Container(Settings):
     options: list[ContainerOption] = execution()
 
 
+def _askable(key: str) -> str:
+    """The nearest of what a stage may ask for, or all of it."""
+    near = difflib.get_close_matches(key, [*(known := Resources.model_fields)], 1, 0.5)
+    if near and near[0] != key:
+        return f"did you mean `{near[0]}`?"
+    return f"what a stage may ask for: {', '.join(known)}"
+
+
 class SlurmLauncher(Resources):
     """A job for each stage. stages: node or stage of the pipeline -> what its job asks for instead."""
 
@@ -202,8 +211,9 @@ class SlurmLauncher(Resources):
             except ValidationError as error:
                 fault = error.errors()[0]
                 key = ".".join(map(str, fault["loc"]))
-                known = ", ".join(Resources.model_fields)
-                what = {"at": f"stages.{name}.{key}", "what": fault["msg"], "fix": f"what a stage may ask for: {known}"}
+                what = {"at": f"stages.{name}.{key}", "what": fault["msg"], "fix": _askable(key)}
+                if fault["type"] == "extra_forbidden":
+                    what["what"] = "no such key"
                 raise PydanticCustomError("stages", "asks for what cannot be: `launcher.{at}`: {what}", what) from None
         return self
 
