@@ -156,6 +156,8 @@ def main(arguments: list[str], execute: Execute) -> int:
         folders = (Path(given.config_dir).resolve(),) if given.config_dir else ()
         raise explain.refusal(error, Origin(tuple(given.overrides), folders)) from error
     except ValueError as error:  # a refusal of the arguments
+        if wrong := explain.no_range(given.overrides):
+            raise wrong from error
         raise ConfigError(str(error), where="command line", fix="see alignment run --help") from error
     if single:
         execute(single, None)
@@ -191,6 +193,9 @@ class AllPoints(Launcher):
         self._master = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        if not job_overrides:
+            with aside():
+                raise explain.no_points(as_given(self._master.hydra.overrides.task), self._loader)
         points = [self._point(list(one), number) for number, one in enumerate(job_overrides, start=initial_job_idx)]
         returns = [JobReturn(overrides=point.overrides) for point in points]
         with aside():

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from alignment import hydra_app, search
 from alignment.config.schema import Dpo, Experiment
-from alignment.errors import ConfigError, LostError
+from alignment.errors import ConfigError, LostError, MachineError
 from alignment.runs import Session
 from alignment.search import Pruned
 from alignment.signals import Listener

@@ -81,8 +81,14 @@ REFUSED = [
     ),
     (
         ["launcher=slurm", "engine=zero2", "+launcher.stages.sft.nodse=8"],
-        "`launcher` asks for what cannot be: `launcher.stages.sft.nodse`",
+        "`launcher` asks for what cannot be: `launcher.stages.sft.nodse`: no such key (did you mean `nodes`?)",
     ),
+    (
+        ["launcher=slurm", "engine=zero2", "launcher.stages.sft.nodez=2"],
+        "command line: unknown key `launcher.stages.sft.nodez` (did you mean `launcher.stages.sft.nodes`?)",
+    ),
+    (["experimnt=dpo"], "command line: unknown key `experimnt` (did you mean `experiment`?)"),
+    (["+experimnt=dpo"], "command line: unknown key `experimnt` (did you mean `experiment`?)"),
     (
         ["launcher=slurm", "engine=zero2", "+launcher.stages.sftt.nodes=8"],
         "names `sftt`, which is no node or stage of the pipeline (did you mean `sft`?)",
