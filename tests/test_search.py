@@ -220,6 +220,16 @@ def test_what_cannot_be_looked_for_is_one_line(settings: list[str], line: str, s
     assert line in str(caught.value)
 
 
+def test_a_study_that_cannot_be_kept_is_one_line_without_its_password(sweep: Any) -> None:
+    for storage in ("sqlite:////nowhere/x.db", "mysql://me:hunter2@nowhere/x", "x"):
+        with pytest.raises(MachineError) as caught:
+            sweep(of_beta, f"hydra.sweeper.storage='{storage}'")
+        shown = "[removed]" if "hunter2" in storage else storage
+        assert str(caught.value).startswith(f"hydra.sweeper.storage={shown}: the study cannot be kept: ")
+        assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
+        assert "sqlalche.me" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("metric", "way", "line"),
     [
@@ -257,6 +267,18 @@ def test_if_all_are_refused_the_command_ends_as_the_first_does(
     with pytest.raises(ConfigError, match=r"2 of 2 points failed; the first: no engine is called 'zer[23]'"):
         session.finish()
     assert capfd.readouterr().out.count("✗ command line: no engine is called") == 2
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_what_is_wrong_with_all_trials_is_said_once(
+    jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["-m", "experiment=quickstart", "hydra/sweeper=optuna", f"hydra.sweeper.n_jobs={jobs}", "objective=[foo]"]
+    given += ["hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1.0", BETA]
+    with pytest.raises(ConfigError, match="`objective` names `foo`, which no evaluation measures"):
+        hydra_app.main(given, Session(Listener(), wait=False, arguments=[]).execute)
+    assert capfd.readouterr().out == ""
 
 
 def test_without_the_extra_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
