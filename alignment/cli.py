@@ -224,6 +224,8 @@ def logs(arguments: list[str]) -> int:
     parser.add_argument("--follow", action="store_true", help="go on until the stage has ended")
     _add_store(parser)
     given = parser.parse_args(arguments)
+    if given.lines < 0:
+        raise ConfigError(f"--lines is {given.lines}", where="command line", fix="0 or more; 0 = all")
     from alignment.reporting import logs as reading
 
     return reading.show(given.run, given.stage, given.store, given.lines, given.follow)
@@ -325,8 +327,18 @@ def _parser(name: str, usage: str, command: Callable[..., Any]) -> argparse.Argu
 def _add_store(parser: argparse.ArgumentParser) -> None:
     default = os.environ.get("ALIGNMENT_STORE", "outputs")
     parser.add_argument(
-        "--store", type=_store, default=default, help="the store (default: $ALIGNMENT_STORE, else outputs)"
+        "--store",
+        type=_named_store,
+        default=_store(default),
+        help="the store (default: $ALIGNMENT_STORE, else outputs)",
     )
+
+
+def _named_store(text: str) -> Path:
+    """Of --store: it is there. The usual one may be still to come, with the first run."""
+    if not Path(text).exists():
+        raise ConfigError("there is no such folder", where=f"--store {text}", fix="name the one that holds the runs")
+    return _store(text)
 
 
 def _store(text: str) -> Path:

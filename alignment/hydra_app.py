@@ -41,14 +41,16 @@ from alignment.search import OPTUNA, Search, learns
 
 @dataclass(frozen=True)
 class Point:
-    """One job of Hydra's: its validated experiment, and the settings that made it."""
+    """One job of Hydra's: its validated experiment, and the settings that made it. arguments: of the command that makes
+    it alone, where these are not all."""
 
     experiment: Experiment
     overrides: list[str]
+    arguments: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
-        return run_command(self.overrides)
+        return run_command(self.arguments or self.overrides)
 
 
 @dataclass(frozen=True)
@@ -134,19 +136,19 @@ def main(arguments: list[str], execute: Execute) -> int:
     """Let Hydra read the arguments, and have the experiments that they mean executed: one, or the jobs of a multirun as
     its sweeper asks for them."""
     given = _read(arguments)
-    single: list[Point] = []
+    places, single = _places(given), list[Point]()
 
     def task(config: DictConfig) -> Any:
         app = HydraConfig.get()
         with aside():
-            point = Point(_planned(app) or compose.validate(config, app), list(app.overrides.task))
+            experiment, overrides = _planned(app) or compose.validate(config, app), list(app.overrides.task)
             if app.mode == RunMode.MULTIRUN:  # by another launcher than ours
-                return _value(execute([point], None)[0])
-        single.append(point)  # runs when Hydra is done
+                return _value(execute([Point(experiment, overrides, (*places, *overrides))], None)[0])
+        single.append(Point(experiment, overrides, tuple(arguments)))  # runs when Hydra is done
         return None
 
     try:
-        with _hydra_as_ours(arguments, execute), _many_objects():
+        with _hydra_as_ours(arguments, execute, places), _many_objects():
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
     except Aside as passed:
         raise passed.error from passed.error.__cause__
@@ -154,6 +156,8 @@ def main(arguments: list[str], execute: Execute) -> int:
         folders = (Path(given.config_dir).resolve(),) if given.config_dir else ()
         raise explain.refusal(error, Origin(tuple(given.overrides), folders)) from error
     except ValueError as error:  # a refusal of the arguments
+        if wrong := explain.no_range(given.overrides):
+            raise wrong from error
         raise ConfigError(str(error), where="command line", fix="see alignment run --help") from error
     if single:
         execute(single, None)
@@ -182,12 +186,16 @@ class AllPoints(Launcher):
     graph, in which what is equal is made once."""
 
     execute: ClassVar[Execute]
+    places: ClassVar[tuple[str, ...]]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._loader: Any = hydra_context.config_loader  # a Loader
         self._master = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        if not job_overrides:
+            with aside():
+                raise explain.no_points(as_given(self._master.hydra.overrides.task), self._loader)
         points = [self._point(list(one), number) for number, one in enumerate(job_overrides, start=initial_job_idx)]
         returns = [JobReturn(overrides=point.overrides) for point in points]
         with aside():
@@ -202,7 +210,8 @@ class AllPoints(Launcher):
     def _point(self, overrides: list[str], number: int) -> Point | Refused:
         """Settings of a search may be right one by one, and not together: that is a failure of this trial alone."""
         try:
-            return Point(self._loader.experiment(self._master, overrides, number), overrides)
+            experiment = self._loader.experiment(self._master, overrides, number)
+            return Point(experiment, overrides, (*self.places, *overrides))
         except Aside as aside:
             if isinstance(aside.error, AlignmentError) and learns(self._master):
                 return Refused(aside.error, overrides)
@@ -216,7 +225,9 @@ def _planned(app: Any) -> Experiment | None:
 
 
 @contextmanager
-def _hydra_as_ours(arguments: list[str], execute: Execute = lambda points, master: []) -> Iterator[None]:
+def _hydra_as_ours(
+    arguments: list[str], execute: Execute = lambda points, master: [], places: tuple[str, ...] = ()
+) -> Iterator[None]:
     """Hydra reads these arguments, loads configs by our loader, launches by our launcher, has Optuna asked by our loop,
     and raises its errors instead of printing them."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -226,12 +237,18 @@ def _hydra_as_ours(arguments: list[str], execute: Execute = lambda points, maste
     ours: dict[str, type[Plugin]] = {name: AllPoints, **({OPTUNA: Search} if OPTUNA in plugins else {})}
     replaced = {place: plugins[place] for place in ours}
     plugins.update(ours)
-    AllPoints.execute = staticmethod(execute)
+    AllPoints.execute, AllPoints.places = staticmethod(execute), places
     try:
         yield
     finally:
         sys.argv, internals.ConfigLoaderImpl = theirs  # type: ignore[misc]
         plugins.update(replaced)
+
+
+def _places(given: Any) -> tuple[str, ...]:
+    """The arguments that say where configs are looked for: a point of a sweep is not found without, alone."""
+    folder = ["--config-dir", given.config_dir] if given.config_dir else []
+    return (*folder, *(one for one in given.overrides if one.lstrip("+~").startswith("hydra.searchpath=")))
 
 
 def _read(arguments: list[str]) -> Any:

@@ -46,6 +46,7 @@ class Session:
         self._trials = pruning.Trials(queue.say)
         self._failed: dict[str, AlignmentError] = {}  # stages that are not tried again for the next point
         self._errors: dict[str, AlignmentError] = {}  # points that failed
+        self._refused: list[str] = []  # lines that are not yet said
         self._pruned: dict[str, str] = {}  # points that were stopped as hopeless, and why
         self._count = 0
         self._probed = False  # a sweeper that learns comes back for each of its rounds
@@ -61,8 +62,13 @@ class Session:
             if isinstance(point, Refused):
                 self._count += 1
                 self._errors[" ".join(point.overrides)] = point.error
-                queue.say(f"✗ {point.error}")
+                self._refused.append(f"✗ {point.error}")
         able = [point for point in points if isinstance(point, Point)]
+        # Those that all points so far have in common may end the command, which says them then, once.
+        if able or len({str(error) for error in self._errors.values()}) > 1 or self._count > len(self._refused):
+            for line in self._refused:
+                queue.say(line)
+            self._refused = []
         values = iter(self._execute(able, master) if able else [])
         return [point.error if isinstance(point, Refused) else next(values) for point in points]
 

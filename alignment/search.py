@@ -7,8 +7,8 @@ folder of Hydra's for its results. Settings, samplers and the way in which a sea
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -16,8 +16,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig
 
+from alignment.config.redact import setting_without_secrets
 from alignment.config.schema import HIGHER_IS_BETTER, Compare, Evaluate, Experiment
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, MachineError
 from alignment.reporting import queue, words
 
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
@@ -126,9 +127,11 @@ class Search(Sweeper):
         if isinstance(sampler, functools.partial):  # of a grid, which only now is known
             grid = {name: theirs._to_grid_sampler_choices(distribution) for name, distribution in space.items()}
             sampler, left = sampler(grid), min(left, functools.reduce(int.__mul__, map(len, grid.values()), 1))
-        study = optuna.create_study(
-            study_name=theirs.study_name, storage=theirs.storage, sampler=sampler, directions=ways, load_if_exists=True
-        )
+        with _storage(theirs.storage):
+            study = optuna.create_study(
+                study_name=theirs.study_name, storage=theirs.storage, sampler=sampler, directions=ways,
+                load_if_exists=True,
+            )  # fmt: skip
         asked, ended = 0, list[tuple[Any, dict[str, Any]]]()
         while left > 0:
             trials = [study.ask() for _ in range(min(left, theirs.n_jobs))]
@@ -194,6 +197,20 @@ class Search(Sweeper):
             )
             settings = "  ".join(f"{name}={value}" for name, value in trial.params.items())
             queue.say(f"best: {values}  with {settings or 'nothing varied'}")
+
+
+@contextmanager
+def _storage(url: str | None) -> Iterator[None]:
+    """Where the study is kept: of a database that cannot be had, in a line, without its password."""
+    from sqlalchemy.exc import SQLAlchemyError  # slow to import
+
+    try:
+        yield
+    except (SQLAlchemyError, ImportError) as error:
+        what = str(getattr(error, "orig", None) or error).splitlines()[0]
+        where = setting_without_secrets(f"hydra.sweeper.storage={url}")
+        fix = "a database that can be opened: sqlite:////a/folder/that/is/there/study.db"
+        raise MachineError(f"the study cannot be kept: {what}", where=where, fix=fix) from error
 
 
 def _of_every_trial(ended: Sequence[tuple[Any, dict[str, Any]]], space: dict[str, Any]) -> ConfigError | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from alignment import cli
+from alignment import cli, hydra_app
 from alignment.config.compose import compose
 from alignment.config.schema import Experiment
 
@@ -205,6 +205,15 @@ def test_a_sweep_of_jobs_that_is_refused_is_none(tmp_path: Path) -> None:
         (["run", "-m", "seed=0,-1"], 2, "command line: `seed` should be greater than or equal to 0"),
         (["run", "-m", "model=path", "model.source.path=/a,/b"], 3, "/a: no such file or folder"),
         (["run", "-m", "name=run-${hydra:job.num}", "seed=-2,-1"], 2, "command line: `seed` should be greater than"),
+        (["run", "-m", "seed=range(0)"], 2, "the sweep has no points: `seed=range(0)` has no value"),
+        (["plan", "-m", "seed=glob(x*)"], 2, "the sweep has no points: `seed=glob(x*)` has no value"),
+        (["run", "-m", "seed=range(0,1,0)"], 2, "command line: `seed` has a range in steps of 0"),
+        (
+            ["run", "-m", "seed=interval(1,9)"],
+            2,
+            "`seed` is given an interval, which has no values to go through (hydra",
+        ),
+        (["run", "-m", "hydra.sweeper.n_jobs=3"], 2, "the sweeper has no `hydra.sweeper.n_jobs` (hydra/sweeper=optuna"),
         (["run", "--run", "-m"], 2, "Only one of --run, --multirun"),
         (["run", "--foo"], 2, "command line: unrecognized arguments: --foo"),
         (["run", "--experimental-rerun=x.pickle"], 2, "it loads a pickle"),
@@ -219,6 +228,9 @@ def test_a_sweep_of_jobs_that_is_refused_is_none(tmp_path: Path) -> None:
         (["plan", "-m", "--config-dir", "a", "--config-dir", "b"], 2, "a sweep takes one --config-dir"),
         (["chat", "nothing"], 2, "no run is called 'nothing'"),
         (["status", "nothing"], 2, "no run is called 'nothing'"),
+        (["status", "--store", "/nowhere"], 2, "--store /nowhere: there is no such folder"),
+        (["compare", "--store", "/nowhere"], 2, "--store /nowhere: there is no such folder"),
+        (["logs", "nothing", "--lines", "-3"], 2, "command line: --lines is -3 (0 or more; 0 = all)"),
         (["status", "--store", "/dev/null"], 2, "/dev/null: the store is no folder"),
     ],
 )
@@ -251,6 +263,32 @@ def test_a_value_that_hydra_cannot_read_is_answered_with_one_that_a_shell_can_be
     typed = f"{shlex.quote(sys.executable)} -m alignment.cli plan model=path {answer[1]}"
     again = subprocess.run(typed, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.stderr == f"alignment: error: {os.path.expanduser(path)}: no such file or folder\n"
+
+
+@pytest.mark.parametrize("folder", [["--config-dir", "mine"], ["-cd", "mine"], ["hydra.searchpath=[file://mine]"]])
+@pytest.mark.parametrize("vary", [["seed=3"], ["-m", "seed=3,4"]])
+def test_the_command_that_is_kept_makes_the_same_again(
+    folder: list[str], vary: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of a sweep's point, which is made alone then."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [/experiment/quickstart]\nname: own\n"
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text(text)
+
+    def points(arguments: list[str]) -> list[hydra_app.Point]:
+        found: list[Any] = []
+        hydra_app.main(arguments, lambda points, master: found.extend(points) or [0.0 for _ in points])
+        return found
+
+    made = points([*vary[:-1], *folder, "experiment=own", "min_free_gb=1", vary[-1]])
+    assert len(made) == (2 if "-m" in vary else 1)
+    for point in made:
+        assert point.experiment.name == "own"
+        (again,) = points(shlex.split(point.command)[2:])
+        assert again.experiment == point.experiment
+    if "-m" not in vary:
+        assert made[0].command == shlex.join(["alignment", "run", *folder, "experiment=own", "min_free_gb=1", *vary])
 
 
 def importing(cwd: Path) -> list[str]:
@@ -295,6 +333,9 @@ def test_a_point_that_fails_in_a_sweep_does_not_stop_the_others(tmp_path: Path, 
     assert len(done.stderr.strip().splitlines()) == 1
     assert "2 of 4 points failed; the first: " in done.stderr and "weights" in done.stderr
     runs = status(tmp_path)
+    assert {run["command"].partition(" model=path")[0] for run in runs} == {
+        "alignment run --config-dir mine pipeline=import tracking=none min_free_gb=0"
+    }
     assert sorted(node["state"] for run in runs for node in run["nodes"]) == ["done", "failed", "failed", "reused"]
     assert sum(node.get("attempts", 0) for run in runs for node in run["nodes"]) == 2, "one that works, one that fails"
 

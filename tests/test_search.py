@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from alignment import hydra_app, search
 from alignment.config.schema import Dpo, Experiment
-from alignment.errors import ConfigError, LostError
+from alignment.errors import ConfigError, LostError, MachineError
 from alignment.runs import Session
 from alignment.search import Pruned
 from alignment.signals import Listener
@@ -204,6 +204,9 @@ def test_what_no_value_can_mend_ends_the_search(vary: tuple[str, ...], sweep: An
         (["hydra.sweeper.direction=[max]"], "`hydra.sweeper.direction` is max (one of: minimize, maximize)"),
         (["hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs: n_jobs is 0 (at least 1)"),
         (["hydra.sweeper.n_trials=-1"], "hydra.sweeper.n_trials: n_trials is -1 (at least 1)"),
+        (["hydra.sweeper.n_jobs=0.5"], "command line: `hydra.sweeper.n_jobs`: Value '0.5' of type 'float' could not"),
+        (["seed=range(3,1)"], "command line: `seed` goes from 3 to 1 (the lower end comes first)"),
+        (["stage.dpo.beta=tag(log, interval(1.0,0.1))"], "command line: `stage.dpo.beta` goes from 1.0 to 0.1"),
         (["hydra.sweeper.max_failure_rate=2"], "hydra.sweeper.max_failure_rate: max_failure_rate is 2"),
         (
             ["~pipeline.nodes.evaluate_dpo", "~pipeline.nodes.verdict"],
@@ -215,6 +218,16 @@ def test_what_cannot_be_looked_for_is_one_line(settings: list[str], line: str, s
     with pytest.raises(ConfigError) as caught:
         sweep(of_beta, *settings)
     assert line in str(caught.value)
+
+
+def test_a_study_that_cannot_be_kept_is_one_line_without_its_password(sweep: Any) -> None:
+    for storage in ("sqlite:////nowhere/x.db", "mysql://me:hunter2@nowhere/x", "x"):
+        with pytest.raises(MachineError) as caught:
+            sweep(of_beta, f"hydra.sweeper.storage='{storage}'")
+        shown = "[removed]" if "hunter2" in storage else storage
+        assert str(caught.value).startswith(f"hydra.sweeper.storage={shown}: the study cannot be kept: ")
+        assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
+        assert "sqlalche.me" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +267,18 @@ def test_if_all_are_refused_the_command_ends_as_the_first_does(
     with pytest.raises(ConfigError, match=r"2 of 2 points failed; the first: no engine is called 'zer[23]'"):
         session.finish()
     assert capfd.readouterr().out.count("✗ command line: no engine is called") == 2
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_what_is_wrong_with_all_trials_is_said_once(
+    jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["-m", "experiment=quickstart", "hydra/sweeper=optuna", f"hydra.sweeper.n_jobs={jobs}", "objective=[foo]"]
+    given += ["hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1.0", BETA]
+    with pytest.raises(ConfigError, match="`objective` names `foo`, which no evaluation measures"):
+        hydra_app.main(given, Session(Listener(), wait=False, arguments=[]).execute)
+    assert capfd.readouterr().out == ""
 
 
 def test_without_the_extra_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

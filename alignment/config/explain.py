@@ -11,12 +11,13 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from alignment.config import shape
+from alignment.config.launchers import Resources
 from alignment.config.paths import CONF
 from alignment.config.patterns import IN_WORDS
 from alignment.config.provenance import COMMAND_LINE, Origin, quoted
@@ -80,6 +81,8 @@ def _allowed(fault: Any) -> str | None:
 
 def _nearest(key: str, known: Iterable[str]) -> str:
     above, _, last = key.rpartition(".")
+    if not above:  # groups are chosen in the same way
+        known = sorted({*known, *GROUPS})
     return closest(last, known, f"{above}." if above else "", "known keys here: ")
 
 
@@ -93,11 +96,13 @@ def refusal(error: Exception, origin: Origin) -> ConfigError:
     cause = error.__cause__ if "Error merging override" in str(error) else None
     text = re.sub(r"\s+full_key:.*", "", str(cause or error), flags=re.S).strip()
     rules: tuple[Callable[[str, Exception, Origin], Explained], ...]
-    rules = (_unreadable, _several_values, _unknown_group, _unknown_choice, _unknown_key, _dangling)
+    rules = (_unreadable, _several_values, _unknown_group, _unknown_choice, _unknown_key, _only_searched, _dangling)
     for rule in rules:
         if found := rule(text, error, origin):
             return found
     first = " ".join(line.strip() for line in text.splitlines()[:2])
+    if given := re.match(r"Error merging override '?\+*([\w./@-]+)=", str(error)):
+        return ConfigError(f"`{given[1]}`: {first}", where=COMMAND_LINE)
     file = origin.file_of(within[1]) if (within := re.match(r"In '([^']+)'", text)) else None
     fix = "alignment run --help shows how settings are given"
     return ConfigError(first, where=origin.show(file) if file else None, fix=fix)
@@ -168,6 +173,8 @@ def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
     keys = [override.split("=")[0].lstrip("+~") for override in origin.overrides]
     key = next((key for key in keys if key.endswith(found[1])), found[1])
     key, known = shape.known_near(Experiment, key)
+    if key.startswith("hydra.sweeper."):
+        return ConfigError(f"the sweeper has no `{key}`", where=COMMAND_LINE, fix="hydra/sweeper=optuna has more keys")
     if fresh := _new_in_an_open_mapping(key, known, origin):
         return fresh
     if key.split(".")[-1] in known:
@@ -179,11 +186,48 @@ def _new_in_an_open_mapping(key: str, known: list[str], origin: Origin) -> Expla
     """Such as launcher.stages, whose keys are anybody's: Hydra wants a + before new ones."""
     override = next((o for o in origin.overrides if o.split("=")[0].lstrip("+~") == key), "")
     value = override.partition("=")[2]
+    if (of_stage := re.fullmatch(r"launcher\.stages\.\w+\.(\w+)", key)) and of_stage[1] not in Resources.model_fields:
+        return ConfigError(f"unknown key `{key}`", where=COMMAND_LINE, fix=_nearest(key, Resources.model_fields))
     if not known and shape.is_open(Experiment, key.rpartition(".")[0]):
         return ConfigError(f"`{key}` is new there", where=COMMAND_LINE, fix=f"write +{override}")
     if value.startswith("{") and shape.is_open(Experiment, key):
         return ConfigError(f"`{key}` takes new keys one by one", where=COMMAND_LINE, fix=f"write +{key}.NAME=...")
     return None
+
+
+def _only_searched(text: str, error: Exception, origin: Origin) -> Explained:
+    """An interval, which has no values to go through."""
+    if not re.search(r"does not support sweep type", text):
+        return None
+    key = next((one.key_or_group for one in map(_parse, origin.overrides) if one and one.is_interval_sweep()), None)
+    what = f"`{key}` is given an interval" if key else "`hydra.sweeper.params` has an interval"
+    fix = "hydra/sweeper=optuna searches in it; a plain sweep takes values: 0.1,0.2 or range(1,9)"
+    return ConfigError(f"{what}, which has no values to go through", where=COMMAND_LINE, fix=fix)
+
+
+def no_range(overrides: Iterable[str]) -> Explained:
+    """Which of the settings that vary has ends or steps that cannot be; Python and Optuna tell no key."""
+    for one in filter(None, map(_parse, overrides)):
+        value: Any = one.value()
+        if isinstance(value, RangeSweep) and value.step == 0:
+            return ConfigError(
+                f"`{one.key_or_group}` has a range in steps of 0", where=COMMAND_LINE, fix="another step"
+            )
+        if isinstance(value, RangeSweep | IntervalSweep):
+            low, high = value.start, value.stop if isinstance(value, RangeSweep) else value.end
+            if low is not None and high is not None and low > high:
+                what = f"`{one.key_or_group}` goes from {low} to {high}"
+                return ConfigError(what, where=COMMAND_LINE, fix="the lower end comes first")
+    return None
+
+
+def no_points(overrides: Iterable[str], loader: Any) -> ConfigError:
+    """Of a sweep in which some setting has not one value."""
+    parser = OverridesParser.create(config_loader=loader)
+    given = [one for one in parser.parse_overrides(list(overrides)) if one.is_discrete_sweep()]
+    empty = [one for one in given if not list(one.sweep_iterator())]
+    where = f"`{empty[0].input_line}` has no value" if empty else "some setting has no value"
+    return ConfigError(f"the sweep has no points: {where}", where=COMMAND_LINE, fix="alignment plan -m shows points")
 
 
 def _who_has(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 from typing import Annotated, Any, Literal
@@ -41,6 +42,11 @@ def seconds(value: Any) -> int | None:
             "time", "must be [[days-]hours:]minutes:seconds, or seconds, more than 0 and less than 1e9"
         )
     return value
+
+
+def _as_text(value: Any) -> Any:
+    """Whole numbers as sbatch is given them: YAML reads 0 and 1500 as numbers, 64G as text."""
+    return str(value) if type(value) is int else value
 
 
 def _refuse_secrets(text: str, fix: str) -> None:
@@ -85,6 +91,7 @@ def _interface(text: str) -> str:
 
 Word = Annotated[str, Field(min_length=1, pattern=patterns.WORD)]
 Seconds = Annotated[int | None, BeforeValidator(seconds)]
+Memory = Annotated[str, BeforeValidator(_as_text), Field(pattern=patterns.MEMORY)]
 SetupLine = Annotated[str, AfterValidator(_setup_line)]
 ContainerOption = Annotated[Word, AfterValidator(_container_option)]
 Interface = Annotated[str, AfterValidator(_interface)]
@@ -135,7 +142,7 @@ class Resources(AnyLauncher):
     processes: int = execution(ge=1)
     gpus_per_node: int | None = execution(ge=0)
     cpus_per_process: int | None = execution(ge=1)
-    memory: Annotated[str, Field(pattern=patterns.MEMORY)] | None = execution()
+    memory: Memory | None = execution()
     partition: Word | None = execution()
     account: Word | None = execution()
     qos: Word | None = execution()
@@ -155,6 +162,14 @@ class Container(Settings):
     kind: Literal["apptainer", "enroot"] = execution()
     image: Word = execution()
     options: list[ContainerOption] = execution()
+
+
+def _askable(key: str) -> str:
+    """The nearest of what a stage may ask for, or all of it."""
+    near = difflib.get_close_matches(key, [*(known := Resources.model_fields)], 1, 0.5)
+    if near and near[0] != key:
+        return f"did you mean `{near[0]}`?"
+    return f"what a stage may ask for: {', '.join(known)}"
 
 
 class SlurmLauncher(Resources):
@@ -196,8 +211,9 @@ class SlurmLauncher(Resources):
             except ValidationError as error:
                 fault = error.errors()[0]
                 key = ".".join(map(str, fault["loc"]))
-                known = ", ".join(Resources.model_fields)
-                what = {"at": f"stages.{name}.{key}", "what": fault["msg"], "fix": f"what a stage may ask for: {known}"}
+                what = {"at": f"stages.{name}.{key}", "what": fault["msg"], "fix": _askable(key)}
+                if fault["type"] == "extra_forbidden":
+                    what["what"] = "no such key"
                 raise PydanticCustomError("stages", "asks for what cannot be: `launcher.{at}`: {what}", what) from None
         return self
 

@@ -17,7 +17,7 @@ IN_WORDS = {
     NAME: "small letters, digits and _, a letter first",
     RUN: "letters, digits, `.`, `_` and `-`, a letter or digit first",
     ADDRESS: "host:port",
-    MEMORY: "a number, with K, M, G or T: 64G",
+    MEMORY: "a whole number, of MB or with K, M, G or T: 64G; 0 is all of a node",
     OPTION: "a long option of sbatch, without the --",
     WORD: "one line without quotes, $, ` and \\",
 }

@@ -73,8 +73,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"is not valid JSON: {error.msg} at column {error.colno}",
-                                 where=f"{path}:{number}") from error  # fmt: skip
+                raise InputError(f"is not valid JSON: {_what(error)}", where=f"{path}:{number}") from error
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -97,14 +96,18 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
             if text[position : position + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']' after the row", text, position)
         except json.JSONDecodeError as error:
-            raise InputError(f"is not valid JSON: {error.msg} at column {error.colno}",
-                             where=f"{path}:{error.lineno}") from error  # fmt: skip
+            raise InputError(f"is not valid JSON: {_what(error)}", where=f"{path}:{error.lineno}") from error
         yield line, value
         if text[position] == ",":
             position = _skip(text, position + 1)
     if _skip(text, position + 1) != len(text):
         line = text.count("\n", 0, position) + 1
         raise InputError("is not valid JSON: something follows the list", where=f"{path}:{line}")
+
+
+def _what(error: json.JSONDecodeError) -> str:
+    """Some of json's messages end with an "at" of their own."""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _skip(text: str, position: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from alignment.config.compose import compose
+from alignment.config.launchers import SlurmLauncher
 from alignment.config.paths import CONF
 from alignment.errors import ConfigError
 from alignment.pipeline import graph
@@ -80,8 +81,14 @@ REFUSED = [
     ),
     (
         ["launcher=slurm", "engine=zero2", "+launcher.stages.sft.nodse=8"],
-        "`launcher` asks for what cannot be: `launcher.stages.sft.nodse`",
+        "`launcher` asks for what cannot be: `launcher.stages.sft.nodse`: no such key (did you mean `nodes`?)",
     ),
+    (
+        ["launcher=slurm", "engine=zero2", "launcher.stages.sft.nodez=2"],
+        "command line: unknown key `launcher.stages.sft.nodez` (did you mean `launcher.stages.sft.nodes`?)",
+    ),
+    (["experimnt=dpo"], "command line: unknown key `experimnt` (did you mean `experiment`?)"),
+    (["+experimnt=dpo"], "command line: unknown key `experimnt` (did you mean `experiment`?)"),
     (
         ["launcher=slurm", "engine=zero2", "+launcher.stages.sftt.nodes=8"],
         "names `sftt`, which is no node or stage of the pipeline (did you mean `sft`?)",
@@ -133,8 +140,10 @@ REFUSED = [
     (["stage..seed=1"], "command line: `stage..seed=1` cannot be read (settings are written key=value)"),
     (
         ["launcher=slurm", "launcher.memory=64GB"],
-        "`launcher.memory` is not written as it should be, got '64GB' (a number, with K, M, G or T: 64G)",
+        "`launcher.memory` is not written as it should be, got '64GB' (a whole number, of MB or with K, M, G or T: 64G",
     ),
+    (["launcher=slurm", "launcher.memory=-1"], "`launcher.memory` is not written as it should be, got '-1'"),
+    (["launcher=slurm", "+launcher.stages.sft.memory=-1"], "`launcher.stages.sft.memory`"),
     (["launcher=slurm", "launcher.comment='a$b'"], "got 'a$b' (one line without quotes, $, ` and \\)"),
     (["name='my run'"], "`name` is not written as it should be, got 'my run' (letters, digits, `.`, `_` and `-`"),
     (
@@ -184,6 +193,15 @@ def test_a_line_that_passes_a_secret_on_by_its_variable_is_let_through() -> None
     lines = ["export HF_TOKEN=$MINE", 'export API_KEY="$MINE" TOKENIZERS_PARALLELISM=false', "source /me/secrets"]
     given = compose(["experiment=quickstart", "launcher=slurm", "engine=zero2", f"launcher.setup={lines}"]).launcher
     assert given.model_dump()["setup"] == lines
+
+
+def test_memory_is_a_number_too_as_sbatch_takes_it() -> None:
+    slurm = ["experiment=quickstart", "launcher=slurm", "engine=zero2"]
+    for given, kept in (("0", "0"), ("'0'", "0"), ("1500", "1500"), ("64G", "64G"), ("null", None)):
+        launcher = compose([*slurm, f"launcher.memory={given}", f"+launcher.stages.sft.memory={given}"]).launcher
+        assert isinstance(launcher, SlurmLauncher)
+        asked = [launcher.resources(name, distributed=True).memory for name in ("dpo", "sft")]
+        assert asked == [kept, kept]
 
 
 def test_options_that_only_name_a_variable_or_a_file_are_no_secrets() -> None:

@@ -48,6 +48,7 @@ def test_parquet_rows_have_numbers_instead_of_lines(tmp_path: Path) -> None:
 
 BAD = {
     "a broken line": ("r.jsonl", '{"a": 1}\n{"a": \n', ":2: is not valid JSON: Expecting value at column 7"),
+    "a text without an end": ("r.jsonl", '{"a": "b', ":1: is not valid JSON: Unterminated string starting at column 7"),
     "a truncated array": ("r.json", '[\n{"a": 1},\n{"a"', ":3: is not valid JSON: Expecting ':' delimiter at column 5"),
     "an array without end": ("r.json", '[{"a": 1}', ":1: is not valid JSON: Expecting ',' or ']' after the row"),
     "text after the array": ("r.json", '[{"a": 1}]\nx', ":1: is not valid JSON: something follows the list"),
