@@ -215,9 +215,12 @@ def no_range(overrides: Iterable[str]) -> Explained:
             )
         if isinstance(value, RangeSweep | IntervalSweep):
             low, high = value.start, value.stop if isinstance(value, RangeSweep) else value.end
-            if low is not None and high is not None and low > high:
+            falls = isinstance(value, RangeSweep) and value.step < 0
+            if low is not None and high is not None and (low < high if falls else low > high):
                 what = f"`{one.key_or_group}` goes from {low} to {high}"
-                return ConfigError(what, where=COMMAND_LINE, fix="the lower end comes first")
+                return ConfigError(
+                    what, where=COMMAND_LINE, fix="the lower end comes first, but for a range in negative steps"
+                )
     return None
 
 
