@@ -210,8 +210,12 @@ def status(arguments: list[str]) -> int:
         _print_json(runs)
     elif folders:
         Console(highlight=False).print(queue.table(runs))
-    else:
+    elif store.root.is_dir():
         terminal.show_runs(runs, store.root)
+    else:
+        print(
+            f"no runs: there is no folder {store.root} (the first run makes it; --store, $ALIGNMENT_STORE name another)"
+        )
     return 0
 
 

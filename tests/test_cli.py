@@ -90,6 +90,12 @@ def test_status_answers_in_a_second_and_a_half_however_many_runs_there_are(runs:
     assert len({run["state"] for run in status(tmp_path)}) == min(runs, 3)  # done, failed, and interrupted
 
 
+def test_status_says_that_there_is_no_store_yet(tmp_path: Path) -> None:
+    assert alignment("status", cwd=tmp_path).stdout.startswith(f"no runs: there is no folder {tmp_path / 'store'} (the")
+    (tmp_path / "store").mkdir()
+    assert alignment("status", cwd=tmp_path).stdout.startswith("no runs in ")
+
+
 def write_run(store: Path, name: str, experiment: Experiment, last: str) -> None:
     """A run as it lies in the store, all done but the last node, which is in the state `last`."""
     nodes = []
