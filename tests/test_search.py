@@ -205,7 +205,7 @@ def test_what_no_value_can_mend_ends_the_search(vary: tuple[str, ...], sweep: An
         (["hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs: n_jobs is 0 (at least 1)"),
         (["hydra.sweeper.n_trials=-1"], "hydra.sweeper.n_trials: n_trials is -1 (at least 1)"),
         (["hydra.sweeper.n_jobs=0.5"], "command line: `hydra.sweeper.n_jobs`: Value '0.5' of type 'float' could not"),
-        (["seed=range(3,1)"], "command line: `seed` goes from 3 to 1 (the lower end comes first)"),
+        (["seed=range(3,1)"], "command line: `seed` goes from 3 to 1 (the lower end comes first"),
         (["stage.dpo.beta=tag(log, interval(1.0,0.1))"], "command line: `stage.dpo.beta` goes from 1.0 to 0.1"),
         (["hydra.sweeper.max_failure_rate=2"], "hydra.sweeper.max_failure_rate: max_failure_rate is 2"),
         (
