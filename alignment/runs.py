@@ -73,6 +73,8 @@ class Session:
         return [point.error if isinstance(point, Refused) else next(values) for point in points]
 
     def _execute(self, points: Sequence[Point], master: DictConfig | None) -> Sequence[Value]:
+        if why := self._is_cancelled():  # between two rounds of a search
+            raise Stopped(why)
         with one_look():  # at each file that keys are made of
             runs = [runner.Run(point.experiment, point.command) for point in points]
         self._count += len(runs)

@@ -132,6 +132,13 @@ def _ask(jobs: Sequence[str]) -> list[JobState]:
     ]
 
 
+def living() -> set[str]:
+    """Jobs of this user, and elements of arrays, that wait or run."""
+    lines = call("squeue", "--me", "--noheader", "--array", "--format=%i|%T").splitlines()
+    told = [line.strip().split("|")[:2] for line in lines if "|" in line]
+    return {job for job, state in told if state in WAITING | AT_WORK}
+
+
 def outputs() -> dict[str, str]:
     """File that the jobs of this user print into, as it was asked for, with %j or %A_%a in it -> number of the job."""
     wide = 4096  # characters

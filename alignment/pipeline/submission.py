@@ -95,7 +95,9 @@ class Submission:
         write_text(begun, self.name)
         for batch in self.batches:
             if why := asked():
-                raise Stopped(f"{why}, {len(self.numbers)} of {len(self.batches)} submissions are queued")
+                raise Stopped(
+                    f"{why}, {len(self.numbers)} of {len(self.batches)} submissions of {self.name} are queued"
+                )
             script = self._script(batch, code, self.numbers.__getitem__)
             path = self._path(batch)
             orders = {str(index): self._order(task) for index, task in batch.elements.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from alignment.errors import ConfigError
@@ -58,17 +58,28 @@ def _cancel(names: Sequence[str], store: Store) -> int:
     return 0
 
 
-def _cancel_jobs(store: Store, runs: Sequence[Row], folders: Sequence[Path], mine: Mine) -> tuple[Jobs, Needed]:
-    """mine: see `_jobs_of`. Who is among them waits for no job any more."""
+def _cancel_jobs(store: Store, runs: Sequence[Row], folders: Sequence[Path], mine: Mine) -> tuple[set[str], Needed]:
+    """What was cancelled, and what was not. mine: see `_jobs_of`. Who is among them waits for no job any more."""
     jobs, needed = _jobs_of(store, runs, folders, mine)
     for job, (node, others) in needed.items():
         wait = "waits" if len(others) == 1 else "wait"
         queue.say(f"{node['name']} (job {job}) stays: {words.listed(others, LISTED)} {wait} for it")
-    slurm.cancel(jobs)
+    left = _left(store, mine, {*jobs, *needed})
+    slurm.cancel([*jobs, *left])
     claims.drop(store, mine)  # not if SLURM refuses: then all is as it was
     ledger.note_cancelled(store, {job: node["key"] for job, node in jobs.items()})
     _tell(jobs)
-    return jobs, needed
+    for job in left:
+        queue.say(f"cancelled job {job}: what it was to make is there")
+    return {*jobs, *left}, needed
+
+
+def _left(store: Store, mine: Mine, known: Collection[str]) -> list[str]:
+    """Jobs that nobody else waits for and that wait or run though their stages are made: a command here was faster."""
+    waiting = claims.by_job(claims.read(store))
+    asked = {job for job, who in waiting.items() if job not in known and all(mine(*one) for one in who)}
+    asked -= {note["job"] for note in ledger.unmade(store)}
+    return sorted(asked & slurm.living()) if asked else []
 
 
 def _tell(jobs: dict[str, Row]) -> None:

@@ -19,6 +19,7 @@ from alignment.reporting.gather import tail
 SOON, OFTEN, SELDOM, CALM = 2.0, 15.0, 30.0, 60.0
 # Files of a work folder that change where an attempt begins or ends, and not while it is at work.
 TELLING = ("stage.json", "attempts.jsonl", "outcome.json")
+SOON_AGAIN = 300.0  # seconds after which SLURM starts a job that was queued again, at most
 LAG = 180.0  # seconds after a job's end in which its result may be hidden by a file system that caches
 TAIL = 65_536  # bytes of a job's output that are looked through
 # Reasons for which a job waits, in other words than SLURM's where these say little.
@@ -108,6 +109,8 @@ class Jobs:
         known = self._known.get(job)
         if known is not None and known.lives:
             why = REASONS.get(known.reason, known.reason) if known.waits else None
+            if known.waits and known.reason == "BeginTime" and known.start and known.start - time.time() > SOON_AGAIN:
+                why = f"not before {time.strftime('%Y-%m-%d %H:%M', time.localtime(known.start))}"
             runs = known.state == "RUNNING"  # not one that is suspended, or whose nodes are being made ready
             told = {"alive": True, "waits": known.waits, "runs": runs, "started": known.start}
             return {**told, "why": why, "nodes": known.nodes}

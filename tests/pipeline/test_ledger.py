@@ -121,7 +121,7 @@ def test_who_is_asked_to_stop_while_jobs_are_sent_sends_no_more_and_the_same_com
     monkeypatch.setattr(slurm, "submit", send)
     monkeypatch.setattr(slurm, "largest_array", lambda: 1001)
     monkeypatch.setattr(slurm, "outputs", dict)
-    with pytest.raises(Stopped, match=f"SIGINT, 1 of {len(run.nodes)} submissions are queued"):
+    with pytest.raises(Stopped, match=f"SIGINT, 1 of {len(run.nodes)} submissions of mine are queued"):
         submission.submit([run], "mine", stop=stop)
     assert numbers == ["1"]
     says(monkeypatch, {"1": ("RUNNING", "None")})

@@ -363,6 +363,34 @@ def test_a_run_of_which_a_command_here_has_written_since_has_its_jobs_still(
     assert json.loads(capsys.readouterr().out)[0]["nodes"][1]["state"] == "failed", "what it said itself is known"
 
 
+def test_jobs_of_what_a_command_here_has_made_meanwhile_are_cancelled_too(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for those that others wait for, and none that has ended."""
+    commit(store, "mine-3", "sft")
+    write_run(store, "mine-3", {"rows": "reused", "sft": "done"})
+    claims.add(Store(store), "mine-3", {"mine-3": ["31", "32", "33"]})
+    claims.add(Store(store), "other", {"other": ["32"]})
+    slurm.queue(("31", "PENDING"), ("32", "PENDING"), ("33", "COMPLETED"))
+    assert cancel(store, "mine-3") == 0
+    assert capsys.readouterr().out == "cancelled job 31: what it was to make is there\n"
+    assert slurm.calls("scancel") == ["31"]
+    assert cancel(store, "mine-3") == 0
+    assert "nothing to cancel" in capsys.readouterr().out
+
+
+def test_a_run_that_works_here_and_has_a_job_is_told_so_and_the_job_is_cancelled(
+    store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(store, "mine-3", {"rows": "reused", "sft": "running"}, {"sft": "31"})
+    lock = Store(store).lock(key_of("mine-3", "sft"))
+    assert lock.acquire("mine-3/sft")
+    assert cancel(store, "mine-3") == 0
+    out = capsys.readouterr().out
+    assert "cancelled sft (job 31)" in out and f"kill {os.getpid()} there has it save and end" in out
+    lock.release()
+
+
 def test_of_many_jobs_it_says_how_many_of_which(
     store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:

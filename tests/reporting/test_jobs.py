@@ -84,6 +84,14 @@ def test_a_job_that_slurm_does_not_know_and_that_never_printed_was_cancelled_whi
     assert node(store, capsys)["state"] == "failed"
 
 
+@pytest.mark.parametrize(("later", "why"), [(60.0, "SLURM starts it again in a moment"), (7200.0, "not before 20")])
+def test_a_job_that_waits_for_a_time_says_which_if_it_is_far(
+    later: float, why: str, store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.queue(("12", "PENDING", "BeginTime", "", "N/A", ago(-later)))
+    assert node(store, capsys)["why"].startswith(why)
+
+
 def test_what_was_cancelled_stays_so_when_slurm_has_forgotten_it(
     store: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
