@@ -170,10 +170,9 @@ def remember(store: Store) -> None:
     """Note the jobs of submissions that did not come to their end: their command was killed, or SLURM took too long to
     answer it; and of all, if the notes were removed. The caller holds the lock of submissions: none is at it now."""
     folders = _left(store)
-    asked_for = slurm.outputs() if folders else {}
-    for asked, number in sorted(
-        asked_for.items(), key=lambda found: int(found[1])
-    ):  # of two for one key the later stays
+    printed = slurm.outputs().items() if folders else ()
+    # By number: of two jobs for one key the later stays.
+    for asked, number in sorted(printed, key=lambda found: (len(found[1]), found[1])):
         path = Path(asked.replace("%%", "%"))
         found = re.fullmatch(r"(.+)-(%A_%a|%j|\d+_\d+|\d+)\.out", path.name)
         if found and path.parent in folders and (script := path.with_name(found[1])).with_suffix(".json").exists():

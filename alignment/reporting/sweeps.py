@@ -14,7 +14,7 @@ from alignment.files import digest
 from alignment.reporting.gather import TRAINING, Stage, read, read_stage
 from alignment.reporting.status import Results, facts_text, jobs_of_runs, read_run
 from alignment.reporting.targets import refuse_empty, run_folder
-from alignment.reporting.words import DONE, finite, label
+from alignment.reporting.words import DONE, finite, label, listed
 
 Row = dict[str, Any]
 OBJECTIVE = {"metric": "reward", "direction": "maximize"}
@@ -61,7 +61,7 @@ def sweep_folder(name: str, store: Path, say: Callable[[str], None] = lambda tex
         if found := [sweep for sweep in known if fits(sweep["sweep"])]:
             newest, *others = found
             if others:
-                more = ", ".join([one["sweep"] for one in others[:5]] + ["..."] * (len(others) > 5))
+                more = listed([one["sweep"] for one in others], 5)
                 say(f"{newest['sweep']}: of {len(found)} sweeps that begin so, the newest; others: {more}")
             return Path(newest["folder"])
     fix = f"known: {', '.join(names[:5])}" if names else "alignment run -m key=value1,value2 makes one"

@@ -27,16 +27,20 @@ SLURM = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def commands_find_the_cluster(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in slurm.environment().items():
+        monkeypatch.setenv(name, value)
+
+
 def sweep_of(store: Path) -> dict[str, Any]:
     (file,) = store.glob("sweeps/*/sweep.json")
     return dict(json.loads(file.read_text()))
 
 
 def test_six_trials_of_which_the_hopeless_are_pruned(
-    slurm: Cluster, tmp_path: Path, command: Command, small_settings: list[str], monkeypatch: pytest.MonkeyPatch
+    slurm: Cluster, tmp_path: Path, command: Command, small_settings: list[str]
 ) -> None:
-    for name, value in slurm.environment().items():
-        monkeypatch.setenv(name, value)
     store = tmp_path / "store"
     given = ["run", "-m", *small_settings, *SEARCH, *SLURM, "stage.sft.epochs=100.0"]
     out = command(store, *given).stdout
@@ -64,10 +68,8 @@ def test_six_trials_of_which_the_hopeless_are_pruned(
 
 
 def test_a_search_that_is_cancelled_asks_for_no_more_trials(
-    slurm: Cluster, tmp_path: Path, command: Command, small_settings: list[str], monkeypatch: pytest.MonkeyPatch
+    slurm: Cluster, tmp_path: Path, command: Command, small_settings: list[str]
 ) -> None:
-    for name, value in slurm.environment().items():
-        monkeypatch.setenv(name, value)
     store = tmp_path / "store"
     given = ["run", "-m", *small_settings, *SEARCH, *SLURM, "+launcher.options.begin=now+1hour"]
     search = start(tmp_path, given, environment(store))
