@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alignment.allocation import Allocation, allocation
-from alignment.config.schema import Experiment, SlurmLauncher
+from alignment.config.launchers import SlurmLauncher
+from alignment.config.schema import Experiment
 from alignment.errors import AlignmentError, InputError, LostError, MachineError, PreemptedError, word_of_a_job
 from alignment.files import read_json
 from alignment.launchers import slurm

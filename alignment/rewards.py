@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config.schema import Reward
+from alignment.config.rewards import Reward
 from alignment.errors import InputError, MachineError
 
 Message = dict[str, str]

@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from alignment import hydra_app, search
+from alignment.config.execution import PercentilePruning
+from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
 from alignment.config.provenance import quoted
-from alignment.config.schema import PercentilePruning, SlurmLauncher, TorchrunLauncher
 from alignment.errors import (
     BY_CODE,
     AlignmentError,

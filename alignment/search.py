@@ -17,7 +17,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig
 
 from alignment.config.redact import setting_without_secrets
-from alignment.config.schema import HIGHER_IS_BETTER, Compare, Evaluate, Experiment
+from alignment.config.rewards import HIGHER_IS_BETTER
+from alignment.config.schema import Experiment
+from alignment.config.stages.answering import Compare, Evaluate
 from alignment.errors import ConfigError, MachineError
 from alignment.reporting import queue, words
 

@@ -280,7 +280,8 @@ def _our_rows(
 
 def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
     """The stage's and the engine's settings: conf/engine/single.yaml, and TRL's optimiser."""
-    from alignment.config.schema import Dpo, Engine, Sft
+    from alignment.config.execution import Engine
+    from alignment.config.stages.training import Dpo, Sft
     from alignment.training.engine import CPU_TOKENS
 
     common: dict[str, Any] = {

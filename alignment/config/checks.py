@@ -8,20 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.config import shape
+from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING, closest
+from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
 from alignment.config.provenance import Origin
-from alignment.config.schema import (
-    HIGHER_IS_BETTER,
-    Compare,
-    Dpo,
-    Experiment,
-    PercentilePruning,
-    Prepare,
-    SlurmLauncher,
-    Stage,
-    TorchrunLauncher,
-    Train,
-)
+from alignment.config.rewards import HIGHER_IS_BETTER
+from alignment.config.schema import Experiment
+from alignment.config.stages.answering import Compare
+from alignment.config.stages.base import Stage
+from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.training import Dpo, Train
 from alignment.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from alignment.config.schema import Splits
+from alignment.config.stages.preparing import Splits
 from alignment.data.formats import Message
 from alignment.data.sources import Row
 from alignment.errors import InputError

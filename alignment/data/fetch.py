@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
-from alignment.config.schema import HubSource, PackageSource, PathSource
+from alignment.config.sources import HubSource, PackageSource, PathSource
 from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, digest, read_json, sha256, write_json
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.config.paths import TEMPLATES, template_path
-from alignment.config.schema import Model
+from alignment.config.sources import Model
 from alignment.data.chat import Chat, adds_bos, without_clock
 from alignment.data.gguf import opened, plain_model, read_tokenizer
 from alignment.errors import ConfigError, InputError, MachineError

@@ -11,7 +11,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from alignment.config.schema import HubSource, PackageSource, PathSource, Prepare
+from alignment.config.sources import HubSource, PackageSource, PathSource
+from alignment.config.stages.preparing import Prepare
 from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Tally, check_turns, opening, prompt_key, split

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment.config.schema import HIGHER_IS_BETTER
+from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.evaluation.signals import Column
 
 BLOCK = 1 << 20  # values drawn at once: 16 MB

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config.schema import Experiment, Stage
+from alignment.config.schema import Experiment
+from alignment.config.stages.base import Stage
 from alignment.files import digest
 from alignment.pipeline.identity import one_look, stage_identity
 

@@ -20,7 +20,10 @@ from pydantic import BaseModel
 
 from alignment.config import shape
 from alignment.config.paths import template_path
-from alignment.config.schema import Experiment, Model, PathSource, Prepare, Stage
+from alignment.config.schema import Experiment
+from alignment.config.sources import Model, PathSource
+from alignment.config.stages.base import Stage
+from alignment.config.stages.preparing import Prepare
 from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 

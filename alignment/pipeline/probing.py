@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from alignment.config.launchers import Resources
-from alignment.config.schema import Model, PathSource, Prepare
+from alignment.config.sources import Model, PathSource
+from alignment.config.stages.preparing import Prepare
 from alignment.errors import AlignmentError, ConfigError, MachineError
 from alignment.files import LATE, model_files, read_json, sha256, write_json, write_text
 from alignment.launchers import facts, slurm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from alignment.config.schema import HIGHER_IS_BETTER
+from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.varied import level_of, varied
 from alignment.errors import ConfigError
 from alignment.reporting import inference

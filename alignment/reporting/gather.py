@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignment.config.schema import STAGES, Train
+from alignment.config.schema import STAGES
+from alignment.config.stages.training import Train
 from alignment.errors import InputError
 from alignment.reporting.words import DONE, error_text, finite, label
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from alignment.config.checks import trains
-from alignment.config.schema import PercentilePruning
+from alignment.config.execution import PercentilePruning
 from alignment.pipeline.graph import Node
 from alignment.pipeline.runner import Run
 from alignment.reporting import words

@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from alignment.config.schema import SlurmLauncher
+from alignment.config.launchers import SlurmLauncher
 from alignment.errors import ConfigError, MachineError
 from alignment.files import near, program
 from alignment.pipeline import ledger, sanity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alignment.config.schema import Compare
+from alignment.config.stages.answering import Compare
 from alignment.errors import InputError
 from alignment.evaluation import gates, signals
 from alignment.evaluation.statistics import Comparison

@@ -7,7 +7,7 @@ from typing import Any
 
 import trl
 
-from alignment.config.schema import Dpo
+from alignment.config.stages.training import Dpo
 from alignment.stages.context import StageContext
 from alignment.stages.reference import references_of
 from alignment.stages.train import train

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment import generation
-from alignment.config.schema import Evaluate
+from alignment.config.stages.answering import Evaluate
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop
 from alignment.data.tokens import conversation

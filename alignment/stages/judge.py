@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from alignment.config.schema import Judge
+from alignment.config.stages.answering import Judge
 from alignment.errors import InputError
 from alignment.files import write_jsonl
 from alignment.stages.context import StageContext

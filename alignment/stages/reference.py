@@ -12,7 +12,7 @@ from typing import Any
 import trl
 from transformers import AutoTokenizer
 
-from alignment.config.schema import Reference
+from alignment.config.stages.training import Reference
 from alignment.files import write_json
 from alignment.stages.context import StageContext
 from alignment.stages.train import Plan, keeper_of, plan_of, train_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from alignment import generation
-from alignment.config.schema import Sample
+from alignment.config.stages.answering import Sample
 from alignment.evaluation.signals import repetition
 from alignment.files import write_jsonl
 from alignment.stages.context import StageContext

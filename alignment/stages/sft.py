@@ -7,7 +7,7 @@ from typing import Any
 
 import trl
 
-from alignment.config.schema import Sft
+from alignment.config.stages.training import Sft
 from alignment.stages.context import StageContext
 from alignment.stages.train import train
 from alignment.training.model import load, lora_config

@@ -10,8 +10,8 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoTokenizer
 
-from alignment.config import schema
-from alignment.config.schema import Engine
+from alignment.config.execution import Engine
+from alignment.config.launchers import SlurmLauncher
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
 from alignment.files import require_room, size_text
@@ -142,7 +142,7 @@ def keeper_of(context: StageContext, setup: Engine) -> Keeper:
         layout,
         record,
         say=print if context.is_main else lambda line: None,
-        grace=launcher.grace if isinstance(launcher, schema.SlurmLauncher) else None,
+        grace=launcher.grace if isinstance(launcher, SlurmLauncher) else None,
     )
 
 

@@ -33,7 +33,7 @@ from alignment.files import program, write_text
 from alignment.tracking.upload import Upload
 
 if TYPE_CHECKING:
-    from alignment.config.schema import Tracking
+    from alignment.config.execution import Tracking
 
 RUN_ID_FILE = "wandb_run_id"
 ARTIFACT_TYPE = "stage"  # one for all stages: who uses a result must name it exactly as its maker did

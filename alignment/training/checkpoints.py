@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.config import schema
+from alignment.config.execution import Checkpoint
 from alignment.errors import InputError, MachineError
 from alignment.files import digest, fsync, read_json, remove, sha256, write_json
 
@@ -46,7 +46,7 @@ class Checkpoints:
 
     folder: Path
     key: str
-    settings: schema.Checkpoint
+    settings: Checkpoint
     warn: Callable[[str], None]
 
     # --- reading --------------------------------------------------------------------------------------------------

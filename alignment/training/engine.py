@@ -23,7 +23,8 @@ from torch.distributed import distributed_c10d
 from transformers.utils.logging import disable_progress_bar
 
 from alignment import imports
-from alignment.config.schema import Engine, Reference, Train
+from alignment.config.execution import Engine
+from alignment.config.stages.training import Reference, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
 from alignment.life import LONGEST

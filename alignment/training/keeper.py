@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alignment.config import schema
+from alignment.config.execution import Checkpoint
 from alignment.config.launchers import LONGEST_GRACE
 from alignment.errors import MachineError, PreemptedError, is_out_of_memory
 from alignment.signals import TIME_LIMIT, Listener
@@ -91,7 +91,7 @@ class Keeper:
         where it comes from. grace: seconds that are left to save in once a scheduler has asked to stop."""
         self.checkpoints, self.stage, self.say, self.layout, self._record = checkpoints, stage, say, layout, record
         self._grace = math.inf if grace is None else grace
-        self.settings: schema.Checkpoint = checkpoints.settings
+        self.settings: Checkpoint = checkpoints.settings
         self.first_step = 0
         self._thread, self._closed = ThreadPoolExecutor(1, "checkpoint"), threading.Event()
         self._write: Write | None = None

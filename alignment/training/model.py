@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alignment.config.schema import Lora
+from alignment.config.stages.training import Lora
 from alignment.errors import ConfigError, TrainingError
 from alignment.training.keeper import Stage
 

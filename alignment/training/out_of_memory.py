@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignment.config.schema import Engine
+from alignment.config.execution import Engine
 from alignment.errors import AlignmentError, MachineError, is_out_of_memory
 from alignment.files import size_text
 from alignment.training.memory import (

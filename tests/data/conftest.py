@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.schema import Model
+from alignment.config.sources import Model
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<|user|>"]
 # Q:question\nA:answer<eos>\n with S:system\n before: what the hand-derived labels are written for

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.config.schema import HubSource, PackageSource, PathSource
+from alignment.config.sources import HubSource, PackageSource, PathSource
 from alignment.data.fetch import fetch
 from alignment.errors import InputError, MachineError
 from alignment.files import sha256

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.schema import Prepare, Splits
+from alignment.config.stages.preparing import Prepare, Splits
 from alignment.data import preparation
 from alignment.data.chat import Chat
 from alignment.data.checks import opening

@@ -11,15 +11,23 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from alignment.config import schema, shape
+from alignment.config import shape
 from alignment.config.compose import compose
 from alignment.config.schema import Experiment
+from alignment.config.settings import Settings
 from alignment.data.fetch import fetch
 from alignment.errors import InputError
 from alignment.pipeline import graph
 from alignment.pipeline.identity import content_digest
 
-CLASSES = [c for c in vars(schema).values() if isinstance(c, type) and issubclass(c, schema.Settings)]
+
+def subclasses(of: type) -> Iterator[type]:
+    for one in of.__subclasses__():
+        yield one
+        yield from subclasses(one)
+
+
+CLASSES = [c for c in subclasses(Settings) if c.__module__.startswith("alignment.config")]
 
 
 @pytest.fixture(autouse=True)

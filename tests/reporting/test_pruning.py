@@ -15,7 +15,7 @@ import optuna
 import pytest
 
 from alignment.config.compose import compose
-from alignment.config.schema import PercentilePruning
+from alignment.config.execution import PercentilePruning
 from alignment.pipeline.runner import Run
 from alignment.reporting import pruning
 from alignment.signals import PRUNED, Listener

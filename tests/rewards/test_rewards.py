@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.config.schema import Reward
+from alignment.config.rewards import Reward
 from alignment.errors import InputError
 from alignment.files import model_files
 from alignment.rewards import Encoder, Judge

@@ -12,7 +12,8 @@ import datasets
 import pytest
 
 from alignment.config.compose import compose
-from alignment.config.schema import Dataset, ImportModel, PathSource, Prepare, Splits
+from alignment.config.sources import Dataset, PathSource
+from alignment.config.stages.preparing import ImportModel, Prepare, Splits
 from alignment.data.chat import Chat
 from alignment.errors import ConfigError, InputError
 from alignment.files import read_json, read_jsonl

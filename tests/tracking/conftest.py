@@ -22,7 +22,7 @@ import pytest
 LOOP = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-from alignment.config.schema import Tracking
+from alignment.config.execution import Tracking
 from alignment.tracking import Tracker, run as run_module, upload as upload_module
 
 spec = json.loads(sys.argv[1])

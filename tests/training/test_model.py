@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.config.schema import Lora
+from alignment.config.stages.training import Lora
 from alignment.errors import TrainingError
 from alignment.training.model import check_whole, load, lora_config
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from alignment.config.schema import SlurmLauncher
+from alignment.config.launchers import SlurmLauncher
 from alignment.errors import PreemptedError, TrainingError
 from alignment.files import sha256
 from alignment.signals import Listener

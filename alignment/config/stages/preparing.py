@@ -1,0 +1,44 @@
+"""Stages that bring in a model and rows."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from alignment.config.settings import Settings, identity
+from alignment.config.stages.base import Reads, Stage
+
+
+class ImportModel(Stage):
+    """Start checkpoint -> a plain Hugging Face folder with the run's chat template."""
+
+    makes = "a model"
+    groups = ("model",)
+    packages = ("torch", "transformers", "tokenizers", "gguf")
+    kind: Literal["import_model"] = identity()
+
+
+class Splits(Settings):
+    """Rows of each split, disjoint, taken in this order after a shuffle; null takes all that is left."""
+
+    heldout: int = identity(ge=0)
+    prompts: int = identity(ge=0)
+    train: int | None = identity(ge=1)
+
+
+class Prepare(Stage):
+    """Rows of a data set or of a parent -> checked, split, tokenised rows and a report of what was dropped and why."""
+
+    makes = "rows"
+    inputs: ClassVar[dict[str, str]] = {"model": "a model"}
+    optional_inputs: ClassVar[dict[str, str]] = {"data": "pairs", "heldout": "rows"}
+    reads: ClassVar[Reads] = {"heldout": "heldout"}
+    groups = ("data",)
+    packages = ("transformers", "tokenizers", "datasets")
+    kind: Literal["prepare"] = identity()
+    task: Literal["sft", "preference"] = identity()
+    dataset: str | None = identity()
+    max_length: int = identity(gt=0)
+    max_prompt_length: int = identity(gt=0)
+    over_long: Literal["drop", "error"] = identity()
+    splits: Splits = identity()
+    seed: int = identity(ge=0)
