@@ -195,7 +195,9 @@ def make_ours(task: str, pieces: frozenset[str], pairs: list[dict[str, list[int]
     The reference store lies in the run's own folder, so each run pays for its reference pass, and a sweep for one.
     """
     from alignment.training import engine
-    from alignment.training.trainers import DPO, SFT, Packing, Reward
+    from alignment.training.preference import DPO
+    from alignment.training.reward_model import Reward
+    from alignment.training.trainers import SFT, Packing
 
     if pieces - {"sharing", "packing", "head", "last_layer", "reference_pass"}:
         raise Unavailable(f"our trainers cannot switch off: {', '.join(sorted(pieces))}")

@@ -12,8 +12,8 @@ from alignment.stages.context import StageContext
 from alignment.stages.reference import references_of
 from alignment.stages.train import train
 from alignment.training.model import load, lora_config
+from alignment.training.preference import DPO
 from alignment.training.rows import pair_sizes
-from alignment.training.trainers import DPO
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from alignment.training.trainers import DPO
+from alignment.training.preference import DPO
 
 
 class _Scored(Exception):

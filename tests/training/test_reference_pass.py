@@ -14,8 +14,8 @@ import pytest
 
 import alignment.stages.dpo as dpo_stage
 from alignment.errors import PreemptedError, TrainingError
+from alignment.training.preference import DPO
 from alignment.training.reference import ReferenceStore, row_digests, weights_digest
-from alignment.training.trainers import DPO
 from tests.training import tiny
 
 ROWS = 40

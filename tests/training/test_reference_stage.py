@@ -13,8 +13,8 @@ import alignment.stages.dpo as dpo_stage
 import alignment.stages.reference as reference_stage
 from alignment.errors import InputError, PreemptedError
 from alignment.stages.context import StageContext
+from alignment.training.preference import DPO
 from alignment.training.scoring import Scorer
-from alignment.training.trainers import DPO
 from tests.training import tiny
 
 ROWS = 40

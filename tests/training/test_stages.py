@@ -23,8 +23,9 @@ import alignment.stages.sft as sft_stage
 from alignment.errors import AlignmentError, ConfigError, InputError, MachineError, TrainingError
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches
+from alignment.training.preference import DPO
 from alignment.training.steps import Steps
-from alignment.training.trainers import DPO, AlignedTrainer
+from alignment.training.trainers import AlignedTrainer
 from tests.training import tiny
 
 STAGES = {"sft": sft_stage, "dpo": dpo_stage}

@@ -13,9 +13,11 @@ from transformers import AutoTokenizer
 
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches
+from alignment.training.preference import DPO
 from alignment.training.reference_pass import References
+from alignment.training.reward_model import Reward
 from alignment.training.rows import pair_sizes, sft_sizes, whole_pair_sizes
-from alignment.training.trainers import DPO, SFT, Packing, Reward
+from alignment.training.trainers import SFT, Packing
 from tests.training import tiny
 from tests.training.test_stages import Sequential, StockDPO, StockSFT
 
