@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config import shape
+from alignment.config import online_checks, shape
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING, closest
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
@@ -16,6 +16,7 @@ from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
 from alignment.config.stages.base import Stage
+from alignment.config.stages.online import Online
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.training import Dpo, Train
 from alignment.errors import ConfigError
@@ -83,7 +84,7 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     if trains := [use for use in uses if use.settings.distributed]:
         yield from _engine(experiment, max(use.world_size for use in trains))
     for use in uses:
-        for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
+        for look in (_model, _prepare, _rows, _train, _online, _reference, _reward, _compare):
             yield from look(use)
 
 
@@ -267,6 +268,12 @@ def _train(use: Use) -> Iterator[Fault]:
     if isinstance(rows.settings, Prepare) and rows.settings.task != use.settings.task:
         what = f"`{rows.key}.task` is {rows.settings.task}, and `{use.node}` trains on rows for {use.settings.task}"
         yield Fault(what, (f"{rows.key}.task", use.role("data")), f"{rows.key}.task={use.settings.task}, or other rows")
+
+
+def _online(use: Use) -> Iterator[Fault]:
+    if isinstance(use.settings, Online):
+        for what, keys, fix in online_checks.faults(use.settings, use.key, use.experiment.engine):
+            yield Fault(what, keys, fix)
 
 
 def _reference(use: Use) -> Iterator[Fault]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from alignment.config.execution import Engine
 from alignment.config.launchers import SlurmLauncher
+from alignment.config.stages.online import Online
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
 from alignment.files import require_room, size_text
@@ -45,8 +46,10 @@ def train(
     context: StageContext,
     sizes: Callable[[Any], Sizes],
     make_trainer: Callable[..., Any],
+    rows_of: Callable[[StageContext, Any], Any] | None = None,
 ) -> dict[str, Any]:
-    """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes).
+    """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes). rows_of(context,
+    tokenizer): what is trained on; None: the tokenised rows of the parent.
 
     A request to stop is heeded where all processes can: raises PreemptedError then.
     """
@@ -57,9 +60,8 @@ def train(
     keeper = keeper_of(context, setup)
     context.rewind(keeper.choose())
 
-    rows = train_rows(context.inputs["data"])
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
-    check_end_of_turn(rows, tokenizer.eos_token_id)
+    rows = (rows_of or _tokenised)(context, tokenizer)
     setup = engine.as_before(setup, keeper.layout_before())
     plan = plan_of(context, setup, start, sizes(rows))
     keeper.layout.update(plan.choice.layout())
@@ -86,6 +88,9 @@ def train(
 def plan_of(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -> Plan:
     settings = context.settings
     config = AutoConfig.from_pretrained(start, local_files_only=True)
+    steps = count_steps(len(of_rows.lengths), settings.global_batch_size, settings.epochs, settings.max_steps)
+    if isinstance(settings, Online) and settings.max_steps is None:
+        steps *= settings.epochs_per_rollout
     lengths, widths = of_rows.lengths.tolist(), of_rows.widths.tolist()
     largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
     choice = engine.choose(settings, setup, start, config, context.world_size, max(lengths), largest)
@@ -93,7 +98,7 @@ def plan_of(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -
         lengths=lengths,
         weights=of_rows.weights.tolist(),
         global_batch_size=settings.global_batch_size,
-        steps=count_steps(len(lengths), settings.global_batch_size, settings.epochs, settings.max_steps),
+        steps=steps,
         seed=settings.seed,
         world_size=context.world_size,
         tokens_per_micro_batch=choice.tokens_per_micro_batch,
@@ -182,6 +187,12 @@ def _summary(trainer: Any) -> dict[str, float]:
 def _size(parameter: Any) -> int:
     """Its number of elements; ZeRO-3 keeps but a shard of them here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _tokenised(context: StageContext, tokenizer: Any) -> Any:
+    rows = train_rows(context.inputs["data"])
+    check_end_of_turn(rows, tokenizer.eos_token_id)
+    return rows
 
 
 def train_rows(data: Path) -> Any:

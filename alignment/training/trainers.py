@@ -34,6 +34,8 @@ from alignment.training.steps import Steps
 from alignment.training.swapped import labelled_positions_only
 from alignment.training.trial import refusal, trial
 
+KEPT = ("pack", "reference", "targets")  # of a micro-batch: they go to the device, and stay in the precision they have
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -95,7 +97,7 @@ class AlignedTrainer(Resumable):
         reason = "packing is off" if not self.packing.on else refusal(plain.config, longest)
         if reason is None:
             precision = torch.bfloat16 if self.args.bf16 else torch.float32
-            reason, attention = trial(plain, self.model_wrapped, self.branches, precision, self.args.device)
+            reason, attention = trial(plain, self.model_wrapped, min(self.branches, 2), precision, self.args.device)
         reason = next((one for one in all_gather(reason) if one), None)  # one that cannot, and nobody does
         if reason is not None:
             self.say(f"rows are padded, not packed: {reason}")
@@ -133,7 +135,10 @@ class AlignedTrainer(Resumable):
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The rows of these numbers as TRL's collator makes them, and their pack where the model can be packed."""
-        rows = self.data_collator([self.train_dataset[number] for number in numbers])
+        return self._packed(self.data_collator([self.train_dataset[number] for number in numbers]))
+
+    def _packed(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """With their pack, where the model can be packed."""
         if self.packing.on:
             labels, bucket = self._labels(rows), BUCKET if self.packing.compile else 1
             given = rows["input_ids"], rows["attention_mask"], labels
@@ -146,7 +151,7 @@ class AlignedTrainer(Resumable):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """To the device; Trainer would also round floating-point numbers to the precision of a DeepSpeed engine."""
-        kept = {name: value.to(self.args.device) for name, value in inputs.items() if name in ("pack", "reference")}
+        kept = {name: value.to(self.args.device) for name, value in inputs.items() if name in KEPT}
         rest = {name: value for name, value in inputs.items() if name not in kept}
         return {**super()._prepare_inputs(rest), **kept}
 
@@ -258,7 +263,7 @@ class AlignedTrainer(Resumable):
         sums["num_tokens"] = self._input_tokens
         sums["tokens_per_s"] = sums.pop("input_tokens") / max(now - (self._logged_at or now), 1e-9)
         self._logged_at = now
-        for name in ("rows", "tokens"):
+        for name in ("rows", "tokens", "fresh_tokens"):
             sums.pop(name, None)
         super().log({**logs, **sums}, start_time)
         self._row = self.state.log_history[-1]
