@@ -293,7 +293,8 @@ class OnlineTrainer(AlignedTrainer, Policies):
                 found[part[row % len(part)], row // len(part)] = values.tolist()
             self._tell("scoring", 0, 0)
         for (at, branch), values in (item for part in all_gather(found) for item in part.items()):
-            setattr(groups[at].answers[branch], name, values)
+            if groups[at].answers[branch].trained:
+                setattr(groups[at].answers[branch], name, values)
 
     def _log_probs(self, inputs: dict[str, Any]) -> Any:
         """Of the policy as it is."""

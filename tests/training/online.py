@@ -21,6 +21,7 @@ from alignment.training.trainers import Packing
 from tests.conftest import write_tiny_model
 from tests.training import tiny
 
+KINDS = ("rloo", "grpo")
 NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1)
 COMMON: dict[str, Any] = {
     **tiny.COMMON, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "global_batch_size": 4,
