@@ -19,12 +19,12 @@ from alignment.config.settings import Settings, execution, identity
 from alignment.config.sources import Dataset, Model
 from alignment.config.stages.answering import Compare, Evaluate, Judge, Sample
 from alignment.config.stages.base import Stage
-from alignment.config.stages.online import Grpo, Rloo
+from alignment.config.stages.online import Grpo, OnlineDpo, Ppo, Rloo
 from alignment.config.stages.preparing import ImportModel, Prepare
 from alignment.config.stages.training import Dpo, Reference, Sft
 
 AnyStage = Annotated[
-    ImportModel | Prepare | Sft | Reference | Dpo | Rloo | Grpo | Sample | Judge | Evaluate | Compare,
+    ImportModel | Prepare | Sft | Reference | Dpo | Rloo | Grpo | OnlineDpo | Ppo | Sample | Judge | Evaluate | Compare,
     Field(discriminator="kind"),
 ]
 

@@ -46,6 +46,8 @@ METRICS: dict[str, Metric] = {
     "max_reward": Metric("max"),
     "ratio": PER_TOKEN,  # of policy and sampling policy (online)
     "clip_fraction": PER_TOKEN,
+    "value": PER_TOKEN,  # of PPO's value head
+    "value_loss": PER_TOKEN,
     "fresh_tokens": Metric("sum"),  # of a rollout's first update
     "mismatch": Metric("mean", "fresh_tokens"),  # |log-prob in training - in decoding|
     "mismatch_k3": Metric("mean", "fresh_tokens"),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from alignment.config.stages.training import Lora
 from alignment.errors import ConfigError, TrainingError
 from alignment.training.keeper import Stage
+from alignment.training.shared_prefix import VALUE_HEAD
 
 
 def load(folder: Path) -> Any:
@@ -119,7 +120,7 @@ def gather_trained(trainer: Any, tick: Callable[[], None] = lambda: None) -> dic
         from deepspeed.utils import safe_get_full_fp32_param
     whole: dict[str, Tensor] = {}
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and VALUE_HEAD not in name.split("."):  # which training alone wants
             tick()
             value = safe_get_full_fp32_param(parameter) if sharded else parameter.detach()
             if value is None:

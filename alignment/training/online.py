@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import set_seed
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
@@ -28,7 +27,7 @@ from alignment.training.attention import PACKED
 from alignment.training.batching import GlobalBatches
 from alignment.training.losses import policy as losses
 from alignment.training.ranks import all_gather, rank, world_size
-from alignment.training.rollouts import Answer, Group, Rollout, collated, measured, with_signal
+from alignment.training.rollouts import Answer, Group, Rollout, Targets, collated, measured, with_signal
 from alignment.training.shared_prefix import install
 from alignment.training.trainers import AlignedTrainer
 
@@ -211,10 +210,10 @@ class OnlineTrainer(AlignedTrainer, Policies):
         self._mark(groups)
         rollout = Rollout(number, self._coefficient, groups, metrics)
         if self._refers:
-            self._write(groups, "reference", self._reference_log_probs)
+            self._write(groups, self._by_reference)
             self._control(rollout)
         if self._reuses:
-            self._write(groups, "old", self._log_probs)
+            self._write(groups, self._by_policy)
         self._credit(rollout)
         return rollout
 
@@ -282,22 +281,27 @@ class OnlineTrainer(AlignedTrainer, Policies):
     # --- passes without gradients -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _write(self, groups: Sequence[Group], name: str, forward: Callable[[dict[str, Any]], Any]) -> None:
-        """Into each answer that is trained on: log-probs of its tokens. A collective."""
-        found: dict[tuple[int, int], list[float]] = {}
+    def _write(self, groups: Sequence[Group], passes: Callable[[dict[str, Any]], dict[str, Tensor]]) -> None:
+        """Into each answer that is trained on, under their names, what a pass finds of its tokens. A collective.
+
+        passes(a micro-batch) -> name -> [rows, width - 1]."""
+        found: dict[tuple[int, int, str], list[float]] = {}
         for part in self._split(groups, BUDGET * self.batches.tokens_per_micro_batch)[rank()]:
             inputs = self._prepare_inputs(self._collated([groups[at] for at in part], fresh=False))
             mask = inputs["targets"].mask
-            rows = forward(inputs).log_probs[mask].float().cpu().split(mask.sum(1).tolist())
-            for row, values in enumerate(rows):
-                found[part[row % len(part)], row // len(part)] = values.tolist()
+            for name, values in passes(inputs).items():
+                for row, some in enumerate(values[mask].float().cpu().split(mask.sum(1).tolist())):
+                    found[part[row % len(part)], row // len(part), name] = some.tolist()
             self._tell("scoring", 0, 0)
-        for (at, branch), values in (item for part in all_gather(found) for item in part.items()):
+        for (at, branch, name), some in (item for part in all_gather(found) for item in part.items()):
             if groups[at].answers[branch].trained:
-                setattr(groups[at].answers[branch], name, values)
+                setattr(groups[at].answers[branch], name, some)
 
-    def _log_probs(self, inputs: dict[str, Any]) -> Any:
-        """Of the policy as it is."""
+    def _by_policy(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        return {"old": self._policy_pass(inputs).log_probs}
+
+    def _policy_pass(self, inputs: dict[str, Any]) -> Any:
+        """By the policy as it is."""
         engine = self.model_wrapped
         training = engine.training
         engine.eval()
@@ -307,12 +311,12 @@ class OnlineTrainer(AlignedTrainer, Policies):
         self._output = None  # kept for a loss that is not to come
         return output
 
-    def _reference_log_probs(self: Any, inputs: dict[str, Any]) -> Any:
+    def _by_reference(self: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if self._reference is None:
-            with self.model.disable_adapter() if is_peft_model(self.model) else nullcontext():
-                return self._log_probs(inputs)
+            with self.model.disable_adapter():
+                return {"reference": self._policy_pass(inputs).log_probs}
         with self.accelerator.autocast():
-            return self._forward(self._reference, inputs, measure=False)
+            return {"reference": self._forward(self._reference, inputs, measure=False).log_probs}
 
     # --- what is carried, what is told ------------------------------------------------------------------------------
 
@@ -343,6 +347,17 @@ class OnlineTrainer(AlignedTrainer, Policies):
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         return self._sums
+
+
+def mismatch(log_probs: Tensor, targets: Targets) -> dict[str, Tensor | float]:
+    """Sums over the tokens of an answer's first update: how far training's log-probs are from those of decoding."""
+    if not targets.fresh:
+        return {}
+    return {
+        "fresh_tokens": targets.mask.sum(),
+        "mismatch": (log_probs - targets.rollout).abs().sum(),
+        "mismatch_k3": losses.kl(targets.rollout, log_probs, "k3").sum(),
+    }
 
 
 def distance(answer: Answer, estimator: losses.Estimator) -> float:

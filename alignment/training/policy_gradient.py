@@ -8,22 +8,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.config.stages.online import Grpo, PolicyGradient
+from alignment.config.stages.online import Clipped, Grpo, PolicyGradient
 from alignment.training import advantages
 from alignment.training.losses import policy as losses
-from alignment.training.online import OnlineTrainer, distance
+from alignment.training.online import OnlineTrainer, distance, mismatch
 from alignment.training.rollouts import Group, Rollout, Targets, rewards_of
 
 
-class PolicyGradientTrainer(OnlineTrainer):
+class ClippedTrainer(OnlineTrainer):
     """The sum of the tokens' losses, each with its weight, by the number of answers or tokens of the global batch."""
 
-    settings: PolicyGradient
+    settings: Clipped
 
     def _weight(self, groups: Sequence[Group]) -> float:
         lengths = [len(answer.trained) for group in groups for answer in group.answers if answer.trained]
         longest, how = self.settings.max_new_tokens, self.settings.aggregate
         return losses.divisor(len(lengths), sum(lengths), longest, how)
+
+    def _loss(self, output: Any, inputs: dict[str, Any]) -> Tensor:
+        targets = inputs["targets"]
+        loss, self._sums = self._token_losses(output, targets)
+        return (loss * losses.token_weights(targets.mask, self.settings.aggregate)).sum()
+
+    def _token_losses(self, output: Any, targets: Targets) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """[rows, width - 1], and what is measured."""
+        settings = self.settings
+        log_probs = output.log_probs
+        old = targets.old if self._reuses else log_probs.detach()
+        clip = settings.epsilon_low, settings.epsilon_high
+        surrogate = losses.clipped_surrogate(log_probs, old, targets.advantages, targets.mask, settings.ratio, *clip)
+        loss = surrogate.loss
+        if self._refers and self.kl.place == "loss":
+            loss = loss + targets.coefficient * losses.kl(log_probs, targets.reference, self.kl.estimator)
+        return loss, self._measured(output, targets, surrogate)
+
+    @torch.no_grad()
+    def _measured(self, output: Any, targets: Targets, surrogate: losses.Surrogate) -> dict[str, Tensor | float]:
+        """Sums over the answers' tokens."""
+        mask = targets.mask
+        sums: dict[str, Tensor | float] = {
+            "tokens": mask.sum(),
+            "entropy": output.entropy.sum(),
+            "ratio": (surrogate.ratio * mask).sum(),
+            "clip_fraction": (surrogate.clipped & mask).sum(),
+        }
+        if self._refers:
+            sums["kl"] = losses.kl(output.log_probs, targets.reference, self.kl.estimator).sum()
+        return {**sums, **mismatch(output.log_probs, targets)}
+
+
+class PolicyGradientTrainer(ClippedTrainer):
+    """RLOO, GRPO and its relatives: an answer's tokens all have its advantage."""
+
+    settings: PolicyGradient
 
     def _credit(self, rollout: Rollout) -> None:
         settings = self.settings
@@ -39,36 +76,6 @@ class PolicyGradientTrainer(OnlineTrainer):
         for group, values in zip(rollout.groups, worth.tolist(), strict=True):
             for answer, value in zip(group.answers, values, strict=True):
                 answer.advantages = [value] * len(answer.ids)
-
-    def _loss(self, output: Any, inputs: dict[str, Any]) -> Tensor:
-        settings, targets = self.settings, inputs["targets"]
-        log_probs = output.log_probs
-        old = targets.old if self._reuses else log_probs.detach()
-        clip = settings.epsilon_low, settings.epsilon_high
-        surrogate = losses.clipped_surrogate(log_probs, old, targets.advantages, targets.mask, settings.ratio, *clip)
-        loss = surrogate.loss
-        if self._refers and self.kl.place == "loss":
-            loss = loss + targets.coefficient * losses.kl(log_probs, targets.reference, self.kl.estimator)
-        self._sums = self._measured(output, targets, surrogate)
-        return (loss * losses.token_weights(targets.mask, settings.aggregate)).sum()
-
-    @torch.no_grad()
-    def _measured(self, output: Any, targets: Targets, surrogate: losses.Surrogate) -> dict[str, Tensor | float]:
-        """Sums over the answers' tokens."""
-        mask = targets.mask
-        sums: dict[str, Tensor | float] = {
-            "tokens": mask.sum(),
-            "entropy": output.entropy.sum(),
-            "ratio": (surrogate.ratio * mask).sum(),
-            "clip_fraction": (surrogate.clipped & mask).sum(),
-        }
-        if self._refers:
-            sums["kl"] = losses.kl(output.log_probs, targets.reference, self.kl.estimator).sum()
-        if targets.fresh:
-            sums["fresh_tokens"] = mask.sum()
-            sums["mismatch"] = (output.log_probs - targets.rollout).abs().sum()
-            sums["mismatch_k3"] = losses.kl(targets.rollout, output.log_probs, "k3").sum()
-        return sums
 
 
 def _distances(groups: Sequence[Group], estimator: losses.Estimator) -> Tensor:

@@ -20,7 +20,8 @@ from alignment.training.packing import IGNORED
 class Answer:
     """ids: tokens, with the one that ended it if one did (finished). Nats of each token under the policy that gave it:
     log_probs as decoding knew them; old as training's forward does, where it was asked. reference: under the start
-    model. reward: None where it could not be judged. advantages: of each token. kept: it is trained on."""
+    model. values: of the state before each token, by a value head, and returns, what they should have been. reward:
+    None where it could not be judged. advantages: of each token. kept: it is trained on."""
 
     ids: list[int]
     log_probs: list[float]
@@ -31,6 +32,8 @@ class Answer:
     advantages: list[float] | None = None
     old: list[float] | None = None
     reference: list[float] | None = None
+    values: list[float] | None = None
+    returns: list[float] | None = None
 
     @property
     def trained(self) -> list[int]:
@@ -72,8 +75,8 @@ class Rollout:
 class Targets:
     """What the loss of a micro-batch wants beside log-probs: [rows, width - 1] each, as these are, 0 elsewhere.
 
-    mask: answers' tokens. advantages, rollout (log_probs), old, reference: see Answer. fresh: the policy is still the
-    one that gave the answers. coefficient: of the KL.
+    mask: answers' tokens. advantages, rollout (log_probs), old, reference, values, returns: see Answer. fresh: the
+    policy is still the one that gave the answers. coefficient: of the KL.
     """
 
     mask: Tensor
@@ -81,6 +84,8 @@ class Targets:
     rollout: Tensor
     old: Tensor
     reference: Tensor
+    values: Tensor
+    returns: Tensor
     fresh: bool
     coefficient: float
 
@@ -146,5 +151,6 @@ def collated(groups: Sequence[Group], prompts: Mapping[int, Sequence[int]], fres
         return values
 
     worth, rollout, old, reference = map(spread, ("advantages", "log_probs", "old", "reference"))
-    targets = Targets(labels[:, 1:] != IGNORED, worth, rollout, old, reference, fresh, coefficient)
+    values, returns = spread("values"), spread("returns")
+    targets = Targets(labels[:, 1:] != IGNORED, worth, rollout, old, reference, values, returns, fresh, coefficient)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "targets": targets}

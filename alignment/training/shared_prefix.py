@@ -25,6 +25,7 @@ from alignment.training.last_layer import narrow
 from alignment.training.metrics import UNUSED
 from alignment.training.packing import Pack
 
+VALUE_HEAD = "value_head"  # a module of a model in training that estimates what is still to come (training/ppo.py)
 MOST_SHAPES = 64  # of packs that are compiled for; those beyond run uncompiled
 
 
@@ -56,7 +57,14 @@ def _hidden(model: Any, pack: Pack) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def _score(model: Any, pack: Pack, measure: bool) -> FusedCausalLMOutput:
+@dataclass
+class Valued(FusedCausalLMOutput):
+    """state_values: [rows, width - 1], what a value head thinks of the state before each labelled token."""
+
+    state_values: Tensor | None = None
+
+
+def _score(model: Any, pack: Pack, measure: bool) -> Valued:
     """Per-token fields [rows, width - 1] of the padded rows, 0 where nothing is labelled.
 
     measure: entropy and top-1 too, which only metrics want.
@@ -67,12 +75,14 @@ def _score(model: Any, pack: Pack, measure: bool) -> FusedCausalLMOutput:
         log_probs, entropy, is_top1 = score_tokens(
             hidden, head.weight, head.bias, pack.targets, scaling.factor, scaling.softcap, measure
         )
-    return FusedCausalLMOutput(
+    values = getattr(model, VALUE_HEAD)(hidden)[:, 0].float() if hasattr(model, VALUE_HEAD) else None
+    return Valued(
         loss=-log_probs.sum() / max(len(pack.targets), 1),
         log_probs=pack.spread(log_probs),
         entropy=None if entropy is None else pack.spread(entropy),
         is_top1=None if is_top1 is None else pack.spread(is_top1),
         mean_logits=UNUSED,  # type: ignore[arg-type] # DPOTrainer wants it for a metric that is not ours
+        state_values=None if values is None else pack.spread(values),
         label_mask=pack.spread(torch.ones_like(pack.targets, dtype=torch.bool)),
     )
 

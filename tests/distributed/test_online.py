@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.stages import grpo, rloo
+from alignment.stages import grpo, online_dpo, ppo, rloo
 from alignment.stages import online as online_stage
 from tests.distributed.launching import launch, rows_of, weights_of
 from tests.distributed.test_resume import bits
@@ -16,13 +16,15 @@ from tests.training import online, tiny
 
 pytestmark = pytest.mark.slow
 
-STAGES = {"rloo": rloo, "grpo": grpo}
+STAGES = {"rloo": rloo, "grpo": grpo, "online_dpo": online_dpo, "ppo": ppo}
 REUSED = {"max_steps": 6, "batches_per_rollout": 1, "epochs_per_rollout": 2}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp": ("rloo", "ddp", {"max_steps": 4}),
     "zero2": ("rloo", "zero2", {"max_steps": 4}),
     "zero3": ("grpo", "zero3", REUSED),
     "zero3_lora": ("grpo", "zero3", {**REUSED, "lora": True}),
+    "online_dpo": ("online_dpo", "zero2", {"max_steps": 3}),
+    "ppo": ("ppo", "zero3", {"max_steps": 4}),
 }
 NAMES = ("loss", "grad_norm", "reward", "answer_tokens", "kl", "ratio", "mismatch_k3", "entropy")
 

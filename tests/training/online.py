@@ -11,7 +11,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.base_config import _BaseConfig
 
-from alignment.config.stages.online import Grpo, Kl, Rloo
+from alignment.config.stages.online import Grpo, Kl, OnlineDpo, Ppo, Rloo
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches
 from alignment.training.model import lora_config
@@ -21,7 +21,7 @@ from alignment.training.trainers import Packing
 from tests.conftest import write_tiny_model
 from tests.training import tiny
 
-KINDS = ("rloo", "grpo")
+KINDS = ("rloo", "grpo", "online_dpo", "ppo")
 NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1)
 COMMON: dict[str, Any] = {
     **tiny.COMMON, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "global_batch_size": 4,
@@ -43,6 +43,18 @@ def rloo(**changes: Any) -> Rloo:
 def grpo(**changes: Any) -> Grpo:
     own = {"kind": "grpo", "ratio": "token", "aggregate": "sequence", "kl": kl(), "scale_by_std": True}
     return Grpo(**{**COMMON, **GRADIENT, **own, **changes})
+
+
+def online_dpo(**changes: Any) -> OnlineDpo:
+    return OnlineDpo(**{**COMMON, "kind": "online_dpo", "beta": 0.1, "min_margin": 0.0, **changes})
+
+
+def ppo(**changes: Any) -> Ppo:
+    """Two updates a rollout."""
+    gradient = {name: value for name, value in GRADIENT.items() if name != "resamples"}
+    own = {"kind": "ppo", "ratio": "token", "aggregate": "token", "kl": kl(estimator="k1", place="reward")}
+    values = {"gamma": 1.0, "lam": 0.95, "value_coefficient": 0.1, "value_clip": 0.2, "epochs_per_rollout": 2}
+    return Ppo(**{**COMMON, **gradient, **own, **values, **changes})
 
 
 def write_inputs(folder: Path, count: int = 12) -> dict[str, Path]:

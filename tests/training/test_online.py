@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,27 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.errors import PreemptedError, TrainingError
 from alignment.stages import grpo as grpo_stage
 from alignment.stages import online as online_stage
+from alignment.stages import online_dpo as online_dpo_stage
+from alignment.stages import ppo as ppo_stage
 from alignment.stages import rloo as rloo_stage
+from alignment.training.online_preference import OnlineDPOTrainer
+from alignment.training.policy_gradient import PolicyGradientTrainer
+from alignment.training.ppo import PPOTrainer
 from alignment.training.rollouts import Answer, Group, Rollout, measured
 from alignment.training.trainers import Packing
-from tests.training import online, tiny
+from tests.training import online, tiny, trainers
 from tests.training.test_resume import After, rows, weights
 
-STAGES = {"rloo": rloo_stage, "grpo": grpo_stage}
+STAGES = {"rloo": rloo_stage, "grpo": grpo_stage, "online_dpo": online_dpo_stage, "ppo": ppo_stage}
+KINDS = {
+    "rloo": PolicyGradientTrainer, "grpo": PolicyGradientTrainer, "online_dpo": OnlineDPOTrainer, "ppo": PPOTrainer,
+}  # fmt: skip
 STEPS = 4
 
 
@@ -135,18 +145,58 @@ def test_losses_gradients_and_weights_equal_those_of_trl_on_the_same_answers(nam
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+def test_online_dpo_is_dpo_on_the_best_and_the_worst_answer(tmp_path: Path) -> None:
+    """Of four answers with known rewards; DPO's losses are TRL's (test_stages.py). Prompts come in the same order."""
+    same = {name: tiny.COMMON[name] for name in ("global_batch_size", "schedule", "warmup_ratio", "weight_decay")}
+    mine = online.trainer(tmp_path, online.online_dpo(**same), STEPS, kind=OnlineDPOTrainer)
+    pairs = []
+    for number, row in enumerate(mine.train_dataset):
+        ranked = sorted((online.given(number, branch)[::-1] for branch in range(4)), key=lambda one: one[0])
+        pairs.append({"prompt_ids": row["prompt_ids"], "chosen_ids": ranked[-1][1], "rejected_ids": ranked[0][1]})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "start" / "model")
+    theirs = trainers.ours("dpo", model, tmp_path, tmp_path / "start" / "model", STEPS, rows=pairs)
+    assert trainers.losses(mine) == pytest.approx(trainers.losses(theirs), abs=1e-6)
+    assert mine.state.log_history[0]["loss"] == pytest.approx(math.log(2))
+
+
+def test_where_answers_are_worth_the_same_there_is_no_pair(tmp_path: Path) -> None:
+    """A margin that few pairs have: they alone are divided by; where there is none the loss is 0."""
+    for margin, some in ((2.0, True), (99.0, False)):
+        trainer = online.trainer(tmp_path, online.online_dpo(min_margin=margin), 1, kind=OnlineDPOTrainer)
+        trainer.train()
+        (row,) = (row for row in trainer.state.log_history if "loss" in row)
+        assert (0 < row["pairs"] < 4) if some else row["pairs"] == 0
+        assert row["loss"] == pytest.approx(math.log(2) if some else 0.0)
+
+
+def test_ppo_credits_tokens_by_its_values_which_begin_at_zero(tmp_path: Path) -> None:
+    """V = 0, gamma = 1, no KL: the advantage of the token k before the last one is lam^k times the reward."""
+    settings = online.ppo(kl=online.NO_KL, epochs_per_rollout=1)
+    trainer = online.trainer(tmp_path, settings, 1, kind=PPOTrainer)
+    trainer.train()
+    for answer in (answer for group in trainer._rollout.groups for answer in group.answers):
+        wanted = [answer.reward * 0.95**k for k in reversed(range(len(answer.ids)))]
+        assert answer.values == [0.0] * len(answer.ids) and answer.advantages == pytest.approx(wanted)
+        assert answer.returns == answer.advantages
+    assert trainer._plain_model().value_head.weight.abs().sum() > 0, "it is trained"
+
+
 # --- whatever the split -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+@pytest.mark.parametrize("kind", STAGES)
 def test_neither_micro_batches_nor_padding_nor_sharing_change_anything(kind: str, tmp_path: Path) -> None:
-    settings = getattr(online, kind)(epochs_per_rollout=2, aggregate="token")
-    found = []
-    for more in ({"budget": 10_000}, {"budget": 60}, {"packing": Packing(share=False)}, {"packing": Packing(on=False)}):
-        trainer = online.trainer(tmp_path, settings, STEPS, **more)
+    changes = {} if kind == "online_dpo" else {"aggregate": "token"}
+    settings, found = getattr(online, kind)(epochs_per_rollout=2, **changes), []
+    arms = ({"budget": 10_000}, {"budget": 60}, {"packing": Packing(share=False)}, {"packing": Packing(on=False)})
+    for more in arms[:3] if kind == "ppo" else arms:
+        trainer = online.trainer(tmp_path, settings, STEPS, kind=KINDS[kind], **more)
         trainer.train()
         rows = [row for row in trainer.state.log_history if "loss" in row]
-        found.append([[row[name] for name in ("loss", "grad_norm", "kl", "ratio")] for row in rows])
+        names = [
+            name for name in ("loss", "grad_norm", "kl", "ratio", "value_loss", "rewards/margins") if name in rows[0]
+        ]
+        found.append([[row[name] for name in names] for row in rows])
     for other in found[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(found[0]), atol=1e-5, rtol=1e-4)
 
@@ -260,14 +310,15 @@ def run(folder: Path, settings: Any, stop_after: int | None = None, setup: Any =
     return STAGES[settings.kind].run(context)
 
 
-@pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["grpo", "grpo_lora", "ppo_lora", "online_dpo"])
 def test_interrupted_is_uninterrupted_bit_for_bit_in_the_middle_of_a_rollout(
-    lora: Any, tmp_path: Path, judged: None
+    kind: str, tmp_path: Path, judged: None
 ) -> None:
     """Rollouts of two global batches, each trained on twice: stops after 2 and 5 of 8 steps leave one unfinished."""
-    settings = online.grpo(
-        lora=lora, batches_per_rollout=2, epochs_per_rollout=2, max_steps=8, kl=online.kl(target=0.1), resamples=1
-    )
+    name, _, lora = kind.partition("_lora") if "_lora" in kind else (kind, "", None)
+    own = {"grpo": {"kl": online.kl(target=0.1), "resamples": 1}}.get(name, {})
+    how = {"batches_per_rollout": 2, "epochs_per_rollout": 2, "max_steps": 8}
+    settings = getattr(online, name)(lora=None if lora is None else tiny.LORA, **how, **own)
     run(tmp_path / "whole", settings)
     for stop in (1, 4):
         with pytest.raises(PreemptedError, match="saved at step"):
@@ -309,7 +360,12 @@ def test_a_reward_that_raises_for_some_answers_costs_these_alone() -> None:
     assert [None if one is None else one["reward"] for one in found] == [1.0, None, 3.0]
 
 
-def test_the_model_written_is_the_one_trained(tmp_path: Path, judged: None) -> None:
-    run(tmp_path / "run", online.rloo(max_steps=2))
+@pytest.mark.parametrize("kind", ["online_dpo", "ppo"])
+def test_the_model_written_is_the_one_trained(kind: str, tmp_path: Path, judged: None) -> None:
+    run(tmp_path / "run", getattr(online, kind)(max_steps=2))
+    assert (
+        load_file(tmp_path / "run" / "model" / "model.safetensors").keys()
+        == load_file(tmp_path / "start" / "model" / "model.safetensors").keys()
+    )
     digest = hashlib.sha256((tmp_path / "start" / "model" / "model.safetensors").read_bytes()).hexdigest()
     assert weights(tmp_path / "run") != digest

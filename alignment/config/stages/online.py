@@ -42,8 +42,16 @@ class Online(Train):
         return frozenset() if self.truncated == "penalty" else frozenset({"truncation_penalty"})
 
 
-class PolicyGradient(Online):
-    """REINFORCE and its kind: the clipped surrogate of an answer's or a token's ratio, weighed by the advantage."""
+class OnlineDpo(Online):
+    """DPO on the best and the worst of answers that the policy has just given (Guo et al. 2024, arXiv:2402.04792)."""
+
+    kind: Literal["online_dpo"] = identity()
+    beta: float = identity(gt=0)
+    min_margin: float = identity(ge=0)
+
+
+class Clipped(Online):
+    """The clipped surrogate of an answer's or a token's ratio, weighed by the advantage."""
 
     kl: Kl = identity()
     ratio: Literal["token", "sequence", "sequence_mean"] = identity()
@@ -51,12 +59,17 @@ class PolicyGradient(Online):
     epsilon_high: float = identity(gt=0)
     aggregate: Literal["sequence", "token", "constant"] = identity()
     whiten: bool = identity()
-    resamples: int = identity(ge=0)
 
     def idle(self) -> frozenset[str]:
         """Of a rollout that is trained on once the ratio is 1, to the bit."""
         clip = frozenset({"epsilon_low", "epsilon_high"} if self.steps_per_rollout() == 1 else ())
         return super().idle() | clip
+
+
+class PolicyGradient(Clipped):
+    """REINFORCE's kind: what other answers to the prompt are worth is the baseline."""
+
+    resamples: int = identity(ge=0)
 
 
 class Rloo(PolicyGradient):
@@ -71,3 +84,19 @@ class Grpo(PolicyGradient):
 
     kind: Literal["grpo"] = identity()
     scale_by_std: bool = identity()
+
+
+class Ppo(Clipped):
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347; of language models Ziegler et al. 2019,
+    arXiv:1909.08593): each token's advantage by a value head and GAE."""
+
+    kind: Literal["ppo"] = identity()
+    completions_per_prompt: int = identity(ge=1)
+    gamma: float = identity(gt=0, le=1)
+    lam: float = identity(ge=0, le=1)
+    value_coefficient: float = identity(gt=0)
+    value_clip: float | None = identity(gt=0)
+
+    def idle(self) -> frozenset[str]:
+        clip = frozenset({"value_clip"} if self.steps_per_rollout() == 1 else ())
+        return super().idle() | clip
