@@ -14,6 +14,9 @@ def faults(settings: Online, key: str, engine: Engine) -> Iterator[Told]:
     if engine.compile:
         what = f"`engine.compile` is true, and `{key}` decodes: every token would be another shape to compile for"
         yield what, ("engine.compile", key), "engine.compile=false"
+    if engine.hpz > 1:
+        what = f"`engine.hpz` is {engine.hpz}, and `{key}` decodes, which was not tried with it"
+        yield what, ("engine.hpz", key), "engine.hpz=1"
     kl = getattr(settings, "kl", None)
     if isinstance(kl, Kl):
         yield from _kl(kl, f"{key}.kl")

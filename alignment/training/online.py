@@ -274,7 +274,9 @@ class OnlineTrainer(AlignedTrainer, Policies):
         """Measure the distance from the start model; the coefficient of the next rollout follows its target."""
         apart = [distance(one, "k1") for group in rollout.groups for one in group.answers if one.trained]
         per_answer = sum(apart) / max(len(apart), 1)
-        rollout.metrics |= {"kl_answer": per_answer, "kl_coefficient": self._coefficient}
+        rollout.metrics["kl_answer"] = per_answer
+        if self._coefficient:
+            rollout.metrics["kl_coefficient"] = self._coefficient
         if self.kl.target is not None:
             self._coefficient = losses.adapted(self._coefficient, per_answer, self.kl.target, self.kl.gain)
 
