@@ -7,28 +7,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config import online_checks, shape
+from alignment.config import shape
 from alignment.config.execution import PercentilePruning
-from alignment.config.explain import ADD, MISSING, closest
+from alignment.config.explain import ADD, MISSING
+from alignment.config.faults import Fault
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
+from alignment.config.nearest import closest
+from alignment.config.online_checks import online_faults
+from alignment.config.preference_checks import loss_faults
 from alignment.config.provenance import Origin
 from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
 from alignment.config.stages.base import Stage
-from alignment.config.stages.online import Online
+from alignment.config.stages.preference import Referenced
 from alignment.config.stages.preparing import Prepare
-from alignment.config.stages.training import Dpo, Train
+from alignment.config.stages.training import Train
 from alignment.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Fault:
-    """keys: those that contradict each other, first the one to look at."""
-
-    what: str
-    keys: tuple[str, ...]
-    fix: str
 
 
 @dataclass(frozen=True)
@@ -84,8 +79,10 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     if trains := [use for use in uses if use.settings.distributed]:
         yield from _engine(experiment, max(use.world_size for use in trains))
     for use in uses:
-        for look in (_model, _prepare, _rows, _train, _online, _reference, _reward, _compare):
+        for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
             yield from look(use)
+        yield from loss_faults(use.settings, use.key)
+        yield from online_faults(use.settings, use.key, experiment.engine)
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -270,15 +267,9 @@ def _train(use: Use) -> Iterator[Fault]:
         yield Fault(what, (f"{rows.key}.task", use.role("data")), f"{rows.key}.task={use.settings.task}, or other rows")
 
 
-def _online(use: Use) -> Iterator[Fault]:
-    if isinstance(use.settings, Online):
-        for what, keys, fix in online_checks.faults(use.settings, use.key, use.experiment.engine):
-            yield Fault(what, keys, fix)
-
-
 def _reference(use: Use) -> Iterator[Fault]:
     """Log-probs of another model, of other pairs or in another precision would be computed for nothing."""
-    if not isinstance(use.settings, Dpo) or "reference" not in use.inputs:
+    if not isinstance(use.settings, Referenced) or "reference" not in use.inputs or use.settings.needless():
         return
     reference, size = Use(use.experiment, use.inputs["reference"]), use.settings.global_batch_size
     if size < reference.world_size:

@@ -60,20 +60,11 @@ class Policies(_BaseTrainer):
         super().__init__(model=model, args=args, data_collator=identity, **kwargs)
         self._metrics: dict[str, Any] = {"train": defaultdict(list)}
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The sum over the micro-batch."""
-        return self._loss(self._forward(model, inputs), inputs)
-
     def _forward(self, model: Any, inputs: dict[str, Any], measure: bool = True) -> Any:
         """Log-probs (and entropy) of the answers' tokens, [rows, width - 1]."""
         how = {"pack": inputs["pack"], "measure": measure} if "pack" in inputs else {}
         given = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
         return model(**given, use_cache=False, fused_lm_head=True, **how)
-
-    def _loss(self, output: Any, inputs: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
 
 
 class OnlineTrainer(AlignedTrainer, Policies):
@@ -148,6 +139,13 @@ class OnlineTrainer(AlignedTrainer, Policies):
         self._groups = [[groups[at].number for at in part] for part in self._groups]
         self._tell("updating", 0, 0)
         return super().training_step(model, {"micro_batches": made, "weight": self._weight(groups)}, num_items_in_batch)
+
+    def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
+        return self._sum(self._forward(model, inputs), inputs["targets"])
+
+    def _sum(self, output: Any, targets: Targets) -> Tensor:
+        """Over the micro-batch; what is measured goes into self._sums."""
+        raise NotImplementedError
 
     def _weight(self, groups: Sequence[Group]) -> float:
         """The divisor of the step's loss."""
