@@ -315,8 +315,8 @@ def _prepare(use: Use) -> Iterator[Fault]:
         yield Fault(what, (f"{key}.max_prompt_length", f"{key}.max_length"), fix)
     data, name = use.experiment.data, settings.dataset
     if name is None:
-        if settings.task != "preference" or "data" not in use.inputs:
-            why = "`task` is sft" if settings.task != "preference" else f"`{use.node}` is given no pairs by a parent"
+        if settings.task == "sft" or "data" not in use.inputs:
+            why = "`task` is sft" if settings.task == "sft" else f"`{use.node}` is given no pairs by a parent"
             yield Fault(f"`{key}.dataset` is null, and {why}", (f"{key}.dataset",), f"name one of: {', '.join(data)}")
         return
     if name not in data:
@@ -324,10 +324,11 @@ def _prepare(use: Use) -> Iterator[Fault]:
         return
     yield from _missing(data[name], f"data.{name}")
     form = data[name].format
-    if form != "auto" and (form == "preference") != (settings.task == "preference"):
+    fits = {"preference": form == "preference", "unpaired": form in ("unpaired", "preference")}
+    if form != "auto" and not fits.get(settings.task, form not in ("preference", "unpaired")):
         keys = f"{key}.task", f"{key}.dataset", f"data.{name}.format"
         what = f"`{keys[0]}` is {settings.task}, and `{keys[2]}` is {form}"
-        yield Fault(what, keys, "preference rows have chosen and rejected answers, the others one")
+        yield Fault(what, keys, "preference rows have chosen and rejected answers, unpaired ones a label")
 
 
 def _missing(value: Any, key: str) -> Iterator[Fault]:

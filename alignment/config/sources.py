@@ -56,5 +56,7 @@ class Model(Settings):
 
 class Dataset(Settings):
     source: Source = identity()
-    format: Literal["auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference"] = identity()
+    format: Literal["auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference", "unpaired"] = (
+        identity()
+    )
     limit: int | None = identity(gt=0)

@@ -1,7 +1,8 @@
 """The shapes people keep rows in -> the two canonical ones.
 
-Canonical: {"messages": [...]} or {"prompt": [...], "chosen": [answer], "rejected": [answer]}; a message is
-{"role": "system" | "user" | "assistant", "content": text}.
+Canonical: {"messages": [...]}, for pairs {"prompt": [...], "chosen": [answer], "rejected": [answer]}; a message is
+{"role": "system" | "user" | "assistant", "content": text}. An unpaired row is a conversation and a label, whether its
+last answer is wanted.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ KEYS = {  # a format is recognised by these keys of the first row, in this order
 }
 
 
+LABELLED = ("messages", "sharegpt", "prompt_completion")  # with a `label` beside these keys a row is unpaired
+
+
 def detect(row: Row) -> str:
     """The format whose keys the row has. Raises InputError that lists the keys found and the formats known."""
     for name, keys in KEYS.items():
         if all(key in row.value for key in keys):
-            return name
+            return "unpaired" if name in LABELLED and "label" in row.value else name
     known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KEYS.items())
     raise InputError(f"no known format has the keys {', '.join(row.value) or '(none)'}", where=row.where, fix=known)
 
@@ -85,6 +89,24 @@ def _preference(row: Row) -> dict[str, list[Message]]:
     return {"prompt": ([_message("system", system)] if system else []) + prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _unpaired(row: Row) -> dict[str, list[Message]]:
+    form = next((name for name in LABELLED if KEYS[name][0] in row.value), None)
+    if form is None:
+        known = "; ".join(", ".join(KEYS[name]) for name in LABELLED)
+        raise InputError("has no conversation beside its label", where=row.where, fix=known)
+    wanted(row)
+    return CONVERTERS[form](row)
+
+
+def wanted(row: Row) -> bool:
+    """The label of an unpaired row. Raises InputError."""
+    label = row.value.get("label")
+    if not isinstance(label, bool):
+        what = f"'label' must be true or false, is {type_name(label)}"
+        raise InputError(what, where=row.where, fix="true for an answer that is wanted")
+    return label
+
+
 def _agrees(named: list[Message], shared: list[Message]) -> bool:
     """Whether the prompt key repeats the shared conversation, or its one question (with or without a system turn)."""
     return named == shared or (len(named) == 1 and named[0] in (m for m in shared if m["role"] == "user"))
@@ -96,6 +118,7 @@ CONVERTERS: dict[str, Callable[[Row], dict[str, list[Message]]]] = {
     "prompt_completion": _prompt_completion,
     "sharegpt": _sharegpt,
     "preference": _preference,
+    "unpaired": _unpaired,
 }
 
 

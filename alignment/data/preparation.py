@@ -6,7 +6,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from alignment.config.stages.preparing import Prepare
 from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Tally, check_turns, opening, prompt_key, split
-from alignment.data.formats import Message, canonical, detect
+from alignment.data.formats import KEYS, Message, canonical, detect, wanted
 from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import write_json, write_jsonl
@@ -25,13 +25,14 @@ ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
 HELD_OUT = "its first prompt is held out for evaluation"
+FORMS = {"preference": {"preference"}, "unpaired": {"unpaired", "preference"}}  # of a task; the others take the rest
 
 
 @dataclass
 class Example:
     """One row that passed: its messages, its columns for training (token ids), and its lengths in tokens.
 
-    tokens: of the whole row; of its longer side for a pair.
+    tokens: of the whole row; of its longer side for a pair. label: of an unpaired row, whether its answer is wanted.
     """
 
     row: Row
@@ -43,6 +44,7 @@ class Example:
     prompt_tokens: int
     tokens: int
     opening: str
+    label: bool | None = None
 
 
 @dataclass
@@ -71,9 +73,12 @@ def prepare(
     over-long rows if they are errors, and too few rows.
     """
     form = detect(rows[0]) if form == "auto" else form
-    if (form == "preference") != (settings.task == "preference"):
+    if form not in FORMS.get(settings.task, set(KEYS) - {"preference"}):
         what = f"rows of the format {form!r} cannot be prepared for the task {settings.task!r}"
-        raise InputError(what, where=rows[0].file, fix="preference needs rows with chosen and rejected, sft the others")
+        fix = "preference needs rows with chosen and rejected, unpaired with a label, sft the others"
+        raise InputError(what, where=rows[0].file, fix=fix)
+    if settings.task == "unpaired" and form == "preference":
+        rows, form = [half for row in rows for half in _halves(row)], "unpaired"
     tally, seen, fit = Tally(), _Seen(), []
     for number, (row, made) in enumerate(zip(rows, _tokenised(rows, form, chat), strict=True), start=1):
         try:
@@ -93,6 +98,14 @@ def prepare(
     return Prepared(form, len(rows), len(fit), parts, tally)
 
 
+def _halves(row: Row) -> Iterator[Row]:
+    """Both answers of a pair as unpaired rows."""
+    made = canonical(row, "preference")
+    for side, label in (("chosen", True), ("rejected", False)):
+        name = {"id": f"{row.value['id']}-{side}"} if row.value.get("id") else {}
+        yield replace(row, value={**name, "messages": [*made["prompt"], *made[side]], "label": label})
+
+
 def _ids(rows: Sequence[Row]) -> list[str]:
     """The rows' own `id` where each has a different one, else their numbers."""
     own = [str(row.value.get("id") or "") for row in rows]
@@ -105,20 +118,23 @@ class _Seen:
     def __init__(self) -> None:
         self.keys: set[str] = set()
 
-    def check(self, prompt: list[Message], sides: tuple[str, str] | None) -> None:
-        """sides: chosen and rejected; a prompt may have several pairs, but none twice or turned round. Raises Drop."""
-        key = prompt_key(prompt)
-        if sides is None:
-            if key in self.keys:
-                raise Drop("duplicate prompt")
-            self.keys.add(key)
-            return
-        here, turned = ("\0".join((key, *pair)) for pair in (sides, sides[::-1]))
-        if here in self.keys:
-            raise Drop("duplicate pair")
-        if turned in self.keys:
-            raise Drop("contradicts an earlier pair")
-        self.keys.add(here)
+    def check(self, example: Example) -> None:
+        """A prompt may have several pairs or labelled answers, but none twice or turned round. Raises Drop."""
+        key, answer = prompt_key(example.prompt), example.answer["content"]
+        if example.label is not None:
+            self._once("answer", (key, answer, str(example.label)), (key, answer, str(not example.label)))
+        elif example.rejected is not None:
+            sides = answer, example.rejected["content"]
+            self._once("pair", (key, *sides), (key, *sides[::-1]))
+        else:
+            self._once("prompt", (key,))
+
+    def _once(self, what: str, here: tuple[str, ...], turned: tuple[str, ...] | None = None) -> None:
+        if "\0".join(here) in self.keys:
+            raise Drop(f"duplicate {what}")
+        if turned is not None and "\0".join(turned) in self.keys:
+            raise Drop(f"contradicts an earlier {what}")
+        self.keys.add("\0".join(here))
 
 
 def _tokenised(rows: Sequence[Row], form: str, chat: Chat) -> Iterator[Example | Drop]:
@@ -152,7 +168,7 @@ def _work(named: tuple[Row, str]) -> Example | Drop:
 def _example(row: Row, name: str, form: str, chat: Chat) -> Example | Drop:
     """Raises InputError for a malformed row."""
     try:
-        return _preference(row, name, form, chat) if form == "preference" else _conversation(row, name, form, chat)
+        return {"preference": _preference, "unpaired": _unpaired}.get(form, _conversation)(row, name, form, chat)
     except Drop as drop:
         return drop
 
@@ -171,7 +187,7 @@ def _fit(row: Row, made: Example | Drop, settings: Prepare, seen: _Seen) -> Exam
         raise InputError(f"{over[0]}: {limits}", where=row.where, fix="raise the limit, or set over_long: drop")
     if over:
         raise Drop(over[1])
-    seen.check(made.prompt, (made.answer["content"], made.rejected["content"]) if made.rejected else None)
+    seen.check(made)
     return made
 
 
@@ -197,6 +213,15 @@ def _preference(row: Row, name: str, form: str, chat: Chat) -> Example:
     return Example(row, name, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
 
 
+def _unpaired(row: Row, name: str, form: str, chat: Chat) -> Example:
+    messages = canonical(row, form)["messages"]
+    check_turns(messages)
+    prompt, answer = tokens.answer(chat, messages, row.where)
+    columns = {"prompt_ids": prompt, "completion_ids": answer}
+    length, key = len(prompt) + len(answer), opening(messages)
+    return Example(row, name, messages[:-1], messages[-1], None, columns, len(prompt), length, key, wanted(row))
+
+
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +231,9 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
 
     train = prepared.parts["train"]
     datasets.disable_progress_bars()
-    columns = {name: [example.columns[name] for example in train] for name in train[0].columns}
+    columns: dict[str, list[Any]] = {name: [example.columns[name] for example in train] for name in train[0].columns}
+    if train[0].label is not None:
+        columns |= {"label": [example.label for example in train], "mismatched_ids": _mismatched(train)}
     made = datasets.Dataset.from_dict(columns)
     tokens.check_end_of_turn(made, chat.eos_id)
     made.save_to_disk(folder / "train")
@@ -236,7 +263,22 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     return {"rows": prepared.total, "dropped": dropped, **kept, "train_tokens": total, "trained_tokens": trained}
 
 
+def _mismatched(train: Sequence[Example]) -> list[list[int]]:
+    """For each row the answer of the next one that has another prompt, round in a circle: what KTO compares with."""
+    found = []
+    for number, example in enumerate(train):
+        others = (train[(number + step) % len(train)] for step in range(1, len(train)))
+        other = next((one for one in others if one.opening != example.opening), None)
+        if other is None:
+            what = "all rows have one prompt: there is no answer to another one, which KTO compares with"
+            raise InputError(what, where=example.row.file)
+        found.append(other.columns["completion_ids"])
+    return found
+
+
 def _training_row(example: Example) -> dict[str, Any]:
+    if example.label is not None:
+        return {"id": example.id, "prompt": example.prompt, "completion": [example.answer], "label": example.label}
     if example.rejected is None:
         return {"id": example.id, "messages": [*example.prompt, example.answer]}
     sides = {"chosen": [example.answer], "rejected": [example.rejected]}
@@ -245,7 +287,11 @@ def _training_row(example: Example) -> dict[str, Any]:
 
 def _trained(example: Example) -> int:
     """Tokens that carry a gradient."""
-    answers = [ids for name, ids in example.columns.items() if name in ("labels", "chosen_ids", "rejected_ids")]
+    answers = [
+        ids
+        for name, ids in example.columns.items()
+        if name in ("labels", "chosen_ids", "rejected_ids", "completion_ids")
+    ]
     return sum(label != tokens.IGNORED for ids in answers for label in ids)
 
 

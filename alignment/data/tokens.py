@@ -59,17 +59,19 @@ def conversation(chat: Chat, messages: list[Message], where: str) -> Conversatio
 
 def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str) -> Pair:
     """Both sides cut at the same prompt, each tokenised with it and once. Raises InputError, Drop."""
-    sides = []
-    for side in (chosen, rejected):
-        whole = conversation(chat, prompt + side, where)
-        end = whole.ids.index(chat.eos_id, whole.prompt) + 1
-        sides.append((whole.ids[: whole.prompt], whole.ids[whole.prompt : end]))
-    (asked, good), (asked_too, bad) = sides
+    (asked, good), (asked_too, bad) = (answer(chat, prompt + side, where) for side in (chosen, rejected))
     if asked != asked_too:
         raise InputError("the chat template renders the prompt differently for the two answers", where=where)
     if good == bad:
         raise Drop("identical sides")
     return Pair(asked, good, bad)
+
+
+def answer(chat: Chat, messages: list[Message], where: str) -> tuple[list[int], list[int]]:
+    """(prompt, last answer with its end-of-turn token) in token ids. Raises InputError, Drop."""
+    whole = conversation(chat, messages, where)
+    end = whole.ids.index(chat.eos_id, whole.prompt) + 1
+    return whole.ids[: whole.prompt], whole.ids[whole.prompt : end]
 
 
 def _refuse_control_tokens(chat: Chat, messages: list[Message]) -> None:
@@ -80,10 +82,11 @@ def _refuse_control_tokens(chat: Chat, messages: list[Message]) -> None:
 def check_end_of_turn(dataset: Any, eos_id: int) -> None:
     """Fatal unless every row teaches the model to stop: its last trained token is the end-of-turn token.
 
-    dataset: a datasets.Dataset with columns input_ids, labels, or prompt_ids, chosen_ids, rejected_ids.
+    dataset: a datasets.Dataset with columns input_ids, labels, or prompt_ids and those of answers.
     Raises InputError that names the first bad row.
     """
-    columns = [column for column in ("labels", "chosen_ids", "rejected_ids") if column in dataset.column_names]
+    known = ("labels", "chosen_ids", "rejected_ids", "completion_ids", "mismatched_ids")
+    columns = [column for column in known if column in dataset.column_names]
     if not columns or not len(dataset):
         raise InputError("the tokenised data has no rows to train on")
     for column in columns:
