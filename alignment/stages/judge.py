@@ -21,15 +21,16 @@ def run(context: StageContext) -> dict[str, Any]:
     samples = rows_of(context.inputs["data"], "samples.jsonl")
     parts = Parts(context, {"loading": 30, "judging": 70})
     parts("loading")
-    judge, progress = judge_of(context.experiment), parts("judging")
+    judge, progress = judge_of(context), parts("judging")
     judged: list[Row] = []
     for start in range(0, len(samples), BATCH):
         judged += _judge(judge, samples[start : start + BATCH])
         context.log(len(judged), {"reward_mean": _reward_mean(judged)})
         progress(len(judged), len(samples))
+    failed = judge.failures([completion for row in judged for completion in row["completions"]])
     reasons: Counter[str] = Counter()
     pairs = [p for row in judged if (p := pair(row, settings.min_margin, settings.finished_only, reasons)) is not None]
-    metrics = _metrics(judged, pairs, reasons)
+    metrics = {**_metrics(judged, pairs, reasons), "reward_failed": float(failed)}
     context.log(len(judged), metrics)
     if not pairs:
         counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(reasons.items()))
@@ -41,17 +42,20 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _judge(judge: Any, samples: list[Row]) -> list[Row]:
-    asked = [row["prompt"] for row in samples for _ in row["completions"]]
-    scores = iter(judge.score(asked, [c["text"] for row in samples for c in row["completions"]]))
+    answers = [c for row in samples for c in row["completions"]]
+    asked = [row for row in samples for _ in row["completions"]]
+    scores = iter(judge.score(asked, [c["text"] for c in answers], [c["tokens"] for c in answers]))
     return [{**row, "completions": [{**c, **next(scores)} for c in row["completions"]]} for row in samples]
 
 
 def pair(row: Row, min_margin: float, finished_only: bool, reasons: Counter[str]) -> Row | None:
     """The best against the worst answer of one prompt; None if there is no pair, its reason counted.
 
-    Empty answers are never paired. Of answers with one reward the first sampled counts.
+    Empty answers, and those that have no reward because it failed, are never paired. Of answers with one reward the
+    first sampled counts.
     """
-    usable = [c for c in row["completions"] if c["text"].strip() and (c["finished"] or not finished_only)]
+    known = [c for c in row["completions"] if c["reward"] is not None]
+    usable = [c for c in known if c["text"].strip() and (c["finished"] or not finished_only)]
     if len(usable) < 2:
         reasons[REASONS[0]] += 1
         return None
@@ -72,13 +76,18 @@ def pair(row: Row, min_margin: float, finished_only: bool, reasons: Counter[str]
 
 
 def _reward_mean(judged: list[Row]) -> float:
-    rewards = [c["reward"] for row in judged for c in row["completions"]]
-    return sum(rewards) / len(rewards)
+    return _mean([c["reward"] for row in judged for c in row["completions"]])
+
+
+def _mean(values: list[float | None]) -> float:
+    """Of those that did not fail."""
+    known = [value for value in values if value is not None]
+    return sum(known) / max(len(known), 1)
 
 
 def _metrics(judged: list[Row], pairs: list[Row], reasons: Counter[str]) -> dict[str, float]:
     answers = [c for row in judged for c in row["completions"]]
-    terms = {f"{name}_mean": sum(c["terms"][name] for c in answers) / len(answers) for name in answers[0]["terms"]}
+    terms = {f"{name}_mean": _mean([c["terms"][name] for c in answers]) for name in answers[0]["terms"]}
     margins = [pair["chosen_reward"] - pair["rejected_reward"] for pair in pairs]
     return {
         "reward_mean": _reward_mean(judged),

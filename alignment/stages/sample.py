@@ -45,4 +45,4 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _row(prompt: dict[str, Any], completions: list[generation.Completion]) -> dict[str, Any]:
     answers = [{"text": c.text, "tokens": c.tokens, "finished": c.finished} for c in completions]
-    return {"id": prompt["id"], "prompt": prompt["prompt"], "completions": answers}
+    return {**prompt, "completions": answers}
