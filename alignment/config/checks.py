@@ -4,59 +4,21 @@ from __future__ import annotations
 
 import graphlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from alignment.config import shape
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING, closest
+from alignment.config.faults import Fault, Use
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
 from alignment.config.provenance import Origin
+from alignment.config.reward_term_checks import term_faults
 from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
-from alignment.config.stages.base import Stage
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.training import Dpo, Train
 from alignment.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Fault:
-    """keys: those that contradict each other, first the one to look at."""
-
-    what: str
-    keys: tuple[str, ...]
-    fix: str
-
-
-@dataclass(frozen=True)
-class Use:
-    """One node of the pipeline, with the settings of its stage."""
-
-    experiment: Experiment
-    node: str
-
-    @property
-    def key(self) -> str:
-        return f"stage.{self.experiment.pipeline.nodes[self.node].stage}"
-
-    @property
-    def settings(self) -> Stage:
-        return self.experiment.stage[self.experiment.pipeline.nodes[self.node].stage]
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        return self.experiment.pipeline.nodes[self.node].inputs
-
-    @property
-    def world_size(self) -> int:
-        names = self.experiment.pipeline.nodes[self.node].stage, self.node
-        nodes, processes = self.experiment.launcher.layout(*names, distributed=self.settings.distributed)
-        return nodes * processes
-
-    def role(self, role: str) -> str:
-        return f"pipeline.nodes.{self.node}.inputs.{role}"
 
 
 def check(experiment: Experiment, origin: Origin) -> None:
@@ -354,6 +316,7 @@ def _reward(use: Use) -> Iterator[Fault]:
         if term.kind == "relevance" and term.source is None:
             what = f"`{key}.source` is null, and a relevance term needs a sentence encoder"
             yield Fault(what, (f"{key}.source",), "conf/reward/sentiment_relevance.yaml names one")
+    yield from term_faults(use)
 
 
 def _compare(use: Use) -> Iterator[Fault]:

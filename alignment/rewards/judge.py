@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.config.rewards import AnyTerm, Clip, Normalise, Relevance, Reward, Sigmoid, ZScore
+from alignment.config import reward_terms as kinds
+from alignment.config.reward_terms import Clip, Normalise, Sigmoid, ZScore
+from alignment.config.rewards import Reward
 from alignment.errors import InputError
+from alignment.rewards import rules
+from alignment.rewards.answer import answer
+from alignment.rewards.instructions import instructions
 from alignment.rewards.relevance import relevance
 from alignment.rewards.sentiment import sentiment
 from alignment.rewards.term import Answer, Failed, Row, Term, Value
@@ -35,7 +40,8 @@ class Judge:
 
     def __init__(self, reward: Reward, folders: Mapping[str, Sequence[Path]]):
         self.reward = reward
-        self.terms = {name: make(term, Means(name, folders.get(name, ()))) for name, term in reward.terms.items()}
+        means = {name: Means(name, folders.get(name, ())) for name in reward.terms}
+        self.terms = {name: MAKERS[type(term)](term, means[name]) for name, term in reward.terms.items()}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str], tokens: Sequence[int] | None = None) -> list[Score]:
         """One {"reward": float, "terms": {name: float}} an answer, in their order.
@@ -75,11 +81,17 @@ class Judge:
         return len(failed)
 
 
-def make(term: AnyTerm, means: Means) -> Term:
-    """The term of its settings."""
-    if isinstance(term, Relevance):
-        return relevance(means.folders[0])  # config/checks.py refuses one without a source
-    return sentiment(means.name)
+MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {
+    kinds.Sentiment: lambda term, means: sentiment(means.name),
+    kinds.Relevance: lambda term, means: relevance(means.folders[0]),  # config/checks.py refuses one without a source
+    kinds.Length: lambda term, means: rules.length(term),
+    kinds.Format: lambda term, means: rules.form(term),
+    kinds.Regex: lambda term, means: rules.regex(term),
+    kinds.Repetition: lambda term, means: rules.repetition(term),
+    kinds.Language: lambda term, means: rules.language(term),
+    kinds.Instructions: lambda term, means: instructions(term),
+    kinds.Answer: lambda term, means: answer(term),
+}
 
 
 def scaling(normalise: Normalise | None) -> Callable[[float], float]:

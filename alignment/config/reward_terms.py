@@ -1,0 +1,142 @@
+"""The kinds of terms that a reward is made of. What each means, its range and how it is hacked: docs/rewards.md."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from alignment.config.instructions import Check
+from alignment.config.settings import Settings, identity
+from alignment.config.sources import Source
+
+
+class Clip(Settings):
+    """Values below `low` or above `high` are these."""
+
+    kind: Literal["clip"] = identity()
+    low: float = identity()
+    high: float = identity()
+
+
+class Sigmoid(Settings):
+    """x -> 1 / (1 + e^-x), in (0, 1)."""
+
+    kind: Literal["sigmoid"] = identity()
+
+
+class ZScore(Settings):
+    """x -> (x - mean) / std, of a mean and a standard deviation that were measured before."""
+
+    kind: Literal["zscore"] = identity()
+    mean: float = identity()
+    std: float = identity(gt=0)
+
+
+Normalise = Annotated[Clip | Sigmoid | ZScore, Field(discriminator="kind")]
+
+
+class Term(Settings):
+    """What is common to all kinds. normalise: a fixed transform of its value; null: none."""
+
+    weight: float = identity()
+    normalise: Normalise | None = identity(default=None)
+
+    def sources(self) -> list[Source]:
+        """Where its models come from, in a fixed order."""
+        return []
+
+    def idle(self) -> frozenset[str]:
+        return frozenset({"normalise"} if self.normalise is None else ())
+
+
+class Sentiment(Term):
+    """The lexicon comes with its package, so there is no source."""
+
+    kind: Literal["sentiment"] = identity()
+    source: None = identity(default=None)
+
+
+class Relevance(Term):
+    kind: Literal["relevance"] = identity()
+    source: Source | None = identity()
+
+    def sources(self) -> list[Source]:
+        return [] if self.source is None else [self.source]
+
+
+class Length(Term):
+    """1 from `low` to `high` units (null: no upper end), falling to 0 over `fall_off` units outside."""
+
+    kind: Literal["length"] = identity()
+    unit: Literal["words", "tokens", "characters"] = identity()
+    low: int = identity(ge=0)
+    high: int | None = identity(ge=0)
+    fall_off: int = identity(ge=0)
+
+
+class Format(Term):
+    """The share of those rules that are set which the answer keeps."""
+
+    kind: Literal["format"] = identity()
+    starts_with: str | None = identity()
+    ends_with: str | None = identity()
+    max_lines: int | None = identity(ge=1)
+    is_json: bool = identity()
+    whole_sentences: bool = identity()
+
+
+class Regex(Term):
+    """1 where the pattern is found, or is not, as `must` says; else 0."""
+
+    kind: Literal["regex"] = identity()
+    pattern: str = identity(min_length=1)
+    must: Literal["match", "not_match"] = identity()
+    whole: bool = identity()
+    ignore_case: bool = identity()
+
+
+class Repetition(Term):
+    """Minus the share of sequences of `words` words that were there before."""
+
+    kind: Literal["repetition"] = identity()
+    words: int = identity(ge=1)
+
+
+Script = Literal[
+    "arabic", "armenian", "bengali", "cyrillic", "devanagari", "georgian", "greek", "han", "hangul", "hebrew",
+    "hiragana", "katakana", "latin", "tamil", "thai",
+]  # fmt: skip
+
+
+class Language(Term):
+    """Minus the share of letters of other scripts than these."""
+
+    kind: Literal["language"] = identity()
+    scripts: list[Script] = identity(min_length=1)
+
+
+class Instructions(Term):
+    """The share of checks that the answer meets, of those below and those of its row; strict: 1 for all, else 0."""
+
+    kind: Literal["instructions"] = identity()
+    strict: bool = identity()
+    checks: list[Check] = identity()
+
+
+class Answer(Term):
+    """1 where the answer says what is expected, else 0."""
+
+    kind: Literal["answer"] = identity()
+    find: Literal["auto", "boxed", "marked", "whole"] = identity()
+    compare: Literal["number", "text"] = identity()
+    tolerance: float = identity(ge=0)
+
+    def idle(self) -> frozenset[str]:
+        return super().idle() | ({"tolerance"} if self.compare == "text" else frozenset())
+
+
+AnyTerm = Annotated[
+    Sentiment | Relevance | Length | Format | Regex | Repetition | Language | Instructions | Answer,
+    Field(discriminator="kind"),
+]
