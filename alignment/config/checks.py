@@ -70,7 +70,7 @@ def _roles(use: Use) -> Iterator[Fault]:
     settings = use.settings
     known = {**settings.inputs, **settings.optional_inputs}
     for role, parent in use.inputs.items():
-        takes = settings.open_inputs or known.get(role)
+        takes = settings.takes(role)
         if takes is None:
             what = f"`{use.role(role)}`: a stage of this kind has no such role"
             yield Fault(what, (use.role(role),), closest(role, known))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from alignment.config.instructions import Check
+from alignment.config.patterns import NAME
 from alignment.config.settings import Settings, identity
 from alignment.config.sources import Source
 
@@ -44,6 +46,10 @@ class Term(Settings):
 
     def sources(self) -> list[Source]:
         """Where its models come from, in a fixed order."""
+        return []
+
+    def reads(self, roles: Iterable[str]) -> list[str]:
+        """The roles, of those that a stage has filled, whose parents' models it takes, in a fixed order."""
         return []
 
     def idle(self) -> frozenset[str]:
@@ -136,7 +142,31 @@ class Answer(Term):
         return super().idle() | ({"tolerance"} if self.compare == "text" else frozenset())
 
 
+class Model(Term):
+    """A trained reward model, or an ensemble. Without members: the parents in the roles that begin with `roles`.
+
+    end: of the text that is scored: where models trained here have it, or where the template leaves it.
+    """
+
+    kind: Literal["model"] = identity()
+    members: dict[Annotated[str, Field(pattern=NAME)], Source] = identity()
+    roles: str = identity(pattern=r"^reward_model[a-z0-9_]*$")
+    combine: Literal["mean", "worst"] = identity()
+    uncertainty: float = identity(ge=0)
+    end: Literal["end_of_turn", "template"] = identity()
+
+    def sources(self) -> list[Source]:
+        return list(self.members.values())
+
+    def reads(self, roles: Iterable[str]) -> list[str]:
+        return [] if self.members else sorted(role for role in roles if role.startswith(self.roles))
+
+    def idle(self) -> frozenset[str]:
+        unread = {"roles"} if self.members else {"members"}
+        return super().idle() | unread | ({"uncertainty"} if self.combine == "worst" else frozenset())
+
+
 AnyTerm = Annotated[
-    Sentiment | Relevance | Length | Format | Regex | Repetition | Language | Instructions | Answer,
+    Sentiment | Relevance | Length | Format | Regex | Repetition | Language | Instructions | Answer | Model,
     Field(discriminator="kind"),
 ]

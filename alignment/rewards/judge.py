@@ -25,22 +25,24 @@ Score = dict[str, Any]
 
 @dataclass(frozen=True)
 class Means:
-    """What a term may need beside its settings. folders: of its models, in the order of `sources()` of its settings."""
+    """What a term may need beside its settings. alive: to be called when a part of a long work is done."""
 
     name: str
     folders: Sequence[Path]
+    alive: Callable[[], None]
 
 
 class Judge:
     """Scores answers by a reward of the configuration. Holds models, but no state: a score depends on row and answer
     alone. Each process has its own.
 
-    folders: term -> folders of its models, in the order of `sources()` of its settings.
+    folders: term -> folders of its models, in the order of `sources()`, or `reads()`, of its settings. alive: called
+    now and then while it scores, so that who watches over the process sees that it gets on.
     """
 
-    def __init__(self, reward: Reward, folders: Mapping[str, Sequence[Path]]):
+    def __init__(self, reward: Reward, folders: Mapping[str, Sequence[Path]], alive: Callable[[], None] = lambda: None):
         self.reward = reward
-        means = {name: Means(name, folders.get(name, ())) for name in reward.terms}
+        means = {name: Means(name, folders.get(name, ()), alive) for name in reward.terms}
         self.terms = {name: MAKERS[type(term)](term, means[name]) for name, term in reward.terms.items()}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str], tokens: Sequence[int] | None = None) -> list[Score]:
@@ -91,7 +93,14 @@ MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {
     kinds.Language: lambda term, means: rules.language(term),
     kinds.Instructions: lambda term, means: instructions(term),
     kinds.Answer: lambda term, means: answer(term),
+    kinds.Model: lambda term, means: _model(term, means),
 }
+
+
+def _model(term: kinds.Model, means: Means) -> Term:
+    from alignment.rewards.model import model  # with transformers, which a reward of rules does without
+
+    return model(term, means.folders, means.alive)
 
 
 def scaling(normalise: Normalise | None) -> Callable[[float], float]:

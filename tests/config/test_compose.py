@@ -27,6 +27,7 @@ COMPLETED = {
     "model=path": ["model.source.path=m"],
     "model=hub": ["model.source.id=a/b", f"model.source.revision={'0' * 40}"],
     "data=path": ["data.instructions.source.path=rows.jsonl"],
+    "reward=model": ["+reward.terms.preference.members.one={kind: path, path: m}"],
     "launcher=torchrun": ["engine=ddp"],
     "launcher=slurm": ["engine=zero2"],
 }

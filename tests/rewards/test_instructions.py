@@ -49,7 +49,7 @@ CHECKS: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"kind": "forbid", "words": ["blue", "sky"]}, ["green", "", "skyline"], ["no blue", "a sky"]),
     ({"kind": "starts_with", "text": "Dear"}, ["Dear me", " Dear"], ["dear", "My Dear", ""]),
     ({"kind": "ends_with", "text": "end."}, ["the end.\n"], ["the end", ""]),
-    ({"kind": "postscript", "text": "P.S."}, ["Hi\nP.S. bye", "Hi\n\nP.S.: bye"], ["P.S. bye", "Hi P.S. x", "Hi\nP.S."]),
+    ({"kind": "postscript", "text": "P.S."}, ["Hi\nP.S. bye", "Hi\n\nP.S.: bye"], ["P.S. bye", "Hi P.S. x", "a\nP.S."]),
     ({"kind": "one_of", "options": ["Yes", "I do not know."]}, ["yes.", " I do NOT know"], ["Yes, sir", "", "No"]),
     ({"kind": "lowercase"}, ["all low 1!"], ["One", "123", ""]),
     ({"kind": "uppercase"}, ["ALL UP 1!"], ["ONe", "123", ""]),
