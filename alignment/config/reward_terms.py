@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from alignment.config.instructions import Check
-from alignment.config.patterns import NAME
-from alignment.config.settings import Settings, identity
-from alignment.config.sources import Source
+from alignment.config.patterns import IDENTIFIER, NAME
+from alignment.config.settings import Settings, execution, identity
+from alignment.config.sources import PathSource, Source
 
 
 class Clip(Settings):
@@ -166,7 +168,62 @@ class Model(Term):
         return super().idle() | unread | ({"uncertainty"} if self.combine == "worst" else frozenset())
 
 
+class Python(Term):
+    """What a function of a file says: for this kind alone a config names code that runs.
+
+    The file's digest is in the key, not those of modules that it imports.
+    """
+
+    kind: Literal["python"] = identity()
+    source: PathSource = identity()
+    function: str = identity(pattern=IDENTIFIER)
+
+
+class Endpoint(Term):
+    """What a model behind an OpenAI-compatible chat endpoint says, its score from low to high as a number in [0, 1].
+
+    What is asked, and of which model, is in the key. Where it answers, and how patiently it is asked, is not.
+    """
+
+    kind: Literal["endpoint"] = identity()
+    model: str = identity(min_length=1)
+    system: str | None = identity()
+    prompt: str = identity(min_length=1)
+    pattern: str = identity(min_length=1)
+    low: float = identity()
+    high: float = identity()
+    temperature: float = identity(ge=0)
+    max_tokens: int = identity(gt=0)
+    url: str = execution(min_length=1)
+    api_key_env: str | None = execution()
+    timeout_s: float = execution(gt=0)
+    retries: int = execution(ge=0)
+    backoff_s: float = execution(gt=0)
+    concurrency: int = execution(ge=1, le=256)
+    cache: bool = execution()
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        """A key itself, given by mistake, is not shown."""
+        if value is not None and not re.fullmatch(IDENTIFIER, value):
+            fix = "export the key, and say by which name"
+            raise PydanticCustomError("secret", "must be the name of an environment variable", {"fix": fix})
+        return value
+
+
 AnyTerm = Annotated[
-    Sentiment | Relevance | Length | Format | Regex | Repetition | Language | Instructions | Answer | Model,
+    Sentiment
+    | Relevance
+    | Length
+    | Format
+    | Regex
+    | Repetition
+    | Language
+    | Instructions
+    | Answer
+    | Model
+    | Python
+    | Endpoint,
     Field(discriminator="kind"),
 ]

@@ -15,7 +15,9 @@ from alignment.config.rewards import Reward
 from alignment.errors import InputError
 from alignment.rewards import rules
 from alignment.rewards.answer import answer
+from alignment.rewards.endpoint import endpoint
 from alignment.rewards.instructions import instructions
+from alignment.rewards.python import python
 from alignment.rewards.relevance import relevance
 from alignment.rewards.sentiment import sentiment
 from alignment.rewards.term import Answer, Failed, Row, Term, Value
@@ -25,11 +27,15 @@ Score = dict[str, Any]
 
 @dataclass(frozen=True)
 class Means:
-    """What a term may need beside its settings. alive: to be called when a part of a long work is done."""
+    """What a term may need beside its settings. alive: to be called when a part of a long work is done.
+
+    shared: a folder for what outlives this process; None: nothing does.
+    """
 
     name: str
     folders: Sequence[Path]
     alive: Callable[[], None]
+    shared: Path | None
 
 
 class Judge:
@@ -37,12 +43,19 @@ class Judge:
     alone. Each process has its own.
 
     folders: term -> folders of its models, in the order of `sources()`, or `reads()`, of its settings. alive: called
-    now and then while it scores, so that who watches over the process sees that it gets on.
+    now and then while it scores, so that who watches over the process sees that it gets on. shared: a folder in which
+    what was answered by endpoints is kept.
     """
 
-    def __init__(self, reward: Reward, folders: Mapping[str, Sequence[Path]], alive: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        reward: Reward,
+        folders: Mapping[str, Sequence[Path]],
+        alive: Callable[[], None] = lambda: None,
+        shared: Path | None = None,
+    ):
         self.reward = reward
-        means = {name: Means(name, folders.get(name, ()), alive) for name in reward.terms}
+        means = {name: Means(name, folders.get(name, ()), alive, shared) for name in reward.terms}
         self.terms = {name: MAKERS[type(term)](term, means[name]) for name, term in reward.terms.items()}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str], tokens: Sequence[int] | None = None) -> list[Score]:
@@ -94,6 +107,8 @@ MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {
     kinds.Instructions: lambda term, means: instructions(term),
     kinds.Answer: lambda term, means: answer(term),
     kinds.Model: lambda term, means: _model(term, means),
+    kinds.Python: lambda term, means: python(term, means.name),
+    kinds.Endpoint: lambda term, means: endpoint(term, means.name, means.alive, means.shared),
 }
 
 

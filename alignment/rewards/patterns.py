@@ -25,6 +25,15 @@ def find(pattern: re.Pattern[str], text: str, *, whole: bool = False) -> re.Matc
         return pattern.fullmatch(text) if whole else pattern.search(text)
 
 
+def last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The last match. Raises Failed as above."""
+    found = None
+    with _limited(pattern):
+        for match in pattern.finditer(text):
+            found = match
+    return found
+
+
 @contextmanager
 def _limited(pattern: re.Pattern[str]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():

@@ -49,4 +49,4 @@ def judge_of(context: StageContext) -> Judge:
     for name, term in reward.terms.items():
         trained = [context.inputs[role] / "model" for role in term.reads(context.inputs)]
         folders[name] = [*map(fetch, term.sources()), *trained]
-    return Judge(reward, folders, context.alone)
+    return Judge(reward, folders, context.alone, context.shared)
