@@ -311,7 +311,7 @@ def _reward(use: Use) -> Iterator[Fault]:
     yield from _missing(use.experiment.reward, "reward")
     for name, term in use.experiment.reward.terms.items():
         key = f"reward.terms.{name}"
-        if name in HIGHER_IS_BETTER:
+        if name in HIGHER_IS_BETTER or name == "margin":  # whose mean a judged stage has, too
             yield Fault(f"`{key}` has the name of another metric", (key,), "name the term differently")
         if term.kind == "relevance" and term.source is None:
             what = f"`{key}.source` is null, and a relevance term needs a sentence encoder"

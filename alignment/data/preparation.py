@@ -151,6 +151,7 @@ def _work(named: tuple[Row, str]) -> Example | Drop:
 
 def _example(row: Row, name: str, form: str, chat: Chat) -> Example | Drop:
     """Raises InputError for a malformed row."""
+    kept(row)  # what is wrong with it is told whichever split the row goes to
     try:
         return _preference(row, name, form, chat) if form == "preference" else _conversation(row, name, form, chat)
     except Drop as drop:
