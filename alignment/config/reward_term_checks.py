@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from alignment.config.explain import closest
 from alignment.config.faults import Fault, Use
+from alignment.config.nearest import closest
 from alignment.config.reward_terms import Clip, Endpoint, Format, Length, Model, Python, Regex
 from alignment.config.stages.base import REWARD_MODEL
 

@@ -33,3 +33,7 @@ class Stage(Settings):
         if "reward" in self.groups and role.startswith(REWARD_MODEL):
             return "a reward model"
         return self.open_inputs or {**self.inputs, **self.optional_inputs}.get(role)
+
+    def needless(self) -> frozenset[str]:
+        """Roles of `ordering` that these settings have no use for: a node that only fills such roles is left out."""
+        return frozenset()
