@@ -272,6 +272,43 @@ def test_what_is_asked_is_in_the_key_and_where_and_how_patiently_is_not() -> Non
         assert key(**{name: value}) == key(), name
 
 
+def comparer(port: int, **changes: Any) -> Any:
+    asked = {name: value for name, value in SETTINGS.items() if name not in ("kind", "weight", "low", "high")}
+    asked |= {"prompt": "{prompt}: {first} or {second}?", "pattern": "Better: ([ABC])", "first": "A", "second": "B"}
+    term = {"kind": "repetition", "weight": 1.0, "words": 1}
+    comparison = {**asked, "url": f"http://127.0.0.1:{port}/v1", **changes}
+    return Judge(Reward.model_validate({"terms": {"term": term}, "comparison": comparison}), {}).compare
+
+
+def test_of_two_answers_one_is_better_or_none(server: Server) -> None:
+    """The judge prefers the longer; what it does not understand has failed; who says nothing loses unasked."""
+
+    def answer(question: dict[str, Any], before: int) -> Answer:
+        first, second = question["messages"][0]["content"].split(": ")[1][:-1].split(" or ")
+        if "?" in first + second:
+            return completion("Hm.")
+        better = "A" if len(first) > len(second) else "B" if len(first) < len(second) else "C"
+        return completion(f"Better: C, no: Better: {better}")
+
+    server.answer = answer
+    compare = comparer(server.port)
+    games = [("long", "s"), ("s", "long"), ("same", "size"), ("?", "x"), ("", "x"), ("x", " "), ("", "\n")]
+    outcomes = compare([row()] * len(games), *zip(*games, strict=True))
+    assert outcomes == [1, -1, 0, None, -1, 1, 0]
+    assert len(server.asked) == 4
+    assert server.asked[0][2]["messages"][0]["content"].startswith("Say something: ")
+
+
+def test_who_compares_is_in_the_key_where_somebody_does() -> None:
+    plain = {"terms": {"term": {"kind": "repetition", "weight": 1.0, "words": 1}}}
+    assert "comparison" not in identity_side(Reward.model_validate(plain))
+    assert judge_at(1).compare is None
+    reward = compose(["reward=endpoint_pairwise", "reward.terms.judge.model=m"]).reward
+    assert identity_side(reward)["comparison"]["model"] == "m"
+    with pytest.raises(ConfigError, match=r"`reward\.comparison\.prompt` lacks \{second\}"):
+        compose(["reward=endpoint_pairwise", "reward.terms.judge.model=m", "reward.comparison.prompt='{first}'"])
+
+
 REFUSED = {
     "api_key_env=sk-0123456789012345678901": "api_key_env` must be the name of an environment variable (export the key",
     "url=http://me:pw@localhost/v1": "`reward.terms.judge.url` has more than an address in it",
