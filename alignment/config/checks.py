@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config import shape
+from alignment.config import answering_checks, shape
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING, closest
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
@@ -85,6 +85,8 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     for use in uses:
         for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
             yield from look(use)
+        for what, keys, fix in answering_checks.faults(experiment, use.node):
+            yield Fault(what, keys, fix)
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ def _prepare(use: Use) -> Iterator[Fault]:
         yield Fault(what, (f"{key}.max_prompt_length", f"{key}.max_length"), fix)
     data, name = use.experiment.data, settings.dataset
     if name is None:
-        if settings.task != "preference" or "data" not in use.inputs:
+        if "data" not in use.inputs:
             why = "`task` is sft" if settings.task != "preference" else f"`{use.node}` is given no pairs by a parent"
             yield Fault(f"`{key}.dataset` is null, and {why}", (f"{key}.dataset",), f"name one of: {', '.join(data)}")
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +49,8 @@ def judge_of(experiment: Experiment) -> Judge:
     terms = experiment.reward.terms
     folders = {name: fetch(term.source) for name, term in terms.items() if term.source is not None}
     return Judge(experiment.reward, folders)
+
+
+def score(judge: Judge, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """One {"reward": float, "terms": {name: float}} an answer. answers[i] answers rows[i], which has a `prompt`."""
+    return judge.score([row["prompt"] for row in rows], answers)
