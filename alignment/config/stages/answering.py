@@ -20,8 +20,11 @@ class Sample(Stage):
     makes = "samples"
     inputs: ClassVar[dict[str, str]] = {"model": "a model", "data": "rows"}
     reads: ClassVar[Reads] = {"data": "prompts"}
-    packages = ("torch", "transformers", "tokenizers")
+    packages = ("torch", "transformers", "tokenizers", "vllm")
     kind: Literal["sample"] = identity()
+    backend: Literal["loop", "continuous", "vllm"] = identity()
+    first_prompt: int = identity(ge=0)
+    prompts: int | None = identity(ge=1)
     completions_per_prompt: int = identity(ge=1)
     max_new_tokens: int = identity(gt=0)
     temperature: float = identity(gt=0)
@@ -29,6 +32,9 @@ class Sample(Stage):
     batch_size: int = identity(gt=0)
     precision: Literal["fp32", "bf16"] = identity()
     seed: int = identity(ge=0)
+
+    def idle(self) -> frozenset[str]:
+        return as_ever(self, backend="loop", first_prompt=0, prompts=None)
 
 
 class Judge(Stage):
