@@ -24,6 +24,7 @@ from alignment.files import write_json, write_jsonl
 ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
+KEPT = ("expected", "checks")  # of a row, for the rewards that look at them (docs/rewards.md)
 HELD_OUT = "its first prompt is held out for evaluation"
 
 
@@ -212,8 +213,7 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     made.save_to_disk(folder / "train")
     write_jsonl(folder / "train.jsonl", (_training_row(example) for example in train))
     for name in ("prompts", "heldout"):
-        rows = ({"id": e.id, "prompt": e.prompt, "reference": e.answer["content"]} for e in prepared.parts[name])
-        write_jsonl(folder / f"{name}.jsonl", rows)
+        write_jsonl(folder / f"{name}.jsonl", map(_asking_row, prepared.parts[name]))
     kept = {name: len(part) for name, part in prepared.parts.items()}
     report = {
         "source": source,
@@ -241,6 +241,12 @@ def _training_row(example: Example) -> dict[str, Any]:
         return {"id": example.id, "messages": [*example.prompt, example.answer]}
     sides = {"chosen": [example.answer], "rejected": [example.rejected]}
     return {"id": example.id, "prompt": example.prompt, **sides}
+
+
+def _asking_row(example: Example) -> dict[str, Any]:
+    """What a model is asked, the answer that the data has, and what else a reward may look at."""
+    kept = {name: example.row.value[name] for name in KEPT if example.row.value.get(name) is not None}
+    return {"id": example.id, "prompt": example.prompt, "reference": example.answer["content"], **kept}
 
 
 def _trained(example: Example) -> int:

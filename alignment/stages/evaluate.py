@@ -37,7 +37,9 @@ def run(context: StageContext) -> dict[str, Any]:
     asked = _ask(context.settings, rows, folder, parts)
     distance = [0.0] * len(rows) if itself else _distance(reference, context.settings.precision, asked, parts)
     parts("judging")
-    scores = judge_of(context.experiment).score([row["prompt"] for row in rows], [a.text for a in asked.answers])
+    judge = judge_of(context)
+    scores = judge.score(rows, [a.text for a in asked.answers], [a.tokens for a in asked.answers])
+    failed = judge.failures(scores)
     written = [
         {
             **{name: row[name] for name in ("id", "prompt", "reference")},
@@ -52,7 +54,8 @@ def run(context: StageContext) -> dict[str, Any]:
         for row, answer, score, kl, loss in zip(rows, asked.answers, scores, distance, asked.nll, strict=True)
     ]
     metrics = _publish(context, written)
-    return {**metrics, "prompts": float(len(rows)), "heldout_nll_missing": float(asked.nll.count(None))}
+    missing = {"heldout_nll_missing": float(asked.nll.count(None)), "reward_failed": float(failed)}
+    return {**metrics, "prompts": float(len(rows)), **missing}
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,16 @@ worse answer), ties.jsonl, best.jsonl (rows for SFT), unpaired.jsonl (answers wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from alignment.config.stages.answering import Judge
 from alignment.errors import InputError
 from alignment.files import write_jsonl
+from alignment.rewards import Judge as Rewards
 from alignment.stages import pairing, pairwise
 from alignment.stages.context import StageContext
-from alignment.stages.parts import Parts, judge_of, rows_of, score
+from alignment.stages.parts import Parts, judge_of, rows_of
 
 BATCH = 64  # prompts judged between two words of progress
 Row = dict[str, Any]
@@ -25,14 +24,17 @@ def run(context: StageContext) -> dict[str, Any]:
     samples = rows_of(context.inputs["data"], "samples.jsonl")
     parts = Parts(context, {"loading": 30, "judging": 70})
     parts("loading")
-    look, progress = _judging(context), parts("judging")
+    judge, progress = judge_of(context), parts("judging")
+    look = _compared if settings.judging == "pairwise" else _scored
     judged: list[Row] = []
     for start in range(0, len(samples), BATCH):
-        judged += look(samples[start : start + BATCH])
+        judged += look(judge, samples[start : start + BATCH])
         context.log(len(judged), {"reward_mean": _reward_mean(judged)})
         progress(len(judged), len(samples))
+    failed = judge.failures([completion for row in judged for completion in row["completions"]])
     made = [make(judged, settings) for make in (_pairs, _best, _labelled)]
-    metrics = {**_answers(judged), **{name: count for one in made for name, count in one.counts.items()}}
+    metrics = {**_answers(judged), "reward_failed": float(failed)}
+    metrics |= {name: count for one in made for name, count in one.counts.items()}
     context.log(len(judged), metrics)
     for one in made:
         one.require(context.name)
@@ -42,18 +44,17 @@ def run(context: StageContext) -> dict[str, Any]:
     return metrics
 
 
-def _judging(context: StageContext) -> Callable[[list[Row]], list[Row]]:
-    """Samples -> the same with a reward on each answer."""
-    scored = partial(score, judge_of(context.experiment))
-    if context.settings.judging == "pairwise":
-        return partial(pairwise.judged, pairwise.by_reward(scored))
-    return partial(_pointwise, scored)
-
-
-def _pointwise(scored: pairwise.Score, samples: list[Row]) -> list[Row]:
+def _scored(judge: Rewards, samples: list[Row]) -> list[Row]:
+    """The same, with a reward on each answer."""
+    answers = [c for row in samples for c in row["completions"]]
     asked = [row for row in samples for _ in row["completions"]]
-    values = iter(scored(asked, [c["text"] for row in samples for c in row["completions"]]))
-    return [{**row, "completions": [{**c, **next(values)} for c in row["completions"]]} for row in samples]
+    scores = iter(judge.score(asked, [c["text"] for c in answers], [c["tokens"] for c in answers]))
+    return [{**row, "completions": [{**c, **next(scores)} for c in row["completions"]]} for row in samples]
+
+
+def _compared(judge: Rewards, samples: list[Row]) -> list[Row]:
+    """The same, with the mean outcome of its comparisons as each answer's reward."""
+    return pairwise.judged(pairwise.by_reward(judge.score), samples)
 
 
 # --- what is made of the judged answers -------------------------------------------------------------------------------
@@ -115,13 +116,18 @@ def _labelled(judged: list[Row], settings: Judge) -> Made:
 
 
 def _reward_mean(judged: list[Row]) -> float:
-    rewards = [c["reward"] for row in judged for c in row["completions"]]
-    return sum(rewards) / len(rewards)
+    return _mean([c["reward"] for row in judged for c in row["completions"]])
+
+
+def _mean(values: list[float | None]) -> float:
+    """Of those that did not fail."""
+    known = [value for value in values if value is not None]
+    return sum(known) / max(len(known), 1)
 
 
 def _answers(judged: list[Row]) -> dict[str, float]:
     answers = [c for row in judged for c in row["completions"]]
-    terms = {f"{name}_mean": sum(c["terms"][name] for c in answers) / len(answers) for name in answers[0]["terms"]}
+    terms = {f"{name}_mean": _mean([c["terms"][name] for c in answers]) for name in answers[0]["terms"]}
     return {
         "reward_mean": _reward_mean(judged),
         **terms,

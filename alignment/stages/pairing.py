@@ -45,8 +45,9 @@ class Found:
 
 
 def usable(row: Row, settings: Judge) -> list[Answer]:
-    """Answers of which anything is made: not empty, and ended by themselves if that is asked."""
-    return [c for c in row["completions"] if c["text"].strip() and (c["finished"] or not settings.finished_only)]
+    """Answers of which anything is made: not empty, with a reward, and ended by themselves if that is asked."""
+    known = [c for c in row["completions"] if c["reward"] is not None and c["text"].strip()]
+    return [c for c in known if c["finished"] or not settings.finished_only]
 
 
 def scores(answers: Sequence[Answer], settings: Judge) -> list[float]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignment.config.schema import Experiment
 from alignment.errors import InputError
 from alignment.files import read_jsonl
 from alignment.rewards import Judge
@@ -42,15 +41,9 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def judge_of(experiment: Experiment) -> Judge:
+def judge_of(context: StageContext) -> Judge:
     """The reward of the experiment, its models fetched."""
     from alignment.data.fetch import fetch
 
-    terms = experiment.reward.terms
-    folders = {name: fetch(term.source) for name, term in terms.items() if term.source is not None}
-    return Judge(experiment.reward, folders)
-
-
-def score(judge: Judge, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> list[dict[str, Any]]:
-    """One {"reward": float, "terms": {name: float}} an answer. answers[i] answers rows[i], which has a `prompt`."""
-    return judge.score([row["prompt"] for row in rows], answers)
+    reward = context.experiment.reward
+    return Judge(reward, {name: [fetch(source) for source in term.sources()] for name, term in reward.terms.items()})

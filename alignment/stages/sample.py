@@ -29,10 +29,7 @@ def run(context: StageContext) -> dict[str, Any]:
         model, texts = context.inputs["model"] / "model", [row["prompt"] for row in prompts]
         for rows, answers in BACKENDS[settings.backend](model, texts, settings, kept.answers.keys(), progress):
             kept.add(rows, answers)
-    samples = [
-        {"id": row["id"], "prompt": row["prompt"], "completions": kept.answers[number]}
-        for number, row in enumerate(prompts)
-    ]
+    samples = [{**row, "completions": kept.answers[number]} for number, row in enumerate(prompts)]
     write_jsonl(context.folder / "samples.jsonl", samples)
     metrics = _metrics(samples, kept.seconds)
     context.log(int(metrics["completions"]), metrics)

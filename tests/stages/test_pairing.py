@@ -169,3 +169,15 @@ def test_each_answer_is_scored_once_for_all_its_comparisons() -> None:
     (row,) = pairwise.judged(pairwise.by_reward(score), [judged(0, 0, 0, 0)])
     assert sorted(asked) == ["a", "b", "c", "d"]
     assert [c["reward"] for c in row["completions"]] == pytest.approx([-1, -1 / 3, 1 / 3, 1])
+
+
+def test_an_answer_whose_comparisons_all_failed_is_used_for_nothing() -> None:
+    """c cannot be compared; a beats b."""
+
+    def compare(rows: Sequence[Row], a: Sequence[str], b: Sequence[str]) -> list[int | None]:
+        return [None if "c" in (x, y) else (x < y) - (x > y) for x, y in zip(a, b, strict=True)]
+
+    (row,) = pairwise.judged(compare, [judged(0, 0, 0)])
+    assert [c["reward"] for c in row["completions"]] == [1, -1, None]
+    assert ["failed" in c for c in row["completions"]] == [False, False, True]
+    assert named(row, pairs="all_margin", max_pairs_per_prompt=9) == ["ab"]
