@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from alignment.config.schema import Experiment
-from alignment.config.stages.answering import Judge, Sample
+from alignment.config.stages.answering import Evaluate, Judge, Sample
 from alignment.config.stages.preparing import Prepare
 
 Told = tuple[str, tuple[str, ...], str]  # what is wrong; the keys, first the one to look at; the fix
@@ -18,6 +18,10 @@ def faults(experiment: Experiment, name: str) -> Iterator[Told]:
     parents = {role: experiment.pipeline.nodes[parent].stage for role, parent in node.inputs.items()}
     if isinstance(settings, Judge):
         yield from _judge(experiment, settings, key, parents["data"])
+    if isinstance(settings, Evaluate) and settings.best_of > 1 and settings.temperature != 1:
+        keys = (f"{key}.temperature", f"{key}.best_of")
+        what = f"`{keys[1]}` is {settings.best_of}, and `{keys[0]}` {settings.temperature:g}"
+        yield f"{what}: the bound of its KL is that of answers as the model draws them", keys, f"{keys[0]}=1.0"
     if isinstance(settings, Prepare) and settings.dataset is None and "data" in parents:
         yield from _judged_rows(experiment, settings, key, parents["data"])
 

@@ -80,11 +80,15 @@ class Evaluate(Stage):
     groups = ("reward",)
     packages = ("torch", "transformers", "tokenizers", "vaderSentiment")
     kind: Literal["evaluate"] = identity()
+    best_of: int = identity(ge=1)
     max_new_tokens: int = identity(gt=0)
     temperature: float = identity(ge=0)
     batch_size: int = identity(gt=0)
     precision: Literal["fp32", "bf16"] = identity()
     seed: int = identity(ge=0)
+
+    def idle(self) -> frozenset[str]:
+        return as_ever(self, best_of=1)
 
 
 class Compare(Stage):
