@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config import answering_checks, shape
+from alignment.config import answering_checks, rounds, shape
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING, closest
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
@@ -62,7 +62,8 @@ class Use:
 def check(experiment: Experiment, origin: Origin) -> None:
     """Raises ConfigError for the first fault."""
     for fault in _faults(experiment):
-        raise ConfigError(fault.what, where=origin.where(*fault.keys), fix=fault.fix)
+        keys = (rounds.written(experiment, key) for key in fault.keys)
+        raise ConfigError(fault.what, where=origin.where(*keys), fix=fault.fix)
 
 
 def is_faulty(experiment: Experiment) -> bool:
@@ -71,6 +72,8 @@ def is_faulty(experiment: Experiment) -> bool:
 
 def _faults(experiment: Experiment) -> Iterator[Fault]:
     """Lazy: what is looked at later may rest on what was found right before."""
+    for what, keys, fix in rounds.faults(experiment):
+        yield Fault(what, keys, fix)
     yield from _names(experiment)
     uses = [Use(experiment, node) for node in experiment.pipeline.nodes]
     for use in uses:
