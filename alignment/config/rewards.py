@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
-
+from alignment.config.reward_terms import AnyTerm
 from alignment.config.settings import Settings, execution, identity
-from alignment.config.sources import Source
 
 # What is measured of every answer -> whether more of it is better; None: neither, it is there to be watched.
 # A reward's terms stand beside these in every table, so they bear other names (config/checks.py).
@@ -19,63 +15,6 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
     "kl": None,  # nats an answer away from the reference model
     "heldout_nll": False,  # nats per token of the reference answer
 }
-
-
-class Clip(Settings):
-    """Values below `low` or above `high` are these."""
-
-    kind: Literal["clip"] = identity()
-    low: float = identity()
-    high: float = identity()
-
-
-class Sigmoid(Settings):
-    """x -> 1 / (1 + e^-x), in (0, 1)."""
-
-    kind: Literal["sigmoid"] = identity()
-
-
-class ZScore(Settings):
-    """x -> (x - mean) / std, of a mean and a standard deviation that were measured before."""
-
-    kind: Literal["zscore"] = identity()
-    mean: float = identity()
-    std: float = identity(gt=0)
-
-
-Normalise = Annotated[Clip | Sigmoid | ZScore, Field(discriminator="kind")]
-
-
-class Term(Settings):
-    """What is common to all kinds. normalise: a fixed transform of its value; null: none."""
-
-    weight: float = identity()
-    normalise: Normalise | None = identity(default=None)
-
-    def sources(self) -> list[Source]:
-        """Where its models come from, in a fixed order."""
-        return []
-
-    def idle(self) -> frozenset[str]:
-        return frozenset({"normalise"} if self.normalise is None else ())
-
-
-class Sentiment(Term):
-    """The lexicon comes with its package, so there is no source."""
-
-    kind: Literal["sentiment"] = identity()
-    source: None = identity(default=None)
-
-
-class Relevance(Term):
-    kind: Literal["relevance"] = identity()
-    source: Source | None = identity()
-
-    def sources(self) -> list[Source]:
-        return [] if self.source is None else [self.source]
-
-
-AnyTerm = Annotated[Sentiment | Relevance, Field(discriminator="kind")]
 
 
 class Reward(Settings):

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from alignment.config.explain import closest
+from alignment.config.faults import Fault
 from alignment.config.launchers import SlurmLauncher
+from alignment.config.nearest import closest
 from alignment.config.schema import Experiment, Node, Rounds
 from alignment.config.stages.answering import Sample
 from alignment.config.stages.preparing import Prepare
 
 PREVIOUS, LAST, EACH = "previous.", "last.", "each."
-Told = tuple[str, tuple[str, ...], str]  # what is wrong; the keys, first the one to look at; the fix
 
 
 def expand(experiment: Experiment) -> Experiment:
@@ -61,7 +61,7 @@ def written(experiment: Experiment, key: str) -> str:
     return key
 
 
-def faults(experiment: Experiment) -> Iterator[Told]:
+def faults(experiment: Experiment) -> Iterator[Fault]:
     """Of an expanded experiment: first names that mean nothing, then what cannot be."""
     rounds = experiment.pipeline.rounds
     yield from _outer_names(experiment, rounds)
@@ -72,13 +72,15 @@ def faults(experiment: Experiment) -> Iterator[Told]:
         made = {f"{name}_{number}": _inside(experiment, node, rounds, number) for number in range(1, rounds.count + 1)}
         if name in outer or any(experiment.pipeline.nodes[other] != its for other, its in made.items()):
             key = f"pipeline.rounds.nodes.{name}"
-            yield f"`{key}` has the name of a node outside of the rounds", (key,), "name one of them differently"
+            yield Fault(f"`{key}` has the name of a node outside of the rounds", (key,), "name one of them differently")
     for name, start in rounds.first.items():
         key = f"pipeline.rounds.first.{name}"
         if name not in rounds.nodes:
-            yield f"`{key}`: the rounds have no such node", (key,), closest(name, rounds.nodes)
+            yield Fault(f"`{key}`: the rounds have no such node", (key,), closest(name, rounds.nodes))
         if start not in outer:
-            yield f"`{key}` names `{start}`, which is no node outside of the rounds", (key,), closest(start, outer)
+            yield Fault(
+                f"`{key}` names `{start}`, which is no node outside of the rounds", (key,), closest(start, outer)
+            )
     for name, node in rounds.nodes.items():
         for role, parent in node.inputs.items():
             yield from _inner_name(rounds, outer, f"pipeline.rounds.nodes.{name}.inputs.{role}", parent)
@@ -122,7 +124,7 @@ def _last(name: str, rounds: Rounds) -> str:
     return f"{of_last}_{rounds.count}" if name.startswith(LAST) and of_last in rounds.nodes else name
 
 
-def _outer_names(experiment: Experiment, rounds: Rounds | None) -> Iterator[Told]:
+def _outer_names(experiment: Experiment, rounds: Rounds | None) -> Iterator[Fault]:
     """Names from outside into the rounds that mean nothing, or of a round's node without saying which."""
     known, inside = rounds.nodes if rounds else {}, _names(rounds) if rounds else set()
     named = {
@@ -134,27 +136,31 @@ def _outer_names(experiment: Experiment, rounds: Rounds | None) -> Iterator[Told
     for key, name in {**named, "pipeline.final": experiment.pipeline.final}.items():
         word = next((word for word in (PREVIOUS, LAST, EACH) if name.startswith(word)), None)
         if word and not rounds:
-            yield f"`{key}` names `{name}`, and the pipeline has no rounds", (key,), "name a node"
+            yield Fault(f"`{key}` names `{name}`, and the pipeline has no rounds", (key,), "name a node")
         elif word == PREVIOUS or (word == EACH and key == "pipeline.final"):
-            yield f"`{key}` names `{name}`", (key,), f"from here say {LAST}{name.removeprefix(word)}"
+            yield Fault(f"`{key}` names `{name}`", (key,), f"from here say {LAST}{name.removeprefix(word)}")
         elif word:
             what = f"`{key}` names `{name}`, and the rounds have no such node"
-            yield what, (key,), closest(name.removeprefix(word), known, word)
+            yield Fault(what, (key,), closest(name.removeprefix(word), known, word))
         elif name in known:
-            yield f"`{key}` names `{name}`, of which each round has one", (key,), f"say {LAST}{name}, or {name}_1"
+            yield Fault(
+                f"`{key}` names `{name}`, of which each round has one", (key,), f"say {LAST}{name}, or {name}_1"
+            )
 
 
-def _inner_name(rounds: Rounds, outer: Iterable[str], key: str, name: str) -> Iterator[Told]:
+def _inner_name(rounds: Rounds, outer: Iterable[str], key: str, name: str) -> Iterator[Fault]:
     before = name.removeprefix(PREVIOUS)
     if not name.startswith(PREVIOUS):
         if name not in rounds.nodes and name not in outer:
-            yield f"`{key}` names `{name}`, which is no node", (key,), closest(name, [*rounds.nodes, *outer])
+            yield Fault(f"`{key}` names `{name}`, which is no node", (key,), closest(name, [*rounds.nodes, *outer]))
     elif before not in rounds.nodes:
         what = f"`{key}` names `{name}`, and the rounds have no such node"
-        yield what, (key,), closest(before, rounds.nodes, PREVIOUS)
+        yield Fault(what, (key,), closest(before, rounds.nodes, PREVIOUS))
     elif before not in rounds.first:
         what = f"`{key}` names `{name}`, and `pipeline.rounds.first` does not say what it is in the first round"
-        yield what, (key, "pipeline.rounds.first"), f"pipeline.rounds.first.{before}: a node outside of the rounds"
+        yield Fault(
+            what, (key, "pipeline.rounds.first"), f"pipeline.rounds.first.{before}: a node outside of the rounds"
+        )
 
 
 # --- settings of a round ----------------------------------------------------------------------------------------------
@@ -192,13 +198,13 @@ def _launcher(experiment: Experiment, rounds: Rounds) -> Any:
     return launcher.model_copy(update={"stages": stages})
 
 
-def _prompts(experiment: Experiment, rounds: Rounds) -> Iterator[Told]:
+def _prompts(experiment: Experiment, rounds: Rounds) -> Iterator[Fault]:
     key = "pipeline.rounds.prompts"
     if rounds.prompts is None:
         return
     own = _own_stages(experiment, rounds)
     if not own:
-        yield f"`{key}` is {rounds.prompts}, and no node of the rounds samples", (key,), f"{key}=null"
+        yield Fault(f"`{key}` is {rounds.prompts}, and no node of the rounds samples", (key,), f"{key}=null")
     for node in rounds.nodes.values():
         rows = experiment.pipeline.nodes.get(node.inputs.get("data", ""))
         prepare = experiment.stage.get(rows.stage) if rows else None
@@ -208,4 +214,4 @@ def _prompts(experiment: Experiment, rounds: Rounds) -> Iterator[Told]:
         asked, split = settings.first_prompt + rounds.prompts, f"stage.{rows.stage}.splits.prompts"
         if prepare.splits.prompts < asked:
             what = f"`{split}` is {prepare.splits.prompts}, and {rounds.count} rounds of {rounds.prompts} need {asked}"
-            yield what, (split, key, "pipeline.rounds.count"), f"raise it, lower {key}, or set {key}=null"
+            yield Fault(what, (split, key, "pipeline.rounds.count"), f"raise it, lower {key}, or set {key}=null")

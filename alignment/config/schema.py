@@ -19,11 +19,13 @@ from alignment.config.settings import Settings, execution, identity
 from alignment.config.sources import Dataset, Model
 from alignment.config.stages.answering import Compare, Evaluate, Judge, Sample
 from alignment.config.stages.base import Stage
+from alignment.config.stages.preference import Dpo, Kto
 from alignment.config.stages.preparing import ImportModel, Prepare
-from alignment.config.stages.training import Dpo, Reference, Sft
+from alignment.config.stages.training import Reference, Sft
 
 AnyStage = Annotated[
-    ImportModel | Prepare | Sft | Reference | Dpo | Sample | Judge | Evaluate | Compare, Field(discriminator="kind")
+    ImportModel | Prepare | Sft | Reference | Dpo | Kto | Sample | Judge | Evaluate | Compare,
+    Field(discriminator="kind"),
 ]
 
 STAGES: dict[str, type[Stage]] = {

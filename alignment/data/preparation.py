@@ -16,7 +16,7 @@ from alignment.config.stages.preparing import Prepare
 from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Tally, check_turns, opening, prompt_key, split
-from alignment.data.formats import Message, canonical, detect
+from alignment.data.formats import Message, canonical, detect, kept
 from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import write_json, write_jsonl
@@ -24,7 +24,6 @@ from alignment.files import write_json, write_jsonl
 ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
-KEPT = ("expected", "checks")  # of a row, for the rewards that look at them (docs/rewards.md)
 HELD_OUT = "its first prompt is held out for evaluation"
 
 
@@ -152,6 +151,7 @@ def _work(named: tuple[Row, str]) -> Example | Drop:
 
 def _example(row: Row, name: str, form: str, chat: Chat) -> Example | Drop:
     """Raises InputError for a malformed row."""
+    kept(row)  # what is wrong with it is told whichever split the row goes to
     try:
         return _preference(row, name, form, chat) if form == "preference" else _conversation(row, name, form, chat)
     except Drop as drop:
@@ -245,8 +245,7 @@ def _training_row(example: Example) -> dict[str, Any]:
 
 def _asking_row(example: Example) -> dict[str, Any]:
     """What a model is asked, the answer that the data has, and what else a reward may look at."""
-    kept = {name: example.row.value[name] for name in KEPT if example.row.value.get(name) is not None}
-    return {"id": example.id, "prompt": example.prompt, "reference": example.answer["content"], **kept}
+    return {"id": example.id, "prompt": example.prompt, "reference": example.answer["content"], **kept(example.row)}
 
 
 def _trained(example: Example) -> int:

@@ -6,15 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignment.texts import repetition as repetition
+
 Row = Mapping[str, Any]
 Column = list[float | None]  # one value a prompt; None where the row has none
-
-
-def repetition(text: str) -> float:
-    """Share of 3-word sequences that were there before: 1 - distinct / all. Words by white space; 0 below three."""
-    words = text.casefold().split()
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(triples)) / len(triples) if triples else 0.0
 
 
 def kl(log_prob: float, reference_log_prob: float) -> float:

@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.config.rewards import AnyTerm, Clip, Normalise, Relevance, Reward, Sigmoid, ZScore
+from alignment.config import reward_terms as kinds
+from alignment.config.reward_terms import Clip, Normalise, Sigmoid, ZScore
+from alignment.config.rewards import Reward
 from alignment.errors import InputError
+from alignment.rewards import rules
+from alignment.rewards.answer import answer
+from alignment.rewards.endpoint import endpoint
+from alignment.rewards.instructions import instructions
+from alignment.rewards.python import python
 from alignment.rewards.relevance import relevance
 from alignment.rewards.sentiment import sentiment
 from alignment.rewards.term import Answer, Failed, Row, Term, Value
@@ -20,22 +27,36 @@ Score = dict[str, Any]
 
 @dataclass(frozen=True)
 class Means:
-    """What a term may need beside its settings. folders: of its models, in the order of `sources()` of its settings."""
+    """What a term may need beside its settings. alive: to be called when a part of a long work is done.
+
+    shared: a folder for what outlives this process; None: nothing does.
+    """
 
     name: str
     folders: Sequence[Path]
+    alive: Callable[[], None]
+    shared: Path | None
 
 
 class Judge:
     """Scores answers by a reward of the configuration. Holds models, but no state: a score depends on row and answer
     alone. Each process has its own.
 
-    folders: term -> folders of its models, in the order of `sources()` of its settings.
+    folders: term -> folders of its models, in the order of `sources()`, or `reads()`, of its settings. alive: called
+    now and then while it scores, so that who watches over the process sees that it gets on. shared: a folder in which
+    what was answered by endpoints is kept.
     """
 
-    def __init__(self, reward: Reward, folders: Mapping[str, Sequence[Path]]):
+    def __init__(
+        self,
+        reward: Reward,
+        folders: Mapping[str, Sequence[Path]],
+        alive: Callable[[], None] = lambda: None,
+        shared: Path | None = None,
+    ):
         self.reward = reward
-        self.terms = {name: make(term, Means(name, folders.get(name, ()))) for name, term in reward.terms.items()}
+        means = {name: Means(name, folders.get(name, ()), alive, shared) for name in reward.terms}
+        self.terms = {name: MAKERS[type(term)](term, means[name]) for name, term in reward.terms.items()}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str], tokens: Sequence[int] | None = None) -> list[Score]:
         """One {"reward": float, "terms": {name: float}} an answer, in their order.
@@ -75,11 +96,26 @@ class Judge:
         return len(failed)
 
 
-def make(term: AnyTerm, means: Means) -> Term:
-    """The term of its settings."""
-    if isinstance(term, Relevance):
-        return relevance(means.folders[0])  # config/checks.py refuses one without a source
-    return sentiment(means.name)
+MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {
+    kinds.Sentiment: lambda term, means: sentiment(means.name),
+    kinds.Relevance: lambda term, means: relevance(means.folders[0]),  # config/checks.py refuses one without a source
+    kinds.Length: lambda term, means: rules.length(term),
+    kinds.Format: lambda term, means: rules.form(term),
+    kinds.Regex: lambda term, means: rules.regex(term),
+    kinds.Repetition: lambda term, means: rules.repetition(term),
+    kinds.Language: lambda term, means: rules.language(term),
+    kinds.Instructions: lambda term, means: instructions(term),
+    kinds.Answer: lambda term, means: answer(term),
+    kinds.Model: lambda term, means: _model(term, means),
+    kinds.Python: lambda term, means: python(term, means.name),
+    kinds.Endpoint: lambda term, means: endpoint(term, means.name, means.alive, means.shared),
+}
+
+
+def _model(term: kinds.Model, means: Means) -> Term:
+    from alignment.rewards.model import model  # with transformers, which a reward of rules does without
+
+    return model(term, means.folders, means.alive)
 
 
 def scaling(normalise: Normalise | None) -> Callable[[float], float]:

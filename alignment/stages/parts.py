@@ -42,8 +42,11 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def judge_of(context: StageContext) -> Judge:
-    """The reward of the experiment, its models fetched."""
+    """The reward of the experiment, its models fetched, or taken from the parents that are reward models."""
     from alignment.data.fetch import fetch
 
-    reward = context.experiment.reward
-    return Judge(reward, {name: [fetch(source) for source in term.sources()] for name, term in reward.terms.items()})
+    reward, folders = context.experiment.reward, {}
+    for name, term in reward.terms.items():
+        trained = [context.inputs[role] / "model" for role in term.reads(context.inputs)]
+        folders[name] = [*map(fetch, term.sources()), *trained]
+    return Judge(reward, folders, context.alone, context.shared)

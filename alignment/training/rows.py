@@ -59,6 +59,11 @@ def whole_pair_sizes(rows: Any) -> Sizes:
     return Sizes(np.concatenate(lengths), np.concatenate(widths), np.ones(len(rows), dtype=np.int64))
 
 
+def column_lengths(rows: Any, column: str) -> np.ndarray:
+    """[rows]: tokens of that column of a datasets.Dataset."""
+    return np.concatenate([_lengths(table, column) for table in _tables(rows)])
+
+
 def _tables(rows: Any) -> Any:
     return rows.with_format("arrow").iter(batch_size=10_000)
 

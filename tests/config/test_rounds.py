@@ -100,8 +100,8 @@ def test_a_mistake_in_the_rounds_is_told(name: str, plain: dict[str, Any]) -> No
         *above, last = key.split(".")
         reduce(dict.__getitem__, above, raw["pipeline"])[last] = value
     told = next(rounds.faults(rounds.expand(Experiment.model_validate(raw))))
-    assert what in told[0]
-    assert all(told)
+    assert what in told.what
+    assert told.keys and told.fix
     assert next(rounds.faults(rounds.expand(Experiment.model_validate(plain))), None) is None
 
 
@@ -131,7 +131,7 @@ def test_a_fault_of_a_made_node_names_the_line_of_the_rounds(tmp_path: Path) -> 
 def test_without_rounds_nothing_may_be_named_by_them(plain: dict[str, Any]) -> None:
     pipeline = {**plain["pipeline"], "rounds": None}
     told = next(rounds.faults(rounds.expand(Experiment.model_validate({**plain, "pipeline": pipeline}))))
-    assert told[0] == "`pipeline.nodes.verdict.inputs.dpo` names `each.evaluate_dpo`, and the pipeline has no rounds"
+    assert told.what == "`pipeline.nodes.verdict.inputs.dpo` names `each.evaluate_dpo`, and the pipeline has no rounds"
 
 
 def test_what_a_cluster_gives_to_a_stage_or_node_each_round_gets() -> None:

@@ -140,7 +140,7 @@ def test_continuous_batching_draws_the_distribution_of_the_model(
 
     context = make_context(
         "sample", {"model": models["sft"], "data": rows}, backend="continuous", prompts=1, first_prompt=1,
-        completions_per_prompt=600, max_new_tokens=1, batch_size=256, top_p=1.0,
+        completions_per_prompt=600, max_new_tokens=1, batch_size=32, top_p=1.0,
     )  # fmt: skip
     sample.run(context)
     (row,) = read_jsonl(context.folder / "samples.jsonl")
