@@ -6,7 +6,7 @@ import graphlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from alignment.config import shape
+from alignment.config import answering_checks, rounds, shape
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING
 from alignment.config.faults import Fault, Use
@@ -27,7 +27,8 @@ from alignment.errors import ConfigError
 def check(experiment: Experiment, origin: Origin) -> None:
     """Raises ConfigError for the first fault."""
     for fault in _faults(experiment):
-        raise ConfigError(fault.what, where=origin.where(*fault.keys), fix=fault.fix)
+        keys = (rounds.written(experiment, key) for key in fault.keys)
+        raise ConfigError(fault.what, where=origin.where(*keys), fix=fault.fix)
 
 
 def is_faulty(experiment: Experiment) -> bool:
@@ -36,6 +37,7 @@ def is_faulty(experiment: Experiment) -> bool:
 
 def _faults(experiment: Experiment) -> Iterator[Fault]:
     """Lazy: what is looked at later may rest on what was found right before."""
+    yield from rounds.faults(experiment)
     yield from _names(experiment)
     uses = [Use(experiment, node) for node in experiment.pipeline.nodes]
     for use in uses:
@@ -50,6 +52,7 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     for use in uses:
         for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
             yield from look(use)
+        yield from answering_checks.faults(use)
         yield from loss_faults(use.settings, use.key)
 
 
@@ -285,7 +288,7 @@ def _prepare(use: Use) -> Iterator[Fault]:
         yield Fault(what, (f"{key}.max_prompt_length", f"{key}.max_length"), fix)
     data, name = use.experiment.data, settings.dataset
     if name is None:
-        if settings.task != "preference" or "data" not in use.inputs:
+        if "data" not in use.inputs:
             why = "`task` is sft" if settings.task != "preference" else f"`{use.node}` is given no pairs by a parent"
             yield Fault(f"`{key}.dataset` is null, and {why}", (f"{key}.dataset",), f"name one of: {', '.join(data)}")
         return

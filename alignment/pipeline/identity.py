@@ -38,7 +38,7 @@ def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, s
         "settings": identity_side(settings),
         "groups": {group: _group(experiment, settings, group) for group in settings.groups},
         "parents": {role: key for role, key in sorted(parents.items()) if role not in settings.ordering},
-        "packages": {name: version(name) for name in settings.packages if _used(name, experiment)},
+        "packages": {name: version(name) for name in settings.packages if _used(name, experiment, settings)},
     }
 
 
@@ -82,8 +82,10 @@ def _group(experiment: Experiment, settings: Stage, group: str) -> Any:
     return identity_side(getattr(experiment, group))
 
 
-def _used(package: str, experiment: Experiment) -> bool:
+def _used(package: str, experiment: Experiment, settings: Stage) -> bool:
     """Optional packages count only where they do something."""
+    if package == "vllm":
+        return getattr(settings, "backend", None) == "vllm"
     if package == "gguf":
         source = experiment.model.source
         return str(getattr(source, "member", getattr(source, "path", ""))).endswith(".gguf")
