@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from alignment.config.instructions import checks_of
 from alignment.data.sources import Row, type_name
-from alignment.errors import InputError
+from alignment.errors import ConfigError, InputError
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -120,6 +121,20 @@ CONVERTERS: dict[str, Callable[[Row], dict[str, list[Message]]]] = {
     "preference": _preference,
     "unpaired": _unpaired,
 }
+
+
+def kept(row: Row) -> dict[str, Any]:
+    """What a row has for rewards to look at (docs/rewards.md): `expected`, what an answer must come to (text or a
+    number), and `checks` of it. Raises InputError for what cannot be either."""
+    expected, checks = row.value.get("expected"), row.value.get("checks")
+    if expected is not None and (isinstance(expected, bool) or not isinstance(expected, str | int | float)):
+        raise InputError(f"'expected' must be text or a number, is {type_name(expected)}", where=row.where)
+    if checks is not None:
+        try:
+            checks_of(checks)
+        except ConfigError as error:
+            raise InputError(str(error), where=row.where, fix="docs/rewards.md lists them") from error
+    return {name: value for name, value in (("expected", expected), ("checks", checks)) if value is not None}
 
 
 # --- pieces of a row --------------------------------------------------------------------------------------------------

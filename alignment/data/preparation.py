@@ -16,7 +16,7 @@ from alignment.config.stages.preparing import Prepare
 from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Tally, check_turns, opening, prompt_key, split
-from alignment.data.formats import KEYS, Message, canonical, detect, wanted
+from alignment.data.formats import KEYS, Message, canonical, detect, kept, wanted
 from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import write_json, write_jsonl
@@ -167,6 +167,7 @@ def _work(named: tuple[Row, str]) -> Example | Drop:
 
 def _example(row: Row, name: str, form: str, chat: Chat) -> Example | Drop:
     """Raises InputError for a malformed row."""
+    kept(row)  # what is wrong with it is told whichever split the row goes to
     try:
         return {"preference": _preference, "unpaired": _unpaired}.get(form, _conversation)(row, name, form, chat)
     except Drop as drop:
@@ -239,8 +240,7 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     made.save_to_disk(folder / "train")
     write_jsonl(folder / "train.jsonl", (_training_row(example) for example in train))
     for name in ("prompts", "heldout"):
-        rows = ({"id": e.id, "prompt": e.prompt, "reference": e.answer["content"]} for e in prepared.parts[name])
-        write_jsonl(folder / f"{name}.jsonl", rows)
+        write_jsonl(folder / f"{name}.jsonl", map(_asking_row, prepared.parts[name]))
     kept = {name: len(part) for name, part in prepared.parts.items()}
     report = {
         "source": source,
@@ -285,13 +285,15 @@ def _training_row(example: Example) -> dict[str, Any]:
     return {"id": example.id, "prompt": example.prompt, **sides}
 
 
+def _asking_row(example: Example) -> dict[str, Any]:
+    """What a model is asked, the answer that the data has, and what else a reward may look at."""
+    return {"id": example.id, "prompt": example.prompt, "reference": example.answer["content"], **kept(example.row)}
+
+
 def _trained(example: Example) -> int:
     """Tokens that carry a gradient."""
-    answers = [
-        ids
-        for name, ids in example.columns.items()
-        if name in ("labels", "chosen_ids", "rejected_ids", "completion_ids")
-    ]
+    trained = ("labels", "chosen_ids", "rejected_ids", "completion_ids")
+    answers = [ids for name, ids in example.columns.items() if name in trained]
     return sum(label != tokens.IGNORED for ids in answers for label in ids)
 
 

@@ -27,7 +27,7 @@ NOTHING_KNOWN: Row = {
     "state": "unreadable", "note": None, "measured": False, "metrics": {}, "verdict": None, "evaluation": None,
     "training": None, "report": False,
 }  # fmt: skip
-COUNTS = ("prompts", "heldout_nll_missing")  # of an evaluation's record: no metrics of the model
+COUNTS = ("prompts", "heldout_nll_missing", "kl_bound")  # of an evaluation's record: no metrics of the model
 
 # --- which sweep -----------------------------------------------------------------------------------------------------
 

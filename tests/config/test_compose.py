@@ -27,6 +27,10 @@ COMPLETED = {
     "model=path": ["model.source.path=m"],
     "model=hub": ["model.source.id=a/b", f"model.source.revision={'0' * 40}"],
     "data=path": ["data.instructions.source.path=rows.jsonl"],
+    "reward=python": [f"reward.terms.own.source.path={Path(__file__).parent.parent / 'rewards' / 'own_reward.py'}"],
+    "reward=endpoint": ["reward.terms.judge.model=m"],
+    "reward=endpoint_pairwise": ["reward.terms.judge.model=m"],
+    "reward=model": ["+reward.terms.preference.members.one={kind: path, path: m}"],
     "launcher=torchrun": ["engine=ddp"],
     "launcher=slurm": ["engine=zero2"],
 }
