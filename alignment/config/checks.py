@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config import shape
+from alignment.config import reward_checks, shape
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING, closest
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
@@ -85,6 +85,7 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     for use in uses:
         for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
             yield from look(use)
+        yield from (Fault(*found) for found in reward_checks.faults(use, lambda node: Use(experiment, node)))
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def _circle(experiment: Experiment) -> Iterator[Fault]:
 
 def _final(experiment: Experiment) -> Iterator[Fault]:
     final = Use(experiment, experiment.pipeline.final)
-    if final.settings.makes != "a model":
+    if final.settings.makes not in ("a model", "a reward model"):
         what = f"`pipeline.final` names `{final.node}`, which makes {final.settings.makes}, not a model"
         yield Fault(what, ("pipeline.final",), "name the node whose model people get")
 
@@ -320,7 +321,11 @@ def _prepare(use: Use) -> Iterator[Fault]:
     data, name = use.experiment.data, settings.dataset
     if name is None:
         if settings.task != "preference" or "data" not in use.inputs:
-            why = "`task` is sft" if settings.task != "preference" else f"`{use.node}` is given no pairs by a parent"
+            why = (
+                f"`task` is {settings.task}"
+                if settings.task != "preference"
+                else f"`{use.node}` is given no pairs by a parent"
+            )
             yield Fault(f"`{key}.dataset` is null, and {why}", (f"{key}.dataset",), f"name one of: {', '.join(data)}")
         return
     if name not in data:
@@ -328,10 +333,11 @@ def _prepare(use: Use) -> Iterator[Fault]:
         return
     yield from _missing(data[name], f"data.{name}")
     form = data[name].format
-    if form != "auto" and (form == "preference") != (settings.task == "preference"):
+    if form != "auto" and {"preference": "preference", "scored": "scored"}.get(form, "sft") != settings.task:
         keys = f"{key}.task", f"{key}.dataset", f"data.{name}.format"
         what = f"`{keys[0]}` is {settings.task}, and `{keys[2]}` is {form}"
-        yield Fault(what, keys, "preference rows have chosen and rejected answers, the others one")
+        fix = "preference rows have chosen and rejected answers, scored ones one with its score, the others one"
+        yield Fault(what, keys, fix)
 
 
 def _missing(value: Any, key: str) -> Iterator[Fault]:

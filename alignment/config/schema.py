@@ -20,10 +20,12 @@ from alignment.config.sources import Dataset, Model
 from alignment.config.stages.answering import Compare, Evaluate, Judge, Sample
 from alignment.config.stages.base import Stage
 from alignment.config.stages.preparing import ImportModel, Prepare
+from alignment.config.stages.reward_model import EvaluateReward, RewardModel
 from alignment.config.stages.training import Dpo, Reference, Sft
 
 AnyStage = Annotated[
-    ImportModel | Prepare | Sft | Reference | Dpo | Sample | Judge | Evaluate | Compare, Field(discriminator="kind")
+    ImportModel | Prepare | Sft | Reference | Dpo | RewardModel | EvaluateReward | Sample | Judge | Evaluate | Compare,
+    Field(discriminator="kind"),
 ]
 
 STAGES: dict[str, type[Stage]] = {

@@ -56,5 +56,5 @@ class Model(Settings):
 
 class Dataset(Settings):
     source: Source = identity()
-    format: Literal["auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference"] = identity()
+    format: Literal["auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference", "scored"] = identity()
     limit: int | None = identity(gt=0)

@@ -16,7 +16,7 @@ from alignment.config.stages.preparing import Prepare
 from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Tally, check_turns, opening, prompt_key, split
-from alignment.data.formats import Message, canonical, detect
+from alignment.data.formats import FORMATS, Message, canonical, detect, finite, margin
 from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import write_json, write_jsonl
@@ -24,12 +24,13 @@ from alignment.files import write_json, write_jsonl
 ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
+WANTED = "preference needs rows with chosen and rejected, scored prompt, completion and score, sft one answer"
 HELD_OUT = "its first prompt is held out for evaluation"
 
 
 @dataclass
 class Example:
-    """One row that passed: its messages, its columns for training (token ids), and its lengths in tokens.
+    """One row that passed: its messages, its columns for training (token ids, a number), and its lengths in tokens.
 
     tokens: of the whole row; of its longer side for a pair.
     """
@@ -39,7 +40,7 @@ class Example:
     prompt: list[Message]
     answer: Message
     rejected: Message | None
-    columns: dict[str, list[int]]
+    columns: dict[str, Any]
     prompt_tokens: int
     tokens: int
     opening: str
@@ -70,10 +71,11 @@ def prepare(
     **facts) is called while rows are read. Raises InputError at the first malformed row, for rows of the wrong task,
     over-long rows if they are errors, and too few rows.
     """
-    form = detect(rows[0]) if form == "auto" else form
-    if (form == "preference") != (settings.task == "preference"):
+    wanted = FORMATS[settings.task]
+    form = detect(rows[0], wanted) if form == "auto" else form
+    if form not in wanted:
         what = f"rows of the format {form!r} cannot be prepared for the task {settings.task!r}"
-        raise InputError(what, where=rows[0].file, fix="preference needs rows with chosen and rejected, sft the others")
+        raise InputError(what, where=rows[0].file, fix=WANTED)
     tally, seen, fit = Tally(), _Seen(), []
     for number, (row, made) in enumerate(zip(rows, _tokenised(rows, form, chat), strict=True), start=1):
         try:
@@ -105,14 +107,17 @@ class _Seen:
     def __init__(self) -> None:
         self.keys: set[str] = set()
 
-    def check(self, prompt: list[Message], sides: tuple[str, str] | None) -> None:
-        """sides: chosen and rejected; a prompt may have several pairs, but none twice or turned round. Raises Drop."""
-        key = prompt_key(prompt)
-        if sides is None:
+    def check(self, example: Example) -> None:
+        """A prompt may have several pairs or scored answers, but none twice, and no pair turned round. Raises Drop."""
+        key, answer = prompt_key(example.prompt), example.answer["content"]
+        if example.rejected is None:
+            scored = "score" in example.columns
+            key = "\0".join((key, answer)) if scored else key
             if key in self.keys:
-                raise Drop("duplicate prompt")
+                raise Drop("duplicate answer" if scored else "duplicate prompt")
             self.keys.add(key)
             return
+        sides = answer, example.rejected["content"]
         here, turned = ("\0".join((key, *pair)) for pair in (sides, sides[::-1]))
         if here in self.keys:
             raise Drop("duplicate pair")
@@ -152,7 +157,7 @@ def _work(named: tuple[Row, str]) -> Example | Drop:
 def _example(row: Row, name: str, form: str, chat: Chat) -> Example | Drop:
     """Raises InputError for a malformed row."""
     try:
-        return _preference(row, name, form, chat) if form == "preference" else _conversation(row, name, form, chat)
+        return {"preference": _preference, "scored": _scored}.get(form, _conversation)(row, name, form, chat)
     except Drop as drop:
         return drop
 
@@ -171,7 +176,7 @@ def _fit(row: Row, made: Example | Drop, settings: Prepare, seen: _Seen) -> Exam
         raise InputError(f"{over[0]}: {limits}", where=row.where, fix="raise the limit, or set over_long: drop")
     if over:
         raise Drop(over[1])
-    seen.check(made.prompt, (made.answer["content"], made.rejected["content"]) if made.rejected else None)
+    seen.check(made)
     return made
 
 
@@ -191,25 +196,38 @@ def _preference(row: Row, name: str, form: str, chat: Chat) -> Example:
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
         raise Drop("identical sides")
     pair = tokens.pair(chat, prompt, chosen, rejected, row.where)
-    columns = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+    columns: dict[str, Any] = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+    if (said := margin(row)) is not None:
+        columns["margin"] = said
     length = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
     key = opening(prompt + chosen)
     return Example(row, name, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
+
+
+def _scored(row: Row, name: str, form: str, chat: Chat) -> Example:
+    made = canonical(row, form)
+    prompt, answer = made["prompt"], made["completion"]
+    check_turns(prompt + answer)
+    asked, given = tokens.answered(chat, prompt, answer, row.where)
+    columns = {"prompt_ids": asked, "completion_ids": given, "score": finite(row, "score")}
+    key = opening(prompt + answer)
+    return Example(row, name, prompt, answer[0], None, columns, len(asked), len(asked) + len(given), key)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
 def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str, float]:
-    """train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json -> summary numbers."""
-    import datasets
-
-    train = prepared.parts["train"]
-    datasets.disable_progress_bars()
-    columns = {name: [example.columns[name] for example in train] for name in train[0].columns}
-    made = datasets.Dataset.from_dict(columns)
-    tokens.check_end_of_turn(made, chat.eos_id)
-    made.save_to_disk(folder / "train")
+    """train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json -> summary numbers; of
+    pairs and of answers with a score also heldout/, as train/, for what measures reward models."""
+    train, heldout = prepared.parts["train"], prepared.parts["heldout"]
+    with_margin = sum("margin" in example.columns for example in (*train, *heldout))
+    names = [name for name in train[0].columns if name != "margin"]
+    if with_margin == len(train) + len(heldout):  # of what some rows lack nothing can be made
+        names.append("margin")
+    tokens.check_end_of_turn(_save(train, names, folder / "train"), chat.eos_id)
+    if heldout and prepared.form in ("preference", "scored"):
+        _save(heldout, names, folder / "heldout")
     write_jsonl(folder / "train.jsonl", (_training_row(example) for example in train))
     for name in ("prompts", "heldout"):
         rows = ({"id": e.id, "prompt": e.prompt, "reference": e.answer["content"]} for e in prepared.parts[name])
@@ -229,6 +247,8 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
             "row_tokens": _spread([example.tokens for example in train]),
         },
     }
+    if prepared.form == "preference":
+        report["margins"] = {"rows": with_margin, "used": "margin" in names}
     write_json(folder / "data_report.json", report)
     trained = sum(_trained(example) for example in train)
     dropped = sum(prepared.tally.counts.values())
@@ -236,7 +256,19 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     return {"rows": prepared.total, "dropped": dropped, **kept, "train_tokens": total, "trained_tokens": trained}
 
 
+def _save(examples: Sequence[Example], names: Sequence[str], folder: Path) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    made = datasets.Dataset.from_dict({name: [example.columns[name] for example in examples] for name in names})
+    made.save_to_disk(folder)
+    return made
+
+
 def _training_row(example: Example) -> dict[str, Any]:
+    if "score" in example.columns:
+        answer = {"completion": [example.answer], "score": example.columns["score"]}
+        return {"id": example.id, "prompt": example.prompt, **answer}
     if example.rejected is None:
         return {"id": example.id, "messages": [*example.prompt, example.answer]}
     sides = {"chosen": [example.answer], "rejected": [example.rejected]}
@@ -245,7 +277,7 @@ def _training_row(example: Example) -> dict[str, Any]:
 
 def _trained(example: Example) -> int:
     """Tokens that carry a gradient."""
-    answers = [ids for name, ids in example.columns.items() if name in ("labels", "chosen_ids", "rejected_ids")]
+    answers = [ids for name, ids in example.columns.items() if name in tokens.TRAINED]
     return sum(label != tokens.IGNORED for ids in answers for label in ids)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from alignment.config.execution import Checkpoint, Engine
 from alignment.config.launchers import LocalLauncher
 from alignment.config.schema import Experiment
+from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Dpo, Lora, Reference, Sft
 from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
@@ -30,6 +31,11 @@ def sft(**changes: Any) -> Sft:
 
 def dpo(**changes: Any) -> Dpo:
     return Dpo(**{**COMMON, "kind": "dpo", "loss": "sigmoid", "beta": 0.1, **changes})
+
+
+def reward_model(**changes: Any) -> RewardModel:
+    own = {"kind": "reward_model", "loss": "bradley_terry", "margin": 0.0, "centring": 0.0, "label_smoothing": 0.0}
+    return RewardModel(**{**COMMON, **own, **changes})
 
 
 def reference(**changes: Any) -> Reference:
@@ -83,13 +89,25 @@ def pair_rows(count: int = 40) -> list[dict[str, list[int]]]:
     ]
 
 
+def scored_rows(count: int = 40) -> list[dict[str, Any]]:
+    random = np.random.default_rng(4)
+    return [
+        {
+            "prompt_ids": tokens(random, 3, 20),
+            "completion_ids": [*tokens(random, 2, 25), EOS],
+            "score": float(random.uniform()),
+        }
+        for _ in range(count)
+    ]
+
+
 def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
     """The results of the two parents of a stage that trains."""
     from datasets import Dataset
 
     if not (folder / "start" / "model").exists():
         write_tiny_model(folder / "start" / "model")
-    rows = sft_rows(count) if kind == "sft" else pair_rows(count)
+    rows = {"sft": sft_rows, "scored": scored_rows}.get(kind, pair_rows)(count)
     if (folder / kind / "train").exists():
         return {"model": folder / "start", "data": folder / kind}
     Dataset.from_list(rows).save_to_disk(folder / kind / "train")

@@ -35,7 +35,7 @@ class Prepare(Stage):
     groups = ("data",)
     packages = ("transformers", "tokenizers", "datasets")
     kind: Literal["prepare"] = identity()
-    task: Literal["sft", "preference"] = identity()
+    task: Literal["sft", "preference", "scored"] = identity()
     dataset: str | None = identity()
     max_length: int = identity(gt=0)
     max_prompt_length: int = identity(gt=0)
