@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config import reward_checks, shape
+from alignment.config import model_checks, shape
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING, closest
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
@@ -85,7 +85,7 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     for use in uses:
         for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
             yield from look(use)
-        yield from (Fault(*found) for found in reward_checks.faults(use, lambda node: Use(experiment, node)))
+        yield from (Fault(*found) for found in model_checks.faults(use, lambda node: Use(experiment, node)))
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------

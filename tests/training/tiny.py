@@ -90,15 +90,10 @@ def pair_rows(count: int = 40) -> list[dict[str, list[int]]]:
 
 
 def scored_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Pairs beside an answer with a score: whatever a reward model may be trained on."""
     random = np.random.default_rng(4)
-    return [
-        {
-            "prompt_ids": tokens(random, 3, 20),
-            "completion_ids": [*tokens(random, 2, 25), EOS],
-            "score": float(random.uniform()),
-        }
-        for _ in range(count)
-    ]
+    scored = [{"completion_ids": [*tokens(random, 2, 25), EOS], "score": float(random.uniform())} for _ in range(count)]
+    return [{**pair, **answer} for pair, answer in zip(pair_rows(count), scored, strict=True)]
 
 
 def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
@@ -107,7 +102,7 @@ def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
 
     if not (folder / "start" / "model").exists():
         write_tiny_model(folder / "start" / "model")
-    rows = {"sft": sft_rows, "scored": scored_rows}.get(kind, pair_rows)(count)
+    rows = {"sft": sft_rows, "reward_model": scored_rows}.get(kind, pair_rows)(count)
     if (folder / kind / "train").exists():
         return {"model": folder / "start", "data": folder / kind}
     Dataset.from_list(rows).save_to_disk(folder / kind / "train")

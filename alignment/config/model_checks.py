@@ -1,4 +1,4 @@
-"""Settings of reward models that are right one by one and impossible together."""
+"""Settings of reward models and of merging that are right one by one and impossible together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
+from alignment.config.stages.merging import Merge
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.reward_model import MEMBERS, POINTWISE, EvaluateReward, RewardModel
 
@@ -19,6 +20,9 @@ def faults(use: Any, of: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     if isinstance(use.settings, EvaluateReward):
         yield from _members(use, of)
         yield from _rows(use, of)
+    if isinstance(use.settings, Merge) and use.inputs["model"] == use.inputs["other"]:
+        what = f"`{use.role('other')}` names `{use.inputs['other']}`, as `{use.role('model')}` does"
+        yield what, (use.role("other"), use.role("model")), "a model merged with itself is itself"
 
 
 def _loss(use: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
