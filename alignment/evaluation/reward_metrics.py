@@ -29,7 +29,7 @@ def of_pairs(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray, log_
         "accuracy_low": low,
         "accuracy_high": high,
         "margin": float(margins.mean()),
-        "reward_mean": float(rewards.mean()),
+        "mean_reward": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "length_correlation": pearson(rewards, lengths.reshape(-1)),
         "length_margin_correlation": pearson(margins, longer),
@@ -37,7 +37,7 @@ def of_pairs(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray, log_
         "longer_chosen": _mean((longer > 0)[unequal]),
     }
     if log_odds:
-        found |= {"loss": float(np.logaddexp(0, -margins).mean()), "ece": calibration(margins)[0]}
+        found |= {"heldout_loss": float(np.logaddexp(0, -margins).mean()), "ece": calibration(margins)[0]}
     if len(members) > 1:
         found |= _ensemble(members, right)
     return {name: value for name, value in found.items() if np.isfinite(value)}
@@ -52,7 +52,7 @@ def of_scores(rewards: np.ndarray, scores: np.ndarray, lengths: np.ndarray, loss
         "rows": float(len(scores)),
         "pearson": pearson(mean, scores),
         "spearman": pearson(ranks(mean), ranks(scores)),
-        "reward_mean": float(mean.mean()),
+        "mean_reward": float(mean.mean()),
         "reward_std": float(mean.std()),
         "length_correlation": pearson(mean, lengths),
         "score_length_correlation": pearson(scores, lengths),
@@ -123,7 +123,7 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
     share, square = successes / count, Z**2 / count
     middle, half = share + square / 2, Z * np.sqrt(share * (1 - share) / count + square / (4 * count))
-    return float((middle - half) / (1 + square)), float((middle + half) / (1 + square))
+    return max(0.0, float((middle - half) / (1 + square))), min(1.0, float((middle + half) / (1 + square)))
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
