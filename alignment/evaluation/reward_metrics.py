@@ -30,7 +30,7 @@ def of_pairs(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray, log_
         "accuracy_high": high,
         "margin": float(margins.mean()),
         "mean_reward": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
+        "std_reward": float(rewards.std()),
         "length_correlation": pearson(rewards, lengths.reshape(-1)),
         "length_margin_correlation": pearson(margins, longer),
         "longer_preferred": _mean((margins * longer > 0)[unequal]),
@@ -53,7 +53,7 @@ def of_scores(rewards: np.ndarray, scores: np.ndarray, lengths: np.ndarray, loss
         "pearson": pearson(mean, scores),
         "spearman": pearson(ranks(mean), ranks(scores)),
         "mean_reward": float(mean.mean()),
-        "reward_std": float(mean.std()),
+        "std_reward": float(mean.std()),
         "length_correlation": pearson(mean, lengths),
         "score_length_correlation": pearson(scores, lengths),
     }

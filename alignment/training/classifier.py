@@ -23,7 +23,7 @@ def load_classifier(folder: Path, seed: int) -> Any:
     """fp32 master weights, no dropout, one label; the head is drawn from the seed, the same under every engine.
 
     It is normal with the deviation 1 / sqrt(hidden size + 1), so that the first rewards are about as large as 1
-    (Stiennon et al. 2020, arXiv:2009.01325; Huang et al. 2024, arXiv:2403.17031, sec. 3). ZeRO-3 as in `model.load`.
+    (Stiennon et al. 2020, arXiv:2009.01325; Huang et al. 2024, arXiv:2403.17031). ZeRO-3 as in `model.load`.
     Raises InputError for architectures that have no such head.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=1)

@@ -29,7 +29,7 @@ def shares(one: Tensor, other: Tensor, method: Method, t: float) -> tuple[float,
     """How much of each tensor the merged one has, and whether slerp fell back to linear.
 
     linear: 1 - t and t. slerp: sin((1 - t) w) / sin w and sin(t w) / sin w, with w the angle between the two, taken as
-    vectors (Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3; there for four dimensions).
+    vectors (Shoemake 1985, "Animating rotation with quaternion curves", there in four dimensions).
     """
     if method == "linear":
         return 1 - t, t, False

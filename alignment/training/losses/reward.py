@@ -18,9 +18,9 @@ def bradley_terry(
     chosen, rejected: [pairs]. margin: m, [pairs], how much better the chosen answer is said to be. label_smoothing: the
     share of labels that are taken to be the wrong way round; such a pair is wrong by its margin, too.
 
-    Christiano et al. 2017 (arXiv:1706.03741, eq. 1) and Ouyang et al. 2022 (arXiv:2203.02155, eq. 1), on the model of
-    Bradley and Terry 1952; the margin: Touvron et al. 2023 (Llama 2, arXiv:2307.09288, eq. 2). Smoothing is what
-    Christiano et al. call a constant chance that people answer at random (sec. 2.2.3).
+    Christiano et al. 2017 (arXiv:1706.03741, sec. 2.2.3) and Ouyang et al. 2022 (arXiv:2203.02155, eq. 1), on the model
+    of Bradley and Terry 1952; the margin: Touvron et al. 2023 (Llama 2, arXiv:2307.09288, eq. 2). Smoothing is the
+    expected loss under such labels, as Mitchell 2023 (ericmitchell.ai/cdpo.pdf) has it for DPO.
     """
     apart = chosen - rejected
     m = torch.zeros_like(apart) if margin is None else margin
@@ -33,17 +33,17 @@ def bradley_terry(
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
     """(r_c + r_r)^2 of each pair, [pairs]: without it the loss leaves a constant of the rewards open.
 
-    Eisenstein et al. 2023 (arXiv:2312.09244, sec. 2, "underspecification"); added with a small coefficient, 0.01 there.
+    Eisenstein et al. 2023 (arXiv:2312.09244, eq. 2); added with a small coefficient.
     """
     return (chosen + rejected) ** 2
 
 
 def squared_error(rewards: Tensor, scores: Tensor) -> Tensor:
-    """(r - s)^2 of each row, [rows]: pointwise regression on a score, as of Wang et al. 2023 (arXiv:2311.09528)."""
+    """(r - s)^2 of each row, [rows]: pointwise regression, as of Wang et al. 2024 (HelpSteer2, arXiv:2406.08673)."""
     return (rewards - scores) ** 2
 
 
 def binary_cross_entropy(rewards: Tensor, scores: Tensor) -> Tensor:
-    """-s log sigmoid(r) - (1 - s) log(1 - sigmoid(r)) of each row, [rows], in nats. scores: in [0, 1], a chance that
-    the answer is good. Cobbe et al. 2021 (arXiv:2110.14168) train verifiers so."""
+    """-s log sigmoid(r) - (1 - s) log(1 - sigmoid(r)) of each row, [rows], in nats. scores: in [0, 1], the chance that
+    the answer is good."""
     return F.binary_cross_entropy_with_logits(rewards, scores, reduction="none")
