@@ -195,6 +195,7 @@ def make_ours(task: str, pieces: frozenset[str], pairs: list[dict[str, list[int]
     The reference store lies in the run's own folder, so each run pays for its reference pass, and a sweep for one.
     """
     from alignment.training import engine
+    from alignment.training.objective import Objective
     from alignment.training.preference import DPO
     from alignment.training.reward_model import Reward
     from alignment.training.trainers import SFT, Packing
@@ -219,7 +220,7 @@ def make_ours(task: str, pieces: frozenset[str], pairs: list[dict[str, list[int]
         return Job(Reward(args=trl.RewardConfig(**arguments), **common))
     config = trl.DPOConfig(**arguments, beta=setting.beta, disable_dropout=True, precompute_ref_log_probs=True)
     kept = warm_store() if "reference_pass" in pieces else setting.folder / "reference"
-    return Job(DPO(args=config, references=_references(kept, setting), **common))
+    return Job(DPO(args=config, objective=Objective(settings), references=_references(kept, setting), **common))
 
 
 @functools.cache
@@ -283,7 +284,8 @@ def _our_rows(
 def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
     """The stage's and the engine's settings: conf/engine/single.yaml, and TRL's optimiser."""
     from alignment.config.execution import Engine
-    from alignment.config.stages.training import Dpo, Sft
+    from alignment.config.stages.preference import Dpo
+    from alignment.config.stages.training import Sft
     from alignment.training.engine import CPU_TOKENS
 
     common: dict[str, Any] = {
@@ -300,7 +302,9 @@ def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
     )  # fmt: skip
     if task == "sft":
         return Sft(kind="sft", **common), setup
-    return Dpo(kind="dpo", loss="sigmoid", beta=setting.beta, **common), setup
+    plain = {"label_smoothing": 0.0, "divergence": "reverse_kl", "divergence_alpha": 0.5, "weighting": "none"}
+    loss = {"loss": "sigmoid", "beta": setting.beta, "ld_alpha": None, **plain}  # other keys are of other losses
+    return Dpo.model_construct(kind="dpo", **loss, **common), setup
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.config.explain import closest
 from alignment.config.launchers import Resources
+from alignment.config.nearest import closest
 from alignment.errors import ConfigError
 from alignment.launchers import facts
 from alignment.launchers.facts import Cluster, Machine, Partition

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from alignment import hydra_app, search
 from alignment.config.schema import Experiment
-from alignment.config.stages.training import Dpo
+from alignment.config.stages.preference import Dpo
 from alignment.errors import ConfigError, LostError, MachineError
 from alignment.runs import Session
 from alignment.search import Pruned

@@ -9,25 +9,20 @@ from typing import Any
 
 from alignment.config import model_checks, shape
 from alignment.config.execution import PercentilePruning
-from alignment.config.explain import ADD, MISSING, closest
+from alignment.config.explain import ADD, MISSING
+from alignment.config.faults import Fault
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
+from alignment.config.nearest import closest
+from alignment.config.preference_checks import loss_faults
 from alignment.config.provenance import Origin
 from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
 from alignment.config.stages.base import Stage
+from alignment.config.stages.preference import Referenced
 from alignment.config.stages.preparing import Prepare
-from alignment.config.stages.training import Dpo, Train
+from alignment.config.stages.training import Train
 from alignment.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Fault:
-    """keys: those that contradict each other, first the one to look at."""
-
-    what: str
-    keys: tuple[str, ...]
-    fix: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,8 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     for use in uses:
         for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
             yield from look(use)
-        yield from (Fault(*found) for found in model_checks.faults(use, lambda node: Use(experiment, node)))
+        yield from loss_faults(use.settings, use.key)
+        yield from model_checks.faults(use, lambda node: Use(experiment, node))
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -272,7 +268,7 @@ def _train(use: Use) -> Iterator[Fault]:
 
 def _reference(use: Use) -> Iterator[Fault]:
     """Log-probs of another model, of other pairs or in another precision would be computed for nothing."""
-    if not isinstance(use.settings, Dpo) or "reference" not in use.inputs:
+    if not isinstance(use.settings, Referenced) or "reference" not in use.inputs or use.settings.needless():
         return
     reference, size = Use(use.experiment, use.inputs["reference"]), use.settings.global_batch_size
     if size < reference.world_size:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from alignment.config import shape
 from alignment.config.launchers import Resources
+from alignment.config.nearest import closest
 from alignment.config.paths import CONF
 from alignment.config.patterns import IN_WORDS
 from alignment.config.provenance import COMMAND_LINE, Origin, quoted
@@ -28,12 +29,6 @@ MISSING = "???"  # a value that conf/ leaves to the command
 ADD = "add {}=... to the command"
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # what composing raises
 Explained = ConfigError | None
-
-
-def closest(name: str, known: Iterable[str], prefix: str = "", otherwise: str = "known: ") -> str:
-    """The fix for a name that is none of the known: the nearest of them, else all of them."""
-    near = difflib.get_close_matches(name, known := list(known), 1, 0.5)
-    return f"did you mean `{prefix}{near[0]}`?" if near else otherwise + (", ".join(known) or "none")
 
 
 # --- the schema's -----------------------------------------------------------------------------------------------------

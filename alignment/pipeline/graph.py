@@ -28,7 +28,8 @@ class Node:
 
 
 def build(experiment: Experiment) -> list[Node]:
-    """Nodes, parents before children, otherwise in the order of conf/pipeline. Raises InputError.
+    """Nodes, parents before children, otherwise in the order of conf/pipeline, without those that nothing has a use for
+    (the reference, where the loss compares with none). Raises InputError.
 
     config/checks.py has seen to it that there is such an order and that every name means something. To build the graphs
     of many points at one moment, do it inside identity.one_look().
@@ -36,18 +37,26 @@ def build(experiment: Experiment) -> list[Node]:
     declared = experiment.pipeline.nodes
     built: dict[str, Node] = {}
 
+    def used(name: str) -> dict[str, str]:
+        """role -> node, without the roles that the settings have no use for."""
+        needless = experiment.stage[declared[name].stage].needless()
+        return {role: parent for role, parent in declared[name].inputs.items() if role not in needless}
+
     def visit(name: str) -> Node:
         if name not in built:
             node = declared[name]
             settings = experiment.stage[node.stage]
-            parents = {role: visit(parent) for role, parent in node.inputs.items()}
+            parents = {role: visit(parent) for role, parent in used(name).items()}
             identity = stage_identity(experiment, settings, {role: parent.key for role, parent in parents.items()})
             built[name] = Node(name, node.stage, settings, parents, identity, digest(identity))
         return built[name]
 
+    asked = {parent for node in declared.values() for parent in node.inputs.values()}
+    needed = {parent for name in declared for parent in used(name).values()}
     with one_look():
         for name in declared:
-            visit(name)
+            if name in needed or name not in asked:  # who only fills roles without a use is left out
+                visit(name)
     return list(built.values())
 
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation of the parent's model, which is also the reference."""
+"""Direct preference optimisation, and its family, of the parent's model, which is also the reference."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import trl
 
-from alignment.config.stages.training import Dpo
+from alignment.config.stages.preference import Dpo
 from alignment.stages.context import StageContext
 from alignment.stages.reference import references_of
 from alignment.stages.train import train
 from alignment.training.model import load, lora_config
+from alignment.training.objective import Objective
 from alignment.training.preference import DPO
 from alignment.training.rows import pair_sizes
 
@@ -22,12 +23,10 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> DPO:
     """The reference is the policy before its first update, so one model is loaded. Its log-probs are those that the
-    stage before has kept; what is missing of them is computed here."""
+    stage before has kept; what is missing of them is computed here. The loss is ours (training/objective.py)."""
     settings: Dpo = context.settings
     args = trl.DPOConfig(
         **arguments,
-        loss_type=[settings.loss],
-        beta=settings.beta,
         disable_dropout=True,
         precompute_ref_log_probs=True,
         router_aux_loss_coef=0.0,
@@ -37,6 +36,7 @@ def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], 
         model=model,
         args=args,
         peft_config=lora_config(settings.lora, model),
-        references=references_of(context, start),
+        objective=Objective(settings),
+        references=references_of(context, start) if settings.compares else None,
         **common,
     )

@@ -29,27 +29,32 @@ def score_tokens(
     softcap: float | None = None,
     measure: bool = True,
     trl: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    squares: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """hidden: [M, hidden size], weight: [V, hidden size], bias: [V], targets: [M].
 
     logits = softcap * tanh(factor * (hidden @ weight.T + bias) / softcap), without the cap if softcap is None.
-    Returns log-probs of the targets [M] in nats, and, if `measure`, entropy [M] in nats (without a gradient) and
-    whether the target is the most probable token [M]; else None twice. trl: by TRL's kernel, wherever it is.
+    Returns log-probs of the targets [M] in nats; if `measure`, entropy [M] in nats and whether the target is the most
+    probable token [M]; if `squares`, log of sum_v p(v)^2 [M]; None for what is not asked. Only log-probs have a
+    gradient. trl: by TRL's kernel, wherever it is.
     """
     if hidden.device.type == "cpu" and softcap is None and bias is None and not trl:
-        return _TiledLogProbs.apply(hidden, weight, targets, factor, measure)
-    outputs = ("log_probs", "entropy", "is_top1") if measure else ("log_probs",)
-    log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+        return _TiledLogProbs.apply(hidden, weight, targets, factor, measure, squares)
+    outputs = ("log_probs", *(("entropy", "is_top1") if measure else ()), *(("log_sum_sq_probs",) if squares else ()))
+    log_probs, entropy, squared, _, is_top1 = ChunkedLogProbFunction.apply(
         hidden, weight, bias, targets, 1.0, VOCABULARY_TILE, softcap, factor, outputs
     )
-    return log_probs, None if entropy is None else entropy.detach(), is_top1
+    entropy, squared = (None if one is None else one.detach() for one in (entropy, squared))
+    return log_probs, entropy, is_top1, squared
 
 
 class _TiledLogProbs(torch.autograd.Function):
     """d log p(t) / d logits = onehot(t) - softmax(logits), times the factor on the way to the projection."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, factor: float, measure: bool) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, factor: float, measure: bool, squares: bool
+    ) -> Any:
         count, vocabulary = len(hidden), len(weight)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         states, rows = hidden.to(dtype), weight.to(dtype).t()
@@ -59,6 +64,7 @@ class _TiledLogProbs(torch.autograd.Function):
         log_probs = torch.empty(count)
         entropy = torch.empty(count) if measure else None
         is_top1 = torch.empty(count, dtype=torch.bool) if measure else None
+        squared = torch.empty(count) if squares else None
         for block in spans(0, count, vocabulary, BLOCK_BYTES):
             logits = (states[block] @ rows).float()
             logits = logits.mul_(factor) if factor != 1 else logits
@@ -69,15 +75,16 @@ class _TiledLogProbs(torch.autograd.Function):
                     is_top1[part] = tile.argmax(-1) == aims[:, 0]  # type: ignore[index]
                 scores = torch.log_softmax(tile, -1)
                 log_probs[part] = scores.gather(1, aims)[:, 0]
+                if squares:
+                    squared[part] = torch.logsumexp(2 * scores, -1)  # type: ignore[index]
                 if measure or keep:
                     probabilities = torch.exp(scores, out=kept[part] if keep else None)
                     if measure:
                         entropy[part] = -torch.linalg.vecdot(probabilities, scores)  # type: ignore[index]
         ctx.factor, ctx.dtype = factor, dtype
         ctx.save_for_backward(hidden, weight, targets, kept if keep else None)
-        if measure:
-            ctx.mark_non_differentiable(entropy, is_top1)
-        return log_probs, entropy, is_top1
+        ctx.mark_non_differentiable(*(one for one in (entropy, is_top1, squared) if one is not None))
+        return log_probs, entropy, is_top1, squared
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
@@ -88,6 +95,7 @@ class _TiledLogProbs(torch.autograd.Function):
         return (
             None if to_hidden is None else to_hidden.to(hidden.dtype),
             None if to_weight is None else to_weight.to(weight.dtype),
+            None,
             None,
             None,
             None,

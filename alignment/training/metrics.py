@@ -119,24 +119,29 @@ def token_sums(output: Any, labels: Tensor) -> dict[str, Tensor | float]:
     }
 
 
-def pair_sums(policy: Any, reference: Tensor, labels: Tensor, beta: float) -> dict[str, Tensor | float]:
+def pair_sums(
+    policy: Any, reference: Tensor | None, labels: Tensor, beta: float, by_token: bool = False
+) -> dict[str, Tensor | float]:
     """Sums over the pairs of a scored micro-batch whose first half are the chosen rows, the second the rejected ones.
 
-    reference: its log-probs, [rows, width - 1] as the policy's.
+    reference: its log-probs, [rows, width - 1] as the policy's; None where a loss has none.
 
-    Rewards are the implicit ones of Rafailov et al. 2023 (arXiv:2305.18290, eq. 5), beta log(pi / pi_ref), in nats.
+    Rewards are the implicit ones of Rafailov et al. 2023 (arXiv:2305.18290, eq. 5), beta log(pi / pi_ref), in nats;
+    without a reference beta log pi, by_token its mean over the answer's tokens (SimPO, ORPO).
     kl: Schulman's k3 estimator (joschu.net/blog/kl-approx.html) a token, (w - 1) - log w with w = pi / pi_ref: for
     tokens drawn from the reference - what DPO assumes of its pairs - an unbiased estimate of KL(pi_ref || pi), in nats
     a token; of pairs from elsewhere a measure of drift, still >= 0 and 0 only where both agree. The KL of the model's
     own answers is measured by the evaluate stage.
     """
-    log_ratios = (policy.log_probs - reference).double()  # [2 pairs, width - 1]
-    chosen_reward, rejected_reward = (beta * log_ratios.sum(1)).chunk(2)
-    chosen_logp, rejected_logp = policy.log_probs.double().sum(1).chunk(2)
+    log_probs = policy.log_probs.double()
+    log_ratios = log_probs if reference is None else log_probs - reference  # [2 pairs, width - 1]
+    tokens = (labels[:, 1:] != -100).sum(1) if by_token else 1
+    chosen_reward, rejected_reward = (beta * log_ratios.sum(1) / tokens).chunk(2)
+    chosen_logp, rejected_logp = log_probs.sum(1).chunk(2)
     return {
         "rows": len(labels) // 2,
         **token_sums(policy, labels),
-        "kl": (torch.expm1(log_ratios) - log_ratios).sum(),
+        **({} if reference is None else {"kl": (torch.expm1(log_ratios) - log_ratios).sum()}),
         "rewards/chosen": chosen_reward.sum(),
         "rewards/rejected": rejected_reward.sum(),
         "rewards/margins": (chosen_reward - rejected_reward).sum(),

@@ -1,9 +1,10 @@
-"""DPO and relatives: TRL's trainer on pairs, with the reference's log-probs kept."""
+"""DPO and its family: pairs through TRL's trainer, with the reference's log-probs kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from alignment.errors import TrainingError
 from alignment.training.metrics import pair_sums
+from alignment.training.objective import Objective, columns, leaves
 from alignment.training.packing import IGNORED
+from alignment.training.ranks import all_gather
 from alignment.training.reference_pass import References
+from alignment.training.rows import column_lengths
 from alignment.training.swapped import nothing_hashed
 from alignment.training.trainers import AlignedTrainer
 
@@ -34,14 +38,14 @@ class Pairs(AlignedTrainer):
         return len(inputs["input_ids"]) // 2 * self.accelerator.num_processes / self._divisor
 
 
-class DPO(Pairs, trl.DPOTrainer):
-    """DPO and relatives. Rows: prompt_ids, chosen_ids, rejected_ids.
+class Referenced(Pairs, trl.DPOTrainer):
+    """Compares the policy with its reference. Rows: prompt_ids, chosen_ids, rejected_ids.
 
     The reference is the policy as training begins (with LoRA: its adapter off). Its log-probs are computed before the
-    first step and kept (training/reference_pass.py); no second model is held.
+    first step and kept (training/reference_pass.py); no second model is held. references: None: there is none.
     """
 
-    def __init__(self, *, references: References, **kwargs: Any) -> None:
+    def __init__(self, *, references: References | None, **kwargs: Any) -> None:
         self._references = references
         with nothing_hashed():
             super().__init__(**kwargs)
@@ -51,11 +55,13 @@ class DPO(Pairs, trl.DPOTrainer):
 
     def _before_training(self) -> None:
         super()._before_training()
-        self._references.complete(self, self.keeper.safe_point if self.keeper else lambda kept: None)
+        if self._references is not None:
+            self._references.complete(self, self.keeper.safe_point if self.keeper else lambda kept: None)
 
-    def _new_step(self, divisor: float) -> Tensor:
-        self._apart = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens: before any update
-        return super()._new_step(divisor)
+    def _labels(self, rows: dict[str, Any]) -> Tensor:
+        return rows["input_ids"].masked_fill(rows["completion_mask"] == 0, IGNORED)
+
+    # --- the reference ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def score(self: Any, numbers: Sequence[int]) -> list[np.ndarray]:
@@ -63,32 +69,46 @@ class DPO(Pairs, trl.DPOTrainer):
         gives them with its adapters off."""
         inputs = self._prepare_inputs(AlignedTrainer.collate(self, numbers))
         labels = self._labels(inputs)
-        how = {"pack": inputs["pack"], "measure": False} if "pack" in inputs else {}
-        engine, plain = self.model_wrapped, self.model
-        was_training = engine.training
-        engine.eval()
-        with plain.disable_adapter() if is_peft_model(plain) else nullcontext(), self.accelerator.autocast():
-            output = engine(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, use_cache=False,
-                fused_lm_head=True, **how,
-            )  # fmt: skip
-        engine.train(was_training)
-        self._output = None  # kept for a loss that is not to come
+        plain = self.model
+        with plain.disable_adapter() if is_peft_model(plain) else nullcontext():
+            output = self._look(inputs, labels)
         scored = labels[:, 1:] != IGNORED
         rows = output.log_probs[scored].float().cpu().split(scored.sum(1).tolist())
         return [torch.cat(both).numpy() for both in zip(rows[: len(numbers)], rows[len(numbers) :], strict=True)]
 
+    @torch.no_grad()
+    def _look(self, inputs: dict[str, Any], labels: Tensor, **how: Any) -> Any:
+        """A forward for its log-probs alone."""
+        engine = self.model_wrapped
+        was_training = engine.training
+        engine.eval()
+        with self.accelerator.autocast():
+            output = self._forward(engine, inputs, labels, **{"measure": False, **how})
+        engine.train(was_training)
+        self._output = None  # kept for a loss that is not to come
+        return output
+
+    def _forward(self, model: Any, inputs: dict[str, Any], labels: Tensor, **how: Any) -> Any:
+        """Per-token log-probs and what else of them is asked for; how: of packs only (shared_prefix.py)."""
+        packed = {"pack": inputs["pack"], **how} if "pack" in inputs else {}
+        return model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, use_cache=False,
+            fused_lm_head=True, **packed,
+        )  # fmt: skip
+
     def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
         rows = super().collate(numbers)
-        rows["reference"] = self._references.spread(numbers, self._labels(rows))
+        if self._references is not None:
+            rows["reference"] = self._references.spread(numbers, self._labels(rows))
         return rows
 
     def training_state(self) -> dict[str, Any]:
-        return {**super().training_state(), "reference": self._references.digest}
+        digest = None if self._references is None else self._references.digest
+        return {**super().training_state(), "reference": digest}
 
     def load_training_state(self, facts: dict[str, Any], *meters: Any) -> None:
-        now = self._references.digest
-        if None not in (facts["reference"], now) and facts["reference"] != now:
+        now = None if self._references is None else self._references.digest
+        if self._references and None not in (facts["reference"], now) and facts["reference"] != now:
             raise TrainingError(
                 "the checkpoint's reference is another model than the start model of now",
                 where=self._references.where,
@@ -97,27 +117,26 @@ class DPO(Pairs, trl.DPOTrainer):
         super().load_training_state(facts, *meters)
 
     def facts(self) -> dict[str, float]:
-        return {**super().facts(), "reference_computed": self._references.computed}
+        computed = {} if self._references is None else {"reference_computed": self._references.computed}
+        return {**super().facts(), **computed}
 
-    def _labels(self, rows: dict[str, Any]) -> Tensor:
-        return rows["input_ids"].masked_fill(rows["completion_mask"] == 0, IGNORED)
+    # --- before the first update --------------------------------------------------------------------------------------
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(inputs)
-        self._reference = inputs.pop("reference")  # not for the model
-        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self._reference.sum(1).chunk(2)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def _new_step(self, divisor: float) -> Tensor:
+        self._apart = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens: before any update
+        return super()._new_step(divisor)
 
-    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
-        labels = self._labels(inputs)
-        if self.first_loss is None:  # added up on the device, read once
-            apart = (self._output.log_probs - self._reference).abs().sum(dtype=torch.float64)
+    def _compare(self, reference: Tensor, labels: Tensor) -> None:
+        """Added up on the device, read once."""
+        if self.first_loss is None:
+            apart = (self._output.log_probs - reference).abs().sum(dtype=torch.float64)
             self._apart += torch.stack([apart, (labels[:, 1:] != IGNORED).sum()])
-        return pair_sums(self._output, self._reference, labels, self.beta)
 
     def _check_start(self) -> None:
         """Before the first update the policy is the reference, token by token. The loss would not tell: what is wrong
         in both answers cancels in their margin, and beta scales the rest."""
+        if self._references is None:
+            return
         apart, tokens = self.accelerator.reduce(self._apart, reduction="sum").tolist()
         allowed = START_TOLERANCE[torch.bfloat16 if self.args.bf16 else torch.float32]
         if not apart <= allowed * tokens:
@@ -127,3 +146,80 @@ class DPO(Pairs, trl.DPOTrainer):
                 where=self._references.where,
                 fix="delete that folder, and if it happens again look at the model: it answers one row unlike the next",
             )
+
+
+class DPO(Referenced):
+    """DPO and its family: the mean of objective(pairs) over the pairs of the global batch."""
+
+    objective: Objective
+
+    def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
+        self.objective = objective
+        super().__init__(**kwargs)
+
+    def make_step(self, step: int) -> dict[str, Any]:
+        made = super().make_step(step)
+        chosen = self._chosen_tokens[self.batches.rows(step)].mean()
+        return {**made, "mean_chosen_tokens": float(chosen)}
+
+    @cached_property
+    def _chosen_tokens(self) -> np.ndarray:
+        """[rows]: tokens of each chosen answer."""
+        return column_lengths(self.train_dataset, "chosen_ids")
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._mean_chosen_tokens = inputs["mean_chosen_tokens"]
+        if self.objective.whole:
+            self._look_ahead(inputs["micro_batches"])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
+        labels = self._labels(inputs)
+        output = self._forward(model, inputs, labels, squares=self.objective.weighs)
+        pairs, weights = self._pairs(output, inputs.get("reference"), labels)
+        if not self.objective.whole:
+            return self.objective(pairs, weights).sum()
+        value, *slopes = self._ahead.pop(0).unbind(1)  # each [pairs of this micro-batch]
+        moved = (slope * (one - one.detach()) for slope, one in zip(slopes, leaves(pairs), strict=True))
+        return (value + sum(moved)).sum()  # that value, and its gradient
+
+    def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
+        return self.accelerator.num_processes / self._divisor
+
+    def _pairs(self, output: Any, reference: Tensor | None, labels: Tensor) -> Any:
+        squares = output.log_sum_sq_probs if self.objective.weighs else None
+        pairs = self.objective.pairs(output.log_probs, reference, labels, self._mean_chosen_tokens)
+        return pairs, self.objective.weights(output.log_probs, squares, labels)
+
+    @torch.no_grad()
+    def _look_ahead(self, micro_batches: list[dict[str, Any]]) -> None:
+        """For a loss that depends on the whole global batch: a forward of all its pairs first, from which every process
+        learns the loss of each and how it changes with the pair's log-probs. That makes the result independent of
+        micro-batches and processes."""
+        step = self.state.global_step
+        own = self.batches.micro_batches(step)[self.args.process_index]
+        told = []
+        for numbers, micro_batch in zip(own, micro_batches, strict=True):
+            inputs = self._prepare_inputs(micro_batch)
+            labels = self._labels(inputs)
+            output = self._look(inputs, labels, squares=self.objective.weighs)
+            pairs, weights = self._pairs(output, inputs.get("reference"), labels)
+            told.append(list(zip(numbers, columns(pairs, weights).tolist(), strict=True)))
+        everyone = [row for process in all_gather(told) for micro_batch in process for row in micro_batch]
+        noise = torch.Generator().manual_seed(self.batches.seed * 1_000_003 + step)
+        slopes = self.objective.slopes(everyone, noise, self._mean_chosen_tokens)
+        self._ahead = [torch.stack([slopes[number] for number in numbers]).to(self.args.device) for numbers in own]
+
+    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
+        labels, reference = self._labels(inputs), inputs.get("reference")
+        if reference is not None:
+            self._compare(reference, labels)
+        settings = self.objective.settings
+        return pair_sums(self._output, reference, labels, settings.beta, settings.by_token)
+
+    def training_state(self) -> dict[str, Any]:
+        return {**super().training_state(), **self.objective.state_dict()}
+
+    def load_training_state(self, facts: dict[str, Any], *meters: Any) -> None:
+        super().load_training_state(facts, *meters)
+        self.objective.load_state_dict(facts)

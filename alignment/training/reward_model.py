@@ -40,43 +40,39 @@ class Collator:
         return made
 
 
-class _OwnLoss(trl.RewardTrainer):
-    """TRL's trainer, but for its loss and for the precision of the numbers beside rows."""
+class _Rewards(AlignedTrainer, trl.RewardTrainer):
+    """The mean over the records of the global batch, of which each has as many rows as `sides`.
 
-    number: ClassVar[str]
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """To the device; DeepSpeed's precision is for activations, not for what they are compared with."""
-        exact = {self.number: inputs[self.number].to(self.args.device)} if self.number in inputs else {}
-        rest = {name: value for name, value in inputs.items() if name not in exact}
-        return {**super()._prepare_inputs(rest), **exact}
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "pack") if name in inputs}
-        rewards = model(**given, use_cache=False).logits.squeeze(-1).float()
-        return self._loss(rewards, inputs.get(self.number))
-
-    def _loss(self, rewards: Tensor, numbers: Tensor | None) -> Tensor:
-        """The mean over the records of a micro-batch. rewards: [rows]."""
-        raise NotImplementedError
-
-
-class _Rewards(AlignedTrainer, _OwnLoss):
-    """The mean over the records of the global batch, of which each has as many rows as `sides`."""
+    number: the column of what a record's rewards are compared with.
+    """
 
     sides: ClassVar[tuple[str, ...]]
+    number: ClassVar[str]
 
     def __init__(self, *, processing_class: Any, with_number: bool, **kwargs: Any) -> None:
         collator = Collator(processing_class.pad_token_id, self.sides, self.number if with_number else None)
         super().__init__(processing_class=processing_class, data_collator=collator, **kwargs)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """DeepSpeed's precision is for activations, not for what they are compared with."""
+        exact = {self.number: inputs[self.number].to(self.args.device)} if self.number in inputs else {}
+        rest = {name: value for name, value in inputs.items() if name not in exact}
+        return {**super()._prepare_inputs(rest), **exact}
+
+    def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "pack") if name in inputs}
+        rewards = model(**given, use_cache=False).logits.squeeze(-1).float()
+        return self._losses_of(rewards, inputs.get(self.number)).sum()
+
+    def _losses_of(self, rewards: Tensor, numbers: Tensor | None) -> Tensor:
+        """rewards: [rows]; numbers: [records]. [records]."""
+        raise NotImplementedError
+
     def _labels(self, rows: dict[str, Any]) -> Tensor:
         return torch.full_like(rows["input_ids"], IGNORED)
 
     def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
-        return len(inputs["input_ids"]) // self.branches * self.accelerator.num_processes / self._divisor
+        return self.accelerator.num_processes / self._divisor
 
 
 class Reward(_Rewards):
@@ -96,13 +92,11 @@ class Reward(_Rewards):
         self.margin, self.centring, self.label_smoothing = margin, centring, label_smoothing
         super().__init__(with_number=margin > 0, **kwargs)
 
-    def _loss(self, rewards: Tensor, numbers: Tensor | None) -> Tensor:
+    def _losses_of(self, rewards: Tensor, numbers: Tensor | None) -> Tensor:
         chosen, rejected = rewards.chunk(2)
         margins = None if numbers is None else self.margin * numbers
         loss = losses.bradley_terry(chosen, rejected, margins, self.label_smoothing)
-        if self.centring:
-            loss = loss + self.centring * losses.centring(chosen, rejected)
-        return loss.mean()
+        return loss + self.centring * losses.centring(chosen, rejected) if self.centring else loss
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         return reward_sums(self._output.logits)
@@ -118,9 +112,9 @@ class Regression(_Rewards):
         self.kind = loss
         super().__init__(with_number=True, **kwargs)
 
-    def _loss(self, rewards: Tensor, numbers: Tensor | None) -> Tensor:
+    def _losses_of(self, rewards: Tensor, numbers: Tensor | None) -> Tensor:
         assert numbers is not None
-        return POINTWISE[self.kind](rewards, numbers).mean()
+        return POINTWISE[self.kind](rewards, numbers)
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         return score_sums(self._output.logits, inputs[self.number], self.kind == "bce")

@@ -56,6 +56,11 @@ def scored_sizes(rows: Any) -> Sizes:
     return Sizes(lengths, lengths, np.ones(len(rows), dtype=np.int64))
 
 
+def column_lengths(rows: Any, column: str) -> np.ndarray:
+    """[rows]: tokens of that column of a datasets.Dataset."""
+    return np.concatenate([_lengths(table, column) for table in _tables(rows)])
+
+
 def _tables(rows: Any) -> Any:
     return rows.with_format("arrow").iter(batch_size=10_000)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from alignment.training.preference import DPO
+from alignment.training.preference import Referenced
 
 
 class _Scored(Exception):
     """All that was wanted is there. Trainer knows no other end before its first step."""
 
 
-class Scorer(DPO):
+class Scorer(Referenced):
     """The same forward as in DPO, in the same engine, without gradients, moments or master weights of their own: one
     small parameter counts as trained, for engines refuse a model without any; it is not."""
 

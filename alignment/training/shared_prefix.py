@@ -37,7 +37,11 @@ def install(model: Any) -> None:
     def forward(self: Any, *args: Any, pack: Pack | None = None, **kwargs: Any) -> Any:
         if pack is None:
             return self.padded_forward(*args, **kwargs)
-        return _classify(self, pack) if classifies else _score(self, pack, kwargs.get("measure", True))
+        return (
+            _classify(self, pack)
+            if classifies
+            else _score(self, pack, kwargs.get("measure", True), kwargs.get("squares", False))
+        )
 
     model.forward = types.MethodType(forward, model)
     for layer in decoder_layers(model)[-1:]:
@@ -56,22 +60,30 @@ def _hidden(model: Any, pack: Pack) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def _score(model: Any, pack: Pack, measure: bool) -> FusedCausalLMOutput:
+def _score(model: Any, pack: Pack, measure: bool, squares: bool) -> FusedCausalLMOutput:
     """Per-token fields [rows, width - 1] of the padded rows, 0 where nothing is labelled.
 
-    measure: entropy and top-1 too, which only metrics want.
+    measure: entropy and top-1 too, which only metrics want. squares: log of the sum of squared probabilities too.
     """
     hidden = _hidden(model, pack).index_select(0, pack.scored)
     head, scaling = model.get_output_embeddings(), HeadScaling.of(model.config)
     with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 holds but a shard of it
-        log_probs, entropy, is_top1 = score_tokens(
-            hidden, head.weight, head.bias, pack.targets, scaling.factor, scaling.softcap, measure
+        log_probs, entropy, is_top1, squared = score_tokens(
+            hidden,
+            head.weight,
+            head.bias,
+            pack.targets,
+            scaling.factor,
+            scaling.softcap,
+            measure,
+            squares=squares,
         )
     return FusedCausalLMOutput(
         loss=-log_probs.sum() / max(len(pack.targets), 1),
         log_probs=pack.spread(log_probs),
         entropy=None if entropy is None else pack.spread(entropy),
         is_top1=None if is_top1 is None else pack.spread(is_top1),
+        log_sum_sq_probs=None if squared is None else pack.spread(squared),
         mean_logits=UNUSED,  # type: ignore[arg-type] # DPOTrainer wants it for a metric that is not ours
         label_mask=pack.spread(torch.ones_like(pack.targets, dtype=torch.bool)),
     )

@@ -195,7 +195,7 @@ class AlignedTrainer(Resumable):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         with labelled_positions_only():
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            loss = self._loss(model, inputs, num_items_in_batch)
         loss = loss * self._scale(inputs, num_items_in_batch)
         self._step_loss += loss.detach().double()
         self._micro_losses.append(loss.detach())
@@ -207,8 +207,12 @@ class AlignedTrainer(Resumable):
         self._output = None
         return self._agree(loss) if self._last else loss
 
+    def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
+        """Of a micro-batch: TRL's, where a trainer has none of its own."""
+        return super().compute_loss(model, inputs, num_items_in_batch=divisor)
+
     def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
-        """From the loss that TRL returns to (this micro-batch's sum) * processes / (divisor of the global batch)."""
+        """From what `_loss` returns to (this micro-batch's sum) * processes / (divisor of the global batch)."""
         raise NotImplementedError
 
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:

@@ -59,7 +59,7 @@ def leaves(value: Any, sides: tuple[str, ...] = (), path: tuple[Any, ...] = ()) 
 
 
 # names must be names of something
-NAMES = {"instruction": ["chatml"], "instructions": ["preferences"]}
+NAMES = {"sigmoid": ["ipo_mean"], "instruction": ["chatml"], "instructions": ["preferences"]}
 
 
 def other(field: Any, value: Any) -> list[Any]:
@@ -168,7 +168,7 @@ def test_a_sweep_has_one_reference_for_each_start_model_and_pairs() -> None:
     seeds = (BASE, compose(["experiment=quickstart", "seed=1"]))
     betas = [perturbed(base, ("stage", "dpo", "beta"), [beta]) for base in seeds for beta in (0.1, 0.2, 0.3)]
     assert count(betas) == [2, 2, 6, 6]
-    ways = {"learning_rate": 1e-4, "loss": "ipo", "lora": None}
+    ways = {"learning_rate": 1e-4, "loss": "ipo_mean", "lora": None}
     alone = [perturbed(BASE, ("stage", "dpo", name), [value]) for name, value in ways.items()]
     longer = ["stage.dpo.seed=7", "stage.dpo.epochs=2.0", "stage.dpo.global_batch_size=4"]  # the reference follows
     assert count([BASE, *alone, compose(["experiment=quickstart", *longer])]) == [1, 1, 5, 5]

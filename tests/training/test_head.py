@@ -77,7 +77,7 @@ def test_the_tiled_kernel_is_log_softmax(
     for name, size in sizes.items():
         monkeypatch.setattr(head, name, size)
     hidden, weight, targets = inputs()
-    log_probs, entropy, is_top1 = score_tokens(hidden, weight, None, targets, factor)
+    log_probs, entropy, is_top1, _ = score_tokens(hidden, weight, None, targets, factor)
     wanted = stock(hidden, weight, None, targets, factor, None)
     torch.testing.assert_close(log_probs, wanted[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy, wanted[1], rtol=0, atol=1e-5)
@@ -99,7 +99,7 @@ def test_spans_cover_all_rows_in_steps_of_at_least_sixteen() -> None:
 def test_no_token_is_no_answer_and_a_gradient_of_zero(measure: bool, softcap: float | None) -> None:
     hidden, weight, targets = inputs(count=0) if softcap is None else inputs(count=1)
     hidden, targets = hidden[:0], targets[:0]
-    log_probs, entropy, is_top1 = score_tokens(hidden, weight, None, targets, 1.0, softcap, measure)
+    log_probs, entropy, is_top1, _ = score_tokens(hidden, weight, None, targets, 1.0, softcap, measure)
     assert log_probs.shape == (0,)
     assert [entropy is None, is_top1 is None] == [not measure] * 2
     to_hidden, to_weight = torch.autograd.grad(log_probs.sum(), (hidden, weight))
@@ -108,8 +108,8 @@ def test_no_token_is_no_answer_and_a_gradient_of_zero(measure: bool, softcap: fl
 
 def test_log_probs_alone_are_the_same() -> None:
     hidden, weight, targets = inputs()
-    whole, _, _ = score_tokens(hidden, weight, None, targets)
-    alone, entropy, is_top1 = score_tokens(hidden, weight, None, targets, measure=False)
+    whole, *_ = score_tokens(hidden, weight, None, targets)
+    alone, entropy, is_top1, _ = score_tokens(hidden, weight, None, targets, measure=False)
     assert entropy is None and is_top1 is None and torch.equal(whole, alone)
     for got, wanted in zip(gradients(alone, hidden, weight), gradients(whole, hidden, weight), strict=True):
         assert torch.equal(got, wanted)
@@ -118,7 +118,7 @@ def test_log_probs_alone_are_the_same() -> None:
 def test_backward_may_run_twice() -> None:
     """What was kept of the forward is not consumed by the backward pass."""
     hidden, weight, targets = inputs()
-    log_probs, _, _ = score_tokens(hidden, weight, None, targets)
+    log_probs, *_ = score_tokens(hidden, weight, None, targets)
     first = torch.autograd.grad(log_probs.sum(), (hidden, weight), retain_graph=True)
     again = torch.autograd.grad(log_probs.sum(), (hidden, weight))
     for got, wanted in zip(again, first, strict=True):
@@ -141,7 +141,7 @@ def test_what_is_frozen_has_no_gradient(frozen: str) -> None:
 def test_nothing_is_kept_where_nothing_wants_a_gradient() -> None:
     hidden, weight, targets = inputs()
     with torch.no_grad():
-        log_probs, _, _ = score_tokens(hidden, weight, None, targets)
+        log_probs, *_ = score_tokens(hidden, weight, None, targets)
     assert not log_probs.requires_grad
     torch.testing.assert_close(log_probs, plain(hidden, weight, None, targets, 1.0, None)[0], rtol=0, atol=1e-5)
 
@@ -155,7 +155,7 @@ def test_bf16_rounds_products_and_keeps_sums_in_float32(
     monkeypatch.setattr(head, "KEPT_BYTES", kept)
     hidden, weight, targets = inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        log_probs, entropy, _ = score_tokens(hidden, weight, None, targets, 1.0, softcap)
+        log_probs, entropy, *_ = score_tokens(hidden, weight, None, targets, 1.0, softcap)
     wanted = plain(hidden, weight, None, targets, 1.0, softcap)
     assert log_probs.dtype == torch.float32
     assert (log_probs - wanted[0]).abs().mean().item() <= 2e-2
@@ -173,7 +173,7 @@ def test_a_cap_and_a_bias_go_to_trls_kernel(bias: bool, softcap: float | None, m
     monkeypatch.setattr(head._TiledLogProbs, "apply", never)
     hidden, weight, targets = inputs()
     offset = torch.linspace(-2, 2, VOCABULARY).requires_grad_() if bias else None
-    log_probs, entropy, is_top1 = score_tokens(hidden, weight, offset, targets, 0.5, softcap)
+    log_probs, entropy, is_top1, _ = score_tokens(hidden, weight, offset, targets, 0.5, softcap)
     wanted = plain(hidden, weight, offset, targets, 0.5, softcap)
     torch.testing.assert_close(log_probs, wanted[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy, wanted[1], rtol=0, atol=1e-5)
@@ -199,3 +199,14 @@ def test_gradients_are_slopes(kept: int, monkeypatch: pytest.MonkeyPatch) -> Non
                 with torch.no_grad():
                     values.append(float(score_tokens(*given, None, targets, 0.5)[0].double().sum()))
             assert (values[0] - values[1]) / 0.02 == pytest.approx(float(slopes.view(-1)[place]), abs=1e-3)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_sum_of_squared_probabilities_is_that_of_a_full_softmax(softcap: float | None) -> None:
+    """WPO's weights need it; to 1e-5."""
+    hidden, weight, targets = inputs()
+    logits = hidden @ weight.t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    wanted = (2 * torch.log_softmax(logits, -1)).logsumexp(-1)
+    *_, squared = score_tokens(hidden, weight, None, targets, 1.0, softcap, measure=False, squares=True)
+    torch.testing.assert_close(squared, wanted.detach(), rtol=1e-5, atol=1e-5)

@@ -75,7 +75,7 @@ def test_a_second_run_with_another_beta_rate_loss_seed_or_adapter_computes_nothi
     first = run(tmp_path, "first")
     assert sorted(scored) == list(range(ROWS)), "each pair once, though 10 steps of 6 see 20 of them twice"
     for number, changes in enumerate(
-        ({"beta": 0.5}, {"learning_rate": 1e-4}, {"loss": "ipo"}, {"seed": 9}, {"lora": tiny.LORA})
+        ({"beta": 0.5}, {"learning_rate": 1e-4}, {"loss": "ipo_mean"}, {"seed": 9}, {"lora": tiny.LORA})
     ):
         run(tmp_path, f"other{number}", **changes)
     assert len(scored) == ROWS

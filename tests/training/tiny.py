@@ -10,8 +10,9 @@ import numpy as np
 from alignment.config.execution import Checkpoint, Engine
 from alignment.config.launchers import LocalLauncher
 from alignment.config.schema import Experiment
+from alignment.config.stages.preference import Dpo
 from alignment.config.stages.reward_model import RewardModel
-from alignment.config.stages.training import Dpo, Lora, Reference, Sft
+from alignment.config.stages.training import Lora, Reference, Sft
 from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
 
@@ -29,8 +30,15 @@ def sft(**changes: Any) -> Sft:
     return Sft(**{**COMMON, "kind": "sft", **changes})
 
 
+LOSS: dict[str, Any] = {
+    "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "divergence": "reverse_kl", "divergence_alpha": 0.5,
+    "weighting": "none", "ld_alpha": None, "discopop_tau": 0.05, "dpop_lambda": 50.0, "length_penalty": 0.01,
+    "simpo_gamma": 1.0, "beta_dpo_alpha": 0.6, "beta_dpo_keep": 0.8, "beta_dpo_momentum": 0.9,
+}  # fmt: skip
+
+
 def dpo(**changes: Any) -> Dpo:
-    return Dpo(**{**COMMON, "kind": "dpo", "loss": "sigmoid", "beta": 0.1, **changes})
+    return Dpo(**{**COMMON, "kind": "dpo", **LOSS, **changes})
 
 
 def reward_model(**changes: Any) -> RewardModel:

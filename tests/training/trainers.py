@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches
+from alignment.training.objective import Objective
 from alignment.training.preference import DPO
 from alignment.training.reference_pass import References
 from alignment.training.reward_model import Reward
@@ -70,7 +71,7 @@ def ours(
     }  # fmt: skip
     if kind == "dpo":
         args = configuration(kind, steps, folder, disable_dropout=True, precompute_ref_log_probs=True)
-        return DPO(args=args, references=References(None), **common)
+        return DPO(args=args, objective=Objective(settings(kind)), references=References(None), **common)
     return {"sft": SFT, "reward": Reward}[kind](args=configuration(kind, steps, folder), **common)
 
 

@@ -30,3 +30,7 @@ class Stage(Settings):
     def idle(self) -> frozenset[str]:
         """Identity-side settings that change nothing as the others stand: they are not in the key then."""
         return frozenset()
+
+    def needless(self) -> frozenset[str]:
+        """Roles of `ordering` that these settings have no use for: a node that only fills such roles is left out."""
+        return frozenset()

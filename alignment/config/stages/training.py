@@ -84,14 +84,3 @@ class Reference(Stage):
     def idle(self) -> frozenset[str]:
         """Where all pairs are seen it does not matter when."""
         return frozenset({"global_batch_size", "epochs", "seed"} if self.sees_all() else ())
-
-
-class Dpo(Train):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its close relatives."""
-
-    optional_inputs: ClassVar[dict[str, str]] = {"reference": "log-probs"}
-    ordering = ("reference",)  # what it finds computed it need not compute
-    task = "preference"
-    kind: Literal["dpo"] = identity()
-    loss: Literal["sigmoid", "hinge", "ipo"] = identity()
-    beta: float = identity(gt=0)

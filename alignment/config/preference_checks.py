@@ -1,0 +1,31 @@
+"""Settings of losses that are right one by one and impossible together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alignment.config.faults import Fault
+from alignment.config.stages.base import Stage
+from alignment.config.stages.preference import Dpo
+
+
+def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
+    """key: of the stage's settings."""
+    if not isinstance(settings, Dpo):
+        return
+    loss, smoothing, weighting, divergence, alpha = (
+        f"{key}.{name}" for name in ("loss", "label_smoothing", "weighting", "divergence", "divergence_alpha")
+    )
+    if "exo_pair" in settings.losses and settings.label_smoothing == 0:
+        what = f"`{smoothing}` is 0, and exo_pair compares with smoothed labels: its loss would be infinite"
+        yield Fault(what, (smoothing, loss), f"{smoothing}=0.001, as loss=exo_pair has it")
+    whole = [name for name, traits in zip(settings.losses, settings.traits, strict=True) if traits.whole]
+    if whole and settings.weighting != "none":
+        what = f"`{weighting}` is {settings.weighting}, and {whole[0]} sorts pairs or leaves them out"
+        yield Fault(what, (weighting, loss), f"{weighting}=none")
+    if settings.divergence != "reverse_kl" and not any(traits.scores for traits in settings.traits):
+        what = f"`{divergence}` is {settings.divergence}, and {next(iter(settings.losses))} does not go through one"
+        yield Fault(what, (divergence, loss), f"{divergence}=reverse_kl, or a loss such as sigmoid")
+    if settings.divergence == "alpha" and settings.divergence_alpha == 1:
+        what = f"`{alpha}` is 1, where the alpha divergence is the reverse KL"
+        yield Fault(what, (alpha, divergence), f"{divergence}=reverse_kl")

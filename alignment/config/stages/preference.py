@@ -1,0 +1,105 @@
+"""Stages that train on preferences: pairs (DPO and its family), and single answers that are wanted or not (KTO)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import field_validator
+from pydantic_core import PydanticCustomError
+
+from alignment.config.losses import COEFFICIENTS, PAIR_LOSSES, Traits
+from alignment.config.nearest import closest
+from alignment.config.settings import identity
+from alignment.config.stages.training import Train
+
+
+class Referenced(Train):
+    """Compares the policy with its reference: the start model of the stage."""
+
+    optional_inputs: ClassVar[dict[str, str]] = {"reference": "log-probs"}
+    ordering = ("reference",)  # what it finds computed it need not compute
+
+
+class Dpo(Referenced):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its family (docs/algorithms.md)."""
+
+    task = "preference"
+    kind: Literal["dpo"] = identity()
+    loss: str | dict[str, float] = identity()
+    beta: float = identity(gt=0)
+    label_smoothing: float = identity(ge=0, lt=0.5)
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = identity()
+    divergence_alpha: float = identity(gt=0)
+    weighting: Literal["none", "wpo"] = identity()
+    ld_alpha: float | None = identity(ge=0, le=1)
+    discopop_tau: float = identity(gt=0)
+    dpop_lambda: float = identity(ge=0)
+    length_penalty: float = identity()
+    simpo_gamma: float = identity()
+    beta_dpo_alpha: float = identity(ge=0)
+    beta_dpo_keep: float = identity(gt=0, le=1)
+    beta_dpo_momentum: float = identity(ge=0, lt=1)
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _known(cls, value: object) -> object:
+        """A name, or names with weights above 0."""
+        if isinstance(value, dict) and not value:
+            raise PydanticCustomError("loss", "names no loss", {"fix": f"one of: {', '.join(PAIR_LOSSES)}"})
+        for name in value if isinstance(value, dict) else [value]:
+            if name == "ipo":
+                fix = "ipo_mean (log-ratios a token, as TRL) or ipo_sum (summed, as the paper writes it)"
+                raise PydanticCustomError("loss", "ipo has two readings", {"fix": fix})
+            if name not in PAIR_LOSSES:
+                fix = closest(str(name), PAIR_LOSSES)
+                raise PydanticCustomError("loss", "there is no loss `{name}`", {"name": str(name), "fix": fix})
+        for name, weight in value.items() if isinstance(value, dict) else ():
+            if isinstance(weight, int | float) and weight <= 0:
+                raise PydanticCustomError(
+                    "loss", "`{name}` has no weight above 0", {"name": name, "fix": "leave it out"}
+                )
+        return value
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """name -> weight."""
+        return {self.loss: 1.0} if isinstance(self.loss, str) else dict(self.loss)
+
+    @property
+    def traits(self) -> list[Traits]:
+        return [PAIR_LOSSES[name] for name in self.losses]
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a reference model at all."""
+        return any(traits.reference for traits in self.traits)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether what it raises is a mean over tokens, not a sum (SimPO, ORPO)."""
+        return any(traits.means for traits in self.traits)
+
+    def needless(self) -> frozenset[str]:
+        return frozenset(() if self.compares else {"reference"})
+
+    def idle(self) -> frozenset[str]:
+        """What none of the losses reads."""
+        used = {name for traits in self.traits for name in traits.uses}
+        idle = {name for name in COEFFICIENTS if name not in used}
+        if not any(traits.scores for traits in self.traits):
+            idle |= {"divergence", "divergence_alpha"}
+        if self.divergence != "alpha":
+            idle.add("divergence_alpha")
+        return frozenset(idle)
+
+
+class Kto(Referenced):
+    """Single answers that are wanted or not: KTO (Ethayarajh et al. 2024, arXiv:2402.01306) and APO-zero's unpaired
+    form (D'Oosterlinck et al. 2024, arXiv:2408.06266)."""
+
+    task = "unpaired"
+    kind: Literal["kto"] = identity()
+    loss: Literal["kto", "apo_zero_unpaired"] = identity()
+    beta: float = identity(gt=0)
+    desirable_weight: float = identity(ge=0)
+    undesirable_weight: float = identity(ge=0)
