@@ -261,8 +261,8 @@ def _our_rows(
     from alignment.training.batching import GlobalBatches
     from alignment.training.memory import attention_share
 
-    dataset = Dataset.from_list(rows_for(task, pairs))
-    sizes = {"sft": rows.sft_sizes, "dpo": rows.pair_sizes, "reward": rows.whole_pair_sizes}[task](dataset)
+    dataset = Dataset.from_list(rows_for("sft" if task == "sft" else "dpo", pairs))  # reward's pairs are DPO's
+    sizes = {"sft": rows.sft_sizes, "dpo": rows.pair_sizes, "reward": rows.pair_sizes}[task](dataset)
 
     def batches_of(lengths: list[int], divisors: list[int]) -> GlobalBatches:
         return GlobalBatches(

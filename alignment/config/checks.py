@@ -6,7 +6,7 @@ import graphlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from alignment.config import answering_checks, rounds, shape
+from alignment.config import answering_checks, model_checks, rounds, shape
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING
 from alignment.config.faults import Fault, Use
@@ -19,7 +19,7 @@ from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
 from alignment.config.stages.preference import Referenced
-from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.preparing import FORMATS, Prepare
 from alignment.config.stages.training import Train
 from alignment.errors import ConfigError
 
@@ -54,6 +54,7 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
             yield from look(use)
         yield from answering_checks.faults(use)
         yield from loss_faults(use.settings, use.key)
+        yield from model_checks.faults(use, lambda node: Use(experiment, node))
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def _circle(experiment: Experiment) -> Iterator[Fault]:
 
 def _final(experiment: Experiment) -> Iterator[Fault]:
     final = Use(experiment, experiment.pipeline.final)
-    if final.settings.makes != "a model":
+    if final.settings.makes not in ("a model", "a reward model"):
         what = f"`pipeline.final` names `{final.node}`, which makes {final.settings.makes}, not a model"
         yield Fault(what, ("pipeline.final",), "name the node whose model people get")
 
@@ -297,11 +298,11 @@ def _prepare(use: Use) -> Iterator[Fault]:
         return
     yield from _missing(data[name], f"data.{name}")
     form = data[name].format
-    fits = {"preference": form == "preference", "unpaired": form in ("unpaired", "preference")}
-    if form != "auto" and not fits.get(settings.task, form not in ("preference", "unpaired")):
+    if form != "auto" and form not in FORMATS[settings.task]:
         keys = f"{key}.task", f"{key}.dataset", f"data.{name}.format"
         what = f"`{keys[0]}` is {settings.task}, and `{keys[2]}` is {form}"
-        yield Fault(what, keys, "preference rows have chosen and rejected answers, unpaired ones a label")
+        fix = "preference rows have chosen and rejected answers, unpaired ones a label, scored ones a score"
+        yield Fault(what, keys, fix)
 
 
 def _missing(value: Any, key: str) -> Iterator[Fault]:

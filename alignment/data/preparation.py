@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.sources import HubSource, PackageSource, PathSource
-from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.preparing import FORMATS, Prepare
 from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Tally, check_turns, opening, prompt_key, split
-from alignment.data.formats import KEYS, Message, canonical, detect, kept, wanted
+from alignment.data.formats import Message, canonical, detect, finite, kept, margin, wanted
 from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import write_json, write_jsonl
@@ -24,15 +24,17 @@ from alignment.files import write_json, write_jsonl
 ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
+WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
+    "preference needs chosen and rejected, unpaired an answer and a label, scored an answer and a score, sft one answer"
+)
 HELD_OUT = "its first prompt is held out for evaluation"
-FORMS = {"preference": {"preference"}, "unpaired": {"unpaired", "preference"}}  # of a task; the others take the rest
 
 
 @dataclass
 class Example:
-    """One row that passed: its messages, its columns for training (token ids), and its lengths in tokens.
+    """One row that passed: its messages, its columns for training (token ids, a number), and its lengths in tokens.
 
-    tokens: of the whole row; of its longer side for a pair. label: of an unpaired row, whether its answer is wanted.
+    tokens: of the whole row; of its longer side for a pair.
     """
 
     row: Row
@@ -40,11 +42,10 @@ class Example:
     prompt: list[Message]
     answer: Message
     rejected: Message | None
-    columns: dict[str, list[int]]
+    columns: dict[str, Any]
     prompt_tokens: int
     tokens: int
     opening: str
-    label: bool | None = None
 
 
 @dataclass
@@ -72,11 +73,10 @@ def prepare(
     **facts) is called while rows are read. Raises InputError at the first malformed row, for rows of the wrong task,
     over-long rows if they are errors, and too few rows.
     """
-    form = detect(rows[0]) if form == "auto" else form
-    if form not in FORMS.get(settings.task, set(KEYS) - {"preference"}):
+    form = detect(rows[0], FORMATS[settings.task]) if form == "auto" else form
+    if form not in FORMATS[settings.task]:
         what = f"rows of the format {form!r} cannot be prepared for the task {settings.task!r}"
-        fix = "preference needs rows with chosen and rejected, unpaired with a label, sft the others"
-        raise InputError(what, where=rows[0].file, fix=fix)
+        raise InputError(what, where=rows[0].file, fix=WANTED)
     if settings.task == "unpaired" and form == "preference":
         rows, form = [half for row in rows for half in _halves(row)], "unpaired"
     tally, seen, fit = Tally(), _Seen(), []
@@ -119,13 +119,15 @@ class _Seen:
         self.keys: set[str] = set()
 
     def check(self, example: Example) -> None:
-        """A prompt may have several pairs or labelled answers, but none twice or turned round. Raises Drop."""
+        """A prompt may have several pairs, labels or scores, but none twice or turned round. Raises Drop."""
         key, answer = prompt_key(example.prompt), example.answer["content"]
-        if example.label is not None:
-            self._once("answer", (key, answer, str(example.label)), (key, answer, str(not example.label)))
+        if (label := example.columns.get("label")) is not None:
+            self._once("answer", (key, answer, str(label)), (key, answer, str(not label)))
         elif example.rejected is not None:
             sides = answer, example.rejected["content"]
             self._once("pair", (key, *sides), (key, *sides[::-1]))
+        elif "score" in example.columns:
+            self._once("answer", (key, answer))
         else:
             self._once("prompt", (key,))
 
@@ -169,7 +171,8 @@ def _example(row: Row, name: str, form: str, chat: Chat) -> Example | Drop:
     """Raises InputError for a malformed row."""
     kept(row)  # what is wrong with it is told whichever split the row goes to
     try:
-        return {"preference": _preference, "unpaired": _unpaired}.get(form, _conversation)(row, name, form, chat)
+        makers = {"preference": _preference, "unpaired": _unpaired, "scored": _scored}
+        return makers.get(form, _conversation)(row, name, form, chat)
     except Drop as drop:
         return drop
 
@@ -208,7 +211,9 @@ def _preference(row: Row, name: str, form: str, chat: Chat) -> Example:
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
         raise Drop("identical sides")
     pair = tokens.pair(chat, prompt, chosen, rejected, row.where)
-    columns = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+    columns: dict[str, Any] = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+    if (said := margin(row)) is not None:
+        columns["margin"] = said
     length = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
     key = opening(prompt + chosen)
     return Example(row, name, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
@@ -217,27 +222,37 @@ def _preference(row: Row, name: str, form: str, chat: Chat) -> Example:
 def _unpaired(row: Row, name: str, form: str, chat: Chat) -> Example:
     messages = canonical(row, form)["messages"]
     check_turns(messages)
-    prompt, answer = tokens.answer(chat, messages, row.where)
-    columns = {"prompt_ids": prompt, "completion_ids": answer}
+    prompt, answer = tokens.answered(chat, messages, row.where)
+    columns = {"prompt_ids": prompt, "completion_ids": answer, "label": wanted(row)}
     length, key = len(prompt) + len(answer), opening(messages)
-    return Example(row, name, messages[:-1], messages[-1], None, columns, len(prompt), length, key, wanted(row))
+    return Example(row, name, messages[:-1], messages[-1], None, columns, len(prompt), length, key)
+
+
+def _scored(row: Row, name: str, form: str, chat: Chat) -> Example:
+    made = canonical(row, form)
+    prompt, answer = made["prompt"], made["completion"]
+    check_turns(prompt + answer)
+    asked, given = tokens.answered(chat, prompt + answer, row.where)
+    columns = {"prompt_ids": asked, "completion_ids": given, "score": finite(row, "score")}
+    key = opening(prompt + answer)
+    return Example(row, name, prompt, answer[0], None, columns, len(asked), len(asked) + len(given), key)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
 def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str, float]:
-    """train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json -> summary numbers."""
-    import datasets
-
-    train = prepared.parts["train"]
-    datasets.disable_progress_bars()
-    columns: dict[str, list[Any]] = {name: [example.columns[name] for example in train] for name in train[0].columns}
-    if train[0].label is not None:
-        columns |= {"label": [example.label for example in train], "mismatched_ids": _mismatched(train)}
-    made = datasets.Dataset.from_dict(columns)
-    tokens.check_end_of_turn(made, chat.eos_id)
-    made.save_to_disk(folder / "train")
+    """train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json -> summary numbers; of
+    pairs and of answers with a score also heldout/, as train/, for what measures reward models."""
+    train, heldout = prepared.parts["train"], prepared.parts["heldout"]
+    with_margin = sum("margin" in example.columns for example in (*train, *heldout))
+    names = [name for name in train[0].columns if name != "margin"]
+    if with_margin == len(train) + len(heldout):  # of what some rows lack nothing can be made
+        names.append("margin")
+    mismatched = {"mismatched_ids": _mismatched(train)} if prepared.form == "unpaired" else {}
+    tokens.check_end_of_turn(_save(train, names, folder / "train", **mismatched), chat.eos_id)
+    if heldout and prepared.form in ("preference", "scored"):
+        _save(heldout, names, folder / "heldout")
     write_jsonl(folder / "train.jsonl", (_training_row(example) for example in train))
     for name in ("prompts", "heldout"):
         write_jsonl(folder / f"{name}.jsonl", map(_asking_row, prepared.parts[name]))
@@ -256,6 +271,8 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
             "row_tokens": _spread([example.tokens for example in train]),
         },
     }
+    if prepared.form == "preference":
+        report["margins"] = {"rows": with_margin, "used": "margin" in names}
     write_json(folder / "data_report.json", report)
     trained = sum(_trained(example) for example in train)
     dropped = sum(prepared.tally.counts.values())
@@ -276,9 +293,22 @@ def _mismatched(train: Sequence[Example]) -> list[list[int]]:
     return found
 
 
+def _save(examples: Sequence[Example], names: Sequence[str], folder: Path, **more: Any) -> Any:
+    """more: columns that no example has by itself."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    columns = {name: [example.columns[name] for example in examples] for name in names}
+    made = datasets.Dataset.from_dict({**columns, **more})
+    made.save_to_disk(folder)
+    return made
+
+
 def _training_row(example: Example) -> dict[str, Any]:
-    if example.label is not None:
-        return {"id": example.id, "prompt": example.prompt, "completion": [example.answer], "label": example.label}
+    for name in ("label", "score"):
+        if name in example.columns:
+            answer = {"completion": [example.answer], name: example.columns[name]}
+            return {"id": example.id, "prompt": example.prompt, **answer}
     if example.rejected is None:
         return {"id": example.id, "messages": [*example.prompt, example.answer]}
     sides = {"chosen": [example.answer], "rejected": [example.rejected]}
@@ -292,8 +322,7 @@ def _asking_row(example: Example) -> dict[str, Any]:
 
 def _trained(example: Example) -> int:
     """Tokens that carry a gradient."""
-    trained = ("labels", "chosen_ids", "rejected_ids", "completion_ids")
-    answers = [ids for name, ids in example.columns.items() if name in trained]
+    answers = [ids for name, ids in example.columns.items() if name in tokens.TRAINED]
     return sum(label != tokens.IGNORED for ids in answers for label in ids)
 
 

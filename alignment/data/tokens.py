@@ -16,6 +16,7 @@ from alignment.data.formats import Message
 from alignment.errors import InputError
 
 IGNORED = -100  # the label that cross-entropy leaves out
+TRAINED = ("labels", "chosen_ids", "rejected_ids", "completion_ids")  # columns of what a model is to say, or to judge
 MERGES = "answer merges with the prompt's last token"
 
 
@@ -59,7 +60,7 @@ def conversation(chat: Chat, messages: list[Message], where: str) -> Conversatio
 
 def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str) -> Pair:
     """Both sides cut at the same prompt, each tokenised with it and once. Raises InputError, Drop."""
-    (asked, good), (asked_too, bad) = (answer(chat, prompt + side, where) for side in (chosen, rejected))
+    (asked, good), (asked_too, bad) = (answered(chat, prompt + side, where) for side in (chosen, rejected))
     if asked != asked_too:
         raise InputError("the chat template renders the prompt differently for the two answers", where=where)
     if good == bad:
@@ -67,8 +68,8 @@ def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: lis
     return Pair(asked, good, bad)
 
 
-def answer(chat: Chat, messages: list[Message], where: str) -> tuple[list[int], list[int]]:
-    """(prompt, last answer with its end-of-turn token) in token ids. Raises InputError, Drop."""
+def answered(chat: Chat, messages: list[Message], where: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, and of the last answer through its end-of-turn token. Raises InputError, Drop."""
     whole = conversation(chat, messages, where)
     end = whole.ids.index(chat.eos_id, whole.prompt) + 1
     return whole.ids[: whole.prompt], whole.ids[whole.prompt : end]
@@ -85,8 +86,7 @@ def check_end_of_turn(dataset: Any, eos_id: int) -> None:
     dataset: a datasets.Dataset with columns input_ids, labels, or prompt_ids and those of answers.
     Raises InputError that names the first bad row.
     """
-    known = ("labels", "chosen_ids", "rejected_ids", "completion_ids", "mismatched_ids")
-    columns = [column for column in known if column in dataset.column_names]
+    columns = [column for column in TRAINED if column in dataset.column_names]
     if not columns or not len(dataset):
         raise InputError("the tokenised data has no rows to train on")
     for column in columns:
@@ -98,3 +98,13 @@ def check_end_of_turn(dataset: Any, eos_id: int) -> None:
                 raise InputError(what, where=where, fix="prepare the data with this model's tokenizer")
             if len(trained) == 1:
                 raise InputError("nothing but the end-of-turn token is trained", where=f"row {number}, column {column}")
+
+
+def check_numbers(dataset: Any, column: str, low: float | None = None, high: float | None = None) -> None:
+    """That the rows have such a number each, within the bounds. Raises InputError that names the first bad row."""
+    if column not in dataset.column_names:
+        fix = "the source's rows need one each; data_report.json counts those that have it"
+        raise InputError(f"the rows have no `{column}`", fix=fix)
+    for number, value in enumerate(dataset[column]):
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            raise InputError(f"`{column}` is {value}, not within {low} and {high}", where=f"row {number}")

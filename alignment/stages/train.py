@@ -24,7 +24,7 @@ from alignment.training.checkpoints import Checkpoints
 from alignment.training.health import ROLLED_BACK, NonFinite
 from alignment.training.keeper import Keeper
 from alignment.training.memory import attention_share
-from alignment.training.model import consolidate
+from alignment.training.model import consolidate, load
 from alignment.training.out_of_memory import adapted, advising
 from alignment.training.rows import Sizes
 from alignment.training.trainers import Packing
@@ -45,8 +45,10 @@ def train(
     context: StageContext,
     sizes: Callable[[Any], Sizes],
     make_trainer: Callable[..., Any],
+    fresh: Callable[[Path], Any] = load,
 ) -> dict[str, Any]:
-    """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes).
+    """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes). fresh(start) -> the
+    model before training, to write the trained weights into.
 
     A request to stop is heeded where all processes can: raises PreemptedError then.
     """
@@ -76,7 +78,7 @@ def train(
         trainer.train()
     if context.is_main:
         keeper.checkpoints.make_room(written)
-    consolidate(trainer, start, context.folder, context)
+    consolidate(trainer, start, context.folder, context, fresh)
     context.flush()
     if context.is_main:
         _keep_best(context, keeper.checkpoints)

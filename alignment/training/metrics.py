@@ -49,6 +49,7 @@ METRICS: dict[str, Metric] = {
     "mean_reward": PER_ROW,
     "min_reward": Metric("min"),
     "max_reward": Metric("max"),
+    "squared_error": PER_ROW,
 }
 EXTREME = {"max": torch.maximum, "min": torch.minimum}
 # A margin of fewer nats is rounding: before the first update every margin is zero, and no pair is right.
@@ -185,6 +186,20 @@ def reward_sums(logits: Tensor) -> dict[str, Tensor | float]:
         "accuracy": (chosen > rejected).sum(),
         "margin": (chosen - rejected).sum(),
         "mean_reward": (chosen + rejected).sum() / 2,
+        "min_reward": rewards.min(),
+        "max_reward": rewards.max(),
+    }
+
+
+def score_sums(logits: Tensor, scores: Tensor, chance: bool) -> dict[str, Tensor | float]:
+    """Sums over the rows of a micro-batch of answers with scores. logits: [rows, 1]; scores: [rows]. chance: the
+    sigmoid of a reward is the score, not the reward itself."""
+    rewards = logits.detach().double().flatten()
+    error = (torch.sigmoid(rewards) if chance else rewards) - scores
+    return {
+        "rows": len(rewards),
+        "squared_error": (error**2).sum(),
+        "mean_reward": rewards.sum(),
         "min_reward": rewards.min(),
         "max_reward": rewards.max(),
     }

@@ -23,7 +23,11 @@ def load(folder: Path) -> Any:
     Under ZeRO-3 the weights are sharded while they are read; transformers sees that from the TrainingArguments, which
     must exist, with the DeepSpeed configuration inside, before this is called.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True))
+
+
+def without_dropout(model: Any) -> Any:
+    """The model itself, in which nothing is dropped any more."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -77,25 +81,26 @@ def _check_targets(targets: str | list[str], model: Any) -> None:
             )
 
 
-def consolidate(trainer: Any, start: Path, folder: Path, stage: Stage) -> None:
+def consolidate(trainer: Any, start: Path, folder: Path, stage: Stage, fresh: Callable[[Path], Any] = load) -> None:
     """Write folder/model (fp32, adapters merged) and, with LoRA, folder/adapter. Every process must call it.
 
     A fresh copy of the start model takes the trained weights, so that nothing of the trainer or the engine is left in
-    what is written, and tied weights stay tied. start: folder of the model that training began from.
+    what is written, and tied weights stay tied. start: folder of the model that training began from. fresh: makes the
+    copy of it.
     """
     trained = gather_trained(trainer, stage.tick)  # a collective: every process enters
     if trainer.accelerator.is_main_process:
         with stage.busy("writing the model"):
-            _write(trainer, trained, start, folder)
+            _write(trainer, trained, start, folder, fresh)
     trainer.accelerator.wait_for_everyone()
 
 
-def _write(trainer: Any, trained: dict[str, Tensor], start: Path, folder: Path) -> None:
+def _write(trainer: Any, trained: dict[str, Tensor], start: Path, folder: Path, fresh: Callable[[Path], Any]) -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # else the fresh copy would be sharded over processes that are not here
     check_whole(trained)
-    plain = load(start)
+    plain = fresh(start)
     adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None)
     if adapters:
         from peft import get_peft_model

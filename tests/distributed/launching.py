@@ -39,7 +39,7 @@ def launch(folder: Path, world_size: int, plan: list[dict[str, Any]]) -> None:
 
 
 def write_plan(folder: Path, plan: list[dict[str, Any]]) -> None:
-    for kind in ("sft", "dpo"):
+    for kind in ("sft", "dpo", "reward_model"):
         tiny.write_inputs(folder, kind)
     write_starts(folder)
     (folder / "plan.json").write_text(json.dumps(plan))

@@ -36,6 +36,9 @@ CASES = {
     "sft_zero2_offload": ("sft", "zero2", {}, {"offload": "optimizer"}),
     # Attention with sinks cannot be packed, which is found in the middle of a forward.
     "sft_zero3_padded": ("sft", "zero3", {"start": "sinks"}, {}),
+    **{f"reward_model_{strategy}": ("reward_model", strategy, {}, {}) for strategy in ("ddp", "zero2", "zero3")},
+    "reward_model_zero3_lora": ("reward_model", "zero3", {"lora": True, "centring": 0.01}, {}),
+    "regression_zero2": ("reward_model", "zero2", {"loss": "bce"}, {"tokens_per_micro_batch": 60}),
     "sft_uneven": ("sft", "zero2", {"global_batch_size": 5}, {}),
 }
 FOUR = {
@@ -54,7 +57,6 @@ FOUR = {
 OTHERS = {
     "sft_padded": ("sft", "ddp", {}, {"padded": True}),
     "dpo_padded": ("dpo", "ddp", {}, {"padded": True}),
-    "reward": ("reward", "ddp", {}, {"tokens_per_micro_batch": 60}),
     "unlabelled": ("unlabelled", "ddp", {}, {"tokens_per_micro_batch": 1}),
 }
 IGNORED = {"step", "time", "tokens_per_s"}
@@ -122,10 +124,6 @@ def test_losses_metrics_and_weights_equal_those_of_one_process(name: str, togeth
 def test_padded_rows_on_two_ranks_train_as_one_process_that_packs(name: str, together: Path, alone: Any) -> None:
     assert rows_of(together / name)[0]["computed_share"] > 1, "padding was computed"
     require_equal(alone(OTHERS[name][0], {}), together / name, together / "start", IGNORED | {"computed_share"})
-
-
-def test_a_reward_model_on_two_ranks_is_that_of_one_process(together: Path, alone: Any) -> None:
-    require_equal(alone("reward", {}), together / "reward", together / "reward" / "start", steps=bare.STEPS)
 
 
 def test_a_process_without_a_labelled_token_does_its_part(together: Path, alone: Any) -> None:

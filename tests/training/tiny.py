@@ -11,6 +11,7 @@ from alignment.config.execution import Checkpoint, Engine
 from alignment.config.launchers import LocalLauncher
 from alignment.config.schema import Experiment
 from alignment.config.stages.preference import Dpo, Kto
+from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Lora, Reference, Sft
 from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
@@ -43,6 +44,11 @@ def dpo(**changes: Any) -> Dpo:
 def kto(**changes: Any) -> Kto:
     own = {"loss": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
     return Kto(**{**COMMON, "kind": "kto", **own, **changes})
+
+
+def reward_model(**changes: Any) -> RewardModel:
+    own = {"kind": "reward_model", "loss": "bradley_terry", "margin": 0.0, "centring": 0.0, "label_smoothing": 0.0}
+    return RewardModel(**{**COMMON, **own, **changes})
 
 
 def reference(**changes: Any) -> Reference:
@@ -108,13 +114,20 @@ def unpaired_rows(count: int = 40) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def scored_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Pairs beside an answer with a score: whatever a reward model may be trained on."""
+    random = np.random.default_rng(4)
+    scored = [{"completion_ids": [*tokens(random, 2, 25), EOS], "score": float(random.uniform())} for _ in range(count)]
+    return [{**pair, **answer} for pair, answer in zip(pair_rows(count), scored, strict=True)]
+
+
 def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
     """The results of the two parents of a stage that trains."""
     from datasets import Dataset
 
     if not (folder / "start" / "model").exists():
         write_tiny_model(folder / "start" / "model")
-    rows = {"sft": sft_rows, "kto": unpaired_rows}.get(kind, pair_rows)(count)
+    rows = {"sft": sft_rows, "kto": unpaired_rows, "reward_model": scored_rows}.get(kind, pair_rows)(count)
     if (folder / kind / "train").exists():
         return {"model": folder / "start", "data": folder / kind}
     Dataset.from_list(rows).save_to_disk(folder / kind / "train")
