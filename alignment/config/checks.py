@@ -4,59 +4,21 @@ from __future__ import annotations
 
 import graphlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from alignment.config import shape
+from alignment.config.engine_checks import engine_faults
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING, closest
+from alignment.config.faults import Fault, Use
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
 from alignment.config.provenance import Origin
 from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
-from alignment.config.stages.base import Stage
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.training import Dpo, Train
 from alignment.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Fault:
-    """keys: those that contradict each other, first the one to look at."""
-
-    what: str
-    keys: tuple[str, ...]
-    fix: str
-
-
-@dataclass(frozen=True)
-class Use:
-    """One node of the pipeline, with the settings of its stage."""
-
-    experiment: Experiment
-    node: str
-
-    @property
-    def key(self) -> str:
-        return f"stage.{self.experiment.pipeline.nodes[self.node].stage}"
-
-    @property
-    def settings(self) -> Stage:
-        return self.experiment.stage[self.experiment.pipeline.nodes[self.node].stage]
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        return self.experiment.pipeline.nodes[self.node].inputs
-
-    @property
-    def world_size(self) -> int:
-        names = self.experiment.pipeline.nodes[self.node].stage, self.node
-        nodes, processes = self.experiment.launcher.layout(*names, distributed=self.settings.distributed)
-        return nodes * processes
-
-    def role(self, role: str) -> str:
-        return f"pipeline.nodes.{self.node}.inputs.{role}"
 
 
 def check(experiment: Experiment, origin: Origin) -> None:
@@ -81,7 +43,7 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     yield from _objective(experiment)
     yield from _pruning(experiment)
     if trains := [use for use in uses if use.settings.distributed]:
-        yield from _engine(experiment, max(use.world_size for use in trains))
+        yield from engine_faults(experiment, max(use.world_size for use in trains))
     for use in uses:
         for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
             yield from look(use)
@@ -178,7 +140,7 @@ def trains(experiment: Experiment) -> str | None:
     return training[-1] if training else None
 
 
-# --- the engine and the launcher --------------------------------------------------------------------------------------
+# --- the launcher, and what is trained --------------------------------------------------------------------------------
 
 
 def _launcher(experiment: Experiment) -> Iterator[Fault]:
@@ -198,58 +160,6 @@ def _launcher(experiment: Experiment) -> Iterator[Fault]:
         yield Fault(what, ("launcher.head", "launcher.nodes"), "say where they meet: launcher.head=HOST:PORT")
     elif launcher.nodes > 1 and not 0 < int(str(launcher.head).rpartition(":")[2]) < 65536:
         yield Fault(f"`launcher.head` is {launcher.head}", ("launcher.head",), "a port is a number from 1 to 65535")
-
-
-def _engine(experiment: Experiment, processes: int) -> Iterator[Fault]:
-    """processes: of the stage that has most."""
-    strategy, offload = experiment.engine.strategy, experiment.engine.offload
-    told = f"`engine.strategy` is {strategy}"
-    if strategy == "single" and processes > 1:
-        yield Fault(
-            f"{told}, which is one process, and `launcher` gives a stage {processes}",
-            ("engine.strategy", "launcher.processes", "launcher.nodes", "launcher"),
-            "engine=ddp, zero1, zero2 or zero3; or launcher=local",
-        )
-    if offload != "none" and not strategy.startswith("zero"):
-        yield Fault(
-            f"`engine.offload` is {offload}, which needs ZeRO, and {told}",
-            ("engine.offload", "engine.strategy"),
-            "engine=zero1, zero2 or zero3; or engine.offload=none",
-        )
-    if offload == "all" and strategy != "zero3":
-        yield Fault(
-            f"`engine.offload` is all, which needs ZeRO-3, and {told}",
-            ("engine.offload", "engine.strategy"),
-            "engine=zero3, or engine.offload=optimizer",
-        )
-    if experiment.engine.param_persistence_threshold is not None and strategy != "zero3":
-        key = "engine.param_persistence_threshold"
-        yield Fault(f"`{key}` is set, which ZeRO-3 alone knows, and {told}", (key, "engine.strategy"), "engine=zero3")
-    yield from _hpz(experiment.engine.hpz, strategy, processes)
-    if experiment.engine.compile and strategy == "zero3":  # whose hooks gather weights inside what would be compiled
-        yield Fault(
-            f"`engine.compile` is true, and {told}, which gathers weights layer by layer",
-            ("engine.compile", "engine.strategy"),
-            "engine.compile=false, or engine=zero2",
-        )
-
-
-def _hpz(hpz: int, strategy: str, processes: int) -> Iterator[Fault]:
-    if hpz == 1:
-        return
-    if strategy != "zero3":
-        keys = "engine.hpz", "engine.strategy"
-        yield Fault(
-            f"`engine.hpz` is {hpz}, which ZeRO-3 alone knows, and `engine.strategy` is {strategy}",
-            keys,
-            "engine.hpz=1, or engine=zero3",
-        )
-    if processes % hpz:
-        yield Fault(
-            f"`engine.hpz` is {hpz}, which does not divide `launcher.processes`, {processes}",
-            ("engine.hpz", "launcher.processes"),
-            "the number of processes on one machine, or 1",
-        )
 
 
 def _train(use: Use) -> Iterator[Fault]:

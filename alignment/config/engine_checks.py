@@ -1,0 +1,60 @@
+"""Settings of the engine that are impossible together, or with what the pipeline trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alignment.config.faults import Fault
+from alignment.config.schema import Experiment
+
+
+def engine_faults(experiment: Experiment, processes: int) -> Iterator[Fault]:
+    """processes: of the stage that has most."""
+    strategy, offload = experiment.engine.strategy, experiment.engine.offload
+    told = f"`engine.strategy` is {strategy}"
+    if strategy == "single" and processes > 1:
+        yield Fault(
+            f"{told}, which is one process, and `launcher` gives a stage {processes}",
+            ("engine.strategy", "launcher.processes", "launcher.nodes", "launcher"),
+            "engine=ddp, zero1, zero2 or zero3; or launcher=local",
+        )
+    if offload != "none" and not strategy.startswith("zero"):
+        yield Fault(
+            f"`engine.offload` is {offload}, which needs ZeRO, and {told}",
+            ("engine.offload", "engine.strategy"),
+            "engine=zero1, zero2 or zero3; or engine.offload=none",
+        )
+    if offload == "all" and strategy != "zero3":
+        yield Fault(
+            f"`engine.offload` is all, which needs ZeRO-3, and {told}",
+            ("engine.offload", "engine.strategy"),
+            "engine=zero3, or engine.offload=optimizer",
+        )
+    if experiment.engine.param_persistence_threshold is not None and strategy != "zero3":
+        key = "engine.param_persistence_threshold"
+        yield Fault(f"`{key}` is set, which ZeRO-3 alone knows, and {told}", (key, "engine.strategy"), "engine=zero3")
+    yield from _hpz(experiment.engine.hpz, strategy, processes)
+    if experiment.engine.compile and strategy == "zero3":  # whose hooks gather weights inside what would be compiled
+        yield Fault(
+            f"`engine.compile` is true, and {told}, which gathers weights layer by layer",
+            ("engine.compile", "engine.strategy"),
+            "engine.compile=false, or engine=zero2",
+        )
+
+
+def _hpz(hpz: int, strategy: str, processes: int) -> Iterator[Fault]:
+    if hpz == 1:
+        return
+    if strategy != "zero3":
+        keys = "engine.hpz", "engine.strategy"
+        yield Fault(
+            f"`engine.hpz` is {hpz}, which ZeRO-3 alone knows, and `engine.strategy` is {strategy}",
+            keys,
+            "engine.hpz=1, or engine=zero3",
+        )
+    if processes % hpz:
+        yield Fault(
+            f"`engine.hpz` is {hpz}, which does not divide `launcher.processes`, {processes}",
+            ("engine.hpz", "launcher.processes"),
+            "the number of processes on one machine, or 1",
+        )
