@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from alignment.config import shape
 from alignment.config.paths import template_path
 from alignment.config.schema import Experiment
+from alignment.config.settings import Settings
 from alignment.config.sources import Model, PathSource
 from alignment.config.stages.base import Stage
 from alignment.config.stages.preparing import Prepare
@@ -33,11 +34,10 @@ FORMAT = 3  # raised when the meaning of the key itself changes
 def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:
     """The identity of one node. parents: role -> key; roles that only order stages are left out. Raises InputError when
     a file it needs is not there."""
-    idle = settings.idle()
     return {
         "format": FORMAT,
         "kind": settings.kind,  # type: ignore[attr-defined]
-        "settings": {name: value for name, value in identity_side(settings).items() if name not in idle},
+        "settings": identity_side(settings),
         "groups": {group: _group(experiment, settings, group) for group in settings.groups},
         "parents": {role: key for role, key in sorted(parents.items()) if role not in settings.ordering},
         "packages": {name: version(name) for name in settings.packages if _used(name, experiment)},
@@ -54,7 +54,8 @@ def difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any]:
 
 
 def identity_side(value: Any) -> Any:
-    """The identity half of a settings object, recursively; sources become digests of their content."""
+    """The identity half of a settings object, recursively, without what is idle; sources become digests of their
+    content."""
     if isinstance(value, PathSource):
         return {"sha256": content_digest(Path(value.path))}
     if isinstance(value, Model):
@@ -69,7 +70,8 @@ def identity_side(value: Any) -> Any:
 
 
 def _fields(value: BaseModel) -> dict[str, Any]:
-    return {name: identity_side(getattr(value, name)) for name in _identity_keys(type(value))}
+    idle = value.idle() if isinstance(value, Settings) else ()
+    return {name: identity_side(getattr(value, name)) for name in _identity_keys(type(value)) if name not in idle}
 
 
 @cache

@@ -238,7 +238,9 @@ def choose(
     available, parameters = available_bytes(), count_parameters(start)
     trainable = parameters if isinstance(settings, Train) else 0
     if isinstance(settings, Train) and settings.lora is not None:
-        trainable = adapter_parameters(config, settings.lora.rank, settings.lora.target_modules)
+        lora = settings.lora
+        trainable = adapter_parameters(config, lora.rank, lora.target_modules, lora.dora)
+        trainable += count_parameters(start, lora.modules_to_save) if lora.modules_to_save else 0
         parameters += trainable
 
     def choice(tokens: int) -> tuple[Choice, bool, bool]:

@@ -33,19 +33,24 @@ def load(folder: Path) -> Any:
     return model
 
 
-def count_parameters(folder: Path) -> int:
-    """Weights in the files of a model folder, from their headers; tied ones count once."""
+def count_parameters(folder: Path, modules: list[str] | None = None) -> int:
+    """Weights in the files of a model folder, from their headers; tied ones count once. modules: those of modules of
+    these names alone."""
     from safetensors import safe_open
 
     count = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
-            count += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118
+            for name in weights.keys():  # noqa: SIM118 - not a dict
+                of = f".{name.rpartition('.')[0]}"
+                if modules is None or any(of.endswith(f".{module}") for module in modules):
+                    count += torch.Size(weights.get_slice(name).get_shape()).numel()
     return count
 
 
 def lora_config(lora: Lora | None, model: Any) -> Any:
-    """PEFT's configuration of the adapters, or None. Raises ConfigError for target modules the model does not have."""
+    """PEFT's configuration of the adapters, or None. Raises ConfigError for modules the model does not have, or that
+    cannot be adapted or trained whole."""
     if lora is None:
         return None
     from peft import LoraConfig, TaskType
@@ -60,21 +65,57 @@ def lora_config(lora: Lora | None, model: Any) -> Any:
         lora_alpha=lora.alpha,  # type: ignore[arg-type] # any number will do: it is divided by the rank
         lora_dropout=lora.dropout,
         target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=True if lora.init == "kaiming" else lora.init,
+        modules_to_save=_whole_modules(lora, model) or None,
     )
 
 
 def _check_targets(targets: str | list[str], model: Any) -> None:
     if targets == "all-linear":
         return
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    adaptable = _adaptable(model)
     for target in [targets] if isinstance(targets, str) else targets:
-        if target not in linear - head:
+        if target not in adaptable:
             raise ConfigError(
                 f"the model has no linear layer `{target}` that an adapter can be put on",
                 where="lora.target_modules",
-                fix=f"all-linear, or some of {', '.join(sorted(linear - head))}",
+                fix=f"all-linear, or some of {', '.join(sorted(adaptable))}",
             )
+
+
+def _adaptable(model: Any) -> set[str]:
+    """Names of linear layers, but for the head's."""
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return linear - {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+
+
+def _whole_modules(lora: Lora, model: Any) -> list[str]:
+    """Full names of what is to be trained whole: PEFT would take `norm` for every name that ends so."""
+    adapted = _adaptable(model) if lora.target_modules == "all-linear" else set()
+    tied = {model.get_input_embeddings(), model.get_output_embeddings()} if model.config.tie_word_embeddings else set()
+    found: list[str] = []
+    for wanted in lora.modules_to_save:
+        fitting = {name: part for name, part in model.named_modules() if f".{name}".endswith(f".{wanted}")}
+        why = None
+        if not fitting:
+            leaves = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if _is_leaf(part)}
+            why = f"the model has no module `{wanted}`", f"some of {', '.join(sorted(leaves - adapted))}"
+        elif wanted.rsplit(".", 1)[-1] in adapted:
+            why = f"`{wanted}` has an adapter: target_modules is all-linear", "name the target_modules without it"
+        elif not all(map(_is_leaf, fitting.values())):
+            why = f"`{wanted}` has parts of its own, or no weights", "name a norm, an embedding or the head"
+        elif tied & set(fitting.values()):
+            why = f"`{wanted}` shares its weights: embedding and head would come apart", "leave it out"
+        if why:
+            raise ConfigError(why[0], where="lora.modules_to_save", fix=why[1])
+        found += fitting
+    return sorted(set(found))
+
+
+def _is_leaf(module: Any) -> bool:
+    return not list(module.children()) and any(True for _ in module.parameters(recurse=False))
 
 
 def consolidate(trainer: Any, start: Path, folder: Path, stage: Stage) -> None:

@@ -24,6 +24,12 @@ from tests.training import tiny
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"lora": {"rslora": True}},
+    "dora": {"lora": {"dora": True, "rslora": True}},
+    "orthogonal": {"lora": {"init": "orthogonal"}},
+    "whole": {"lora": {"modules_to_save": ["norm", "lm_head", "input_layernorm"]}, "start": "untied"},
+}
 CASES = {
     **{f"{kind}_{strategy}": (kind, strategy, {}, {}) for kind in ("sft", "dpo") for strategy in STRATEGIES},
     "sft_ddp_lora": ("sft", "ddp", {"lora": True}, {}),
@@ -33,6 +39,19 @@ CASES = {
     "sft_zero3_checkpointing": ("sft", "zero3", {}, {"gradient_checkpointing": True, "tokens_per_micro_batch": 60}),
     "dpo_zero3_lora_checkpointing": ("dpo", "zero3", {"lora": True}, {"gradient_checkpointing": True}),
     "dpo_ddp_lora": ("dpo", "ddp", {"lora": True}, {}),
+    **{
+        f"{kind}_{strategy}_{name}": (kind, strategy, VARIANTS[name], {})
+        for kind, strategy, name in (
+            ("sft", "zero2", "dora"),
+            ("dpo", "zero3", "dora"),
+            ("dpo", "zero2", "rslora"),
+            ("dpo", "ddp", "dora"),
+            ("sft", "zero3", "orthogonal"),
+            ("dpo", "zero3", "whole"),
+            ("sft", "zero2", "whole"),
+        )
+    },
+    "sft_zero3_dora_checkpointing": ("sft", "zero3", VARIANTS["dora"], {"gradient_checkpointing": True}),
     "sft_zero2_offload": ("sft", "zero2", {}, {"offload": "optimizer"}),
     # Attention with sinks cannot be packed, which is found in the middle of a forward.
     "sft_zero3_padded": ("sft", "zero3", {"start": "sinks"}, {}),
@@ -83,7 +102,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
         name = f"{kind}{sorted(changes.items())}".replace(" ", "")
         write_starts(folder)
         if name not in done:
-            lora = tiny.LORA if changes.get("lora") else None
+            lora = tiny.adapters(changes.get("lora", False))
             stage = "sft" if kind in bare.KINDS else kind
             start = changes.get("start", "start")
             settings = getattr(tiny, stage)(
@@ -187,15 +206,18 @@ def test_bf16_agrees_within_its_rounding(together: Path, alone: Any) -> None:
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=2e-3)
 
 
-def test_the_adapter_beside_the_merged_model_gives_the_same_model(together: Path) -> None:
+@pytest.mark.parametrize("name", ["dpo_zero3_lora", "dpo_zero2_rslora", "dpo_zero3_dora", "dpo_zero3_whole"])
+def test_the_adapter_beside_the_merged_model_gives_the_same_model(name: str, together: Path) -> None:
+    """To 1e-5 in its logits; that the start model's are others says that the adapter does something."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder, ids = together / "dpo_zero3_lora", torch.arange(5, 40)[None]
-    base = AutoModelForCausalLM.from_pretrained(together / "start" / "model")
+    folder, ids = together / name, torch.arange(5, 40)[None]
+    base = AutoModelForCausalLM.from_pretrained(together / CASES[name][2].get("start", "start") / "model")
     merged = AutoModelForCausalLM.from_pretrained(folder / "model")
     with torch.no_grad():
+        assert not torch.allclose(merged(ids).logits, base(ids).logits, atol=1e-3)
         expected = PeftModel.from_pretrained(base, folder / "adapter")(ids).logits
         assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
 

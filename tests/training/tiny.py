@@ -15,7 +15,22 @@ from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
 
 EOS, VOCABULARY = 1, 260
-LORA = Lora(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+
+
+def lora(**changes: Any) -> Lora:
+    plain = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+    variant = {"rslora": False, "dora": False, "init": "kaiming", "modules_to_save": []}
+    return Lora(**{**plain, **variant, **changes})
+
+
+LORA = lora()
+
+
+def adapters(told: bool | dict[str, Any]) -> Lora | None:
+    """None, LORA, or LORA with these changes."""
+    return lora(**told) if isinstance(told, dict) else LORA if told else None
+
+
 COMMON: dict[str, Any] = {
     "global_batch_size": 6, "epochs": 1.0, "max_steps": 10, "learning_rate": 1e-3, "schedule": "cosine",
     "warmup_ratio": 0.1, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,

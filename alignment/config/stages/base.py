@@ -26,7 +26,3 @@ class Stage(Settings):
     groups: ClassVar[tuple[str, ...]] = ()
     distributed: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
-
-    def idle(self) -> frozenset[str]:
-        """Identity-side settings that change nothing as the others stand: they are not in the key then."""
-        return frozenset()
