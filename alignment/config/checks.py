@@ -207,7 +207,11 @@ def _reference(use: Use) -> Iterator[Fault]:
 
 def _model(use: Use) -> Iterator[Fault]:
     if "model" in use.settings.groups:
-        yield from _missing(use.experiment.model, "model")
+        model = use.experiment.model
+        yield from _missing(model, "model")
+        if model.adapter is not None and model.storage_precision != "fp32":
+            key, what = "model.storage_precision", "which would round away some of what `model.adapter` changes"
+            yield Fault(f"`{key}` is {model.storage_precision}, {what}", (key, "model.adapter"), f"{key}=fp32")
 
 
 def _rows(use: Use) -> Iterator[Fault]:

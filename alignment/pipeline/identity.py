@@ -24,7 +24,7 @@ from alignment.config.schema import Experiment
 from alignment.config.settings import Settings
 from alignment.config.sources import Model, PathSource
 from alignment.config.stages.base import Stage
-from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.preparing import ImportModel, Prepare
 from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 
@@ -40,7 +40,7 @@ def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, s
         "settings": identity_side(settings),
         "groups": {group: _group(experiment, settings, group) for group in settings.groups},
         "parents": {role: key for role, key in sorted(parents.items()) if role not in settings.ordering},
-        "packages": {name: version(name) for name in settings.packages if _used(name, experiment)},
+        "packages": {name: version(name) for name in settings.packages if _used(name, experiment, settings)},
     }
 
 
@@ -85,8 +85,10 @@ def _group(experiment: Experiment, settings: Stage, group: str) -> Any:
     return identity_side(getattr(experiment, group))
 
 
-def _used(package: str, experiment: Experiment) -> bool:
+def _used(package: str, experiment: Experiment, settings: Stage) -> bool:
     """Optional packages count only where they do something."""
+    if package == "peft" and isinstance(settings, ImportModel):
+        return experiment.model.adapter is not None
     if package == "gguf":
         source = experiment.model.source
         return str(getattr(source, "member", getattr(source, "path", ""))).endswith(".gguf")

@@ -18,6 +18,7 @@ IMPOSSIBLE = {
     "stage.dpo.lora.init=pissa_niter_4": "'pissa_niter_4' (pissa_niter_4 moves a part of the weights",
     "stage.dpo.lora.init=orthogonal stage.dpo.lora.rank=3": "has init orthogonal, which needs an even rank",
     "stage.sft.lora.target_modules=[q_proj] stage.sft.lora.modules_to_save=[q_proj]": "names q_proj in both",
+    "model.adapter={kind:path,path:mine}": "`model.storage_precision` is bf16, which would round away some of",
     "launcher=torchrun engine=single": "`engine.strategy` is single, which is one process, and `launcher` gives",
     "launcher=torchrun launcher.processes=16 engine=zero2": "`stage.sft.global_batch_size` is 8, too few for 16",
     "engine=zero2 engine.offload=all": "`engine.offload` is all, which needs ZeRO-3, and `engine.strategy` is zero2",
