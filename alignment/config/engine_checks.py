@@ -30,6 +30,12 @@ def engine_faults(experiment: Experiment, processes: int) -> Iterator[Fault]:
             ("engine.offload", "engine.strategy"),
             "engine=zero3, or engine.offload=optimizer",
         )
+    if experiment.engine.nvme_path is not None and offload != "all":
+        yield Fault(
+            f"`engine.nvme_path` is set, and `engine.offload` is {offload}: no parameters leave the device",
+            ("engine.nvme_path", "engine.offload"),
+            "engine=zero3_offload, or engine.nvme_path=null",
+        )
     if experiment.engine.param_persistence_threshold is not None and strategy != "zero3":
         key = "engine.param_persistence_threshold"
         yield Fault(f"`{key}` is set, which ZeRO-3 alone knows, and {told}", (key, "engine.strategy"), "engine=zero3")

@@ -68,6 +68,8 @@ def start(engine: Engine, world_size: int) -> None:
         _join_process_group()
         with imports.kept():
             _start_deepspeed(on_gpu, _patience(engine))
+            if engine.nvme_path is not None:
+                require_aio(Path(engine.nvme_path))
     elif world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_patience(engine))
 
@@ -108,6 +110,24 @@ def _start_deepspeed(on_gpu: bool, patience: timedelta) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     # Before the configuration is made: it takes the number of processes from the group.
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=patience, verbose=False)
+
+
+def require_aio(folder: Path) -> None:
+    """That DeepSpeed can read and write this folder past the kernel's cache. Raises MachineError, before any model is
+    loaded: DeepSpeed finds out while it shards one."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    fix = "install libaio-dev and a C++ compiler; or engine.nvme_path=null"
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise MachineError("DeepSpeed's aio operator lacks libaio here", where="engine.nvme_path", fix=fix)
+    try:
+        AsyncIOBuilder().load(verbose=False)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"cannot be made: {error.strerror}", where=str(folder), fix="another folder") from error
+    except Exception as error:  # of compiler, linker and loader
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MachineError(f"DeepSpeed's aio operator: {first}", where="engine.nvme_path", fix=fix) from error
 
 
 def remove_stale_locks(kernels: Path) -> list[Path]:
@@ -291,7 +311,8 @@ def deepspeed_config(engine: Engine, settings: Train | Reference, on_gpu: bool) 
             raise ConfigError(
                 "offload=all needs ZeRO-3", where="engine.offload", fix="engine=zero3, or offload=optimizer"
             )
-        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+        where = {"device": "cpu"} if engine.nvme_path is None else {"device": "nvme", "nvme_path": engine.nvme_path}
+        zero["offload_param"] = {**where, "pin_memory": on_gpu}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

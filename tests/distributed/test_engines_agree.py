@@ -52,6 +52,8 @@ CASES = {
         )
     },
     "sft_zero3_dora_checkpointing": ("sft", "zero3", VARIANTS["dora"], {"gradient_checkpointing": True}),
+    "sft_zero3_offload": ("sft", "zero3", {}, {"offload": "all"}),
+    "dpo_zero3_offload_dora": ("dpo", "zero3", VARIANTS["dora"], {"offload": "all"}),
     "sft_zero2_offload": ("sft", "zero2", {}, {"offload": "optimizer"}),
     # Attention with sinks cannot be packed, which is found in the middle of a forward.
     "sft_zero3_padded": ("sft", "zero3", {"start": "sinks"}, {}),

@@ -57,7 +57,8 @@ def engine(strategy: str = "single", **changes: Any) -> Engine:
     return Engine(
         **{
             "strategy": strategy, "tokens_per_micro_batch": 120, "gradient_checkpointing": False, "compile": False,
-            "offload": "none", "param_persistence_threshold": 0, "hpz": 1, "threads": 1,
+            "offload": "none", "nvme_path": None, "param_persistence_threshold": 0, "hpz": 1,
+            "quantized_weights": False, "quantized_gradients": False, "sequence_parallel": 1, "threads": 1,
             "adapt": False, "watchdog_s": 600.0, **changes,
         }
     )  # fmt: skip
