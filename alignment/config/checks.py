@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from alignment.config import shape
-from alignment.config.engine_checks import engine_faults
+from alignment.config.engine_checks import engine_faults, four_bit_faults
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING, closest
 from alignment.config.faults import Fault, Use
@@ -45,7 +45,7 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     if trains := [use for use in uses if use.settings.distributed]:
         yield from engine_faults(experiment, max(use.world_size for use in trains))
     for use in uses:
-        for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
+        for look in (_model, _prepare, _rows, _train, four_bit_faults, _reference, _reward, _compare):
             yield from look(use)
 
 

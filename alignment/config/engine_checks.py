@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, Use
 from alignment.config.schema import Experiment
+from alignment.config.stages.training import Train
 
 
 def engine_faults(experiment: Experiment, processes: int) -> Iterator[Fault]:
@@ -64,3 +65,21 @@ def _hpz(hpz: int, strategy: str, processes: int) -> Iterator[Fault]:
             ("engine.hpz", "launcher.processes"),
             "the number of processes on one machine, or 1",
         )
+
+
+def four_bit_faults(use: Use) -> Iterator[Fault]:
+    """QLoRA needs an engine that leaves weights as they are, and its own reference."""
+    lora = use.settings.lora if isinstance(use.settings, Train) else None
+    if lora is None or lora.quantize is None:
+        return
+    key, strategy = f"{use.key}.lora.quantize", use.experiment.engine.strategy
+    if strategy.startswith("zero"):
+        what = (
+            f"`{key}` is {lora.quantize}, and `engine.strategy` {strategy}, which would cast or cut weights of 4 bits"
+        )
+        yield Fault(what, (key, "engine.strategy"), "engine=ddp or single")
+    if "reference" in use.inputs:
+        role = use.role("reference")
+        what = f"`{key}` is {lora.quantize}, and `{role}` computes with all bits: `{use.node}` would use none of it"
+        leave = f"~pipeline.nodes.{use.inputs['reference']} ~{role}"
+        yield Fault(what, (key, role), f"leave that stage out: {leave}")

@@ -25,6 +25,7 @@ from alignment.config.settings import Settings
 from alignment.config.sources import Model, PathSource
 from alignment.config.stages.base import Stage
 from alignment.config.stages.preparing import ImportModel, Prepare
+from alignment.config.stages.training import Train
 from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 
@@ -89,6 +90,8 @@ def _used(package: str, experiment: Experiment, settings: Stage) -> bool:
     """Optional packages count only where they do something."""
     if package == "peft" and isinstance(settings, ImportModel):
         return experiment.model.adapter is not None
+    if package == "bitsandbytes" and isinstance(settings, Train):
+        return settings.lora is not None and settings.lora.quantize is not None
     if package == "gguf":
         source = experiment.model.source
         return str(getattr(source, "member", getattr(source, "path", ""))).endswith(".gguf")

@@ -21,6 +21,7 @@ from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
 from alignment.training.checkpoints import Checkpoints
+from alignment.training.four_bits import require_four_bits
 from alignment.training.health import ROLLED_BACK, NonFinite
 from alignment.training.keeper import Keeper
 from alignment.training.memory import attention_share
@@ -51,6 +52,7 @@ def train(
     A request to stop is heeded where all processes can: raises PreemptedError then.
     """
     setup = adapted(context.experiment.engine, context.told())
+    require_four_bits(context.settings.lora)
     start = context.inputs["model"] / "model"
     context.progress(0, 0, note="loading the model", force=True)
     engine.start(setup, context.world_size)
@@ -180,7 +182,9 @@ def _summary(trainer: Any) -> dict[str, float]:
 
 
 def _size(parameter: Any) -> int:
-    """Its number of elements; ZeRO-3 keeps but a shard of them here."""
+    """Its number of elements; ZeRO-3 keeps but a shard of them here, and of 4 bits two are in a byte."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return int(state.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

@@ -12,18 +12,21 @@ from transformers import AutoModelForCausalLM
 
 from alignment.config.stages.training import Lora
 from alignment.errors import ConfigError, TrainingError
+from alignment.training.four_bits import in_full, is_in_four_bits, loading
 from alignment.training.keeper import Stage
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, lora: Lora | None = None, precision: str = "fp32") -> Any:
     """The causal language model of a folder with fp32 master weights and no dropout.
 
     Dropout masks depend on who shares a micro-batch, so with them the engine would change the result; and policy and
     reference would not agree at DPO's first step.
     Under ZeRO-3 the weights are sharded while they are read; transformers sees that from the TrainingArguments, which
     must exist, with the DeepSpeed configuration inside, before this is called.
+    lora, precision: of the stage that trains adapters on it, perhaps on weights of 4 bits.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    how = loading(lora, precision)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **how)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -53,6 +56,8 @@ def lora_config(lora: Lora | None, model: Any) -> Any:
     cannot be adapted or trained whole."""
     if lora is None:
         return None
+    if is_in_four_bits(model) != (lora.quantize is not None):
+        raise TrainingError("the model was loaded without regard to lora.quantize")
     from peft import LoraConfig, TaskType
 
     targets = lora.target_modules
@@ -136,8 +141,10 @@ def _write(trainer: Any, trained: dict[str, Tensor], start: Path, folder: Path) 
 
     unset_hf_deepspeed_config()  # else the fresh copy would be sharded over processes that are not here
     check_whole(trained)
-    plain = load(start)
-    adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None)
+    plain, model = load(start), trainer.accelerator.unwrap_model(trainer.model)
+    adapters = getattr(model, "peft_config", None)
+    if is_in_four_bits(model):
+        plain.load_state_dict(in_full(model.get_base_model()), strict=False)
     if adapters:
         from peft import get_peft_model
 

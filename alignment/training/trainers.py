@@ -23,6 +23,7 @@ from transformers import PrinterCallback
 from alignment.training.attention import PACKED
 from alignment.training.batching import GlobalBatches
 from alignment.training.callbacks import Before, Reporter
+from alignment.training.four_bits import is_in_four_bits
 from alignment.training.health import NonFinite, SpikeAlarm
 from alignment.training.keeper import Keeper
 from alignment.training.metrics import UNUSED, Meter, token_sums
@@ -80,6 +81,9 @@ class AlignedTrainer(Resumable):
         self._logged_at: float | None = None
         self._steps: Steps | None = None
         super().__init__(model=model, callbacks=[Before(self._start), Reporter(on_step)], **kwargs)
+        if is_in_four_bits(self.model):  # TRL made bf16 of the adapters
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
         self.remove_callback(PrinterCallback)
         self.model.register_forward_hook(self._keep_output)
         install(self._plain_model())

@@ -19,6 +19,8 @@ IMPOSSIBLE = {
     "stage.dpo.lora.init=orthogonal stage.dpo.lora.rank=3": "has init orthogonal, which needs an even rank",
     "stage.sft.lora.target_modules=[q_proj] stage.sft.lora.modules_to_save=[q_proj]": "names q_proj in both",
     "model.adapter={kind:path,path:mine}": "`model.storage_precision` is bf16, which would round away some of",
+    "stage.sft.lora.quantize=nf4 engine=zero3": "`engine.strategy` zero3, which would cast or cut weights of 4 bits",
+    "stage.dpo.lora.quantize=nf4": "`dpo` would use none of it (leave that stage out: ~pipeline.nodes.reference ~pip",
     "launcher=torchrun engine=single": "`engine.strategy` is single, which is one process, and `launcher` gives",
     "launcher=torchrun launcher.processes=16 engine=zero2": "`stage.sft.global_batch_size` is 8, too few for 16",
     "engine=zero2 engine.offload=all": "`engine.offload` is all, which needs ZeRO-3, and `engine.strategy` is zero2",

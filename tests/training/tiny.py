@@ -19,7 +19,7 @@ EOS, VOCABULARY = 1, 260
 
 def lora(**changes: Any) -> Lora:
     plain = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
-    variant = {"rslora": False, "dora": False, "init": "kaiming", "modules_to_save": []}
+    variant = {"rslora": False, "dora": False, "init": "kaiming", "modules_to_save": [], "quantize": None}
     return Lora(**{**plain, **variant, **changes})
 
 

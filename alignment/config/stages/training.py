@@ -27,7 +27,8 @@ class Lora(Settings):
 
     rslora: alpha / sqrt(rank) in the place of alpha / rank (Kalajdzievski 2023, arXiv:2312.03732). dora: the length of
     each row of W + s B A is trained by itself (Liu et al. 2024, arXiv:2402.09353, equation 5). init: of A and B; B A is
-    zero before the first update. modules_to_save: names of modules that are trained whole.
+    zero before the first update. modules_to_save: names of modules that are trained whole. quantize: what W is kept
+    as while adapters are trained (QLoRA: Dettmers et al. 2023, arXiv:2305.14314), with its constants quantised too.
     """
 
     rank: int = identity(gt=0)
@@ -38,6 +39,7 @@ class Lora(Settings):
     dora: bool = identity()
     init: Literal["kaiming", "gaussian", "orthogonal"] = identity()
     modules_to_save: list[str] = identity()
+    quantize: Literal["nf4"] | None = identity()
 
     @field_validator("dropout")
     @classmethod
@@ -69,7 +71,7 @@ class Lora(Settings):
 
     def idle(self) -> frozenset[str]:
         """Variants that are off."""
-        off = {"rslora": False, "dora": False, "init": "kaiming", "modules_to_save": []}
+        off = {"rslora": False, "dora": False, "init": "kaiming", "modules_to_save": [], "quantize": None}
         return frozenset(name for name, value in off.items() if getattr(self, name) == value)
 
 
@@ -80,7 +82,7 @@ class Train(Stage):
     inputs: ClassVar[dict[str, str]] = {"model": "a model", "data": "rows"}
     task: ClassVar[str]
     distributed = True
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy")
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy", "bitsandbytes")
     global_batch_size: int = identity(gt=0)
     epochs: float = identity(gt=0)
     max_steps: int | None = identity(gt=0)
