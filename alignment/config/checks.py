@@ -165,7 +165,7 @@ def _launcher(experiment: Experiment) -> Iterator[Fault]:
 def _train(use: Use) -> Iterator[Fault]:
     if not isinstance(use.settings, Train):
         return
-    size, processes = use.settings.global_batch_size, use.world_size
+    size, processes = use.settings.global_batch_size, use.shares
     if size < processes:
         key = f"{use.key}.global_batch_size"
         yield Fault(
@@ -184,8 +184,8 @@ def _reference(use: Use) -> Iterator[Fault]:
     if not isinstance(use.settings, Dpo) or "reference" not in use.inputs:
         return
     reference, size = Use(use.experiment, use.inputs["reference"]), use.settings.global_batch_size
-    if size < reference.world_size:
-        what = f"`{use.key}.global_batch_size` is {size}, too few for the {reference.world_size} processes of"
+    if size < reference.shares:
+        what = f"`{use.key}.global_batch_size` is {size}, too few for the {reference.shares} processes of"
         keys = f"{use.key}.global_batch_size", "launcher.processes"
         yield Fault(f"{what} `{reference.node}`", keys, "raise it, or give that stage fewer")
     for role in ("model", "data"):

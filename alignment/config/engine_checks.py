@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from alignment.config.faults import Fault, Use
 from alignment.config.schema import Experiment
-from alignment.config.stages.training import Train
+from alignment.config.stages.training import Dpo, Reference, Sft, Train
 
 
 def engine_faults(experiment: Experiment, processes: int) -> Iterator[Fault]:
@@ -40,6 +40,7 @@ def engine_faults(experiment: Experiment, processes: int) -> Iterator[Fault]:
     if experiment.engine.param_persistence_threshold is not None and strategy != "zero3":
         key = "engine.param_persistence_threshold"
         yield Fault(f"`{key}` is set, which ZeRO-3 alone knows, and {told}", (key, "engine.strategy"), "engine=zero3")
+    yield from _sequence(experiment, processes)
     yield from _hpz(experiment.engine.hpz, strategy, processes)
     if experiment.engine.compile and strategy == "zero3":  # whose hooks gather weights inside what would be compiled
         yield Fault(
@@ -47,6 +48,26 @@ def engine_faults(experiment: Experiment, processes: int) -> Iterator[Fault]:
             ("engine.compile", "engine.strategy"),
             "engine.compile=false, or engine=zero2",
         )
+
+
+def _sequence(experiment: Experiment, processes: int) -> Iterator[Fault]:
+    """Processes that share a sequence divide all processes, and share what was tried: packs of SFT and DPO."""
+    key, size = "engine.sequence_parallel", experiment.engine.sequence_parallel
+    if size == 1:
+        return
+    told = f"`{key}` is {size}"
+    if processes % size:
+        what = f"{told}, which does not divide `launcher.processes`, {processes}"
+        yield Fault(what, (key, "launcher.processes"), f"{key}=1, or so many processes that it does")
+    if experiment.engine.compile:
+        yield Fault(f"{told}, and `engine.compile` is true", (key, "engine.compile"), "leave one of them out")
+    for name, node in experiment.pipeline.nodes.items():
+        settings = experiment.stage[node.stage]
+        if settings.distributed and not isinstance(settings, Sft | Dpo | Reference):
+            what = f"{told}, and `{name}` is a stage of kind {settings.kind}"
+            yield Fault(
+                what, (key, f"pipeline.nodes.{name}.stage"), f"{key}=1: sft, dpo and reference alone share packs"
+            )
 
 
 def _hpz(hpz: int, strategy: str, processes: int) -> Iterator[Fault]:

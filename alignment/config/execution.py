@@ -38,15 +38,6 @@ class Engine(Settings):
             raise PydanticCustomError("exact", "must be false", {"fix": fix})
         return value
 
-    @field_validator("sequence_parallel")
-    @classmethod
-    def _is_whole(cls, value: int) -> int:
-        """TRL and accelerate know it (Ulysses, arXiv:2309.14509); docs/scaling.md says what was found."""
-        if value != 1:
-            fix = "a pack is not cut among processes; engine=zero3 gradient_checkpointing=true make room for long rows"
-            raise PydanticCustomError("whole", "must be 1", {"fix": fix})
-        return value
-
     @field_validator("tokens_per_micro_batch", "gradient_checkpointing", mode="wrap")
     @classmethod
     def _or_auto(cls, value: Any, validate: Any, info: ValidationInfo) -> Any:

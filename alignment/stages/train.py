@@ -89,16 +89,17 @@ def plan_of(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -
     settings = context.settings
     config = AutoConfig.from_pretrained(start, local_files_only=True)
     lengths, widths = of_rows.lengths.tolist(), of_rows.widths.tolist()
-    largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
-    choice = engine.choose(settings, setup, start, config, context.world_size, max(lengths), largest)
+    largest, sharers = engine.largest_forward(lengths, widths, settings.global_batch_size), setup.sequence_parallel
+    of_one = -(-max(lengths) // sharers), -(-largest // sharers)  # tokens that one process computes
+    choice = engine.choose(settings, setup, start, config, context.world_size, *of_one)
     batches = GlobalBatches(
         lengths=lengths,
         weights=of_rows.weights.tolist(),
         global_batch_size=settings.global_batch_size,
         steps=count_steps(len(lengths), settings.global_batch_size, settings.epochs, settings.max_steps),
         seed=settings.seed,
-        world_size=context.world_size,
-        tokens_per_micro_batch=choice.tokens_per_micro_batch,
+        world_size=context.world_size // sharers,
+        tokens_per_micro_batch=choice.tokens_per_micro_batch * sharers,
         quadratic=attention_share(config),
     )
     return Plan(choice, batches, widths, max(lengths), config)

@@ -28,6 +28,7 @@ from alignment.config.stages.training import Reference, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
 from alignment.life import LONGEST
+from alignment.training import sequence
 from alignment.training.memory import Load, adapter_parameters, available_bytes, needs_checkpointing
 from alignment.training.model import count_parameters
 from alignment.training.reference_pass import BLOCK
@@ -49,6 +50,12 @@ def start(engine: Engine, world_size: int) -> None:
             f"engine.strategy=single runs one process, the launcher started {world_size}",
             where="engine.strategy",
             fix="engine=ddp, zero1, zero2 or zero3; or launcher=local",
+        )
+    if world_size % engine.sequence_parallel:
+        raise ConfigError(
+            f"{world_size} processes cannot share sequences {engine.sequence_parallel} by {engine.sequence_parallel}",
+            where="engine.sequence_parallel",
+            fix="a number that divides them, or 1",
         )
     if world_size == 1:  # Trainer would spread one process over all GPUs it sees (nn.DataParallel)
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -72,6 +79,7 @@ def start(engine: Engine, world_size: int) -> None:
                 require_aio(Path(engine.nvme_path))
     elif world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_patience(engine))
+    sequence.form(engine.sequence_parallel, _patience(engine))
 
 
 def _join_process_group() -> None:

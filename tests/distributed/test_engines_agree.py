@@ -52,6 +52,10 @@ CASES = {
         )
     },
     "sft_zero3_dora_checkpointing": ("sft", "zero3", VARIANTS["dora"], {"gradient_checkpointing": True}),
+    "sft_ddp_sequence": ("sft", "ddp", {}, {"sequence_parallel": 2, "tokens_per_micro_batch": 40}),
+    "dpo_zero2_sequence": ("dpo", "zero2", {}, {"sequence_parallel": 2, "tokens_per_micro_batch": 40}),
+    "sft_zero3_sequence": ("sft", "zero3", {}, {"sequence_parallel": 2, "gradient_checkpointing": True}),
+    "dpo_zero3_sequence_dora": ("dpo", "zero3", VARIANTS["dora"], {"sequence_parallel": 2}),
     "sft_zero3_offload": ("sft", "zero3", {}, {"offload": "all"}),
     "dpo_zero3_offload_dora": ("dpo", "zero3", VARIANTS["dora"], {"offload": "all"}),
     "sft_zero2_offload": ("sft", "zero2", {}, {"offload": "optimizer"}),
@@ -68,6 +72,7 @@ FOUR = {
     "sft_hpz": ("sft", "zero3", {}, {"hpz": 2, "tokens_per_micro_batch": 40}),
     "dpo_hpz_small": ("dpo", "zero3", {"start": "small"}, {"hpz": 2, "param_persistence_threshold": 60}),
     "sft_hpz_persistent": ("sft", "zero3", {}, {"hpz": 2, "param_persistence_threshold": 600}),
+    "dpo_sequence": ("dpo", "zero2", {}, {"sequence_parallel": 2, "tokens_per_micro_batch": 30}),
     "dpo_hpz_lora": ("dpo", "zero3", {"lora": True}, {"hpz": 2, "tokens_per_micro_batch": 60}),
     "sft_hpz_offload": ("sft", "zero3", {}, {"hpz": 2, "offload": "all"}),
 }
@@ -128,14 +133,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
-    launch(folder, 4, plan_of(FOUR))
+    heads = {"name": "heads", "kind": "sft", "strategy": "ddp", "settings": {}, "engine": {"sequence_parallel": 4}}
+    launch(folder, 4, [*plan_of(FOUR), {**heads, "fails": True}])
     return folder
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_metrics_and_weights_equal_those_of_one_process(name: str, together: Path, alone: Any) -> None:
     kind, _, changes, _ = CASES[name]
-    widths = {"computed_share"} if name.endswith("padded") else set()  # a row is as wide as its neighbours
+    # A row is as wide as its neighbours, and a pack that is shared is filled up.
+    widths = {"computed_share"} if "padded" in name or "sequence" in name else set()
     require_equal(alone(kind, changes), together / name, together / changes.get("start", "start"), IGNORED | widths)
 
 
@@ -159,7 +166,22 @@ def test_a_process_without_a_labelled_token_does_its_part(together: Path, alone:
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_train_as_one_process_does(name: str, four: Path, alone: Any) -> None:
     kind, _, changes, _ = FOUR[name]
-    require_equal(alone(kind, changes), four / name, four / changes.get("start", "start"))
+    filled = {"computed_share"} if "sequence" in name else set()
+    require_equal(alone(kind, changes), four / name, four / changes.get("start", "start"), IGNORED | filled)
+
+
+@pytest.mark.parametrize("name", ["sft_ddp_sequence", "sft_zero3_sequence"])
+def test_each_token_is_computed_by_one_of_those_that_share_it(name: str, together: Path) -> None:
+    """A pack is filled up by one token at most: of packs of 40 and more, less than a tenth. Twice would be 2."""
+    shares = [row["computed_share"] for row in rows_of(together / name)]
+    assert min(shares) >= 1 and max(shares) < 1.1
+
+
+def test_processes_that_cannot_share_the_heads_of_a_model_are_told(four: Path) -> None:
+    for rank in range(4):
+        said = (four / "heads" / f"error-{rank}.txt").read_text()
+        assert said.startswith("engine.sequence_parallel: packs alone can be shared by processes")
+        assert "4 processes cannot share 4 heads and 2 of keys equally" in said
 
 
 def test_each_machine_has_a_second_copy_of_the_weights_with_hpz_alone(four: Path) -> None:

@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ddp_lora": {"strategy": "ddp", "settings": {"lora": True}, "kinds": ["dpo"]},
     "zero3_dora": {"strategy": "zero3", "settings": {"lora": DORA}, "kinds": ["dpo"]},
     "zero2_dora": {"strategy": "zero2", "settings": {"lora": DORA}, "kinds": ["sft"]},
+    "zero3_sequence": {"strategy": "zero3", "engine": {"sequence_parallel": 2}, "kinds": ["dpo"]},
     "zero2_offload": {"strategy": "zero2", "engine": {"offload": "optimizer"}},
     "zero3_offload": {"strategy": "zero3", "engine": {"offload": "optimizer"}, "kinds": ["sft"]},
     "zero3_offload_all": {"strategy": "zero3", "engine": {"offload": "all"}, "kinds": ["dpo"]},

@@ -102,7 +102,7 @@ def perturbed(experiment: Experiment, path: tuple[Any, ...], values: list[Any]) 
 BASE = compose(["experiment=quickstart"])
 NODES = graph.build(BASE)
 # Left out: the graph itself, which changes keys by wiring, and keys that have one value only.
-ONE = ("kind", "dropout", "quantized_weights", "quantized_gradients", "sequence_parallel")
+ONE = ("kind", "dropout", "quantized_weights", "quantized_gradients")
 LEAVES = [leaf for leaf in leaves(BASE) if leaf[0][0] != "pipeline" and leaf[0][-1] not in ONE]
 
 

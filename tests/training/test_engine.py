@@ -36,6 +36,11 @@ def test_single_with_two_processes_is_an_error() -> None:
         engine.start(tiny.engine("single"), world_size=2)
 
 
+def test_sharers_of_sequences_divide_the_processes() -> None:
+    with pytest.raises(ConfigError, match="3 processes cannot share sequences 2 by 2"):
+        engine.start(tiny.engine("ddp", sequence_parallel=2), world_size=3)
+
+
 @pytest.mark.parametrize(("strategy", "stage"), [("zero1", 1), ("zero2", 2), ("zero3", 3)])
 def test_deepspeed_takes_the_clients_optimiser_and_the_settings(strategy: str, stage: int) -> None:
     config = engine.deepspeed_config(tiny.engine(strategy), tiny.sft(precision="bf16", max_grad_norm=0.5), on_gpu=False)
