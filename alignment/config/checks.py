@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from alignment.config import answering_checks, model_checks, rounds, shape
+from alignment.config.engine_checks import engine_faults, four_bit_faults
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING
 from alignment.config.faults import Fault, Use
@@ -48,9 +49,9 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     yield from _objective(experiment)
     yield from _pruning(experiment)
     if trains := [use for use in uses if use.settings.distributed]:
-        yield from _engine(experiment, max(use.world_size for use in trains))
+        yield from engine_faults(experiment, max(use.world_size for use in trains))
     for use in uses:
-        for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
+        for look in (_model, _prepare, _rows, _train, four_bit_faults, _reference, _reward, _compare):
             yield from look(use)
         yield from answering_checks.faults(use)
         yield from loss_faults(use.settings, use.key)
@@ -148,7 +149,7 @@ def trains(experiment: Experiment) -> str | None:
     return training[-1] if training else None
 
 
-# --- the engine and the launcher --------------------------------------------------------------------------------------
+# --- the launcher, and what is trained --------------------------------------------------------------------------------
 
 
 def _launcher(experiment: Experiment) -> Iterator[Fault]:
@@ -170,62 +171,10 @@ def _launcher(experiment: Experiment) -> Iterator[Fault]:
         yield Fault(f"`launcher.head` is {launcher.head}", ("launcher.head",), "a port is a number from 1 to 65535")
 
 
-def _engine(experiment: Experiment, processes: int) -> Iterator[Fault]:
-    """processes: of the stage that has most."""
-    strategy, offload = experiment.engine.strategy, experiment.engine.offload
-    told = f"`engine.strategy` is {strategy}"
-    if strategy == "single" and processes > 1:
-        yield Fault(
-            f"{told}, which is one process, and `launcher` gives a stage {processes}",
-            ("engine.strategy", "launcher.processes", "launcher.nodes", "launcher"),
-            "engine=ddp, zero1, zero2 or zero3; or launcher=local",
-        )
-    if offload != "none" and not strategy.startswith("zero"):
-        yield Fault(
-            f"`engine.offload` is {offload}, which needs ZeRO, and {told}",
-            ("engine.offload", "engine.strategy"),
-            "engine=zero1, zero2 or zero3; or engine.offload=none",
-        )
-    if offload == "all" and strategy != "zero3":
-        yield Fault(
-            f"`engine.offload` is all, which needs ZeRO-3, and {told}",
-            ("engine.offload", "engine.strategy"),
-            "engine=zero3, or engine.offload=optimizer",
-        )
-    if experiment.engine.param_persistence_threshold is not None and strategy != "zero3":
-        key = "engine.param_persistence_threshold"
-        yield Fault(f"`{key}` is set, which ZeRO-3 alone knows, and {told}", (key, "engine.strategy"), "engine=zero3")
-    yield from _hpz(experiment.engine.hpz, strategy, processes)
-    if experiment.engine.compile and strategy == "zero3":  # whose hooks gather weights inside what would be compiled
-        yield Fault(
-            f"`engine.compile` is true, and {told}, which gathers weights layer by layer",
-            ("engine.compile", "engine.strategy"),
-            "engine.compile=false, or engine=zero2",
-        )
-
-
-def _hpz(hpz: int, strategy: str, processes: int) -> Iterator[Fault]:
-    if hpz == 1:
-        return
-    if strategy != "zero3":
-        keys = "engine.hpz", "engine.strategy"
-        yield Fault(
-            f"`engine.hpz` is {hpz}, which ZeRO-3 alone knows, and `engine.strategy` is {strategy}",
-            keys,
-            "engine.hpz=1, or engine=zero3",
-        )
-    if processes % hpz:
-        yield Fault(
-            f"`engine.hpz` is {hpz}, which does not divide `launcher.processes`, {processes}",
-            ("engine.hpz", "launcher.processes"),
-            "the number of processes on one machine, or 1",
-        )
-
-
 def _train(use: Use) -> Iterator[Fault]:
     if not isinstance(use.settings, Train):
         return
-    size, processes = use.settings.global_batch_size, use.world_size
+    size, processes = use.settings.global_batch_size, use.shares
     if size < processes:
         key = f"{use.key}.global_batch_size"
         yield Fault(
@@ -244,8 +193,8 @@ def _reference(use: Use) -> Iterator[Fault]:
     if not isinstance(use.settings, Referenced) or "reference" not in use.inputs or use.settings.needless():
         return
     reference, size = Use(use.experiment, use.inputs["reference"]), use.settings.global_batch_size
-    if size < reference.world_size:
-        what = f"`{use.key}.global_batch_size` is {size}, too few for the {reference.world_size} processes of"
+    if size < reference.shares:
+        what = f"`{use.key}.global_batch_size` is {size}, too few for the {reference.shares} processes of"
         keys = f"{use.key}.global_batch_size", "launcher.processes"
         yield Fault(f"{what} `{reference.node}`", keys, "raise it, or give that stage fewer")
     for role in ("model", "data"):
@@ -267,7 +216,11 @@ def _reference(use: Use) -> Iterator[Fault]:
 
 def _model(use: Use) -> Iterator[Fault]:
     if "model" in use.settings.groups:
-        yield from _missing(use.experiment.model, "model")
+        model = use.experiment.model
+        yield from _missing(model, "model")
+        if model.adapter is not None and model.storage_precision != "fp32":
+            key, what = "model.storage_precision", "which would round away some of what `model.adapter` changes"
+            yield Fault(f"`{key}` is {model.storage_precision}, {what}", (key, "model.adapter"), f"{key}=fp32")
 
 
 def _rows(use: Use) -> Iterator[Fault]:

@@ -25,8 +25,6 @@ ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
 WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
-    "preference needs chosen and rejected, unpaired an answer and a label, scored an answer and a score, sft one answer"
-)
 HELD_OUT = "its first prompt is held out for evaluation"
 
 

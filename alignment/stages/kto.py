@@ -24,7 +24,7 @@ def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], 
     """TRL's DPOTrainer is the base: what it does with pairs, KTO does with an answer and a mismatched one."""
     settings: Kto = context.settings
     args = trl.DPOConfig(**arguments, disable_dropout=True, precompute_ref_log_probs=True, router_aux_loss_coef=0.0)
-    model = load(start)
+    model = load(start, settings.lora, settings.precision)
     return KTO(
         model=model,
         args=args,

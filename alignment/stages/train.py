@@ -21,6 +21,7 @@ from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
 from alignment.training.checkpoints import Checkpoints
+from alignment.training.four_bits import require_four_bits
 from alignment.training.health import ROLLED_BACK, NonFinite
 from alignment.training.keeper import Keeper
 from alignment.training.memory import attention_share
@@ -53,6 +54,7 @@ def train(
     A request to stop is heeded where all processes can: raises PreemptedError then.
     """
     setup = adapted(context.experiment.engine, context.told())
+    require_four_bits(context.settings.lora)
     start = context.inputs["model"] / "model"
     context.progress(0, 0, note="loading the model", force=True)
     engine.start(setup, context.world_size)
@@ -89,16 +91,17 @@ def plan_of(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -
     settings = context.settings
     config = AutoConfig.from_pretrained(start, local_files_only=True)
     lengths, widths = of_rows.lengths.tolist(), of_rows.widths.tolist()
-    largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
-    choice = engine.choose(settings, setup, start, config, context.world_size, max(lengths), largest)
+    largest, sharers = engine.largest_forward(lengths, widths, settings.global_batch_size), setup.sequence_parallel
+    of_one = -(-max(lengths) // sharers), -(-largest // sharers)  # tokens that one process computes
+    choice = engine.choose(settings, setup, start, config, context.world_size, *of_one)
     batches = GlobalBatches(
         lengths=lengths,
         weights=of_rows.weights.tolist(),
         global_batch_size=settings.global_batch_size,
         steps=count_steps(len(lengths), settings.global_batch_size, settings.epochs, settings.max_steps),
         seed=settings.seed,
-        world_size=context.world_size,
-        tokens_per_micro_batch=choice.tokens_per_micro_batch,
+        world_size=context.world_size // sharers,
+        tokens_per_micro_batch=choice.tokens_per_micro_batch * sharers,
         quadratic=attention_share(config),
     )
     return Plan(choice, batches, widths, max(lengths), config)
@@ -182,7 +185,9 @@ def _summary(trainer: Any) -> dict[str, float]:
 
 
 def _size(parameter: Any) -> int:
-    """Its number of elements; ZeRO-3 keeps but a shard of them here."""
+    """Its number of elements; ZeRO-3 keeps but a shard of them here, and of 4 bits two are in a byte."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return int(state.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

@@ -62,10 +62,12 @@ class Meter:
     def __init__(self) -> None:
         self._values: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """values: for a mean or a sum, the sum over the units of one micro-batch; for max and min, its extreme."""
+    def add(self, values: Mapping[str, Tensor | float], sharers: int = 1) -> None:
+        """values: for a mean or a sum, the sum over the units of one micro-batch; for max and min, its extreme.
+        sharers: so many processes add the same."""
         for name, value in values.items():
             value = torch.as_tensor(value).detach().double()
+            value = value if METRICS[name].how in EXTREME else value / sharers
             before = self._values.get(name)
             if before is not None:
                 value = EXTREME.get(METRICS[name].how, torch.add)(before, value)

@@ -162,13 +162,13 @@ class Resumable(_Trainer):
     def _meet(self, what: str) -> None:
         """As stage.*.nonfinite says: raise on all processes alike, or return, and the update is left out."""
         step = self.state.global_step
-        own = self.batches.micro_batches(step)[self.args.process_index]
+        own = self.batches.micro_batches(step)[self.share]
         mine = [rows for loss, rows in zip(self._micro_losses, own, strict=True) if not math.isfinite(loss)]
         rows = [row for parts in ranks.all_gather(mine) for part in parts for row in part]
         if self.keeper:
             self.keeper.settle()  # what is being written is good, and may be what training goes back to
         try:
-            self.nonfinite.meet(step + 1, what, sorted(rows or self.batches.rows(step)))
+            self.nonfinite.meet(step + 1, what, sorted(set(rows) or self.batches.rows(step)))
         except TrainingError as error:
             if error.retry and self.keeper and self.args.process_index == 0:
                 self.keeper.stage.tell_next(**{ROLLED_BACK: self.nonfinite.rolled_back})

@@ -17,7 +17,22 @@ from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
 
 EOS, VOCABULARY = 1, 260
-LORA = Lora(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+
+
+def lora(**changes: Any) -> Lora:
+    plain = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+    variant = {"rslora": False, "dora": False, "init": "kaiming", "modules_to_save": [], "quantize": None}
+    return Lora(**{**plain, **variant, **changes})
+
+
+LORA = lora()
+
+
+def adapters(told: bool | dict[str, Any]) -> Lora | None:
+    """None, LORA, or LORA with these changes."""
+    return lora(**told) if isinstance(told, dict) else LORA if told else None
+
+
 COMMON: dict[str, Any] = {
     "global_batch_size": 6, "epochs": 1.0, "max_steps": 10, "learning_rate": 1e-3, "schedule": "cosine",
     "warmup_ratio": 0.1, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
@@ -61,7 +76,8 @@ def engine(strategy: str = "single", **changes: Any) -> Engine:
     return Engine(
         **{
             "strategy": strategy, "tokens_per_micro_batch": 120, "gradient_checkpointing": False, "compile": False,
-            "offload": "none", "param_persistence_threshold": 0, "hpz": 1, "threads": 1,
+            "offload": "none", "nvme_path": None, "param_persistence_threshold": 0, "hpz": 1,
+            "quantized_weights": False, "quantized_gradients": False, "sequence_parallel": 1, "threads": 1,
             "adapt": False, "watchdog_s": 600.0, **changes,
         }
     )  # fmt: skip

@@ -21,7 +21,7 @@ class ImportModel(Stage):
 
     makes = "a model"
     groups = ("model",)
-    packages = ("torch", "transformers", "tokenizers", "gguf")
+    packages = ("torch", "transformers", "tokenizers", "gguf", "peft")
     kind: Literal["import_model"] = identity()
 
 
