@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from alignment.config.faults import Fault, Use
 from alignment.config.schema import Experiment
-from alignment.config.stages.training import Dpo, Reference, Sft, Train
+from alignment.config.stages.preference import Dpo
+from alignment.config.stages.training import Reference, Sft, Train
 
 
 def engine_faults(experiment: Experiment, processes: int) -> Iterator[Fault]:

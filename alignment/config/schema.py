@@ -20,6 +20,7 @@ from alignment.config.sources import Dataset, Model
 from alignment.config.stages.answering import Compare, Evaluate, Judge, Sample
 from alignment.config.stages.base import Stage
 from alignment.config.stages.merging import Merge
+from alignment.config.stages.online import Grpo, OnlineDpo, Ppo, Rloo
 from alignment.config.stages.preference import Dpo, Kto
 from alignment.config.stages.preparing import ImportModel, Prepare
 from alignment.config.stages.reward_model import EvaluateReward, RewardModel
@@ -32,6 +33,10 @@ AnyStage = Annotated[
     | Reference
     | Dpo
     | Kto
+    | Rloo
+    | Grpo
+    | OnlineDpo
+    | Ppo
     | RewardModel
     | EvaluateReward
     | Merge

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from alignment.config.execution import Engine
 from alignment.config.launchers import SlurmLauncher
+from alignment.config.stages.online import Online
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
 from alignment.files import require_room, size_text
@@ -47,9 +48,11 @@ def train(
     sizes: Callable[[Any], Sizes],
     make_trainer: Callable[..., Any],
     fresh: Callable[[Path], Any] = load,
+    rows_of: Callable[[StageContext, Any], Any] | None = None,
 ) -> dict[str, Any]:
     """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes). fresh(start) -> the
-    model before training, to write the trained weights into.
+    model before training, to write the trained weights into. rows_of(context, tokenizer): what is trained on; None: the
+    tokenised rows of the parent.
 
     A request to stop is heeded where all processes can: raises PreemptedError then.
     """
@@ -61,9 +64,8 @@ def train(
     keeper = keeper_of(context, setup)
     context.rewind(keeper.choose())
 
-    rows = train_rows(context.inputs["data"])
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
-    check_end_of_turn(rows, tokenizer.eos_token_id)
+    rows = (rows_of or _tokenised)(context, tokenizer)
     setup = engine.as_before(setup, keeper.layout_before())
     plan = plan_of(context, setup, start, sizes(rows))
     keeper.layout.update(plan.choice.layout())
@@ -90,6 +92,9 @@ def train(
 def plan_of(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -> Plan:
     settings = context.settings
     config = AutoConfig.from_pretrained(start, local_files_only=True)
+    steps = count_steps(len(of_rows.lengths), settings.global_batch_size, settings.epochs, settings.max_steps)
+    if isinstance(settings, Online) and settings.max_steps is None:
+        steps *= settings.epochs_per_rollout
     lengths, widths = of_rows.lengths.tolist(), of_rows.widths.tolist()
     largest, sharers = engine.largest_forward(lengths, widths, settings.global_batch_size), setup.sequence_parallel
     of_one = -(-max(lengths) // sharers), -(-largest // sharers)  # tokens that one process computes
@@ -98,7 +103,7 @@ def plan_of(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -
         lengths=lengths,
         weights=of_rows.weights.tolist(),
         global_batch_size=settings.global_batch_size,
-        steps=count_steps(len(lengths), settings.global_batch_size, settings.epochs, settings.max_steps),
+        steps=steps,
         seed=settings.seed,
         world_size=context.world_size // sharers,
         tokens_per_micro_batch=choice.tokens_per_micro_batch * sharers,
@@ -189,6 +194,12 @@ def _size(parameter: Any) -> int:
     if (state := getattr(parameter, "quant_state", None)) is not None:
         return int(state.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _tokenised(context: StageContext, tokenizer: Any) -> Any:
+    rows = train_rows(context.inputs["data"])
+    check_end_of_turn(rows, tokenizer.eos_token_id)
+    return rows
 
 
 def train_rows(data: Path) -> Any:

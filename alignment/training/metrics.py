@@ -50,6 +50,13 @@ METRICS: dict[str, Metric] = {
     "min_reward": Metric("min"),
     "max_reward": Metric("max"),
     "squared_error": PER_ROW,
+    "ratio": PER_TOKEN,  # of policy and sampling policy (online)
+    "clip_fraction": PER_TOKEN,
+    "value": PER_TOKEN,  # of PPO's value head
+    "value_loss": PER_TOKEN,
+    "fresh_tokens": Metric("sum"),  # of a rollout's first update
+    "mismatch": Metric("mean", "fresh_tokens"),  # |log-prob in training - in decoding|
+    "mismatch_k3": Metric("mean", "fresh_tokens"),
 }
 EXTREME = {"max": torch.maximum, "min": torch.minimum}
 # A margin of fewer nats is rounding: before the first update every margin is zero, and no pair is right.

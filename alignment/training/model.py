@@ -14,6 +14,7 @@ from alignment.config.stages.training import Lora
 from alignment.errors import ConfigError, TrainingError
 from alignment.training.four_bits import in_full, is_in_four_bits, loading
 from alignment.training.keeper import Stage
+from alignment.training.shared_prefix import VALUE_HEAD
 
 
 def load(folder: Path, lora: Lora | None = None, precision: str = "fp32") -> Any:
@@ -174,7 +175,7 @@ def gather_trained(trainer: Any, tick: Callable[[], None] = lambda: None) -> dic
         from deepspeed.utils import safe_get_full_fp32_param
     whole: dict[str, Tensor] = {}
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and VALUE_HEAD not in name.split("."):  # which training alone wants
             tick()
             value = safe_get_full_fp32_param(parameter) if sharded else parameter.detach()
             if value is None:

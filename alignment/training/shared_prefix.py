@@ -27,6 +27,7 @@ from alignment.training.metrics import UNUSED
 from alignment.training.packing import Pack
 from alignment.training.sequence import size, whole
 
+VALUE_HEAD = "value_head"  # a module of a model in training that estimates what is still to come (training/ppo.py)
 MOST_SHAPES = 64  # of packs that are compiled for; those beyond run uncompiled
 
 
@@ -62,7 +63,14 @@ def _hidden(model: Any, pack: Pack) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def _score(model: Any, pack: Pack, measure: bool, squares: bool) -> FusedCausalLMOutput:
+@dataclass
+class Valued(FusedCausalLMOutput):
+    """state_values: [rows, width - 1], what a value head thinks of the state before each labelled token."""
+
+    state_values: Tensor | None = None
+
+
+def _score(model: Any, pack: Pack, measure: bool, squares: bool) -> Valued:
     """Per-token fields [rows, width - 1] of the padded rows, 0 where nothing is labelled.
 
     measure: entropy and top-1 too, which only metrics want. squares: log of the sum of squared probabilities too.
@@ -82,13 +90,15 @@ def _score(model: Any, pack: Pack, measure: bool, squares: bool) -> FusedCausalL
         )
     spread = whole(pack.spread(log_probs))
     labelled = whole(pack.spread(torch.ones_like(pack.targets, dtype=torch.bool)))
-    return FusedCausalLMOutput(
+    values = getattr(model, VALUE_HEAD)(hidden)[:, 0].float() if hasattr(model, VALUE_HEAD) else None
+    return Valued(
         loss=-spread.sum() / labelled.sum().clamp(min=1),
         log_probs=spread,
         entropy=None if entropy is None else whole(pack.spread(entropy)),
         is_top1=None if is_top1 is None else whole(pack.spread(is_top1)),
         log_sum_sq_probs=None if squared is None else whole(pack.spread(squared)),
         mean_logits=UNUSED,  # type: ignore[arg-type] # DPOTrainer wants it for a metric that is not ours
+        state_values=None if values is None else whole(pack.spread(values)),
         label_mask=labelled,
     )
 

@@ -37,6 +37,8 @@ from alignment.training.steps import Steps
 from alignment.training.swapped import labelled_positions_only
 from alignment.training.trial import refusal, trial
 
+KEPT = ("pack", "reference", "targets")  # of a micro-batch: they go to the device, and stay in the precision they have
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -101,7 +103,7 @@ class AlignedTrainer(Resumable):
         reason = "packing is off" if not self.packing.on else refusal(plain.config, longest)
         if reason is None:
             precision = torch.bfloat16 if self.args.bf16 else torch.float32
-            reason, attention = trial(plain, self.model_wrapped, self.branches, precision, self.args.device)
+            reason, attention = trial(plain, self.model_wrapped, min(self.branches, 2), precision, self.args.device)
         reason = next((one for one in all_gather(reason) if one), None)  # one that cannot, and nobody does
         if reason is not None and sequence.size() > 1:
             what = f"packs alone can be shared by processes, and this model's rows are padded: {reason}"
@@ -147,11 +149,14 @@ class AlignedTrainer(Resumable):
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The rows of these numbers as TRL's collator makes them, and their pack where the model can be packed."""
-        rows = self.data_collator([self.train_dataset[number] for number in numbers])
+        return self._packed(self.data_collator([self.train_dataset[number] for number in numbers]))
+
+    def _packed(self, rows: dict[str, Any], branches: int | None = None) -> dict[str, Any]:
+        """With their pack, where the model can be packed. branches: rows of one record, where not as the trainer's."""
         if self.packing.on:
             labels, bucket = self._labels(rows), BUCKET if self.packing.compile else sequence.size()
             given = rows["input_ids"], rows["attention_mask"], labels
-            rows["pack"] = sequence.cut(pack(*given, self.branches, self.packing.share, bucket))
+            rows["pack"] = sequence.cut(pack(*given, branches or self.branches, self.packing.share, bucket))
         return rows
 
     def _labels(self, rows: dict[str, Any]) -> Tensor:
@@ -160,7 +165,7 @@ class AlignedTrainer(Resumable):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """To the device; Trainer would also round floating-point numbers to the precision of a DeepSpeed engine."""
-        kept = {name: value.to(self.args.device) for name, value in inputs.items() if name in ("pack", "reference")}
+        kept = {name: value.to(self.args.device) for name, value in inputs.items() if name in KEPT}
         rest = {name: value for name, value in inputs.items() if name not in kept}
         return {**super()._prepare_inputs(rest), **kept}
 
@@ -277,7 +282,7 @@ class AlignedTrainer(Resumable):
         sums["num_tokens"] = self._input_tokens
         sums["tokens_per_s"] = sums.pop("input_tokens") / max(now - (self._logged_at or now), 1e-9)
         self._logged_at = now
-        for name in ("rows", "tokens", "desirable", "undesirable"):
+        for name in ("rows", "tokens", "desirable", "undesirable", "fresh_tokens"):
             sums.pop(name, None)
         super().log({**logs, **sums}, start_time)
         self._row = self.state.log_history[-1]

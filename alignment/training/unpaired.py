@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from alignment.config.stages.preference import Kto
+from alignment.training import sequence
 from alignment.training.losses.unpaired import UNPAIRED_LOSSES
 from alignment.training.metrics import answer_sums
-from alignment.training.packing import BUCKET, pack
 from alignment.training.preference import Referenced
 
 
@@ -39,15 +39,11 @@ class KTO(Referenced):
 
     def _half(self, both: dict[str, Any], rows: slice) -> dict[str, Any]:
         """The answers, or the mismatched ones, as rows of their own."""
-        mask = both["attention_mask"][rows]
-        width = int(mask.sum(1).max())
+        width = int(both["attention_mask"][rows].sum(1).max())
         names = ("input_ids", "attention_mask", "completion_mask")
         half: dict[str, Any] = {name: both[name][rows, :width] for name in names}
         half["reference"] = both["reference"][rows, : width - 1]
-        if self.packing.on:
-            given = half["input_ids"], mask[:, :width], self._labels(half)
-            half["pack"] = pack(*given, 1, False, BUCKET if self.packing.compile else 1)
-        return half
+        return self._packed(half, branches=1)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self._how.loss == "kto":
@@ -62,7 +58,8 @@ class KTO(Referenced):
             rows = self._prepare_inputs(micro_batch.pop("mismatched"))
             output = self._look(rows, self._labels(rows))
             total += (output.log_probs - rows["reference"]).sum(dtype=torch.float64)
-        return (self.accelerator.reduce(total, reduction="sum") / inputs["weight"]).clamp(min=0).float()
+        total = self.accelerator.reduce(total, reduction="sum") / sequence.size()  # sharers of a sequence say the same
+        return (total / inputs["weight"]).clamp(min=0).float()
 
     def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
         output = self._forward(model, inputs, self._labels(inputs))

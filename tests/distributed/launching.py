@@ -13,7 +13,7 @@ from torch.multiprocessing import start_processes
 from tests.conftest import write_tiny_model
 from tests.distributed import run_stages
 from tests.forks import free_port
-from tests.training import models, tiny
+from tests.training import models, online, tiny
 from tests.training.test_trial import UNPACKABLE
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
@@ -41,6 +41,7 @@ def launch(folder: Path, world_size: int, plan: list[dict[str, Any]]) -> None:
 def write_plan(folder: Path, plan: list[dict[str, Any]]) -> None:
     for kind in ("sft", "dpo", "reward_model"):
         tiny.write_inputs(folder, kind)
+    online.write_inputs(folder)
     write_starts(folder)
     (folder / "plan.json").write_text(json.dumps(plan))
 

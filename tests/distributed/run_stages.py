@@ -27,6 +27,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed import distributed_c10d
 
+import alignment.stages.online as online_stage
 import alignment.stages.train as train
 import alignment.training.trainers as trainers
 from alignment.errors import AlignmentError, PreemptedError
@@ -34,7 +35,7 @@ from alignment.training import ranks, tensors
 from alignment.training.trainers import Packing
 from tests.distributed import asked, bare
 from tests.forks import rank_environment, say_into
-from tests.training import poison, tiny
+from tests.training import online, poison, tiny
 
 
 def work(rank: int, folder: Path, world_size: int, port: int) -> None:
@@ -49,14 +50,17 @@ def main(folder: Path) -> None:
     gc.freeze()  # as alignment.imports.kept
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     train.consolidate, trainers.trial = observed(train.consolidate), watched(trainers.trial)
+    online_stage.judge_of = lambda context: online.letters()
     for case in json.loads((folder / "plan.json").read_text()):
         lora = tiny.adapters(case["settings"].pop("lora", False))
         start = case["settings"].pop("start", "start")
         kind, padded = case["kind"], case["engine"].pop("padded", False)
         adapters = {} if kind == "reference" else {"lora": lora}
-        settings = getattr(tiny, "sft" if kind in bare.KINDS else kind)(**adapters, **case["settings"])
+        made = online if kind in online.KINDS else tiny
+        settings = getattr(made, "sft" if kind in bare.KINDS else kind)(**adapters, **case["settings"])
         setup = tiny.engine(case["strategy"], **case["engine"])
-        inputs = {"model": folder / start, "data": folder / ("dpo" if kind == "reference" else kind)}
+        data = {"reference": "dpo", **dict.fromkeys(online.KINDS, "prompts")}.get(kind, kind)
+        inputs = {"model": folder / start, "data": folder / data}
         train.Packing = partial(Packing, on=not padded)
         saving = dict(case.get("saving", {}))
         behind = saving.pop("behind", 0)

@@ -82,7 +82,9 @@ class Train(Stage):
     inputs: ClassVar[dict[str, str]] = {"model": "a model", "data": "rows"}
     task: ClassVar[str]
     distributed = True
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy", "bitsandbytes")
+    packages: ClassVar[tuple[str, ...]] = (
+        "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy", "bitsandbytes",
+    )  # fmt: skip
     global_batch_size: int = identity(gt=0)
     epochs: float = identity(gt=0)
     max_steps: int | None = identity(gt=0)
