@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from alignment.config.faults import Fault, Use
 from alignment.config.nearest import closest
 from alignment.config.reward_terms import ChatEndpoint, Clip, Endpoint, Format, Length, Model, Python, Regex
+from alignment.config.stages.answering import Judge
 from alignment.config.stages.base import REWARD_MODEL
 
 
@@ -20,6 +21,9 @@ def term_faults(use: Use) -> Iterator[Fault]:
     yield from _reward_models(use)
     if (comparison := use.experiment.reward.comparison) is not None:
         yield from _chat(comparison, "reward.comparison", ("first", "second"))
+        if isinstance(use.settings, Judge) and use.settings.judging == "pointwise":
+            what = f"`reward.comparison` is set, and `{use.key}.judging` is pointwise"
+            yield Fault(what, (f"{use.key}.judging", "reward.comparison"), f"{use.key}.judging=pairwise")
     for name, term in use.experiment.reward.terms.items():
         key = f"reward.terms.{name}"
         if isinstance(term.normalise, Clip) and term.normalise.low >= term.normalise.high:

@@ -128,6 +128,7 @@ def ask_all(client: Client, requests: dict[str, Request], concurrency: int, take
             try:
                 done.put((key, client.ask(one, stop)))
             except BaseException as error:
+                stop.set()  # what ends one question ends all
                 done.put((key, error))
 
     for _ in range(min(concurrency, len(requests))):

@@ -29,7 +29,7 @@ COMPLETED = {
     "data=path": ["data.instructions.source.path=rows.jsonl"],
     "reward=python": [f"reward.terms.own.source.path={Path(__file__).parent.parent / 'rewards' / 'own_reward.py'}"],
     "reward=endpoint": ["reward.terms.judge.model=m"],
-    "reward=endpoint_pairwise": ["reward.terms.judge.model=m"],
+    "reward=endpoint_pairwise": ["reward.terms.judge.model=m", "stage.judge.judging=pairwise"],
     "reward=model": ["+reward.terms.preference.members.one={kind: path, path: m}"],
     "launcher=torchrun": ["engine=ddp"],
     "launcher=slurm": ["engine=zero2"],

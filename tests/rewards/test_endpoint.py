@@ -16,9 +16,12 @@ import pytest
 from alignment.config.compose import compose
 from alignment.config.rewards import Reward
 from alignment.errors import ConfigError, MachineError
+from alignment.files import read_jsonl, write_jsonl
 from alignment.pipeline.identity import identity_side
 from alignment.rewards import Judge
+from alignment.stages import judge
 from tests.rewards.conftest import row
+from tests.stages.conftest import MakeContext, make_context  # noqa: F401
 
 KEY = "sk-secret-of-this-test-0123456789"
 Answer = tuple[int, dict[str, str], bytes]  # status, headers, body
@@ -186,8 +189,8 @@ def test_an_answer_that_takes_too_long_is_given_up(server: Server) -> None:
         return completion("Score: 10")
 
     server.answer = answer
-    judge = judge_at(server.port, timeout_s=0.7, retries=0, concurrency=1)
-    assert told(judge.score([row()] * 2, ["fast", "slow"])) == [1.0, "the endpoint took longer than 0.7 s"]
+    slow = judge_at(server.port, timeout_s=0.7, retries=0, concurrency=1)
+    assert told(slow.score([row()] * 2, ["fast", "slow"])) == [1.0, "the endpoint took longer than 0.7 s"]
     over.set()
 
 
@@ -195,8 +198,8 @@ def test_an_answer_that_comes_in_drops_is_given_up_too(server: Server) -> None:
     """Twenty bytes a second, each in time: 4 s for what may take 0.5."""
     drops: Answer = (200, {"Drip": "yes"}, b" " * 80)
     server.answer = lambda question, before: drops if before else completion("Score: 10")
-    judge = judge_at(server.port, timeout_s=0.5, retries=0, concurrency=1)
-    assert told(judge.score([row()] * 2, ["fast", "slow"])) == [1.0, "the endpoint took longer than 0.5 s"]
+    slow = judge_at(server.port, timeout_s=0.5, retries=0, concurrency=1)
+    assert told(slow.score([row()] * 2, ["fast", "slow"])) == [1.0, "the endpoint took longer than 0.5 s"]
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 307])
@@ -325,14 +328,39 @@ def test_of_two_answers_one_is_better_or_none(server: Server) -> None:
     assert server.asked[0][2]["messages"][0]["content"].startswith("Say something: ")
 
 
+def test_a_stage_asks_about_pairs_in_both_orders(
+    server: Server, make_context: MakeContext, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """Of three answers the longest beats both others. Between those the judge takes whichever is shown first: a tie."""
+
+    def answer(question: dict[str, Any], before: int) -> Answer:
+        first, second = question["messages"][0]["content"].split(": ")[1][:-1].split(" or ")
+        return completion(f"Better: {'B' if len(first) < len(second) else 'A'}")
+
+    server.answer = answer
+    completions = [{"text": text, "tokens": 1, "finished": True} for text in ("ab", "the longest", "cd")]
+    (tmp_path / "samples").mkdir()
+    write_jsonl(tmp_path / "samples" / "samples.jsonl", [{**row(), "completions": completions}])
+    context = make_context("judge", {"data": tmp_path / "samples"}, judging="pairwise", min_margin=0.0)
+    reward = context.experiment.reward.model_copy(update={"comparison": comparer(server.port).settings})
+    context.experiment = context.experiment.model_copy(update={"reward": reward})
+    assert judge.run(context)["pairs"] == 1
+    assert len(server.asked) == 6
+    (judged,) = read_jsonl(context.folder / "judged.jsonl")
+    assert [completion["reward"] for completion in judged["completions"]] == [-0.5, 1.0, -0.5]
+
+
 def test_who_compares_is_in_the_key_where_somebody_does() -> None:
     plain = {"terms": {"term": {"kind": "repetition", "weight": 1.0, "words": 1}}}
     assert "comparison" not in identity_side(Reward.model_validate(plain))
     assert judge_at(1).compare is None
-    reward = compose(["reward=endpoint_pairwise", "reward.terms.judge.model=m"]).reward
+    chosen = ["reward=endpoint_pairwise", "reward.terms.judge.model=m"]
+    reward = compose([*chosen, "stage.judge.judging=pairwise"]).reward
     assert identity_side(reward)["comparison"]["model"] == "m"
     with pytest.raises(ConfigError, match=r"`reward\.comparison\.prompt` lacks \{second\}"):
-        compose(["reward=endpoint_pairwise", "reward.terms.judge.model=m", "reward.comparison.prompt='{first}'"])
+        compose([*chosen, "reward.comparison.prompt='{first}'"])
+    with pytest.raises(ConfigError, match=r"`reward\.comparison` is set, and `stage\.judge\.judging` is pointwise"):
+        compose(chosen)
 
 
 REFUSED = {
