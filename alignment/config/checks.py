@@ -4,61 +4,32 @@ from __future__ import annotations
 
 import graphlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from alignment.config import model_checks, shape
+from alignment.config import answering_checks, model_checks, rounds, shape
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, Use
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
 from alignment.config.nearest import closest
 from alignment.config.preference_checks import loss_faults
 from alignment.config.provenance import Origin
+from alignment.config.reward_term_checks import term_faults
 from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
-from alignment.config.stages.base import Stage
 from alignment.config.stages.preference import Referenced
-from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.preparing import FORMATS, Prepare
 from alignment.config.stages.reward_model import OF_REWARD_MODELS
 from alignment.config.stages.training import Train
 from alignment.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Use:
-    """One node of the pipeline, with the settings of its stage."""
-
-    experiment: Experiment
-    node: str
-
-    @property
-    def key(self) -> str:
-        return f"stage.{self.experiment.pipeline.nodes[self.node].stage}"
-
-    @property
-    def settings(self) -> Stage:
-        return self.experiment.stage[self.experiment.pipeline.nodes[self.node].stage]
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        return self.experiment.pipeline.nodes[self.node].inputs
-
-    @property
-    def world_size(self) -> int:
-        names = self.experiment.pipeline.nodes[self.node].stage, self.node
-        nodes, processes = self.experiment.launcher.layout(*names, distributed=self.settings.distributed)
-        return nodes * processes
-
-    def role(self, role: str) -> str:
-        return f"pipeline.nodes.{self.node}.inputs.{role}"
-
-
 def check(experiment: Experiment, origin: Origin) -> None:
     """Raises ConfigError for the first fault."""
     for fault in _faults(experiment):
-        raise ConfigError(fault.what, where=origin.where(*fault.keys), fix=fault.fix)
+        keys = (rounds.written(experiment, key) for key in fault.keys)
+        raise ConfigError(fault.what, where=origin.where(*keys), fix=fault.fix)
 
 
 def is_faulty(experiment: Experiment) -> bool:
@@ -67,6 +38,7 @@ def is_faulty(experiment: Experiment) -> bool:
 
 def _faults(experiment: Experiment) -> Iterator[Fault]:
     """Lazy: what is looked at later may rest on what was found right before."""
+    yield from rounds.faults(experiment)
     yield from _names(experiment)
     uses = [Use(experiment, node) for node in experiment.pipeline.nodes]
     for use in uses:
@@ -81,6 +53,7 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     for use in uses:
         for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
             yield from look(use)
+        yield from answering_checks.faults(use)
         yield from loss_faults(use.settings, use.key)
         yield from model_checks.faults(use, lambda node: Use(experiment, node))
 
@@ -106,7 +79,7 @@ def _roles(use: Use) -> Iterator[Fault]:
     settings = use.settings
     known = {**settings.inputs, **settings.optional_inputs}
     for role, parent in use.inputs.items():
-        takes = settings.open_inputs or known.get(role)
+        takes = settings.takes(role)
         if takes is None:
             what = f"`{use.role(role)}`: a stage of this kind has no such role"
             yield Fault(what, (use.role(role),), closest(role, known))
@@ -319,12 +292,8 @@ def _prepare(use: Use) -> Iterator[Fault]:
         yield Fault(what, (f"{key}.max_prompt_length", f"{key}.max_length"), fix)
     data, name = use.experiment.data, settings.dataset
     if name is None:
-        if settings.task != "preference" or "data" not in use.inputs:
-            why = (
-                f"`task` is {settings.task}"
-                if settings.task != "preference"
-                else f"`{use.node}` is given no pairs by a parent"
-            )
+        if "data" not in use.inputs:
+            why = "`task` is sft" if settings.task == "sft" else f"`{use.node}` is given no pairs by a parent"
             yield Fault(f"`{key}.dataset` is null, and {why}", (f"{key}.dataset",), f"name one of: {', '.join(data)}")
         return
     if name not in data:
@@ -332,10 +301,10 @@ def _prepare(use: Use) -> Iterator[Fault]:
         return
     yield from _missing(data[name], f"data.{name}")
     form = data[name].format
-    if form != "auto" and {"preference": "preference", "scored": "scored"}.get(form, "sft") != settings.task:
+    if form != "auto" and form not in FORMATS[settings.task]:
         keys = f"{key}.task", f"{key}.dataset", f"data.{name}.format"
         what = f"`{keys[0]}` is {settings.task}, and `{keys[2]}` is {form}"
-        fix = "preference rows have chosen and rejected answers, scored ones one with its score, the others one"
+        fix = "preference rows have chosen and rejected answers, unpaired ones a label, scored ones a score"
         yield Fault(what, keys, fix)
 
 
@@ -354,11 +323,12 @@ def _reward(use: Use) -> Iterator[Fault]:
     yield from _missing(use.experiment.reward, "reward")
     for name, term in use.experiment.reward.terms.items():
         key = f"reward.terms.{name}"
-        if name in HIGHER_IS_BETTER:
+        if name in HIGHER_IS_BETTER or name == "margin":  # whose mean a judged stage has, too
             yield Fault(f"`{key}` has the name of another metric", (key,), "name the term differently")
         if term.kind == "relevance" and term.source is None:
             what = f"`{key}.source` is null, and a relevance term needs a sentence encoder"
             yield Fault(what, (f"{key}.source",), "conf/reward/sentiment_relevance.yaml names one")
+    yield from term_faults(use)
 
 
 def _compare(use: Use) -> Iterator[Fault]:

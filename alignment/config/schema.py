@@ -56,7 +56,23 @@ class Node(Settings):
     inputs: dict[str, str] = execution()
 
 
+class Rounds(Settings):
+    """Nodes that are there `count` times, each round after the one before it (config/rounds.py).
+
+    prompts: of each round, from the prompts after those of the round before; null: all prompts in each. first: what
+    `previous.NODE` means in the first round.
+    """
+
+    count: int = execution(ge=1)
+    prompts: int | None = execution(ge=1)
+    first: dict[str, str] = execution()
+    nodes: dict[Annotated[str, Field(pattern=NAME)], Node] = execution(min_length=1)
+
+
 class Pipeline(Settings):
+    """rounds: said once; their nodes stand among `nodes` when an experiment is composed."""
+
+    rounds: Rounds | None = execution(default=None)
     nodes: dict[Annotated[str, Field(pattern=NAME)], Node] = execution(min_length=1)
     final: str = execution()
 

@@ -56,5 +56,7 @@ class Model(Settings):
 
 class Dataset(Settings):
     source: Source = identity()
-    format: Literal["auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference", "scored"] = identity()
+    format: Literal[
+        "auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference", "unpaired", "scored"
+    ] = identity()
     limit: int | None = identity(gt=0)

@@ -1,7 +1,8 @@
 """The shapes people keep rows in -> the canonical ones.
 
 Canonical: {"messages": [...]}, {"prompt": [...], "chosen": [answer], "rejected": [answer]} or {"prompt": [...],
-"completion": [answer]} (with a score); a message is {"role": "system" | "user" | "assistant", "content": text}.
+"completion": [answer]} (with a score); a message is {"role": "system" | "user" | "assistant", "content": text}. An
+unpaired row is a conversation and a label, whether its last answer is wanted.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from alignment.config.instructions import checks_of
 from alignment.data.sources import Row, type_name
-from alignment.errors import InputError
+from alignment.errors import ConfigError, InputError
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -24,18 +26,16 @@ KEYS = {  # a format is recognised by these keys of the first row, in this order
     "prompt_completion": ("prompt", "completion"),
     "scored": ("prompt", "completion", "score"),  # also a prompt_completion: only looked for where scores are wanted
 }
-# What a task is prepared from.
-FORMATS = {
-    "sft": ("messages", "sharegpt", "alpaca", "prompt_completion"),
-    "preference": ("preference",),
-    "scored": ("scored",),
-}
+
+LABELLED = ("messages", "sharegpt", "prompt_completion")  # an unpaired row is one of these with a label
 
 
 def detect(row: Row, wanted: Sequence[str] = ()) -> str:
     """The format whose keys the row has, first of the wanted ones. Raises InputError that lists the keys found and the
     formats known."""
-    for name in (*wanted, *KEYS):
+    if "unpaired" in wanted and "label" in row.value and any(KEYS[name][0] in row.value for name in LABELLED):
+        return "unpaired"
+    for name in (*(name for name in wanted if name in KEYS), *KEYS):
         if all(key in row.value for key in KEYS[name]):
             return name
     known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KEYS.items())
@@ -94,6 +94,24 @@ def _preference(row: Row) -> dict[str, list[Message]]:
     return {"prompt": ([_message("system", system)] if system else []) + prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _unpaired(row: Row) -> dict[str, list[Message]]:
+    form = next((name for name in LABELLED if KEYS[name][0] in row.value), None)
+    if form is None:
+        known = "; ".join(", ".join(KEYS[name]) for name in LABELLED)
+        raise InputError("has no conversation beside its label", where=row.where, fix=known)
+    wanted(row)
+    return CONVERTERS[form](row)
+
+
+def wanted(row: Row) -> bool:
+    """The label of an unpaired row. Raises InputError."""
+    label = row.value.get("label")
+    if not isinstance(label, bool):
+        what = f"'label' must be true or false, is {type_name(label)}"
+        raise InputError(what, where=row.where, fix="true for an answer that is wanted")
+    return label
+
+
 def _scored(row: Row) -> dict[str, list[Message]]:
     prompt, answer = _turns(row, "prompt", "user"), _turns(row, "completion", "assistant")
     if [m["role"] for m in answer] != ["assistant"]:
@@ -130,8 +148,23 @@ CONVERTERS: dict[str, Callable[[Row], dict[str, list[Message]]]] = {
     "prompt_completion": _prompt_completion,
     "sharegpt": _sharegpt,
     "preference": _preference,
+    "unpaired": _unpaired,
     "scored": _scored,
 }
+
+
+def kept(row: Row) -> dict[str, Any]:
+    """What a row has for rewards to look at (docs/rewards.md): `expected`, what an answer must come to (text or a
+    number), and `checks` of it. Raises InputError for what cannot be either."""
+    expected, checks = row.value.get("expected"), row.value.get("checks")
+    if expected is not None and (isinstance(expected, bool) or not isinstance(expected, str | int | float)):
+        raise InputError(f"'expected' must be text or a number, is {type_name(expected)}", where=row.where)
+    if checks is not None:
+        try:
+            checks_of(checks)
+        except ConfigError as error:
+            raise InputError(str(error), where=row.where, fix="docs/rewards.md lists them") from error
+    return {name: value for name, value in (("expected", expected), ("checks", checks)) if value is not None}
 
 
 # --- pieces of a row --------------------------------------------------------------------------------------------------

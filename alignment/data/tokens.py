@@ -60,7 +60,7 @@ def conversation(chat: Chat, messages: list[Message], where: str) -> Conversatio
 
 def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str) -> Pair:
     """Both sides cut at the same prompt, each tokenised with it and once. Raises InputError, Drop."""
-    (asked, good), (asked_too, bad) = (answered(chat, prompt, side, where) for side in (chosen, rejected))
+    (asked, good), (asked_too, bad) = (answered(chat, prompt + side, where) for side in (chosen, rejected))
     if asked != asked_too:
         raise InputError("the chat template renders the prompt differently for the two answers", where=where)
     if good == bad:
@@ -68,9 +68,9 @@ def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: lis
     return Pair(asked, good, bad)
 
 
-def answered(chat: Chat, prompt: list[Message], answer: list[Message], where: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, and of the answer through its end-of-turn token. Raises InputError, Drop."""
-    whole = conversation(chat, prompt + answer, where)
+def answered(chat: Chat, messages: list[Message], where: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, and of the last answer through its end-of-turn token. Raises InputError, Drop."""
+    whole = conversation(chat, messages, where)
     end = whole.ids.index(chat.eos_id, whole.prompt) + 1
     return whole.ids[: whole.prompt], whole.ids[whole.prompt : end]
 

@@ -16,11 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from alignment.config import shape
 from alignment.config.paths import template_path
 from alignment.config.schema import Experiment
+from alignment.config.settings import Settings
 from alignment.config.sources import Model, PathSource
 from alignment.config.stages.base import Stage
 from alignment.config.stages.preparing import Prepare
@@ -33,14 +32,13 @@ FORMAT = 3  # raised when the meaning of the key itself changes
 def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:
     """The identity of one node. parents: role -> key; roles that only order stages are left out. Raises InputError when
     a file it needs is not there."""
-    idle = settings.idle()
     return {
         "format": FORMAT,
         "kind": settings.kind,  # type: ignore[attr-defined]
-        "settings": {name: value for name, value in identity_side(settings).items() if name not in idle},
+        "settings": identity_side(settings),
         "groups": {group: _group(experiment, settings, group) for group in settings.groups},
         "parents": {role: key for role, key in sorted(parents.items()) if role not in settings.ordering},
-        "packages": {name: version(name) for name in settings.packages if _used(name, experiment)},
+        "packages": {name: version(name) for name in settings.packages if _used(name, experiment, settings)},
     }
 
 
@@ -59,7 +57,7 @@ def identity_side(value: Any) -> Any:
         return {"sha256": content_digest(Path(value.path))}
     if isinstance(value, Model):
         return {**_fields(value), "chat_template": template_digest(value.chat_template)}
-    if isinstance(value, BaseModel):
+    if isinstance(value, Settings):
         return _fields(value)
     if isinstance(value, dict):
         return {name: identity_side(item) for name, item in value.items()}
@@ -68,12 +66,13 @@ def identity_side(value: Any) -> Any:
     return value
 
 
-def _fields(value: BaseModel) -> dict[str, Any]:
-    return {name: identity_side(getattr(value, name)) for name in _identity_keys(type(value))}
+def _fields(value: Settings) -> dict[str, Any]:
+    idle = value.idle()
+    return {name: identity_side(getattr(value, name)) for name in _identity_keys(type(value)) if name not in idle}
 
 
 @cache
-def _identity_keys(settings: type[BaseModel]) -> tuple[str, ...]:
+def _identity_keys(settings: type[Settings]) -> tuple[str, ...]:
     return tuple(name for name, field in settings.model_fields.items() if shape.side(field) == "identity")
 
 
@@ -83,8 +82,10 @@ def _group(experiment: Experiment, settings: Stage, group: str) -> Any:
     return identity_side(getattr(experiment, group))
 
 
-def _used(package: str, experiment: Experiment) -> bool:
+def _used(package: str, experiment: Experiment, settings: Stage) -> bool:
     """Optional packages count only where they do something."""
+    if package == "vllm":
+        return getattr(settings, "backend", None) == "vllm"
     if package == "gguf":
         source = experiment.model.source
         return str(getattr(source, "member", getattr(source, "path", ""))).endswith(".gguf")

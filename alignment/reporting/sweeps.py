@@ -28,13 +28,7 @@ NOTHING_KNOWN: Row = {
     "training": None, "report": False,
 }  # fmt: skip
 EVALUATES = ("evaluate", "evaluate_reward")
-COUNTS = (
-    "prompts",
-    "heldout_nll_missing",
-    "pairs",
-    "rows",
-    "members",
-)  # of an evaluation's record: no metrics of the model
+COUNTS = ("prompts", "heldout_nll_missing", "kl_bound", "pairs", "rows", "members")  # no metrics of the model
 
 # --- which sweep -----------------------------------------------------------------------------------------------------
 

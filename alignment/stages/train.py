@@ -192,4 +192,6 @@ def train_rows(data: Path) -> Any:
     rows = load_from_disk(str(folder))
     if not len(rows):
         raise InputError("there are no rows to train on", where=str(folder))
+    if "mismatched_ids" in rows.column_names:  # an answer and one to another prompt are kept and scored as a pair is
+        rows = rows.rename_columns({"completion_ids": "chosen_ids", "mismatched_ids": "rejected_ids"})
     return rows

@@ -39,6 +39,11 @@ METRICS: dict[str, Metric] = {
     "rewards/accuracies": PER_ROW,
     "logps/chosen": PER_ROW,
     "logps/rejected": PER_ROW,
+    "desirable": Metric("sum"),
+    "undesirable": Metric("sum"),
+    "rewards/desirable": Metric("mean", "desirable"),
+    "rewards/undesirable": Metric("mean", "undesirable"),
+    "reference_point": PER_ROW,  # KTO's z0, nats an answer
     "accuracy": PER_ROW,
     "margin": PER_ROW,
     "mean_reward": PER_ROW,
@@ -148,6 +153,27 @@ def pair_sums(
         "rewards/accuracies": (chosen_reward - rejected_reward > beta * NO_MARGIN).sum(),
         "logps/chosen": chosen_logp.sum(),
         "logps/rejected": rejected_logp.sum(),
+    }
+
+
+def answer_sums(
+    policy: Any, reference: Tensor, labels: Tensor, desirable: Tensor, beta: float, reference_point: Tensor
+) -> dict[str, Tensor | float]:
+    """Sums over the answers of a scored micro-batch, wanted or not. Rewards and kl are those of `pair_sums`.
+
+    reference: [rows, width - 1]; desirable: [rows] bool; reference_point: KTO's z0, nats.
+    """
+    log_ratios = (policy.log_probs - reference).double()
+    rewards, unwanted = beta * log_ratios.sum(1), ~desirable
+    return {
+        "rows": len(labels),
+        **token_sums(policy, labels),
+        "kl": (torch.expm1(log_ratios) - log_ratios).sum(),
+        "desirable": desirable.sum(),
+        "undesirable": unwanted.sum(),
+        "rewards/desirable": (rewards * desirable).sum(),
+        "rewards/undesirable": (rewards * unwanted).sum(),
+        "reference_point": reference_point * len(labels),
     }
 
 

@@ -152,6 +152,8 @@ class DPO(Referenced):
     """DPO and its family: the mean of objective(pairs) over the pairs of the global batch."""
 
     objective: Objective
+    _mean_chosen_tokens = 1.0  # of the step's chosen answers
+    _ahead: list[Tensor] | None = None  # of a loss of whole batches: [pairs, 4] a micro-batch of the step
 
     def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
         self.objective = objective
@@ -179,6 +181,8 @@ class DPO(Referenced):
         pairs, weights = self._pairs(output, inputs.get("reference"), labels)
         if not self.objective.whole:
             return self.objective(pairs, weights).sum()
+        if self._ahead is None:  # not in a step: DDP lays out its buckets by any loss (Resumable._settle_buckets)
+            return pairs.margin.sum()
         value, *slopes = self._ahead.pop(0).unbind(1)  # each [pairs of this micro-batch]
         moved = (slope * (one - one.detach()) for slope, one in zip(slopes, leaves(pairs), strict=True))
         return (value + sum(moved)).sum()  # that value, and its gradient

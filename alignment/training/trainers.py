@@ -262,7 +262,7 @@ class AlignedTrainer(Resumable):
         sums["num_tokens"] = self._input_tokens
         sums["tokens_per_s"] = sums.pop("input_tokens") / max(now - (self._logged_at or now), 1e-9)
         self._logged_at = now
-        for name in ("rows", "tokens"):
+        for name in ("rows", "tokens", "desirable", "undesirable"):
             sums.pop(name, None)
         super().log({**logs, **sums}, start_time)
         self._row = self.state.log_history[-1]

@@ -48,6 +48,10 @@ IMPOSSIBLE = {
     "pipeline.nodes.dpo.inputs.data=rows": "`stage.prepare_sft.task` is sft, and `dpo` trains on rows for preference",
     "pipeline.nodes.dpo.inputs.model=start": "`dpo` has the model `start`, and its reference, `reference`, `sft` (",
     "stage.reference.precision=bf16": "`stage.reference.precision` is bf16, and `stage.dpo.precision` fp32: `dpo`",
+    "stage.evaluate.best_of=4": "`stage.evaluate.best_of` is 4, and `stage.evaluate.temperature` 0: the bound of its",
+    "stage.judge.pairs=none": "`stage.judge.pairs` is none, and nothing else is asked of it (stage.judge.best=true",
+    "stage.judge.pairs=none stage.judge.best=true": "`stage.prepare_preference.task` is preference, and `stage.judge`",
+    "stage.sample.completions_per_prompt=1": "`stage.sample.completions_per_prompt` is 1, and a pair needs two answers",
     "~pipeline.nodes.dpo.inputs.model": "`pipeline.nodes.dpo.inputs` lacks the role `model`",
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 from alignment.config.execution import Checkpoint, Engine
 from alignment.config.launchers import LocalLauncher
 from alignment.config.schema import Experiment
-from alignment.config.stages.preference import Dpo
+from alignment.config.stages.preference import Dpo, Kto
 from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Lora, Reference, Sft
 from alignment.stages.context import StageContext
@@ -39,6 +39,11 @@ LOSS: dict[str, Any] = {
 
 def dpo(**changes: Any) -> Dpo:
     return Dpo(**{**COMMON, "kind": "dpo", **LOSS, **changes})
+
+
+def kto(**changes: Any) -> Kto:
+    own = {"loss": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+    return Kto(**{**COMMON, "kind": "kto", **own, **changes})
 
 
 def reward_model(**changes: Any) -> RewardModel:
@@ -97,6 +102,18 @@ def pair_rows(count: int = 40) -> list[dict[str, list[int]]]:
     ]
 
 
+def unpaired_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Every third answer is not wanted; the mismatched one is that of the next row."""
+    rows = pair_rows(count)
+    return [
+        {
+            "prompt_ids": row["prompt_ids"], "completion_ids": row["chosen_ids"], "label": number % 3 != 0,
+            "mismatched_ids": rows[(number + 1) % count]["chosen_ids"],
+        }
+        for number, row in enumerate(rows)
+    ]  # fmt: skip
+
+
 def scored_rows(count: int = 40) -> list[dict[str, Any]]:
     """Pairs beside an answer with a score: whatever a reward model may be trained on."""
     random = np.random.default_rng(4)
@@ -110,7 +127,7 @@ def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
 
     if not (folder / "start" / "model").exists():
         write_tiny_model(folder / "start" / "model")
-    rows = {"sft": sft_rows, "reward_model": scored_rows}.get(kind, pair_rows)(count)
+    rows = {"sft": sft_rows, "kto": unpaired_rows, "reward_model": scored_rows}.get(kind, pair_rows)(count)
     if (folder / kind / "train").exists():
         return {"model": folder / "start", "data": folder / kind}
     Dataset.from_list(rows).save_to_disk(folder / kind / "train")
