@@ -22,6 +22,7 @@ from alignment.config.stages.answering import Compare
 from alignment.config.stages.online import Online
 from alignment.config.stages.preference import Referenced
 from alignment.config.stages.preparing import FORMATS, Prepare
+from alignment.config.stages.reward_model import OF_REWARD_MODELS
 from alignment.config.stages.training import Train
 from alignment.errors import ConfigError
 
@@ -118,6 +119,8 @@ def _final(experiment: Experiment) -> Iterator[Fault]:
 
 def _objective(experiment: Experiment) -> Iterator[Fault]:
     names, known = experiment.objective, [*HIGHER_IS_BETTER, *experiment.reward.terms]
+    if Use(experiment, experiment.pipeline.final).settings.makes == "a reward model":
+        known = [*OF_REWARD_MODELS]
     for name in names:
         if name not in known:
             yield _unknown("objective", name, "which no evaluation measures", known)

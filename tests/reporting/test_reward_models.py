@@ -9,6 +9,7 @@ from typing import Any
 from alignment.reporting.gather import gather, summarise
 from alignment.reporting.page import render
 from alignment.reporting.reward_models import reward_models
+from alignment.reporting.sweeps import objective
 from alignment.reporting.terminal import main_facts, next_steps
 
 FOUND = {
@@ -63,3 +64,11 @@ def test_nobody_is_asked_to_talk_to_a_reward_model(tmp_path: Path) -> None:
     said = "\n".join(line.plain for line in next_steps(summary, None))
     assert "final model" in said and "talk to it" not in said
     assert main_facts(FOUND["metrics"]) == "pairs 200  accuracy 0.715  ECE 0.041"
+
+
+def test_a_sweep_learns_what_was_measured_of_a_reward_model(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, FOUND)
+    run = json.loads((folder / "run.json").read_text())
+    assert objective(run, tmp_path, ["accuracy"]) == 0.715
+    assert objective(run, tmp_path, ["accuracy", "ece"]) == (0.715, 0.041)
+    assert objective(run, tmp_path, ["pairs"]) is None, "a count is no metric of the model"

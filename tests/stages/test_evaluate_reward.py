@@ -20,6 +20,8 @@ from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.evaluation import reward_metrics
 from alignment.files import read_json, read_jsonl, write_json
+from alignment.rewards.model import Scorer
+from alignment.rewards.term import Answer
 from alignment.stages import evaluate_reward
 from alignment.stages.context import StageContext
 from alignment.training.classifier import load_classifier
@@ -87,6 +89,15 @@ def test_the_rewards_are_those_of_each_answer_alone(folder: Path, tmp_path: Path
     assert told["metrics"] == metrics and sum(row["pairs"] for row in told["calibration"]) == 10
     (logged,) = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert logged["accuracy"] == metrics["accuracy"]
+
+
+def test_what_is_measured_is_what_the_reward_term_gives(folder: Path, tmp_path: Path) -> None:
+    measure(folder, tmp_path / "out", "preference", folder / "member-2")
+    by_id = {row["id"]: row for row in read_jsonl(tmp_path / "out" / "rewards.jsonl")}
+    heldout = list(read_jsonl(folder / "preference" / "heldout.jsonl"))
+    scorer = Scorer(folder / "member-2" / "model", "end_of_turn")
+    given = scorer([Answer(row, row["reference"]) for row in heldout], lambda: None)
+    assert given == [pytest.approx(by_id[row["id"]]["chosen"][0], abs=1e-5) for row in heldout]
 
 
 def test_an_ensemble_is_the_mean_of_its_members_and_knows_where_they_differ(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,15 @@ from alignment.config.stages.training import Train
 
 MEMBERS = ("model", *(f"model_{number}" for number in range(2, 9)))  # roles of an ensemble
 POINTWISE = ("mse", "bce")
+# What a sweep may look at where the final model is a reward model -> whether more of it is better.
+OF_REWARD_MODELS = {
+    "accuracy": True,
+    "heldout_loss": False,
+    "ece": False,
+    "mse": False,
+    "pearson": True,
+    "spearman": True,
+}
 
 
 class RewardModel(Train):
