@@ -76,7 +76,7 @@ FOUR = {
     "sft_hpz": ("sft", "zero3", {}, {"hpz": 2, "tokens_per_micro_batch": 40}),
     "dpo_hpz_small": ("dpo", "zero3", {"start": "small"}, {"hpz": 2, "param_persistence_threshold": 60}),
     "sft_hpz_persistent": ("sft", "zero3", {}, {"hpz": 2, "param_persistence_threshold": 600}),
-    "dpo_sequence": ("dpo", "zero2", {}, {"sequence_parallel": 2, "tokens_per_micro_batch": 30}),
+    "dpo_sequence": ("dpo", "zero2", {"start": "untied"}, {"sequence_parallel": 2, "tokens_per_micro_batch": 30}),
     "dpo_hpz_lora": ("dpo", "zero3", {"lora": True}, {"hpz": 2, "tokens_per_micro_batch": 60}),
     "sft_hpz_offload": ("sft", "zero3", {}, {"hpz": 2, "offload": "all"}),
 }
@@ -176,6 +176,12 @@ def test_each_token_is_computed_by_one_of_those_that_share_it(name: str, togethe
     assert min(shares) >= 1 and max(shares) < 1.1
 
 
+def test_those_who_share_packs_keep_reference_log_probs_once(four: Path) -> None:
+    """dpo_sequence alone has a reference of its own among those of full packs: of dpo_ddp, and of the small model."""
+    files = [len(list(folder.glob("*.safetensors"))) for folder in four.glob("reference/*")]
+    assert sorted(files) == [2, 4, 4]
+
+
 def test_processes_that_cannot_share_the_heads_of_a_model_are_told(four: Path) -> None:
     for rank in range(4):
         said = (four / "heads" / f"error-{rank}.txt").read_text()
@@ -191,7 +197,7 @@ def test_each_machine_has_a_second_copy_of_the_weights_with_hpz_alone(four: Path
 def test_all_ranks_write_reference_log_probs_and_a_second_run_reads_them(together: Path) -> None:
     """dpo_zero2 follows dpo_ddp over the same pairs, in the same process group."""
     written = {path.name for path in together.glob("reference/*/*.safetensors")}
-    assert len(written) == 2 * len(list(together.glob("reference/*"))) == 4, "one file a rank, fp32 and bf16"
+    assert len(written) == 2 * len(list(together.glob("reference/*"))) == 6, "one a rank: fp32, bf16, another model"
     for name, computed in (("dpo_ddp", 40), ("dpo_zero1", 0), ("dpo_zero2", 0), ("dpo_zero3", 0), ("bf16", 40)):
         assert json.loads((together / name / "summary.json").read_text())["reference_computed"] == computed, name
 
