@@ -6,20 +6,20 @@ import graphlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from alignment.config import answering_checks, model_checks, online_checks, rounds, shape
+from alignment.config import answering_checks, model_checks, rounds, shape
 from alignment.config.engine_checks import engine_faults, four_bit_faults
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING
 from alignment.config.faults import Fault, Use
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
 from alignment.config.nearest import closest
+from alignment.config.online_checks import online_faults
 from alignment.config.preference_checks import loss_faults
 from alignment.config.provenance import Origin
 from alignment.config.reward_term_checks import term_faults
 from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
-from alignment.config.stages.online import Online
 from alignment.config.stages.preference import Referenced
 from alignment.config.stages.preparing import FORMATS, Prepare
 from alignment.config.stages.reward_model import OF_REWARD_MODELS
@@ -53,11 +53,12 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     if trains := [use for use in uses if use.settings.distributed]:
         yield from engine_faults(experiment, max(use.world_size for use in trains))
     for use in uses:
-        for look in (_model, _prepare, _rows, _train, four_bit_faults, _online, _reference, _reward, _compare):
+        for look in (_model, _prepare, _rows, _train, four_bit_faults, _reference, _reward, _compare):
             yield from look(use)
         yield from answering_checks.faults(use)
         yield from loss_faults(use.settings, use.key)
         yield from model_checks.faults(use, lambda node: Use(experiment, node))
+        yield from online_faults(use.settings, use.key, experiment.engine)
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -190,12 +191,6 @@ def _train(use: Use) -> Iterator[Fault]:
     if isinstance(rows.settings, Prepare) and rows.settings.task != use.settings.task:
         what = f"`{rows.key}.task` is {rows.settings.task}, and `{use.node}` trains on rows for {use.settings.task}"
         yield Fault(what, (f"{rows.key}.task", use.role("data")), f"{rows.key}.task={use.settings.task}, or other rows")
-
-
-def _online(use: Use) -> Iterator[Fault]:
-    if isinstance(use.settings, Online):
-        for what, keys, fix in online_checks.faults(use.settings, use.key, use.experiment.engine):
-            yield Fault(what, keys, fix)
 
 
 def _reference(use: Use) -> Iterator[Fault]:

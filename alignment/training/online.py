@@ -93,13 +93,6 @@ class OnlineTrainer(AlignedTrainer, Policies):
         super().__init__(**kwargs)
         self.branches = settings.completions_per_prompt
 
-    def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
-        return self._loss_of(self._forward(model, inputs), inputs)
-
-    def _loss_of(self, output: Any, inputs: dict[str, Any]) -> Tensor:
-        """The sum over the micro-batch."""
-        raise NotImplementedError
-
     @property
     def _refers(self) -> bool:
         """Whether the loss compares the policy with the start model."""
@@ -146,6 +139,13 @@ class OnlineTrainer(AlignedTrainer, Policies):
         self._groups = [[groups[at].number for at in part] for part in self._groups]
         self._tell("updating", 0, 0)
         return super().training_step(model, {"micro_batches": made, "weight": self._weight(groups)}, num_items_in_batch)
+
+    def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
+        return self._sum(self._forward(model, inputs), inputs["targets"])
+
+    def _sum(self, output: Any, targets: Targets) -> Tensor:
+        """Over the micro-batch; what is measured goes into self._sums."""
+        raise NotImplementedError
 
     def _weight(self, groups: Sequence[Group]) -> float:
         """The divisor of the step's loss."""

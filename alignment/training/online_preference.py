@@ -10,9 +10,10 @@ from torch import Tensor
 
 from alignment.config.stages.online import OnlineDpo
 from alignment.training.losses import policy as losses
+from alignment.training.losses.pairs import Pairs, sigmoid
 from alignment.training.metrics import NO_MARGIN
 from alignment.training.online import OnlineTrainer, mismatch
-from alignment.training.rollouts import Answer, Group, Rollout
+from alignment.training.rollouts import Answer, Group, Rollout, Targets
 
 
 class OnlineDPOTrainer(OnlineTrainer):
@@ -38,12 +39,18 @@ class OnlineDPOTrainer(OnlineTrainer):
     def _weight(self, groups: Sequence[Group]) -> float:
         return max(_pairs(groups), 1)
 
-    def _loss_of(self, output: Any, inputs: dict[str, Any]) -> Tensor:
-        targets, beta = inputs["targets"], self.settings.beta
-        log_ratios = ((output.log_probs - targets.reference) * targets.mask).sum(1)
-        chosen, rejected = log_ratios.chunk(2)
-        pairs = targets.mask.any(1).chunk(2)[0]
-        rewards = [(beta * part * pairs).detach().double() for part in (chosen, rejected)]
+    def _sum(self, output: Any, targets: Targets) -> Tensor:
+        beta = self.settings.beta
+        chosen, rejected = (output.log_probs * targets.mask).sum(1).chunk(2)
+        ref_chosen, ref_rejected = targets.reference.sum(1).chunk(2)
+        chosen_tokens, rejected_tokens = targets.mask.sum(1).chunk(2)
+        compared = Pairs(
+            chosen, rejected, ref_chosen, ref_rejected, chosen - ref_chosen, rejected - ref_rejected, -chosen,
+            chosen_tokens, rejected_tokens, mean_chosen_tokens=1.0,  # which this loss does not look at
+        )  # fmt: skip
+        loss, pairs = sigmoid(compared, beta=beta, label_smoothing=0.0), chosen_tokens > 0
+        ratios = compared.chosen_ratio, compared.rejected_ratio
+        rewards = [(beta * part * pairs).detach().double() for part in ratios]
         with torch.no_grad():
             self._sums = {
                 "rows": pairs.sum(),
@@ -56,7 +63,7 @@ class OnlineDPOTrainer(OnlineTrainer):
                 "rewards/accuracies": (rewards[0] - rewards[1] > beta * NO_MARGIN).sum(),
                 **mismatch(output.log_probs, targets),
             }
-        return (losses.preference(chosen - rejected, beta) * pairs).sum()
+        return (loss * pairs).sum()
 
 
 def _pair(answers: Sequence[Answer], min_margin: float) -> list[Answer]:

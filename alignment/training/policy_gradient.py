@@ -25,8 +25,7 @@ class ClippedTrainer(OnlineTrainer):
         longest, how = self.settings.max_new_tokens, self.settings.aggregate
         return losses.divisor(len(lengths), sum(lengths), longest, how)
 
-    def _loss_of(self, output: Any, inputs: dict[str, Any]) -> Tensor:
-        targets = inputs["targets"]
+    def _sum(self, output: Any, targets: Targets) -> Tensor:
         loss, self._sums = self._token_losses(output, targets)
         return (loss * losses.token_weights(targets.mask, self.settings.aggregate)).sum()
 

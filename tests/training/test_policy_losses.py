@@ -63,7 +63,6 @@ def test_gradients(level: policy.Ratio) -> None:
     for estimator in ("k1", "k2", "k3"):
         assert gradcheck(lambda x, e=estimator: policy.kl(x, old, e), now)
     assert gradcheck(lambda x: policy.value_loss(x, old, worth, 0.2), now)
-    assert gradcheck(lambda x: policy.preference(x, 0.1), now)
 
 
 def test_kl_estimators() -> None:
@@ -102,8 +101,3 @@ def test_weights_and_divisors() -> None:
     for how, value in wanted.items():
         total = (losses * policy.token_weights(mask, how)).sum().item()  # type: ignore[arg-type]
         assert total / policy.divisor(2, 4, 10, how) == pytest.approx(value)  # type: ignore[arg-type]
-
-
-def test_preference_is_log_2_where_nothing_has_moved_and_falls_in_the_margin() -> None:
-    found = policy.preference(tensor([0.0, 1.0, 2.0]), beta=0.5)
-    assert found[0, 0].item() == pytest.approx(LOG2) and bool((found.diff() < 0).all())

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Ratio = Literal["token", "sequence", "sequence_mean"]
@@ -100,10 +99,3 @@ def token_weights(mask: Tensor, how: Aggregate) -> Tensor:
 def divisor(answers: int, tokens: int, longest: int, how: Aggregate) -> int:
     """What the sum over a global batch is divided by. longest: tokens that an answer may have."""
     return max({"sequence": answers, "token": tokens, "constant": answers * longest}[how], 1)
-
-
-def preference(margins: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(beta m) [pairs] (Rafailov et al. 2023, arXiv:2305.18290, eq. 7), which online DPO has of pairs that
-    the policy has just sampled (Guo et al. 2024, arXiv:2402.04792). margins: log(pi / pi_ref) of the better answer less
-    that of the worse one."""
-    return -F.logsigmoid(beta * margins)
