@@ -8,7 +8,7 @@ random numbers, so that who shares its batch changes nothing but rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,21 +109,46 @@ def generate(
     completions: int = 1,
     progress: Progress = quiet,
 ) -> list[list[Completion]]:
-    """`completions` answers to each prompt, in the order of the prompts. temperature 0 is greedy.
+    """`completions` answers to each prompt, in the order of the prompts. temperature 0 is greedy. See `batches`."""
+    found: dict[int, list[Completion]] = {}
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    how |= {"batch_size": batch_size, "completions": completions, "progress": progress}
+    for rows, answers in batches(model, tokenizer, prompts, **how):
+        found |= zip(rows, answers, strict=True)
+    return [found[row] for row in range(len(prompts))]
+
+
+def batches(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+    seed: int,
+    completions: int = 1,
+    skip: Collection[int] = (),
+    progress: Progress = quiet,
+) -> Iterator[tuple[list[int], list[list[Completion]]]]:
+    """(rows of prompts, `completions` answers to each), a batch at a time. temperature 0 is greedy.
 
     A batch holds whole prompts, at least one, and at most batch_size answers if they fit; longest prompts first, so
-    that memory is known early. The result depends on seed, and on batch_size only as rounding does. progress counts
-    tokens, max_new_tokens an answer. Raises InputError for a prompt that leaves no room for its answer in the window.
+    that memory is known early. The result depends on seed, and on batch_size only as rounding does. A batch whose rows
+    are all in `skip` is left out, and changes no bit of the others. progress counts tokens, max_new_tokens an answer.
+    Raises InputError for a prompt that leaves no room for its answer in the window.
     """
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    _check_window(ids, max_new_tokens, window(model))
+    check_window(ids, max_new_tokens, window(model))
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     noise = torch.rand(len(ids), completions, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    stop, meter = stop_tokens(model, tokenizer), _Meter(len(ids) * completions * max_new_tokens, progress)
-    found: dict[int, list[Completion]] = {}
+    stop, meter = stop_tokens(model, tokenizer), Meter(len(ids) * completions * max_new_tokens, progress)
     per_batch = max(1, batch_size // completions)
-    for start in range(0, len(order), per_batch):
-        batch = order[start : start + per_batch]
+    for batch in (order[start : start + per_batch] for start in range(0, len(order), per_batch)):
+        if all(row in skip for row in batch):
+            meter.add(0, ended=len(batch) * completions * max_new_tokens)
+            continue
         answers: list[list[int]] = [[] for _ in range(len(batch) * completions)]
         log_probs = [0.0] * len(answers)
         steps = _decode(
@@ -134,10 +159,8 @@ def generate(
                 answers[row].append(token)
                 log_probs[row] += score
             meter.add(len(rows), ended=sum(max_new_tokens - len(answers[r]) for r in rows if answers[r][-1] in stop))
-        for slot, prompt in enumerate(batch):
-            mine = range(slot * completions, (slot + 1) * completions)
-            found[prompt] = [_completion(tokenizer, answers[row], log_probs[row], stop) for row in mine]
-    return [found[i] for i in range(len(ids))]
+        made = [completion(tokenizer, *both, stop) for both in zip(answers, log_probs, strict=True)]
+        yield batch, [made[slot * completions : (slot + 1) * completions] for slot in range(len(batch))]
 
 
 def answers_of(
@@ -187,7 +210,7 @@ def stream(
     if it leaves nothing.
     """
     ids = encode_prompt(tokenizer, messages)
-    _check_window([ids], 1, window(model))
+    check_window([ids], 1, window(model))
     room = min(max_new_tokens, window(model) - len(ids))
     noise = torch.rand(1, room, generator=torch.Generator().manual_seed(seed))
     stop = stop_tokens(model, tokenizer)
@@ -223,7 +246,7 @@ def sequence_log_probs(
             what = f"{length} tokens, the window holds {limit}" if prompt else "the prompt is empty"
             raise InputError(what, where=f"row {number} to be scored")
     result: list[Tensor] = [torch.empty(0)] * len(rows)
-    meter = _Meter(sum(len(p) + len(a) for p, a in rows), progress)
+    meter = Meter(sum(len(p) + len(a) for p, a in rows), progress)
     for batch in _batches([len(p) + len(a) for p, a in rows], tokens_per_batch):
         scores = _score(model, [rows[i] for i in batch])
         for i, score in zip(batch, scores, strict=True):
@@ -235,7 +258,7 @@ def sequence_log_probs(
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-class _Meter:
+class Meter:
     """Counts tokens towards a total and says how fast they come."""
 
     def __init__(self, total: int, progress: Progress):
@@ -250,7 +273,8 @@ class _Meter:
         self.progress(self.step, self.total, tokens_per_s=round(self.made / seconds, 1))
 
 
-def _check_window(prompts: Sequence[Sequence[int]], answer: int, limit: int) -> None:
+def check_window(prompts: Sequence[Sequence[int]], answer: int, limit: int) -> None:
+    """Raises InputError for a prompt that leaves no room for `answer` tokens in a window of `limit`."""
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
     if longest is not None and len(prompts[longest]) + answer > limit:
         what = f"a prompt of {len(prompts[longest])} tokens leaves no room for {answer} more in a window of {limit}"
@@ -347,7 +371,8 @@ def _invert(weights: Tensor, noise: Tensor) -> Tensor:
     return torch.minimum(index, (running < total).sum(-1))  # rounding must not reach beyond the last weight
 
 
-def _completion(tokenizer: Any, ids: list[int], log_prob: float, stop: Sequence[int]) -> Completion:
+def completion(tokenizer: Any, ids: list[int], log_prob: float, stop: Sequence[int]) -> Completion:
+    """The answer with these token ids; stop: ids that end one."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Completion(text, len(ids), ids[-1] in stop, ids, log_prob)
 

@@ -17,6 +17,7 @@ from alignment.config.checks import check
 from alignment.config.guard import refuse_code
 from alignment.config.paths import CONF
 from alignment.config.provenance import Origin
+from alignment.config.rounds import expand
 from alignment.config.schema import Experiment
 from alignment.errors import ConfigError
 
@@ -58,8 +59,9 @@ def validate(config: DictConfig, hydra: Any) -> Experiment:
 
 
 def typed(raw: dict[str, Any], name: str) -> Experiment:
-    """The experiment of a resolved config, called so if it has no name of its own. Raises ValidationError."""
-    return Experiment.model_validate({**raw, "name": name} if raw.get("name") is None else raw)
+    """The experiment of a resolved config, called so if it has no name of its own, its rounds made out. Raises
+    ValidationError."""
+    return expand(Experiment.model_validate({**raw, "name": name} if raw.get("name") is None else raw))
 
 
 def default_name(hydra: Any) -> str:

@@ -9,6 +9,7 @@ RUN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ADDRESS = r"^[^\s:/]+:[0-9]{1,5}$"
 MEMORY = r"^[0-9]+[KMGT]?$"
 OPTION = r"^[a-z][a-z-]*$"
+IDENTIFIER = r"^[A-Za-z_][A-Za-z0-9_]*$"
 WORD = r"^[^\n\r\"'\\`$]+$"  # it stands on a line of its own in a script
 
 IN_WORDS = {
@@ -18,6 +19,7 @@ IN_WORDS = {
     RUN: "letters, digits, `.`, `_` and `-`, a letter or digit first",
     ADDRESS: "host:port",
     MEMORY: "a whole number, of MB or with K, M, G or T: 64G; 0 is all of a node",
+    IDENTIFIER: "letters, digits and _, no digit first",
     OPTION: "a long option of sbatch, without the --",
     WORD: "one line without quotes, $, ` and \\",
 }

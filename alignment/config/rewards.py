@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from alignment.config.settings import Settings, identity
-from alignment.config.sources import Source
+from alignment.config.reward_terms import AnyTerm, Comparison
+from alignment.config.settings import Settings, execution, identity
 
 # What is measured of every answer -> whether more of it is better; None: neither, it is there to be watched.
 # A reward's terms stand beside these in every table, so they bear other names (config/checks.py).
@@ -19,13 +17,16 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
 }
 
 
-class RewardTerm(Settings):
-    kind: Literal["sentiment", "relevance"] = identity()
-    weight: float = identity()
-    source: Source | None = identity()
-
-
 class Reward(Settings):
-    """A reward is the weighted sum of its terms; each term is a number in [-1, 1]."""
+    """A reward is the weighted sum of its terms. comparison: who says which of two answers is better, where stages ask.
 
-    terms: dict[str, RewardTerm] = identity(min_length=1)
+    max_failed_share: of the answers of a stage those that a term has no value for are dropped and counted; if they are
+    more than this share, the stage is an error. It changes no result: it refuses some.
+    """
+
+    terms: dict[str, AnyTerm] = identity(min_length=1)
+    max_failed_share: float = execution(default=0.05, ge=0, le=1)
+    comparison: Comparison | None = identity(default=None)
+
+    def idle(self) -> frozenset[str]:
+        return frozenset({"comparison"} if self.comparison is None else ())

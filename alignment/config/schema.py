@@ -19,9 +19,11 @@ from alignment.config.settings import Settings, execution, identity
 from alignment.config.sources import Dataset, Model
 from alignment.config.stages.answering import Compare, Evaluate, Judge, Sample
 from alignment.config.stages.base import Stage
+from alignment.config.stages.merging import Merge
 from alignment.config.stages.online import Grpo, OnlineDpo, Ppo, Rloo
 from alignment.config.stages.preference import Dpo, Kto
 from alignment.config.stages.preparing import ImportModel, Prepare
+from alignment.config.stages.reward_model import EvaluateReward, RewardModel
 from alignment.config.stages.training import Reference, Sft
 
 AnyStage = Annotated[
@@ -35,6 +37,9 @@ AnyStage = Annotated[
     | Grpo
     | OnlineDpo
     | Ppo
+    | RewardModel
+    | EvaluateReward
+    | Merge
     | Sample
     | Judge
     | Evaluate
@@ -56,7 +61,23 @@ class Node(Settings):
     inputs: dict[str, str] = execution()
 
 
+class Rounds(Settings):
+    """Nodes that are there `count` times, each round after the one before it (config/rounds.py).
+
+    prompts: of each round, from the prompts after those of the round before; null: all prompts in each. first: what
+    `previous.NODE` means in the first round.
+    """
+
+    count: int = execution(ge=1)
+    prompts: int | None = execution(ge=1)
+    first: dict[str, str] = execution()
+    nodes: dict[Annotated[str, Field(pattern=NAME)], Node] = execution(min_length=1)
+
+
 class Pipeline(Settings):
+    """rounds: said once; their nodes stand among `nodes` when an experiment is composed."""
+
+    rounds: Rounds | None = execution(default=None)
     nodes: dict[Annotated[str, Field(pattern=NAME)], Node] = execution(min_length=1)
     final: str = execution()
 

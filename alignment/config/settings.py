@@ -19,3 +19,7 @@ def execution(**bounds: Any) -> Any:
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def idle(self) -> frozenset[str]:
+        """Identity-side settings that change nothing as the others stand: they are not in the key then."""
+        return frozenset()

@@ -21,7 +21,7 @@ def locate(root: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, Any]
     for step in loc:
         members = _members(place)
         if len(members) > 1:
-            place = next((m for m in members if _tag(m) == step), members[0])
+            place = next((m for m in members if step in _tags(m)), members[0])
             owner = place
             continue
         place = members[0]
@@ -86,10 +86,10 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _tag(member: Any) -> Any:
+def _tags(member: Any) -> tuple[Any, ...]:
     if not _is_model(member) or "kind" not in member.model_fields:
-        return None
-    return get_args(member.model_fields["kind"].annotation)[0]
+        return ()
+    return get_args(member.model_fields["kind"].annotation)
 
 
 def _child(place: Any, step: int | str) -> Any:

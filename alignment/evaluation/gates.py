@@ -8,12 +8,13 @@ Then reward decides, by the interval of its paired difference. *better*: the int
 baseline, it does not lie below 0 against any other model (the SFT model it came from), and relevance is *shown* to have
 been kept: even the lower bound of its difference is within what is allowed. To say "better" is a claim, so the burden
 of proof is with the candidate: where relevance may have fallen too far, more prompts are needed, and the verdict is
-*no measurable difference*. *worse*: the interval lies below 0 against the baseline or any other model.
+*no measurable difference*. *worse*: the interval lies below 0 against the baseline or any other model. Best-of-n of a
+model is shown beside them and does not decide: it costs n answers where the candidate gives one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,9 +37,17 @@ class Gate:
 
 
 def verdict(
-    comparison: Comparison, *, candidate: str, baseline: str, limits: Limits, relevance: Sequence[str], prompts: int
+    comparison: Comparison,
+    *,
+    candidate: str,
+    baseline: str,
+    limits: Limits,
+    relevance: Sequence[str],
+    prompts: int,
+    shown: Collection[str] = (),
 ) -> dict[str, Any]:
-    """{"verdict", "sentence", "reasons"} as in verdict.json. relevance: the metrics that the relevance gate watches."""
+    """{"verdict", "sentence", "reasons"} as in verdict.json. relevance: the metrics that the relevance gate watches.
+    shown: models that are there to be seen, and do not decide."""
     broken = [_stop_rate(comparison, candidate, limits)]
     broken += [_relevance(comparison, name, candidate, baseline, limits) for name in relevance]
     lowest = {name: comparison.difference(name, candidate, baseline).low for name in relevance}
@@ -49,7 +58,7 @@ def verdict(
         reward.low > 0,
         f"its reward differs by {_show(reward, comparison)} from {baseline}'s (all above 0 asked)",
     )
-    others = [model for model in comparison.values if model not in (candidate, baseline)]
+    others = [model for model in comparison.values if model not in (candidate, baseline, *shown)]
     versus = {model: comparison.difference("reward", candidate, model) for model in others}
     kept = [
         Gate(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignment.texts import repetition as repetition
+
 Row = Mapping[str, Any]
 Column = list[float | None]  # one value a prompt; None where the row has none
-
-
-def repetition(text: str) -> float:
-    """Share of 3-word sequences that were there before: 1 - distinct / all. Words by white space; 0 below three."""
-    words = text.casefold().split()
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(triples)) / len(triples) if triples else 0.0
 
 
 def kl(log_prob: float, reference_log_prob: float) -> float:
@@ -23,6 +19,13 @@ def kl(log_prob: float, reference_log_prob: float) -> float:
     answer's value may be negative. Over greedy answers it is the same log-ratio along the most probable path.
     """
     return log_prob - reference_log_prob
+
+
+def best_of_kl(n: int) -> float:
+    """log n - (n - 1) / n in nats: no less than the KL divergence of best-of-n from the model whose answers it chooses
+    from, whatever the reward (Stiennon et al. 2020, arXiv:2009.01325; that it is a bound: Beirami et al. 2024,
+    arXiv:2401.01879, theorem 1). KL(best-of-n || reference) is at most this and the mean of `kl` over the chosen."""
+    return math.log(n) - (n - 1) / n
 
 
 def mean_nll(log_probs: Sequence[float]) -> float | None:

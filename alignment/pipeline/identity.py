@@ -16,14 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from alignment.config import shape
 from alignment.config.paths import template_path
 from alignment.config.schema import Experiment
+from alignment.config.settings import Settings
 from alignment.config.sources import Model, PathSource
 from alignment.config.stages.base import Stage
-from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.preparing import ImportModel, Prepare
+from alignment.config.stages.training import Train
 from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 
@@ -33,14 +33,13 @@ FORMAT = 3  # raised when the meaning of the key itself changes
 def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:
     """The identity of one node. parents: role -> key; roles that only order stages are left out. Raises InputError when
     a file it needs is not there."""
-    idle = settings.idle()
     return {
         "format": FORMAT,
         "kind": settings.kind,  # type: ignore[attr-defined]
-        "settings": {name: value for name, value in identity_side(settings).items() if name not in idle},
+        "settings": identity_side(settings),
         "groups": {group: _group(experiment, settings, group) for group in settings.groups},
         "parents": {role: key for role, key in sorted(parents.items()) if role not in settings.ordering},
-        "packages": {name: version(name) for name in settings.packages if _used(name, experiment)},
+        "packages": {name: version(name) for name in settings.packages if _used(name, experiment, settings)},
     }
 
 
@@ -54,12 +53,13 @@ def difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any]:
 
 
 def identity_side(value: Any) -> Any:
-    """The identity half of a settings object, recursively; sources become digests of their content."""
+    """The identity half of a settings object, recursively, without what is idle; sources become digests of their
+    content."""
     if isinstance(value, PathSource):
         return {"sha256": content_digest(Path(value.path))}
     if isinstance(value, Model):
         return {**_fields(value), "chat_template": template_digest(value.chat_template)}
-    if isinstance(value, BaseModel):
+    if isinstance(value, Settings):
         return _fields(value)
     if isinstance(value, dict):
         return {name: identity_side(item) for name, item in value.items()}
@@ -68,12 +68,13 @@ def identity_side(value: Any) -> Any:
     return value
 
 
-def _fields(value: BaseModel) -> dict[str, Any]:
-    return {name: identity_side(getattr(value, name)) for name in _identity_keys(type(value))}
+def _fields(value: Settings) -> dict[str, Any]:
+    idle = value.idle()
+    return {name: identity_side(getattr(value, name)) for name in _identity_keys(type(value)) if name not in idle}
 
 
 @cache
-def _identity_keys(settings: type[BaseModel]) -> tuple[str, ...]:
+def _identity_keys(settings: type[Settings]) -> tuple[str, ...]:
     return tuple(name for name, field in settings.model_fields.items() if shape.side(field) == "identity")
 
 
@@ -83,8 +84,14 @@ def _group(experiment: Experiment, settings: Stage, group: str) -> Any:
     return identity_side(getattr(experiment, group))
 
 
-def _used(package: str, experiment: Experiment) -> bool:
+def _used(package: str, experiment: Experiment, settings: Stage) -> bool:
     """Optional packages count only where they do something."""
+    if package == "vllm":
+        return getattr(settings, "backend", None) == "vllm"
+    if package == "peft" and isinstance(settings, ImportModel):
+        return experiment.model.adapter is not None
+    if package == "bitsandbytes" and isinstance(settings, Train):
+        return settings.lora is not None and settings.lora.quantize is not None
     if package == "gguf":
         source = experiment.model.source
         return str(getattr(source, "member", getattr(source, "path", ""))).endswith(".gguf")

@@ -25,13 +25,14 @@ CHECKPOINTS = "checkpoints"  # of a stage at work; beside its result those that 
 NEXT = "next_attempt.json"  # what an attempt has learned and leaves to the next one
 # W&B's files and the log may still grow or go while a result is committed; checkpoints are no part of a result.
 OUTCOME = "outcome.json"  # that, and how, a stage has stopped in order
-PASSING = ("beats", "lost.json", OUTCOME, NEXT)  # of a stage at work only: gone from its result
+SAMPLED = "sampled.jsonl"  # answers of a stage at work that samples
+PASSING = ("beats", "lost.json", OUTCOME, NEXT, SAMPLED)  # of a stage at work only: gone from its result
 VOLATILE = tuple(f"{name}/" for name in ("wandb", "log.txt", "progress.json", "stacks", CHECKPOINTS, *PASSING))
 # Variable of processes that a machine has started which has joined a run by hand: the lock that it holds meanwhile.
 JOINED = "ALIGNMENT_JOINED"
 WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
-# What a new attempt takes over from those before: their training state, what they have told, who they were.
-KEPT = frozenset({CHECKPOINTS, NEXT, "metrics.jsonl", "attempts.jsonl", "log.txt", "stacks", "wandb_run_id"})
+# What a new attempt takes over from those before: training state, answers, what they have told, who they were.
+KEPT = frozenset({CHECKPOINTS, SAMPLED, NEXT, "metrics.jsonl", "attempts.jsonl", "log.txt", "stacks", "wandb_run_id"})
 
 FOLDERS = frozenset({CHECKPOINTS, "stacks"})  # of what is kept; the rest are plain files
 

@@ -178,7 +178,7 @@ def collect(run: Row, store: Path) -> Report:
     roles = _roles(stages, compare)
     colours = _colours(stages, roles)
     order = (verdict or {}).get("models") or list(roles)
-    models = [_model(role, stage, colours) for role, stage in roles.items()]
+    models = [_model(role, stage, colours[_drawn_as(role, roles)]) for role, stage in roles.items()]
     models.sort(key=lambda model: order.index(model.name) if model.name in order else len(order))
     asked = compare.settings if compare else {}
     by_name = {model.name: model for model in models}
@@ -203,21 +203,27 @@ def _roles(stages: list[Stage], compare: Stage | None) -> dict[str, Stage]:
 
 
 def _colours(stages: list[Stage], roles: dict[str, Stage]) -> dict[str, int]:
-    """Node that made a model -> index of its colour: the evaluated models first, in order, then the others."""
-    makers = [stage.inputs.get("model", role) for role, stage in roles.items()]
+    """Node that made a model -> index of its colour: the evaluated models first, in order, then the others. A model
+    that is evaluated in several ways, as best-of-n too, has a colour for each: the further ones by their roles."""
+    makers = [_drawn_as(role, roles) for role in roles]
     makers += [stage.name for stage in stages if stage.kind in MAKES_MODEL]
     return {name: index for index, name in enumerate(dict.fromkeys(makers))}
 
 
-def _model(role: str, stage: Stage, colours: dict[str, int]) -> Model:
+def _drawn_as(role: str, roles: dict[str, Stage]) -> str:
+    """The node that made a role's model; the role itself, where one before it has this node."""
+    nodes = {name: stage.inputs.get("model", name) for name, stage in roles.items()}
+    return nodes[role] if list(nodes.values()).index(nodes[role]) == list(nodes).index(role) else role
+
+
+def _model(role: str, stage: Stage, colour: int) -> Model:
     folder = stage.folder
     evaluation = read(folder / "evaluation.json") if folder else None
-    node = stage.inputs.get("model", role)
     return Model(
         name=role,
         label=label(role),
-        node=node,
-        colour=colours[node],
+        node=stage.inputs.get("model", role),
+        colour=colour,
         answers=read_rows(folder / "answers.jsonl") if folder else [],
         metrics=(evaluation or {}).get("metrics") or stage.metrics,
     )
@@ -227,7 +233,7 @@ def summarise(run: Row, store: Path) -> Row:
     """What the terminal says at the end of a run.
 
     {"run", "states": {state: count}, "spent_s": seconds of work of this run, "verdict": verdict.json or None,
-    "candidate": name or None, "final", "model": folder of the final model or None}
+    "candidate": name or None, "final", "model": folder of the final model or None, "talks": whether it answers}
     """
     report = collect(run, store)
     states = [stage.state for stage in report.stages]
@@ -241,6 +247,7 @@ def summarise(run: Row, store: Path) -> Row:
         "candidate": report.candidate.name if report.candidate else None,
         "final": run.get("final"),
         "model": model if model and model.is_dir() else None,
+        "talks": final is not None and final.kind in MAKES_MODEL,
     }
 
 

@@ -23,6 +23,7 @@ def run(context: StageContext) -> dict[str, Any]:
     table = comparison.table(settings.baseline)
     context.progress(2, 3, note="verdict")
     terms = context.experiment.reward.terms
+    best_of = {role: rows[0]["best_of"] for role, rows in answers.items() if "best_of" in rows[0]}
     found = gates.verdict(
         comparison,
         candidate=settings.candidate,
@@ -30,10 +31,11 @@ def run(context: StageContext) -> dict[str, Any]:
         limits=gates.Limits(settings.max_relevance_drop, settings.min_stop_rate),
         relevance=[name for name in comparison.metrics if name in terms and terms[name].kind == "relevance"],
         prompts=prompts,
+        shown=best_of,
     )
     models = sorted(answers, key=lambda role: role != settings.baseline)  # first the baseline, the others as declared
     whole = {**found, "models": models, "table": table, "confidence": settings.confidence, "prompts": prompts}
-    write_json(context.folder / "verdict.json", whole)
+    write_json(context.folder / "verdict.json", whole | ({"best_of": best_of} if best_of else {}))
     metrics = {f"{r['metric']}_difference": r["difference"][settings.candidate]["mean"] for r in table}
     context.log(prompts, metrics)
     context.progress(3, 3)

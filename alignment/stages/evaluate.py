@@ -2,11 +2,14 @@
 
 The model and the reference are loaded one after the other. The model's log-probs of its own answers are those of the
 decoding itself; only the reference has to read the answers. If the model is the reference, the KL is 0 without that.
+With `best_of` above 1 so many answers are sampled to a prompt; the best by the reward counts, and to its KL comes the
+bound of that choice.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +35,13 @@ def run(context: StageContext) -> dict[str, Any]:
     rows = rows_of(context.inputs["data"], "heldout.jsonl")
     folder, reference = (context.inputs[role] / "model" for role in ("model", "reference"))
     itself = folder.resolve() == reference.resolve()
-    shares = {"loading": 5, "answering": 60, "held-out loss": 15, "KL": 0 if itself else 15, "judging": 5}
+    shares = {"loading": 5, "answering": 60, "held-out loss": 15, "judging": 5, "KL": 0 if itself else 15}
     parts = Parts(context, shares)
     asked = _ask(context.settings, rows, folder, parts)
-    distance = [0.0] * len(rows) if itself else _distance(reference, context.settings.precision, asked, parts)
-    parts("judging")
-    scores = judge_of(context.experiment).score([row["prompt"] for row in rows], [a.text for a in asked.answers])
+    judged = _judge(context, rows, asked.answers, parts)
+    precision = context.settings.precision
+    distance = [0.0] * len(rows) if itself else _distance(reference, precision, asked, judged.best, parts)
+    bound = signals.best_of_kl(context.settings.best_of)
     written = [
         {
             **{name: row[name] for name in ("id", "prompt", "reference")},
@@ -45,14 +49,16 @@ def run(context: StageContext) -> dict[str, Any]:
             "tokens": answer.tokens,
             "finished": answer.finished,
             **score,
-            "kl": kl,
+            "kl": kl + bound,
             "repetition": signals.repetition(answer.text),
             "heldout_nll": loss,
         }
-        for row, answer, score, kl, loss in zip(rows, asked.answers, scores, distance, asked.nll, strict=True)
+        for row, answer, score, kl, loss in zip(rows, judged.best, judged.scores, distance, asked.nll, strict=True)
     ]
     metrics = _publish(context, written)
-    return {**metrics, "prompts": float(len(rows)), "heldout_nll_missing": float(asked.nll.count(None))}
+    missing = {"heldout_nll_missing": float(asked.nll.count(None)), "reward_failed": float(judged.failed)}
+    several = {"kl_bound": bound} if context.settings.best_of > 1 else {}
+    return {**metrics, "prompts": float(len(rows)), **missing, **several}
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Asked:
     """What is known once the model has been asked: one entry a row, except the vocabulary (token -> id)."""
 
     prompts: list[list[int]]  # token ids
-    answers: list[Completion]
+    answers: list[list[Completion]]
     nll: list[float | None]  # of the reference answer, mean nats per token
     vocabulary: dict[str, int]
 
@@ -78,11 +84,38 @@ def _ask(settings: Evaluate, rows: list[Row], folder: Path, parts: Parts) -> Ask
         top_p=1.0,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        completions=settings.best_of,
         progress=parts("answering"),
     )
     nll = _heldout_nll(model, Chat(tokenizer, str(folder)), rows, parts)
     ids = [generation.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return Asked(ids, [few[0] for few in answers], nll, tokenizer.get_vocab())
+    return Asked(ids, answers, nll, tokenizer.get_vocab())
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One entry a row: the answer that counts, and its score. failed: how many of all answers have no reward."""
+
+    best: list[Completion]
+    scores: list[Row]
+    failed: int
+
+
+def _judge(context: StageContext, rows: list[Row], answers: list[list[Completion]], parts: Parts) -> Judged:
+    """Of a prompt's answers the one with the highest reward, the first of equals; its score tells all `rewards`."""
+    parts("judging")
+    judge = judge_of(context)
+    asked = [row for row, few in zip(rows, answers, strict=True) for _ in few]
+    every = [answer for few in answers for answer in few]
+    scores = judge.score(asked, [a.text for a in every], [a.tokens for a in every])
+    failed, best, found = judge.failures(scores), [], []
+    for few in answers:
+        own, scores = scores[: len(few)], scores[len(few) :]
+        rewards = [score["reward"] for score in own]
+        number = max(range(len(few)), key=lambda i: -math.inf if rewards[i] is None else rewards[i])
+        best.append(few[number])
+        found.append({**own[number], **({"best_of": len(few), "rewards": rewards} if len(few) > 1 else {})})
+    return Judged(best, found, failed)
 
 
 def _heldout_nll(model: Any, chat: Chat, rows: list[Row], parts: Parts) -> list[float | None]:
@@ -103,15 +136,15 @@ def _encode(chat: Chat, row: Row, limit: int) -> Ids | None:
     return (whole.ids[: whole.prompt], whole.ids[whole.prompt : end]) if end <= limit else None
 
 
-def _distance(reference: Path, precision: str, asked: Asked, parts: Parts) -> list[float]:
+def _distance(reference: Path, precision: str, asked: Asked, answers: list[Completion], parts: Parts) -> list[float]:
     """log p_model - log p_reference of each answer, in nats."""
     gc.collect()  # the model is out of scope; its memory must be free before the reference takes as much
     model, tokenizer = generation.load(reference, precision)
     if tokenizer.get_vocab() != asked.vocabulary:
         raise InputError("the model and its reference do not share a tokenizer: there is no KL", where=str(reference))
-    rows = [(ids, answer.token_ids) for ids, answer in zip(asked.prompts, asked.answers, strict=True)]
+    rows = [(ids, answer.token_ids) for ids, answer in zip(asked.prompts, answers, strict=True)]
     theirs = generation.sequence_log_probs(model, rows, progress=parts("KL"))
-    return [signals.kl(a.log_prob, float(t.double().sum())) for a, t in zip(asked.answers, theirs, strict=True)]
+    return [signals.kl(a.log_prob, float(t.double().sum())) for a, t in zip(answers, theirs, strict=True)]
 
 
 def _publish(context: StageContext, rows: list[Row]) -> dict[str, float]:

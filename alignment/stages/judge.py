@@ -1,17 +1,20 @@
-"""Samples -> judged.jsonl (every answer with its reward), pairs.jsonl (the best against the worst of each prompt)."""
+"""Samples -> judged.jsonl (every answer with its reward), and of these what is asked for: pairs.jsonl (a better and a
+worse answer), ties.jsonl, best.jsonl (rows for SFT), unpaired.jsonl (answers with a label)."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.config.stages.answering import Judge
 from alignment.errors import InputError
 from alignment.files import write_jsonl
+from alignment.rewards import Judge as Rewards
+from alignment.stages import pairing, pairwise
 from alignment.stages.context import StageContext
 from alignment.stages.parts import Parts, judge_of, rows_of
 
-REASONS = ("fewer_than_two_usable_answers", "rewards_too_close")  # why a prompt gives no pair
 BATCH = 64  # prompts judged between two words of progress
 Row = dict[str, Any]
 
@@ -21,73 +24,117 @@ def run(context: StageContext) -> dict[str, Any]:
     samples = rows_of(context.inputs["data"], "samples.jsonl")
     parts = Parts(context, {"loading": 30, "judging": 70})
     parts("loading")
-    judge, progress = judge_of(context.experiment), parts("judging")
+    judge, progress = judge_of(context), parts("judging")
+    look = _compared if settings.judging == "pairwise" else _scored
     judged: list[Row] = []
     for start in range(0, len(samples), BATCH):
-        judged += _judge(judge, samples[start : start + BATCH])
+        judged += look(judge, samples[start : start + BATCH])
         context.log(len(judged), {"reward_mean": _reward_mean(judged)})
         progress(len(judged), len(samples))
-    reasons: Counter[str] = Counter()
-    pairs = [p for row in judged if (p := pair(row, settings.min_margin, settings.finished_only, reasons)) is not None]
-    metrics = _metrics(judged, pairs, reasons)
+    failed = judge.failures([completion for row in judged for completion in row["completions"]])
+    made = [make(judged, settings) for make in (_pairs, _best, _labelled)]
+    metrics = {**_answers(judged), "reward_failed": float(failed)}
+    metrics |= {name: count for one in made for name, count in one.counts.items()}
     context.log(len(judged), metrics)
-    if not pairs:
-        counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(reasons.items()))
-        fix = "lower judge.min_margin, set judge.finished_only=false, or sample more and longer answers"
-        raise InputError(f"none of {len(judged)} prompts gives a pair: {counts}", where=context.name, fix=fix)
+    for one in made:
+        one.require(context.name)
     write_jsonl(context.folder / "judged.jsonl", judged)
-    write_jsonl(context.folder / "pairs.jsonl", pairs)
+    for name, rows in ((name, rows) for one in made for name, rows in one.files.items()):
+        write_jsonl(context.folder / name, rows)
     return metrics
 
 
-def _judge(judge: Any, samples: list[Row]) -> list[Row]:
-    asked = [row["prompt"] for row in samples for _ in row["completions"]]
-    scores = iter(judge.score(asked, [c["text"] for row in samples for c in row["completions"]]))
+def _scored(judge: Rewards, samples: list[Row]) -> list[Row]:
+    """The same, with a reward on each answer."""
+    answers = [c for row in samples for c in row["completions"]]
+    rows = [{name: value for name, value in row.items() if name != "completions"} for row in samples]
+    asked = [bare for bare, row in zip(rows, samples, strict=True) for _ in row["completions"]]
+    scores = iter(judge.score(asked, [c["text"] for c in answers], [c["tokens"] for c in answers]))
     return [{**row, "completions": [{**c, **next(scores)} for c in row["completions"]]} for row in samples]
 
 
-def pair(row: Row, min_margin: float, finished_only: bool, reasons: Counter[str]) -> Row | None:
-    """The best against the worst answer of one prompt; None if there is no pair, its reason counted.
+def _compared(judge: Rewards, samples: list[Row]) -> list[Row]:
+    """The same, with the mean outcome of its comparisons as each answer's reward. Who has no judge of pairs compares by
+    the reward."""
+    return pairwise.judged(judge.compare or pairwise.by_reward(judge.score), samples)
 
-    Empty answers are never paired. Of answers with one reward the first sampled counts.
-    """
-    usable = [c for c in row["completions"] if c["text"].strip() and (c["finished"] or not finished_only)]
-    if len(usable) < 2:
-        reasons[REASONS[0]] += 1
-        return None
-    best = max(usable, key=lambda c: c["reward"])
-    worst = min(usable, key=lambda c: c["reward"])
-    margin = best["reward"] - worst["reward"]
-    if margin <= 0 or margin < min_margin:
-        reasons[REASONS[1]] += 1
-        return None
-    return {
-        "id": row["id"],
-        "prompt": row["prompt"],
-        "chosen": [{"role": "assistant", "content": best["text"]}],
-        "rejected": [{"role": "assistant", "content": worst["text"]}],
-        "chosen_reward": best["reward"],
-        "rejected_reward": worst["reward"],
+
+# --- what is made of the judged answers -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """files: name -> rows. nothing: what to say if the first of them is empty, and fix: what to do then."""
+
+    files: dict[str, list[Row]] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    nothing: str = ""
+    fix: str = ""
+
+    def require(self, name: str) -> None:
+        if self.files and not next(iter(self.files.values())):
+            raise InputError(self.nothing, where=name, fix=self.fix)
+
+
+def _pairs(judged: list[Row], settings: Judge) -> Made:
+    if settings.pairs == "none":
+        return Made()
+    found = [pairing.pairs_of(row, settings) for row in judged]
+    pairs = [pair for one in found for pair in one.pairs]
+    reasons = Counter(one.reason for one in found if one.reason is not None)
+    margins = [pair["chosen_reward"] - pair["rejected_reward"] for pair in pairs]
+    counts = {
+        "pairs": float(len(pairs)),
+        "margin_mean": sum(margins) / len(margins) if margins else 0.0,
+        **{f"dropped_{reason}": float(reasons[reason]) for reason in pairing.REASONS},
+        "left_out_pairs": float(sum(one.beyond for one in found)),
+        "ties": float(sum(len(one.ties) for one in found)),
     }
+    told = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(reasons.items()))
+    files = {"pairs.jsonl": pairs}
+    if settings.ties == "keep":
+        files["ties.jsonl"] = [tie for one in found for tie in one.ties]
+    fix = "lower judge.min_margin, set judge.finished_only=false, or sample more and longer answers"
+    return Made(files, counts, f"none of {len(judged)} prompts gives a pair: {told}", fix)
+
+
+def _best(judged: list[Row], settings: Judge) -> Made:
+    if not settings.best:
+        return Made()
+    rows = [best for row in judged if (best := pairing.best_of(row, settings)) is not None]
+    counts = {"best": float(len(rows)), "dropped_prompts_without_best": float(len(judged) - len(rows))}
+    fix = "lower judge.min_reward, set judge.finished_only=false, or sample more and longer answers"
+    return Made({"best.jsonl": rows}, counts, f"none of {len(judged)} prompts has a usable answer that is good", fix)
+
+
+def _labelled(judged: list[Row], settings: Judge) -> Made:
+    if settings.label_threshold is None:
+        return Made()
+    rows = [one for row in judged for one in pairing.labelled(row, settings)]
+    good = sum(row["label"] for row in rows)
+    counts = {"labelled_good": float(good), "labelled_bad": float(len(rows) - good)}
+    fix = "set judge.finished_only=false, or sample longer answers"
+    return Made({"unpaired.jsonl": rows}, counts, f"none of {len(judged)} prompts has a usable answer", fix)
 
 
 def _reward_mean(judged: list[Row]) -> float:
-    rewards = [c["reward"] for row in judged for c in row["completions"]]
-    return sum(rewards) / len(rewards)
+    return _mean([c["reward"] for row in judged for c in row["completions"]])
 
 
-def _metrics(judged: list[Row], pairs: list[Row], reasons: Counter[str]) -> dict[str, float]:
+def _mean(values: list[float | None]) -> float:
+    """Of those that did not fail."""
+    known = [value for value in values if value is not None]
+    return sum(known) / max(len(known), 1)
+
+
+def _answers(judged: list[Row]) -> dict[str, float]:
     answers = [c for row in judged for c in row["completions"]]
-    terms = {f"{name}_mean": sum(c["terms"][name] for c in answers) / len(answers) for name in answers[0]["terms"]}
-    margins = [pair["chosen_reward"] - pair["rejected_reward"] for pair in pairs]
+    terms = {f"{name}_mean": _mean([c["terms"][name] for c in answers]) for name in answers[0]["terms"]}
     return {
         "reward_mean": _reward_mean(judged),
         **terms,
         "prompts": float(len(judged)),
-        "pairs": float(len(pairs)),
-        "margin_mean": sum(margins) / len(margins) if margins else 0.0,
         "answers": float(len(answers)),
         "answers_unfinished": float(sum(not c["finished"] for c in answers)),
         "answers_empty": float(sum(not c["text"].strip() for c in answers)),
-        **{f"dropped_{reason}": float(reasons[reason]) for reason in REASONS},
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from alignment import generation
 from alignment.config.stages.online import Online
-from alignment.errors import AlignmentError, InputError
+from alignment.errors import InputError
 from alignment.stages.context import StageContext
 from alignment.stages.parts import judge_of, rows_of
 from alignment.stages.train import train
@@ -45,7 +44,7 @@ def run(context: StageContext, trainer: type) -> dict[str, Any]:
             **common,
         )
 
-    return train(context, lambda rows: _sizes(rows, settings), make_trainer, _prompts)
+    return train(context, lambda rows: _sizes(rows, settings), make_trainer, rows_of=_prompts)
 
 
 def _prompts(context: StageContext, tokenizer: Any) -> list[dict[str, Any]]:
@@ -82,29 +81,20 @@ def _sampler(settings: Online, tokenizer: Any) -> Any:
 
 
 def _judging(context: StageContext, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
-    judge = judge_of(context.experiment)
+    judge = judge_of(context)
 
     def judging(numbers: Sequence[int], answers: Sequence[Answer], alive: Alive) -> None:
         how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         texts = [tokenizer.decode(answer.ids, **how) for answer in answers]
+        scores: list[dict[str, Any]] = []
         for first in range(0, len(answers), TOGETHER):
             few = slice(first, first + TOGETHER)
             asked = [rows[number] for number in numbers[few]]
-            for answer, told in zip(answers[few], scored(judge, asked, texts[few]), strict=True):
-                if told is not None and told["reward"] is not None and math.isfinite(told["reward"]):
-                    answer.reward, answer.terms = told["reward"], told["terms"]
+            scores += judge.score(asked, texts[few], [len(answer.ids) for answer in answers[few]])
             alive(first, len(answers))
+        judge.failures(scores)
+        for answer, score in zip(answers, scores, strict=True):
+            if score["reward"] is not None:
+                answer.reward, answer.terms = score["reward"], score["terms"]
 
     return judging
-
-
-def scored(judge: Any, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[dict[str, Any] | None]:
-    """Of each answer what the judge says, or None where it raises: together, and if that fails one by one."""
-    try:
-        return list(judge.score([row["prompt"] for row in rows], texts))
-    except AlignmentError:
-        raise
-    except Exception:
-        if len(texts) == 1:
-            return [None]
-        return [scored(judge, [row], [text])[0] for row, text in zip(rows, texts, strict=True)]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignment.config.schema import Experiment
 from alignment.errors import InputError
 from alignment.files import read_jsonl
 from alignment.rewards import Judge
@@ -42,10 +41,12 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def judge_of(experiment: Experiment) -> Judge:
-    """The reward of the experiment, its models fetched."""
+def judge_of(context: StageContext) -> Judge:
+    """The reward of the experiment, its models fetched, or taken from the parents that are reward models."""
     from alignment.data.fetch import fetch
 
-    terms = experiment.reward.terms
-    folders = {name: fetch(term.source) for name, term in terms.items() if term.source is not None}
-    return Judge(experiment.reward, folders)
+    reward, folders = context.experiment.reward, {}
+    for name, term in reward.terms.items():
+        trained = [context.inputs[role] / "model" for role in term.reads(context.inputs)]
+        folders[name] = [*map(fetch, term.sources()), *trained]
+    return Judge(reward, folders, context.alone, context.shared)

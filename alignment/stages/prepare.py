@@ -26,11 +26,18 @@ def run(context: StageContext) -> dict[str, Any]:
     return write(prepared, context.folder, source, chat)
 
 
+JUDGED = {  # what a judge has made for a task: its file, its format, what it is
+    "preference": ("pairs.jsonl", "preference", "pairs of the parent stage"),
+    "sft": ("best.jsonl", "prompt_completion", "best answers of the parent stage"),
+}
+
+
 def _rows(context: StageContext) -> tuple[list[Row], str, str]:
-    """The rows, their format, and where they come from: a data set of the config, or the pairs of the parent."""
+    """The rows, their format, and where they come from: a data set of the config, or what the parent has judged."""
     name = context.settings.dataset
     if name is None:
-        return list(read_rows(context.inputs["data"] / "pairs.jsonl")), "preference", "pairs of the parent stage"
+        file, form, source = JUDGED[context.settings.task]
+        return list(read_rows(context.inputs["data"] / file)), form, source
     dataset = context.experiment.data[name]
     rows = islice(read_rows(fetch(dataset.source, what="data")), dataset.limit)
     return list(rows), dataset.format, describe(dataset.source)

@@ -175,7 +175,7 @@ class Resumable(_Trainer):
         if self.keeper:
             self.keeper.settle()  # what is being written is good, and may be what training goes back to
         try:
-            self.nonfinite.meet(step + 1, what, sorted(rows or self.batches.rows(step)))
+            self.nonfinite.meet(step + 1, what, sorted(set(rows) or self.batches.rows(step)))
         except TrainingError as error:
             if error.retry and self.keeper and self.args.process_index == 0:
                 self.keeper.stage.tell_next(**{ROLLED_BACK: self.nonfinite.rolled_back})

@@ -36,6 +36,7 @@ FAST = [
     ["experiment=quickstart", "stage.dpo.beta=0.05", "seed=1"],
     ["stage.dpo.beta=0.05", "experiment=quickstart", "engine=zero2", "seed=1"],
     ["pipeline=dpo", "stage.dpo.epochs=2.0"],
+    ["pipeline=iterative_dpo", "pipeline.rounds.count=2", "stage.dpo.beta=0.2"],
     ["pipeline=sft", "model=path", "model.source.path=m", "tracking=none"],
     ["model=hub", "model.source.id=a/b", f"model.source.revision={'0' * 40}"],
     ["data=path", "data.instructions.source.path='a, b.jsonl'", "data.preferences.source.path=b"],

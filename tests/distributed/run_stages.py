@@ -1,12 +1,13 @@
 """Stages that train, one after the other in one process group: python -m tests.distributed.run_stages <folder>.
 
 folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>. engine
-may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results. A case may
-have "stops": attempts that are asked to stop, on the last rank, at so many steps from their beginning; all but a last
-null end before the stage does; {"lose": steps} instead breaks an attempt off on all ranks. "saving" are settings of its
-checkpoints; its "behind": see tests.distributed.asked, as for "noise". "poison": arguments of tests.training.poison.
-"no_room": {"rank", "steps"}: there the part of these checkpoints is refused by the kernel. "fails": the stage raises;
-what each rank was told is in error-<rank>.txt. "shared": the folder of what the case shares with others.
+may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results; "lora": see
+tests.training.tiny.adapters. A case may have "stops": attempts that are asked to stop, on the last rank, at so many
+steps from their beginning; all but a last null end before the stage does; {"lose": steps} instead breaks an attempt off
+on all ranks. "saving" are settings of its checkpoints; its "behind": see tests.distributed.asked, as for "noise".
+"poison": arguments of tests.training.poison. "no_room": {"rank", "steps"}: there the part of these checkpoints is
+refused by the kernel. "fails": the stage raises; what each rank was told is in error-<rank>.txt. "shared": the folder
+of what the case shares with others.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def main(folder: Path) -> None:
     gc.freeze()  # as alignment.imports.kept
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     train.consolidate, trainers.trial = observed(train.consolidate), watched(trainers.trial)
-    online_stage.judge_of = lambda experiment: online.Letters()
+    online_stage.judge_of = lambda context: online.letters()
     for case in json.loads((folder / "plan.json").read_text()):
-        lora = tiny.LORA if case["settings"].pop("lora", False) else None
+        lora = tiny.adapters(case["settings"].pop("lora", False))
         start = case["settings"].pop("start", "start")
         kind, padded = case["kind"], case["engine"].pop("padded", False)
         adapters = {} if kind == "reference" else {"lora": lora}

@@ -47,7 +47,7 @@ def test_two_ranks_do_what_one_process_does(
     name: str, together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, _, changes = CASES[name]
-    monkeypatch.setattr(online_stage, "judge_of", lambda experiment: online.Letters())
+    monkeypatch.setattr(online_stage, "judge_of", lambda context: online.letters())
     settings = getattr(online, kind)(**{**changes, "lora": tiny.LORA if changes.get("lora") else None})
     setup = tiny.engine(tokens_per_micro_batch=250)
     STAGES[kind].run(tiny.context(tmp_path / "out", online.write_inputs(tmp_path), settings, setup))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from alignment.evaluation import signals
@@ -56,3 +57,13 @@ def test_means_are_over_the_rows_that_have_the_metric() -> None:
     means = signals.means([row(), row(finished=False, heldout_nll=None, kl=0.5)])
     assert (means["stop_rate"], means["heldout_nll"], means["kl"]) == (0.5, 2.0, 1.0)
     assert "heldout_nll" not in signals.means([row(heldout_nll=None)])
+
+
+def test_the_bound_of_best_of_n_is_reached_by_distinct_rewards_and_many_answers() -> None:
+    """Of many equally probable answers with distinct rewards best-of-n draws the one of rank share u with density
+    n u^(n-1), and KL is its integral of n u^(n-1) log(n u^(n-1)): log n - (n - 1) / n. With n = 1 nothing is chosen."""
+    for n in (1, 2, 4, 16):
+        shares = (np.arange(200_000) + 0.5) / 200_000
+        density = n * shares ** (n - 1)
+        assert signals.best_of_kl(n) == pytest.approx(float((density * np.log(density)).mean()), abs=1e-3)
+    assert signals.best_of_kl(1) == 0

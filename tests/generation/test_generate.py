@@ -75,7 +75,7 @@ def test_finished_means_that_a_stop_token_ended_the_answer(loaded: tuple[Any, An
 
 def test_the_end_of_turn_token_is_not_in_the_text(loaded: tuple[Any, Any]) -> None:
     _, tokenizer = loaded
-    completion = generation._completion(tokenizer, [*tokenizer("Hi")["input_ids"], 1], -1.0, [1])
+    completion = generation.completion(tokenizer, [*tokenizer("Hi")["input_ids"], 1], -1.0, [1])
     assert (completion.text, completion.tokens, completion.finished) == ("Hi", 3, True)
 
 

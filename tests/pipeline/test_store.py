@@ -159,14 +159,21 @@ def leave_an_attempt(store: Store) -> Path:
     folder = store.begin(KEY)
     for name in ("checkpoints/step-7", "beats", "stacks", "model"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoints/step-7/manifest.json", "metrics.jsonl", "attempts.jsonl", "log.txt", "wandb_run_id"):
+    for name in (
+        "checkpoints/step-7/manifest.json",
+        "metrics.jsonl",
+        "attempts.jsonl",
+        "log.txt",
+        "wandb_run_id",
+        "sampled.jsonl",
+    ):
         (folder / name).write_text(name)
     for name in ("beats/rank-00000.json", "error.json", "stage.json", "model/config.json", "warnings.txt"):
         (folder / name).write_text(name)
     return folder
 
 
-KEPT = ["attempts.jsonl", "checkpoints", "log.txt", "metrics.jsonl", "stacks", "wandb_run_id"]
+KEPT = ["attempts.jsonl", "checkpoints", "log.txt", "metrics.jsonl", "sampled.jsonl", "stacks", "wandb_run_id"]
 
 
 def test_a_new_attempt_goes_on_from_what_is_kept_wherever_its_beginning_was_killed(store: Store) -> None:

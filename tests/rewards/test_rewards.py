@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ def reward(**kinds: tuple[str, float]) -> Reward:
     return Reward.model_validate({"terms": terms})
 
 
-def ask(*texts: str) -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": text}] for text in texts]
+def ask(*texts: str) -> list[dict[str, Any]]:
+    return [{"id": text, "prompt": [{"role": "user", "content": text}]} for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_sentiment_of_known_sentences_is_vaders_compound_score() -> None:
 
 def test_a_reward_is_the_weighted_sum_of_its_terms(encoder_folder: Path) -> None:
     """The prompt repeated is relevant by exactly 1: 2 x sentiment + 0.5 x 1."""
-    judge = Judge(reward(mood=("sentiment", 2.0), topic=("relevance", 0.5)), {"topic": encoder_folder})
+    judge = Judge(reward(mood=("sentiment", 2.0), topic=("relevance", 0.5)), {"topic": [encoder_folder]})
     (score,) = judge.score(ask("cats purr"), ["cats purr"])
     assert score["terms"] == pytest.approx({"mood": 0.0, "topic": 1.0}, abs=1e-6)
     assert score["reward"] == pytest.approx(0.5, abs=1e-6)
@@ -61,7 +62,7 @@ def test_a_reward_is_the_weighted_sum_of_its_terms(encoder_folder: Path) -> None
 
 
 def test_an_empty_answer_is_worth_nothing_and_costs_nothing(encoder_folder: Path) -> None:
-    judge = Judge(reward(mood=("sentiment", 1.0), topic=("relevance", 1.0)), {"topic": encoder_folder})
+    judge = Judge(reward(mood=("sentiment", 1.0), topic=("relevance", 1.0)), {"topic": [encoder_folder]})
     empty, blank, word = judge.score(ask("cats", "cats", "cats"), ["", " \n", "cats"])
     assert empty == blank == {"reward": 0.0, "terms": {"mood": 0.0, "topic": 0.0}}
     assert word["terms"]["topic"] == pytest.approx(1.0, abs=1e-6)
@@ -78,7 +79,7 @@ def test_relevance_is_the_cosine_of_mean_pooled_vectors(encoder_folder: Path) ->
             return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
 
     prompts, answers = ["cats", "stocks fell", "cats purr"], ["stocks fell cats purr", "purr", "fell"]
-    found = Judge(reward(topic=("relevance", 1.0)), {"topic": encoder_folder}).score(ask(*prompts), answers)
+    found = Judge(reward(topic=("relevance", 1.0)), {"topic": [encoder_folder]}).score(ask(*prompts), answers)
     for prompt, answer, score in zip(prompts, answers, found, strict=True):
         expected = torch.nn.functional.cosine_similarity(mean(prompt), mean(answer), dim=0)
         assert score["terms"]["topic"] == pytest.approx(float(expected), abs=1e-5)
@@ -91,7 +92,8 @@ def test_relevance_looks_at_the_last_user_turn(encoder_folder: Path) -> None:
         {"role": "assistant", "content": "fell"},
         {"role": "user", "content": "cats purr"},
     ]
-    (score,) = Judge(reward(topic=("relevance", 1.0)), {"topic": encoder_folder}).score([talk], ["cats purr"])
+    judge = Judge(reward(topic=("relevance", 1.0)), {"topic": [encoder_folder]})
+    (score,) = judge.score([{"prompt": talk}], ["cats purr"])
     assert score["terms"]["topic"] == pytest.approx(1.0, abs=1e-6)
 
 
@@ -127,4 +129,4 @@ def test_an_encoder_reads_only_the_files_that_are_in_the_key(encoder_folder: Pat
 
 def test_a_folder_that_is_no_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="sentence encoder does not load"):
-        Judge(reward(topic=("relevance", 1.0)), {"topic": tmp_path})
+        Judge(reward(topic=("relevance", 1.0)), {"topic": [tmp_path]})

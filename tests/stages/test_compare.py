@@ -66,6 +66,23 @@ def test_a_candidate_that_never_stops_is_broken(make_context: MakeContext, evalu
     assert read_json(context.folder / "verdict.json")["verdict"] == "broken"
 
 
+def test_best_of_n_is_shown_and_does_not_decide(make_context: MakeContext, evaluations: Any, tmp_path: Path) -> None:
+    """Its reward is above the candidate's on every prompt, which of another model would be the verdict *worse*."""
+    evaluations["best_of_n"] = write_answers(tmp_path / "best", [2.0] * 10)
+    context = make_context("compare", evaluations, name="other", resamples=100)
+    compare.run(context)
+    assert read_json(context.folder / "verdict.json")["verdict"] == "worse"
+    answers = evaluations["best_of_n"] / "answers.jsonl"
+    write_jsonl(answers, [{**row, "best_of": 4} for row in list(read_jsonl(answers))])
+    context = make_context("compare", evaluations, resamples=100)
+    compare.run(context)
+    verdict = read_json(context.folder / "verdict.json")
+    assert (verdict["verdict"], verdict["best_of"]) == ("better", {"best_of_n": 4})
+    assert verdict["models"] == ["start", "sft", "dpo", "best_of_n"]
+    assert [reason["gate"] for reason in verdict["reasons"]] == ["stop_rate", "reward", "reward_against_sft"]
+    assert verdict["table"][0]["values"]["best_of_n"]["mean"] == 2.0
+
+
 def test_models_that_answered_other_prompts_are_not_compared(
     make_context: MakeContext, evaluations: Any, tmp_path: Path
 ) -> None:

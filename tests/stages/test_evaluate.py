@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alignment import generation
+from alignment.config.compose import compose
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl, write_jsonl
 from alignment.stages import evaluate
@@ -125,3 +126,32 @@ def test_a_reference_with_another_tokenizer_is_refused(
     inputs = {"model": models["sft"], "data": rows, "reference": tmp_path / "other"}
     with pytest.raises(InputError, match="do not share a tokenizer"):
         evaluate.run(make_context("evaluate", inputs, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("reference", ["sft", "start"])
+def test_the_best_of_several_answers_counts_and_its_kl_has_the_bound_of_that(
+    reference: str, make_context: MakeContext, models: dict[str, Path], rows: Path, tiny_encoder: Path
+) -> None:
+    """n = 4: log 4 - 3/4 = 0.636294 nats, which alone is the KL of a model's best-of-4 from itself; from another model
+    the log-ratio of the chosen answer comes to it. The answers are those that `generate` draws. The reward is that of a
+    random encoder: it means nothing, but differs."""
+    inputs = {"model": models["sft"], "data": rows, "reference": models[reference]}
+    how = {"max_new_tokens": 12, "temperature": 1.0}
+    context = make_context("evaluate", inputs, best_of=4, **how)
+    encoder = "+reward.terms.relevance.source={kind: path, path: " + str(tiny_encoder) + "}"
+    context.experiment = compose(["pipeline=sft_sample_dpo", "~reward.terms.relevance.source", encoder])
+    metrics = evaluate.run(context)
+    model, tokenizer = generation.load(models["sft"] / "model", "fp32")
+    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    drawn = generation.generate(
+        model, tokenizer, asked, max_new_tokens=12, temperature=1.0, top_p=1.0, batch_size=32, seed=0, completions=4
+    )
+    for row, prompt, few in zip(read_jsonl(context.folder / "answers.jsonl"), asked, drawn, strict=True):
+        assert (row["best_of"], len(row["rewards"])) == (4, 4)
+        assert row["reward"] == max(row["rewards"]) > min(row["rewards"])
+        chosen = few[row["rewards"].index(row["reward"])]
+        assert (row["answer"], row["tokens"]) == (chosen.text, chosen.tokens)
+        ids = generation.encode_prompt(tokenizer, prompt)
+        ours, theirs = (sum(log_probs(models[name], ids, chosen.token_ids)) for name in ("sft", reference))
+        assert row["kl"] == pytest.approx(ours - theirs + 0.636294, abs=1e-3)
+    assert metrics["kl_bound"] == pytest.approx(0.636294, abs=1e-6)

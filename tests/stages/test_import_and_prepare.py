@@ -160,6 +160,24 @@ def test_pairs_of_the_judge_are_read_from_the_parent(start: Path, tmp_path: Path
     assert sorted(row["id"] for row in read_jsonl(folder / "train.jsonl")) == ["p1", "p2"]
 
 
+def test_best_answers_of_the_judge_become_rows_for_sft(start: Path, tmp_path: Path) -> None:
+    judged, folder = tmp_path / "judged", tmp_path / "rows"
+    judged.mkdir(), folder.mkdir()
+    best = [
+        {
+            "id": f"p{i}",
+            "prompt": [{"role": "user", "content": f"q{i}"}],
+            "completion": [{"role": "assistant", "content": f"a{i}"}],
+            "reward": 1.0,
+        }
+        for i in (1, 2)
+    ]
+    (judged / "best.jsonl").write_text("".join(json.dumps(row) + "\n" for row in best))
+    assert prepared(folder, start, None, {"data": judged}, task="sft", dataset=None)["train"] == 2
+    written = {row["id"]: [m["content"] for m in row["messages"]] for row in read_jsonl(folder / "train.jsonl")}
+    assert written == {"p1": ["q1", "a1"], "p2": ["q2", "a2"]}
+
+
 def test_a_limit_takes_the_first_rows(start: Path, instruction_rows: Path, tmp_path: Path) -> None:
     assert prepared(tmp_path, start, instruction_rows, limit=7)["rows"] == 7
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +69,6 @@ def test_unfinished_answers_are_paired_if_asked_for(make_context: MakeContext, s
     assert pairs["cut"]["chosen"][0]["content"] == pairs["lonely"]["chosen"][0]["content"] == GREAT
 
 
-def test_equal_rewards_make_no_pair_even_without_a_margin() -> None:
-    reasons: Counter[str] = Counter()
-    completions = [{"text": text, "finished": True, "reward": 0.5} for text in ("a", "b")]
-    assert judge.pair({"id": "x", "prompt": [], "completions": completions}, 0.0, True, reasons) is None
-    assert reasons == {"rewards_too_close": 1}
-
-
 def test_without_any_pair_the_stage_fails_with_the_counts(make_context: MakeContext, samples: Path) -> None:
     context = make_context("judge", {"data": samples}, min_margin=5.0)
     with pytest.raises(InputError) as told:
@@ -85,3 +77,47 @@ def test_without_any_pair_the_stage_fails_with_the_counts(make_context: MakeCont
     assert message in str(told.value)
     assert "judge.min_margin" in str(told.value)
     assert not (context.folder / "pairs.jsonl").exists()
+
+
+def test_one_judge_makes_pairs_best_answers_and_labels_for_three_trainings(
+    make_context: MakeContext, samples: Path
+) -> None:
+    """`lonely` has one usable answer, which is bad; `cut` has a neutral one and a bad one."""
+    context = make_context("judge", {"data": samples}, best="true", label_threshold=0.0, min_reward=0.0)
+    metrics = judge.run(context)
+    best = list(read_jsonl(context.folder / "best.jsonl"))
+    assert [(row["id"], row["completion"][0]["content"]) for row in best] == [
+        ("clear", GREAT), ("close", FLAT), ("cut", FLAT),
+    ]  # fmt: skip
+    assert (metrics["best"], metrics["dropped_prompts_without_best"]) == (3, 1)
+    unpaired = list(read_jsonl(context.folder / "unpaired.jsonl"))
+    assert set(unpaired[0]) == {"prompt", "completion", "label", "reward"}
+    bad = [row["completion"][0]["content"] for row in unpaired if not row["label"]]
+    assert (len(unpaired), bad) == (4 + 2 + 2 + 1, [SAD, SAD, SAD])
+    assert (metrics["labelled_good"], metrics["labelled_bad"]) == (6, 3)
+    assert metrics["pairs"] == 2
+
+
+def test_ties_are_kept_apart_from_the_pairs(make_context: MakeContext, samples: Path) -> None:
+    context = make_context("judge", {"data": samples}, ties="keep")
+    assert judge.run(context)["ties"] == 1
+    (tie,) = read_jsonl(context.folder / "ties.jsonl")
+    assert (tie["id"], [answer["text"] for answer in tie["answers"]]) == ("close", [FLAT, "It is a chair."])
+
+
+def test_comparing_by_the_reward_gives_the_pairs_of_the_reward(make_context: MakeContext, samples: Path) -> None:
+    """Outcomes of `clear`, by rewards 0, -, ++, +: two lost and one won (-1/3), three lost, three won, two won."""
+    pointwise, pairwise = (
+        make_context("judge", {"data": samples}, name=n, judging=n) for n in ("pointwise", "pairwise")
+    )
+    judge.run(pointwise)
+    metrics = judge.run(pairwise)
+    sides = [
+        [(pair["chosen"], pair["rejected"]) for pair in read_jsonl(context.folder / "pairs.jsonl")]
+        for context in (pointwise, pairwise)
+    ]
+    assert sides[0] == sides[1]
+    judged = list(read_jsonl(pairwise.folder / "judged.jsonl"))
+    assert [c["reward"] for c in judged[0]["completions"]] == pytest.approx([-1 / 3, -1, 1, 1 / 3])
+    assert [c["beats"] for c in judged[0]["completions"]] == [[1], [], [0, 1, 3], [0, 1]]
+    assert metrics["reward_mean"] == pytest.approx(0)

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from alignment.errors import InputError
+from alignment import generation
+from alignment.errors import InputError, MachineError, PreemptedError
 from alignment.files import read_json, read_jsonl
+from alignment.pipeline.store import SAMPLED
 from alignment.stages import sample
+from alignment.stages.context import StageContext
 from tests.stages.conftest import QUESTIONS, MakeContext
 
 
@@ -19,7 +25,8 @@ def test_every_prompt_gets_its_completions_and_two_runs_the_same(
         for name in ("first", "again")
     )
     metrics = sample.run(first)
-    assert sample.run(again) == metrics
+    timed = ("seconds", "tokens_per_s")
+    assert {**sample.run(again), **{name: metrics[name] for name in timed}} == metrics
     written = list(read_jsonl(first.folder / "samples.jsonl"))
     assert written == list(read_jsonl(again.folder / "samples.jsonl"))
     assert [row["id"] for row in written] == [f"row-{i}" for i in range(5)]
@@ -31,6 +38,7 @@ def test_every_prompt_gets_its_completions_and_two_runs_the_same(
     assert (metrics["prompts"], metrics["completions"]) == (5, 15)
     assert metrics["tokens"] == pytest.approx(sum(completion["tokens"] for completion in every) / 15)
     assert metrics["stop_rate"] == pytest.approx(sum(completion["finished"] for completion in every) / 15)
+    assert metrics["tokens_per_s"] == pytest.approx(metrics["tokens"] * 15 / metrics["seconds"])
     progress = read_json(first.folder / "progress.json")
     assert (progress["step"], progress["total"], progress["note"]) == (1000, 1000, "sampling")
     assert progress["tokens_per_s"] > 0
@@ -44,3 +52,124 @@ def test_without_prompts_the_stage_says_which_file_is_empty(
     (tmp_path / "prompts.jsonl").touch()
     with pytest.raises(InputError, match=r"prompts\.jsonl: prompts\.jsonl has no rows"):
         sample.run(make_context("sample", {"model": models["sft"], "data": tmp_path}))
+
+
+HOW = {"completions_per_prompt": 3, "max_new_tokens": 8, "batch_size": 6}  # two prompts a batch: three batches
+BACKENDS = ["loop", "continuous"]
+
+
+def asked_after(context: StageContext, batches: int) -> None:
+    """The stage is asked to stop once so many batches are kept."""
+
+    def tell_next(**facts: Any) -> None:
+        told(**facts)
+        seen.append(facts)
+        if len(seen) == batches:
+            context.stop.asked = "SIGTERM"
+
+    told, seen = context.tell_next, list[dict[str, Any]]()
+    context.tell_next = tell_next  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch a part, so that five prompts are three of them with every backend."""
+    monkeypatch.setattr("alignment.stages.backends.PART", 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_attempt_goes_on_after_the_answers_of_the_one_before_bit_for_bit(
+    backend: str, make_context: MakeContext, models: dict[str, Path], rows: Path, small_parts: None
+) -> None:
+    inputs = {"model": models["sft"], "data": rows}
+    whole, cut = (make_context("sample", inputs, name=name, backend=backend, **HOW) for name in ("whole", "cut"))
+    sample.run(whole)
+    asked_after(cut, 2)
+    with pytest.raises(PreemptedError, match="SIGTERM: the answers to 4 of 5 prompts are kept") as told:
+        sample.run(cut)
+    assert told.value.kept is True
+    assert cut.told() == {"sampled": 4}
+    kept = (cut.folder / SAMPLED).read_text().splitlines()
+    assert len(kept) == 2
+    cut.stop.asked = None
+    metrics = sample.run(cut)
+    assert len((cut.folder / SAMPLED).read_text().splitlines()) == 3, "what was kept is not sampled again"
+    assert (cut.folder / "samples.jsonl").read_bytes() == (whole.folder / "samples.jsonl").read_bytes()
+    assert metrics["completions"] == 15
+
+
+def test_a_stop_before_the_first_batch_is_done_keeps_nothing(
+    make_context: MakeContext, models: dict[str, Path], rows: Path
+) -> None:
+    context = make_context("sample", {"model": models["sft"], "data": rows}, **HOW)
+    context.stop.asked = "SIGTERM"
+    with pytest.raises(PreemptedError, match="0 of 5") as told:
+        sample.run(context)
+    assert told.value.kept is False
+    assert not (context.folder / SAMPLED).exists()
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda text: text[:-20],
+    "flipped": lambda text: text.replace(b'"finished": true', b'"finished": null', 1),
+    "no line of ours": lambda text: b"[]\nnull\n" + text,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_kept_answers_that_are_damaged_are_told_of_and_sampled_again(
+    damage: str, make_context: MakeContext, models: dict[str, Path], rows: Path
+) -> None:
+    context = make_context("sample", {"model": models["sft"], "data": rows}, **{**HOW, "max_new_tokens": 30})
+    sample.run(context)
+    whole, kept = (context.folder / "samples.jsonl").read_bytes(), context.folder / SAMPLED
+    damaged = DAMAGE[damage](kept.read_bytes())
+    assert damaged != kept.read_bytes()
+    kept.write_bytes(damaged)
+    sample.run(context)
+    assert (context.folder / "samples.jsonl").read_bytes() == whole
+    assert "batches of answers in sampled.jsonl are damaged" in (context.folder / "warnings.txt").read_text()
+
+
+def test_continuous_batching_draws_the_distribution_of_the_model(
+    make_context: MakeContext, models: dict[str, Path], rows: Path
+) -> None:
+    """First tokens of 600 answers to one prompt, against the probabilities of a plain forward: of the most probable
+    token, whose share has a standard deviation of sqrt(p (1 - p) / 600) <= 0.0205: within four of these."""
+    import torch
+
+    context = make_context(
+        "sample", {"model": models["sft"], "data": rows}, backend="continuous", prompts=1, first_prompt=1,
+        completions_per_prompt=600, max_new_tokens=1, batch_size=32, top_p=1.0,
+    )  # fmt: skip
+    sample.run(context)
+    (row,) = read_jsonl(context.folder / "samples.jsonl")
+    assert row["prompt"][0]["content"] == QUESTIONS[1]
+    model, tokenizer = generation.load(models["sft"] / "model", "fp32")
+    ids = generation.encode_prompt(tokenizer, row["prompt"])
+    with torch.inference_mode():
+        probs = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+    best = int(probs.argmax())
+    text = tokenizer.decode([best], skip_special_tokens=True)
+    assert len(row["completions"]) == 600
+    share = sum(completion["text"] == text for completion in row["completions"]) / 600
+    assert share == pytest.approx(float(probs[best]), abs=4 * 0.0205)
+
+
+def test_a_slice_of_the_prompts_is_sampled_and_too_few_are_told(
+    make_context: MakeContext, models: dict[str, Path], rows: Path
+) -> None:
+    inputs = {"model": models["sft"], "data": rows}
+    how = {"completions_per_prompt": 2, "max_new_tokens": 2}
+    context = make_context("sample", inputs, first_prompt=1, prompts=3, **how)
+    assert sample.run(context)["completions"] == 6
+    assert [row["id"] for row in read_jsonl(context.folder / "samples.jsonl")] == ["row-1", "row-2", "row-3"]
+    with pytest.raises(InputError, match="has 5 rows, and 3 are asked for from row 4 on"):
+        sample.run(make_context("sample", inputs, name="beyond", first_prompt=3, prompts=3, **how))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it is installed")
+def test_without_vllm_it_is_refused_in_one_line(make_context: MakeContext, models: dict[str, Path], rows: Path) -> None:
+    context = make_context("sample", {"model": models["sft"], "data": rows}, backend="vllm")
+    with pytest.raises(MachineError, match=r"stage\.sample\.backend: the package vllm is missing"):
+        sample.run(context)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,11 @@ import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.base_config import _BaseConfig
 
+from alignment.config.reward_terms import Python
+from alignment.config.rewards import Reward
+from alignment.config.sources import PathSource
 from alignment.config.stages.online import Grpo, Kl, OnlineDpo, Ppo, Rloo
+from alignment.rewards import Judge
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches
 from alignment.training.model import lora_config
@@ -67,12 +70,11 @@ def write_inputs(folder: Path, count: int = 12) -> dict[str, Path]:
     return {"model": folder / "start", "data": folder / "prompts"}
 
 
-class Letters:
+def letters() -> Judge:
     """The share of a's to m's among the characters of an answer."""
-
-    def score(self, prompts: Sequence[Any], answers: Sequence[str]) -> list[dict[str, Any]]:
-        shares = [sum("a" <= letter <= "m" for letter in answer) / max(len(answer), 1) for answer in answers]
-        return [{"reward": share, "terms": {"letters": share}} for share in shares]
+    source = PathSource(kind="path", path=str(Path(__file__).with_name("letters.py")))
+    term = Python(kind="python", source=source, function="letters", weight=1.0)
+    return Judge(Reward(terms={"letters": term}), {"letters": [Path(source.path)]})
 
 
 def given(number: int, branch: int) -> tuple[list[int], float]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from alignment.config.settings import identity
+from alignment.config.settings import Settings, identity
 from alignment.config.stages.base import Reads, Stage
+
+
+def as_ever(settings: Settings, **values: Any) -> frozenset[str]:
+    """Those of the settings that have these values, which mean what was done before there were such settings: left out
+    of the key, so that results from then count."""
+    return frozenset(name for name, value in values.items() if getattr(settings, name) == value)
 
 
 class Sample(Stage):
@@ -14,9 +20,12 @@ class Sample(Stage):
     makes = "samples"
     inputs: ClassVar[dict[str, str]] = {"model": "a model", "data": "rows"}
     reads: ClassVar[Reads] = {"data": "prompts"}
-    packages = ("torch", "transformers", "tokenizers")
+    packages = ("torch", "transformers", "tokenizers", "vllm")
     kind: Literal["sample"] = identity()
-    completions_per_prompt: int = identity(ge=2)
+    backend: Literal["loop", "continuous", "vllm"] = identity()
+    first_prompt: int = identity(ge=0)
+    prompts: int | None = identity(ge=1)
+    completions_per_prompt: int = identity(ge=1)
     max_new_tokens: int = identity(gt=0)
     temperature: float = identity(gt=0)
     top_p: float = identity(gt=0, le=1)
@@ -24,17 +33,42 @@ class Sample(Stage):
     precision: Literal["fp32", "bf16"] = identity()
     seed: int = identity(ge=0)
 
+    def idle(self) -> frozenset[str]:
+        return as_ever(self, backend="loop", first_prompt=0, prompts=None)
+
 
 class Judge(Stage):
-    """Samples -> pairs: the best against the worst answer of each prompt by the reward."""
+    """Samples -> pairs of a better and a worse answer, the best answers, labelled answers: by the reward."""
 
     makes = "pairs"
     inputs: ClassVar[dict[str, str]] = {"data": "samples"}
     groups = ("reward",)
     packages = ("torch", "transformers", "tokenizers", "vaderSentiment")
     kind: Literal["judge"] = identity()
-    min_margin: float = identity(ge=0)
+    judging: Literal["pointwise", "pairwise"] = identity()
     finished_only: bool = identity()
+    length: Literal["none", "match", "penalty"] = identity()
+    length_ratio: float = identity(ge=1)
+    length_penalty: float = identity(gt=0)
+    min_reward: float | None = identity()
+    pairs: Literal["none", "best_worst", "best_random", "all_margin"] = identity()
+    min_margin: float = identity(ge=0)
+    max_pairs_per_prompt: int = identity(ge=1)
+    ties: Literal["drop", "keep"] = identity()
+    best: bool = identity()
+    label_threshold: float | None = identity()
+    seed: int = identity(ge=0)
+
+    def idle(self) -> frozenset[str]:
+        idle = {
+            *as_ever(self, judging="pointwise", length="none", min_reward=None, pairs="best_worst"),
+            *as_ever(self, max_pairs_per_prompt=1, ties="drop", best=False, label_threshold=None),
+            *(() if self.length == "match" else ("length_ratio",)),
+            *(() if self.length == "penalty" else ("length_penalty",)),
+            *(() if self.pairs == "best_random" else ("seed",)),
+            *(("min_margin", "max_pairs_per_prompt", "ties") if self.pairs == "none" else ()),
+        }
+        return frozenset(idle)
 
 
 class Evaluate(Stage):
@@ -46,11 +80,15 @@ class Evaluate(Stage):
     groups = ("reward",)
     packages = ("torch", "transformers", "tokenizers", "vaderSentiment")
     kind: Literal["evaluate"] = identity()
+    best_of: int = identity(ge=1)
     max_new_tokens: int = identity(gt=0)
     temperature: float = identity(ge=0)
     batch_size: int = identity(gt=0)
     precision: Literal["fp32", "bf16"] = identity()
     seed: int = identity(ge=0)
+
+    def idle(self) -> frozenset[str]:
+        return as_ever(self, best_of=1)
 
 
 class Compare(Stage):

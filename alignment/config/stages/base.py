@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from alignment.config.settings import Settings
 
+REWARD_MODEL = "reward_model"  # roles of a stage with a reward that begin so: reward models for its terms
 Reads = dict[str, Literal["heldout", "prompts"]]
 
 
@@ -14,7 +15,7 @@ class Stage(Settings):
 
     open_inputs: roles may have any name, and each parent must make this. ordering: roles that only say "after": what
     fills them cannot change the result, and is not in its key. reads: role -> the split of that parent's rows without
-    which it cannot work. groups: config groups it also depends on.
+    which it cannot work. groups: config groups it also depends on; who has a reward may have reward models as parents.
     """
 
     makes: ClassVar[str]
@@ -27,9 +28,11 @@ class Stage(Settings):
     distributed: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
 
-    def idle(self) -> frozenset[str]:
-        """Identity-side settings that change nothing as the others stand: they are not in the key then."""
-        return frozenset()
+    def takes(self, role: str) -> str | None:
+        """What a parent in this role must make; None: a stage of this kind has no such role."""
+        if "reward" in self.groups and role.startswith(REWARD_MODEL):
+            return "a reward model"
+        return self.open_inputs or {**self.inputs, **self.optional_inputs}.get(role)
 
     def needless(self) -> frozenset[str]:
         """Roles of `ordering` that these settings have no use for: a node that only fills such roles is left out."""

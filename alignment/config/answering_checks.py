@@ -1,0 +1,45 @@
+"""Impossible combinations of the stages that answer and judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alignment.config.faults import Fault, Use
+from alignment.config.stages.answering import Evaluate, Judge, Sample
+from alignment.config.stages.preparing import Prepare
+
+
+def faults(use: Use) -> Iterator[Fault]:
+    """Of a node all of whose roles are filled by nodes that make what they take."""
+    settings, key = use.settings, use.key
+    parents = {role: Use(use.experiment, parent) for role, parent in use.inputs.items()}
+    if isinstance(settings, Judge):
+        yield from _judge(settings, key, parents["data"])
+    if isinstance(settings, Evaluate) and settings.best_of > 1 and settings.temperature != 1:
+        keys = (f"{key}.temperature", f"{key}.best_of")
+        what = f"`{keys[1]}` is {settings.best_of}, and `{keys[0]}` {settings.temperature:g}"
+        yield Fault(f"{what}: the bound of its KL is that of answers as the model draws them", keys, f"{keys[0]}=1.0")
+    if isinstance(settings, Prepare) and settings.dataset is None and "data" in parents:
+        yield from _judged_rows(settings, key, parents["data"])
+
+
+def _judge(settings: Judge, key: str, samples: Use) -> Iterator[Fault]:
+    if settings.pairs == "none" and not settings.best and settings.label_threshold is None:
+        keys = tuple(f"{key}.{name}" for name in ("pairs", "best", "label_threshold"))
+        yield Fault(f"`{keys[0]}` is none, and nothing else is asked of it", keys, f"{keys[1]}=true, or a {keys[2]}")
+    few = isinstance(samples.settings, Sample) and samples.settings.completions_per_prompt < 2
+    if few and settings.pairs != "none":
+        both = (f"{samples.key}.completions_per_prompt", f"{key}.pairs")
+        yield Fault(f"`{both[0]}` is 1, and a pair needs two answers", both, f"raise it, or {both[1]}=none")
+
+
+def _judged_rows(settings: Prepare, key: str, judge: Use) -> Iterator[Fault]:
+    """The judge makes rows for the task."""
+    if not isinstance(judge.settings, Judge):
+        return
+    wanted = {"preference": ("pairs", judge.settings.pairs != "none"), "sft": ("best", judge.settings.best)}
+    name, made = wanted[settings.task]
+    if not made:
+        keys = (f"{judge.key}.{name}", f"{key}.task")
+        fix = f"{keys[0]}={'true' if name == 'best' else 'best_worst'}, or another task"
+        yield Fault(f"`{keys[1]}` is {settings.task}, and `{judge.key}` makes no such rows", keys, fix)

@@ -1,0 +1,128 @@
+"""Terms of a reward whose settings are impossible together."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from alignment.config.faults import Fault, Use
+from alignment.config.nearest import closest
+from alignment.config.reward_terms import ChatEndpoint, Clip, Endpoint, Format, Length, Model, Python, Regex
+from alignment.config.stages.answering import Judge
+from alignment.config.stages.base import REWARD_MODEL
+
+
+def term_faults(use: Use) -> Iterator[Fault]:
+    """Of a stage that judges."""
+    yield from _reward_models(use)
+    if (comparison := use.experiment.reward.comparison) is not None:
+        yield from _chat(comparison, "reward.comparison", ("first", "second"))
+        if isinstance(use.settings, Judge) and use.settings.judging == "pointwise":
+            what = f"`reward.comparison` is set, and `{use.key}.judging` is pointwise"
+            yield Fault(what, (f"{use.key}.judging", "reward.comparison"), f"{use.key}.judging=pairwise")
+    for name, term in use.experiment.reward.terms.items():
+        key = f"reward.terms.{name}"
+        if isinstance(term.normalise, Clip) and term.normalise.low >= term.normalise.high:
+            yield _turned(f"{key}.normalise.low", term.normalise.low, f"{key}.normalise.high", term.normalise.high)
+        if look := LOOKS.get(type(term)):
+            yield from look(term, key)
+
+
+def _turned(low: str, least: float, high: str, most: float) -> Fault:
+    return Fault(f"`{low}` is {least:g}, and `{high}` {most:g}", (low, high), "the lower end comes first")
+
+
+def _reward_models(use: Use) -> Iterator[Fault]:
+    """Each term has its models, and each reward model that the stage is given has a term."""
+    terms, read = use.experiment.reward.terms, set[str]()
+    for name, term in terms.items():
+        if isinstance(term, Model) and not term.members:
+            read |= (mine := set(term.reads(use.inputs)))
+            if not mine:
+                what = f"`reward.terms.{name}` has no model: it has no members, and `{use.node}` no role `{term.roles}`"
+                fix = f"+{use.role(term.roles)}=NODE, or +reward.terms.{name}.members.one={{kind: path, path: FOLDER}}"
+                yield Fault(what, (f"reward.terms.{name}.members", f"pipeline.nodes.{use.node}.inputs"), fix)
+    for role in use.inputs:
+        if role.startswith(REWARD_MODEL) and role not in read:
+            what = f"`{use.role(role)}` is filled, and no term of the reward reads it"
+            yield Fault(what, (use.role(role),), "reward=model, or leave it out")
+
+
+def _length(term: Length, key: str) -> Iterator[Fault]:
+    if term.high is not None and term.low > term.high:
+        yield _turned(f"{key}.low", term.low, f"{key}.high", term.high)
+
+
+def _format(term: Format, key: str) -> Iterator[Fault]:
+    texts = term.starts_with, term.ends_with
+    if texts == (None, None) and term.max_lines is None and not (term.is_json or term.whole_sentences):
+        yield Fault(f"`{key}` sets no rule", (key,), f"set one, such as {key}.whole_sentences=true")
+
+
+def _regex(term: Regex, key: str) -> Iterator[Fault]:
+    yield from pattern_faults(term.pattern, f"{key}.pattern")
+
+
+def _python(term: Python, key: str) -> Iterator[Fault]:
+    """The file is there, can be read, and defines the function; it is parsed, not run."""
+    path, at = term.source.path, f"{key}.source.path"
+    try:
+        tree = ast.parse(Path(path).read_bytes(), path)
+    except OSError as error:
+        yield Fault(f"`{at}` is {path}, which cannot be read: {error.strerror}", (at,), "name a file of Python")
+    except (SyntaxError, ValueError) as error:
+        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        yield Fault(f"`{at}` is {path}, which is no Python{where}: {error.args[0]}", (at,), "mend the file")
+    else:
+        found = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        if term.function not in found:
+            what = f"`{key}.function` is {term.function}, which {path} does not define"
+            yield Fault(what, (f"{key}.function", at), closest(term.function, found))
+
+
+def _endpoint(term: Endpoint, key: str) -> Iterator[Fault]:
+    if term.low >= term.high:
+        yield _turned(f"{key}.low", term.low, f"{key}.high", term.high)
+    yield from _chat(term, key, ("answer",))
+
+
+def _chat(term: ChatEndpoint, key: str, answers: tuple[str, ...]) -> Iterator[Fault]:
+    """answers: the placeholders that its prompt must have."""
+    yield from pattern_faults(term.pattern, f"{key}.pattern", groups=1)
+    at, known = f"{key}.prompt", (*answers, "prompt", "reference", "expected")
+    for name in re.findall(r"\{([a-z_]+)\}", term.prompt):
+        if name not in known:
+            yield Fault(f"`{at}` has the placeholder {{{name}}}, which is none", (at,), closest(name, known))
+    for name in answers:
+        if f"{{{name}}}" not in term.prompt:
+            yield Fault(f"`{at}` lacks {{{name}}}", (at,), "the judge must see what it judges")
+    where = urlsplit(term.url)
+    if where.scheme not in ("http", "https") or not where.hostname:
+        yield Fault(f"`{key}.url` is no address", (f"{key}.url",), "such as http://localhost:8000/v1")
+    if where.username or where.password or where.query:
+        what = f"`{key}.url` has more than an address in it"
+        yield Fault(what, (f"{key}.url",), f"export the key, and name the variable: {key}.api_key_env=NAME")
+
+
+def pattern_faults(pattern: str, key: str, groups: int = 0) -> Iterator[Fault]:
+    """groups: how many the pattern must have."""
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield Fault(f"`{key}` is no regular expression: {error}", (key,), "Python's re says what one looks like")
+    else:
+        if compiled.groups < groups:
+            yield Fault(f"`{key}` has no group", (key,), "put ( ) around the part that is the number")
+
+
+LOOKS: dict[type, Callable[[Any, str], Iterator[Fault]]] = {
+    Length: _length,
+    Format: _format,
+    Regex: _regex,
+    Python: _python,
+    Endpoint: _endpoint,
+}

@@ -1,0 +1,73 @@
+"""answer: whether what an answer comes to is what is expected: `expected` of its row, else the row's own answer."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+
+from alignment.config.reward_terms import Answer as Settings
+from alignment.rewards.term import Answer, Failed, Term, each
+
+NUMBER = r"[-+−]?[$€£]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
+FRACTION = re.compile(rf"(?<![\w.])({NUMBER})(?:\s*/\s*({NUMBER}))?")
+LATEX = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+MARK = re.compile(r"####\s*(\S.*)")  # of GSM8K (Cobbe et al. 2021, arXiv:2110.14168)
+BOXED = r"\boxed{"  # of MATH (Hendrycks et al. 2021, arXiv:2103.03874)
+
+
+def answer(settings: Settings) -> Term:
+    """1 where both say the same, else 0, also for one in which nothing is found. Fails where nothing is expected."""
+
+    def value(given: Answer) -> float:
+        expected = given.row.get("expected", given.row.get("reference"))
+        if expected is None:
+            raise Failed("its row expects nothing: it has neither `expected` nor `reference`")
+        said, wanted = found(given.text, settings.find), found(str(expected), "auto")
+        if settings.compare == "text":
+            return float(said is not None and plain(said) == plain(wanted or ""))
+        target = number(wanted or "")
+        if target is None:
+            raise Failed(f"its row expects no number, but {str(expected)!r}")
+        mine = number(said or "")
+        return float(mine is not None and math.isclose(mine, target, rel_tol=0.0, abs_tol=settings.tolerance))
+
+    return each(value)
+
+
+def found(text: str, how: str) -> str | None:
+    """What the text comes to, None if it does not say. auto: what is boxed, else what is marked, else all of it."""
+    if how == "whole":
+        return text
+    if how == "boxed":
+        return boxed(text)
+    if how == "marked":
+        marked = MARK.findall(text)
+        return marked[-1] if marked else None
+    return next((said for said in (boxed(text), found(text, "marked")) if said is not None), text)
+
+
+def boxed(text: str) -> str | None:
+    r"""What is in the last \boxed{...}, with the braces in it; None if there is none, or it has no end."""
+    start = text.rfind(BOXED)
+    depth = 1
+    for end in range(start + len(BOXED), len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len(BOXED) : end]
+    return None
+
+
+def plain(text: str) -> str:
+    """For comparing: without regard to case, compatible characters, white space, and quotes and end marks around it."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .!?\"'`*$")
+
+
+def number(text: str) -> float | None:
+    """The last number or fraction of a text, 1,234.5 read as in English; None if there is none that is finite."""
+    written = FRACTION.findall(LATEX.sub(r"\1/\2", text))
+    if not written:
+        return None
+    above, below = (float(re.sub(r"[,$€£+]", "", part).replace("−", "-") or 1) for part in written[-1])
+    value = above / below if below else math.inf
+    return value if math.isfinite(value) else None

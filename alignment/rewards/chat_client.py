@@ -1,0 +1,143 @@
+"""Asks an OpenAI-compatible chat endpoint one question at a time: with patience, and without ever telling the key."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from alignment.config.reward_terms import ChatEndpoint
+from alignment.errors import MachineError
+from alignment.rewards.term import Failed
+
+Request = dict[str, Any]
+LONGEST_WAIT = 60.0  # seconds between two tries
+LARGEST = 4 << 20  # bytes of a reply
+TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
+HOPELESS = {  # for every question
+    401: "the key is refused",
+    403: "the key is refused",
+    404: "there is no such model or address",
+    405: "it takes no questions there",
+}
+
+
+class _Refused(Exception):
+    """One try went wrong. after: seconds the endpoint asks to be left alone."""
+
+    def __init__(self, what: str, after: float = 0.0):
+        super().__init__(what)
+        self.after = after
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key is for this address alone."""
+
+    def redirect_request(self, *given: Any, **more: Any) -> None:
+        return None
+
+
+class Client:
+    """where: what errors are said to be about. Raises MachineError if the variable with the key is not set."""
+
+    def __init__(self, settings: ChatEndpoint, where: str):
+        self.settings, self.where = settings, where
+        self.url = f"{settings.url.rstrip('/')}/chat/completions"
+        self.headers = {"Content-Type": "application/json", "User-Agent": "alignment"}
+        if settings.api_key_env is not None:
+            self.headers["Authorization"] = f"Bearer {self._key(settings.api_key_env)}"
+        self.opener = urllib.request.build_opener(_NoRedirect)
+        self.heard = False  # a completion, ever
+
+    def _key(self, name: str) -> str:
+        key = os.environ.get(name, "").strip()
+        if not key.isascii() or not key.isprintable() or not key:
+            what = f"the variable {name} is {'not set' if not key else 'no key'}, and api_key_env names it"
+            raise MachineError(what, where=self.where, fix=f"export {name}=..., where the stage runs")
+        return key
+
+    def ask(self, request: Request, stop: threading.Event) -> str | Failed:
+        """The reply's text. Tried again `retries` times, after waits that double, or as long as it is asked to wait.
+
+        Raises MachineError if it is hopeless, or if no question was ever answered.
+        """
+        body, wait = json.dumps(request).encode(), self.settings.backoff_s
+        for left in range(self.settings.retries, -1, -1):
+            try:
+                reply = self._once(body)
+                self.heard = True
+                return reply
+            except Failed as failed:
+                self.heard = True
+                return failed
+            except _Refused as refused:
+                why = str(refused)
+                spread = wait * random.uniform(0.5, 1.0)  # so that many do not come back at once
+                if not left or stop.wait(min(max(spread, refused.after), LONGEST_WAIT)):
+                    break
+                wait *= 2
+        if self.heard or stop.is_set():
+            return Failed(f"the endpoint {why}")
+        error = MachineError(f"the endpoint {why}, and has answered nothing yet", where=self._place(), fix="is it up?")
+        error.retry = True
+        raise error
+
+    def _once(self, body: bytes) -> str:
+        """Raises _Refused (worth another try), Failed (this question is refused), MachineError (all will be)."""
+        asked = urllib.request.Request(self.url, body, self.headers)
+        until = time.monotonic() + self.settings.timeout_s
+        try:
+            with self.opener.open(asked, timeout=self.settings.timeout_s) as response:
+                text = _read(response, until)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error) from None
+        except TimeoutError:
+            raise _Refused(f"took longer than {self.settings.timeout_s:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            cause = getattr(error, "reason", error)
+            if isinstance(cause, TimeoutError):
+                raise _Refused(f"took longer than {self.settings.timeout_s:g} s") from None
+            raise _Refused(f"cannot be reached ({getattr(cause, 'strerror', None) or type(cause).__name__})") from None
+        try:
+            reply = json.loads(text)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            raise _Refused("answered with something that is no chat completion") from None
+        if not isinstance(reply, str):
+            raise _Refused("answered without a text")
+        return reply
+
+    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+        """By the status alone: what the endpoint writes may have the key in it."""
+        told = f"HTTP {error.code}"
+        if error.code in TRY_AGAIN or error.code >= 500:
+            after = str(error.headers.get("Retry-After", ""))
+            return _Refused(f"answered with {told}", float(after) if after.isdecimal() else 0.0)
+        if error.code in HOPELESS or error.code < 400:
+            why = HOPELESS.get(error.code, "it sends elsewhere")
+            fix = "check url, model and api_key_env"
+            return MachineError(f"the endpoint answered with {told}: {why}", where=self._place(), fix=fix)
+        return Failed(f"the endpoint refused the question with {told}")
+
+    def _place(self) -> str:
+        return f"{self.where} ({self.settings.url})"
+
+
+def _read(response: http.client.HTTPResponse, until: float) -> bytes:
+    """All of it, in time. Raises TimeoutError, _Refused if it has no end."""
+    parts: list[bytes] = []
+    size = 0
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > until:
+            raise TimeoutError
+        if size > LARGEST:
+            raise _Refused("sent more than a reply can have")
+    return b"".join(parts)

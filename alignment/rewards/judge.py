@@ -1,0 +1,138 @@
+"""The reward of the configuration: terms by kind, each normalised and weighted; a failure is told, not guessed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.config import reward_terms as kinds
+from alignment.config.reward_terms import Clip, Normalise, Sigmoid, ZScore
+from alignment.config.rewards import Reward
+from alignment.errors import InputError
+from alignment.rewards import rules
+from alignment.rewards.answer import answer
+from alignment.rewards.comparison import Comparer
+from alignment.rewards.endpoint import endpoint
+from alignment.rewards.instructions import instructions
+from alignment.rewards.python import python
+from alignment.rewards.relevance import relevance
+from alignment.rewards.sentiment import sentiment
+from alignment.rewards.term import Answer, Failed, Row, Term, Value
+
+Score = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a term may need beside its settings. alive: to be called when a part of a long work is done.
+
+    shared: a folder for what outlives this process; None: nothing does.
+    """
+
+    name: str
+    folders: Sequence[Path]
+    alive: Callable[[], None]
+    shared: Path | None
+
+
+class Judge:
+    """Scores answers by a reward of the configuration. Holds models, but no state: a score depends on row and answer
+    alone. Each process has its own.
+
+    folders: term -> folders of its models, in the order of `sources()`, or `reads()`, of its settings. alive: called
+    now and then while it scores, so that who watches over the process sees that it gets on. shared: a folder in which
+    what was answered by endpoints is kept.
+    compare: (rows, first, second) -> which answers are better; None where the reward has no comparison.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        folders: Mapping[str, Sequence[Path]],
+        alive: Callable[[], None] = lambda: None,
+        shared: Path | None = None,
+    ):
+        self.reward = reward
+        self.compare = Comparer(reward.comparison, alive, shared) if reward.comparison is not None else None
+        means = {name: Means(name, folders.get(name, ()), alive, shared) for name in reward.terms}
+        self.terms = {name: MAKERS[type(term)](term, means[name]) for name, term in reward.terms.items()}
+
+    def score(self, rows: Sequence[Row], answers: Sequence[str], tokens: Sequence[int] | None = None) -> list[Score]:
+        """One {"reward": float, "terms": {name: float}} an answer, in their order.
+
+        answers[i] answers rows[i], which has `prompt` (messages) and what else its terms read: `reference`, `checks`.
+        tokens: lengths of the answers, end-of-turn token included. terms: normalised, before their weights.
+        Where a term fails its value and the reward are None, and "failed": {name: why} stands beside them.
+        """
+        lengths: Sequence[int | None] = tokens if tokens is not None else [None] * len(answers)
+        given = [Answer(row, text, length) for row, text, length in zip(rows, answers, lengths, strict=True)]
+        columns = {name: self._column(name, given) for name in self.terms}
+        return [self._sum({name: column[i] for name, column in columns.items()}) for i in range(len(given))]
+
+    def _column(self, name: str, answers: Sequence[Answer]) -> list[Value]:
+        scale = scaling(self.reward.terms[name].normalise)
+        return [value if isinstance(value, Failed) else _finite(value, scale) for value in self.terms[name](answers)]
+
+    def _sum(self, values: Mapping[str, Value]) -> Score:
+        failed = {name: str(value) for name, value in values.items() if isinstance(value, Failed)}
+        terms = {name: None if isinstance(value, Failed) else value for name, value in values.items()}
+        if failed:
+            return {"reward": None, "terms": terms, "failed": failed}
+        weighted = (self.reward.terms[name].weight * value for name, value in terms.items() if value is not None)
+        return {"reward": sum(weighted), "terms": terms}
+
+    def failures(self, scores: Sequence[Score]) -> int:
+        """How many answers have no reward. Raises InputError if their share is above `reward.max_failed_share`."""
+        failed = [score["failed"] for score in scores if "failed" in score]
+        limit = self.reward.max_failed_share
+        if len(failed) > limit * len(scores):
+            whys = Counter(f"{name}: {why}" for one in failed for name, why in one.items())
+            (first, count), more = whys.most_common(1)[0], len(whys) - 1
+            others = f", {more} other reasons" if more else ""
+            what = f"{len(failed)} of {len(scores)} answers have no reward: {first} ({count} times{others})"
+            fix = f"mend the term, or raise reward.max_failed_share, {limit:g}"
+            raise InputError(what, where=f"reward.terms.{next(iter(failed[0]))}", fix=fix)
+        return len(failed)
+
+
+MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {
+    kinds.Sentiment: lambda term, means: sentiment(means.name),
+    kinds.Relevance: lambda term, means: relevance(means.folders[0]),  # config/checks.py refuses one without a source
+    kinds.Length: lambda term, means: rules.length(term),
+    kinds.Format: lambda term, means: rules.form(term),
+    kinds.Regex: lambda term, means: rules.regex(term),
+    kinds.Repetition: lambda term, means: rules.repetition(term),
+    kinds.Language: lambda term, means: rules.language(term),
+    kinds.Instructions: lambda term, means: instructions(term),
+    kinds.Answer: lambda term, means: answer(term),
+    kinds.Model: lambda term, means: _model(term, means),
+    kinds.Python: lambda term, means: python(term, means.name),
+    kinds.Endpoint: lambda term, means: endpoint(term, means.name, means.alive, means.shared),
+}
+
+
+def _model(term: kinds.Model, means: Means) -> Term:
+    from alignment.rewards.model import model  # with transformers, which a reward of rules does without
+
+    return model(term, means.folders, means.alive)
+
+
+def scaling(normalise: Normalise | None) -> Callable[[float], float]:
+    """A fixed transform: values of two models, or of two steps, stay comparable."""
+    if isinstance(normalise, Clip):
+        return lambda value: min(max(value, normalise.low), normalise.high)
+    if isinstance(normalise, Sigmoid):
+        return lambda value: 0.5 * (1.0 + math.tanh(0.5 * value))  # 1 / (1 + e^-x), without overflow
+    if isinstance(normalise, ZScore):
+        return lambda value: (value - normalise.mean) / normalise.std
+    return lambda value: value
+
+
+def _finite(value: float, scale: Callable[[float], float]) -> Value:
+    """The value scaled; one that is no number stays none, even where a scale would make it one."""
+    scaled = scale(value) if math.isfinite(value) else value
+    return scaled if math.isfinite(scaled) else Failed(f"its value is {scaled}")

@@ -1,0 +1,139 @@
+"""model: what trained reward models say of prompt and answer: any number, of which differences alone have a meaning.
+
+Several are an ensemble. Where they disagree a policy has more likely found their faults than a better answer, so doubt
+costs (Coste et al. 2023, arXiv:2310.02743; there the variance, here its root, which has the unit of a reward).
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from alignment.config.reward_terms import Model
+from alignment.errors import InputError
+from alignment.rewards.term import Answer, Failed, Term, Value
+
+TOKENS_PER_BATCH = 4096  # padded
+ONLY_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def model(settings: Model, folders: Sequence[Path], alive: Callable[[], None]) -> Term:
+    """folders: one of each member. alive is called after each batch. Raises InputError if one does not load."""
+    scorers = [Scorer(folder, settings.end) for folder in folders]
+
+    def values(answers: Sequence[Answer]) -> list[Value]:
+        columns = [scorer(answers, alive) for scorer in scorers]
+        return [_joined(row, settings) for row in zip(*columns, strict=True)]
+
+    return values
+
+
+def _joined(values: Sequence[Value], settings: Model) -> Value:
+    """Of the members: the least, or the mean less `uncertainty` times the standard deviation (of these, not n - 1)."""
+    known = [value for value in values if not isinstance(value, Failed)]
+    if len(known) < len(values):
+        return next(value for value in values if isinstance(value, Failed))
+    if settings.combine == "worst":
+        return min(known)
+    return statistics.fmean(known) - settings.uncertainty * statistics.pstdev(known)
+
+
+class Scorer:
+    """One sequence-classification model with one output, in fp32, and its chat template. end: see the settings."""
+
+    def __init__(self, folder: Path, end: str):
+        logging.disable_progress_bar()
+        self.end = end
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **ONLY_HERE)
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **ONLY_HERE
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            cause = str(error).strip().splitlines()[0]
+            raise InputError(f"the reward model does not load: {cause}", where=str(folder)) from error
+        self.model, info = loaded
+        self._check(info, folder)
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model.to(self.device).eval()
+        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self.window = getattr(self.model.config, "max_position_embeddings", None)
+
+    def _check(self, info: dict[str, Any], folder: Path) -> None:
+        where, trained = str(folder), "give the result of a stage that trains one"
+        if info["missing_keys"]:  # transformers would fill them with random numbers
+            some = ", ".join(sorted(info["missing_keys"])[:3])
+            raise InputError(f"is no reward model: its weights lack {some}", where=where, fix=trained)
+        if self.model.config.num_labels != 1:
+            what = f"has {self.model.config.num_labels} outputs, a reward model one"
+            raise InputError(what, where=where, fix=trained)
+        if not self.tokenizer.chat_template:
+            raise InputError("the reward model's tokenizer has no chat template", where=where)
+        if self.tokenizer.eos_token is None:
+            raise InputError("the reward model's tokenizer has no end-of-turn token", where=where)
+        if self.tokenizer.pad_token_id is None:
+            raise InputError("the reward model's tokenizer has no padding token", where=where)
+
+    def __call__(self, answers: Sequence[Answer], alive: Callable[[], None]) -> list[Value]:
+        values: list[Value] = [0.0] * len(answers)
+        rows: list[tuple[int, list[int]]] = []
+        for i, answer in enumerate(answers):
+            try:
+                rows.append((i, self.encode(answer)))
+            except Failed as failed:
+                values[i] = failed
+        for batch in batches(rows):
+            for (i, _), value in zip(batch, self._forward([ids for _, ids in batch]), strict=True):
+                values[i] = value
+            alive()
+        return values
+
+    def encode(self, answer: Answer) -> list[int]:
+        """Token ids of the conversation, the answer in it, through its end-of-turn token or all that the template
+        writes. Raises Failed for what the template refuses, or what the model cannot read as it is meant."""
+        if found := self.control.search(answer.text):  # the tokenizer would make it a real one
+            raise Failed(f"the answer spells the control token {found[0]}")
+        turns = [*answer.row["prompt"], {"role": "assistant", "content": answer.text}]
+        try:
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+            before = str(self.tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise Failed(f"the reward model's chat template refuses it: {error}") from error
+        end = text.find(str(self.tokenizer.eos_token), len(before)) if self.end == "end_of_turn" else -1
+        cut = text if end < 0 else text[: end + len(self.tokenizer.eos_token)]
+        ids = list(self.tokenizer(cut, add_special_tokens=False)["input_ids"])
+        if self.window is not None and len(ids) > self.window:
+            raise Failed(f"is longer than the reward model's window of {self.window} tokens")
+        return ids
+
+    @torch.inference_mode()
+    def _forward(self, rows: Sequence[list[int]]) -> list[float]:
+        """One value a row; padded on the right, where nothing of the row looks."""
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
+        return [float(value) for value in self.model(input_ids=ids, attention_mask=mask).logits[:, 0].cpu()]
+
+
+def batches(rows: Sequence[tuple[int, list[int]]]) -> list[list[tuple[int, list[int]]]]:
+    """(number, ids) of like length together, under TOKENS_PER_BATCH with their padding."""
+    made: list[list[tuple[int, list[int]]]] = []
+    for row in sorted(rows, key=lambda row: (-len(row[1]), row[0])):  # the first of a batch is its longest
+        if made and len(made[-1][0][1]) * (len(made[-1]) + 1) <= TOKENS_PER_BATCH:
+            made[-1].append(row)
+        else:
+            made.append([row])
+    return made

@@ -1,0 +1,79 @@
+"""python: a function that the user names, in a file that the user names. It runs with all that the worker may do.
+
+def reward(prompts: list[list[dict]], answers: list[str], rows: list[dict]) -> list[float]
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from alignment.config.reward_terms import Python
+from alignment.errors import InputError
+from alignment.rewards.term import Answer, Failed, Term, Value
+
+
+def python(settings: Python, name: str) -> Term:
+    """name: of the term. Raises InputError if the file cannot be run, or does not define the function."""
+    path = Path(settings.source.path)
+    function = _load(path, settings.function, name)
+
+    def some(answers: Sequence[Answer]) -> list[Value]:
+        rows = [deepcopy(answer.row) for answer in answers]  # what it does to them is forgotten
+        try:
+            values = function([row["prompt"] for row in rows], [answer.text for answer in answers], rows)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if len(answers) == 1:
+                return [Failed(_told(error, path))]
+            return [value for answer in answers for value in some([answer])]  # for whom does it raise?
+        return _values(values, len(answers), f"{path}: {settings.function}")
+
+    return lambda answers: some(answers) if answers else []
+
+
+def _values(given: Any, count: int, where: str) -> list[Value]:
+    try:
+        values = list(given)
+    except TypeError:
+        raise InputError(f"returned {type(given).__name__}, not a list of numbers", where=where) from None
+    if len(values) != count:
+        raise InputError(f"returned {len(values)} values for {count} answers", where=where)
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> Value:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return Failed(f"its value is {value!r}, which is no number")
+
+
+def _load(path: Path, function: str, name: str) -> Callable[..., Any]:
+    """Runs the file, from its text: nothing is written beside it, and no older compiled one is taken."""
+    module = ModuleType(f"alignment_reward_{name}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look themselves up there
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        made: Callable[..., Any] = getattr(module, function)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    except Exception as error:
+        raise InputError(f"cannot be run: {_told(error, path)}", where=f"reward.terms.{name}") from error
+    return made
+
+
+def _told(error: Exception, path: Path) -> str:
+    """File and line, of that file where it is in it, and the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
+    if isinstance(error, SyntaxError):
+        line = error.lineno
+    return f"{path}:{line or '?'}: {type(error).__name__}: {error}"

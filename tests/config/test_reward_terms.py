@@ -1,0 +1,86 @@
+"""Settings of a reward: what is impossible is one line, several choices are one reward, and what is in the key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignment.config.compose import compose
+from alignment.config.rewards import Reward
+from alignment.errors import ConfigError
+from alignment.pipeline.identity import identity_side
+
+REFUSED = {
+    "reward=length reward.terms.length.high=5": "`reward.terms.length.low` is 10, and `reward.terms.length.high` 5",
+    "reward=length reward.terms.length.normalise={kind:clip,low:1.0,high:0.0}": "`reward.terms.length.normalise.low`",
+    "reward=length reward.terms.length.normalise={kind:log}": "`reward.terms.length.normalise.kind` should be one of",
+    "reward=length reward.terms.length.unit=word": "got 'word' (did you mean 'words'?)",
+    "reward=format reward.terms.form.whole_sentences=false": "`reward.terms.form` sets no rule",
+    "reward=regex reward.terms.pattern.pattern='('": "pattern` is no regular expression: missing ), unterminated",
+    "reward=language reward.terms.script.scripts=[latn]": "got 'latn' (did you mean 'latin'?)",
+    "reward=instructions reward.terms.instructions.checks=[{kind:words,relation:exactly}]": "checks.0.count` is miss",
+    "reward=model": "`reward.terms.preference` has no model: it has no members, and `judged` no role `reward_model` (+",
+    "reward=model +pipeline.nodes.judged.inputs.reward_model=sft": "which makes a model, not a reward model",
+    "+pipeline.nodes.sft.inputs.reward_model=sft": "a stage of this kind has no such role",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_what_cannot_be_is_one_line(overrides: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        compose(overrides.split())
+    assert REFUSED[overrides] in str(told.value)
+
+
+def test_several_choices_are_one_reward() -> None:
+    reward = compose(["reward=[sentiment,length,repetition]", "reward.terms.repeats.weight=2.0"]).reward
+    assert {name: term.weight for name, term in reward.terms.items()} == {"sentiment": 1, "length": 1, "repeats": 2}
+
+
+def key(term: dict[str, Any], **settings: Any) -> Any:
+    return identity_side(Reward.model_validate({"terms": {"term": {"weight": 1.0, **term}}, **settings}))
+
+
+MODEL = {
+    "kind": "model",
+    "members": {},
+    "roles": "reward_model",
+    "combine": "mean",
+    "uncertainty": 0.5,
+    "end": "template",
+}
+CORRECT = {"kind": "answer", "find": "auto", "compare": "number", "tolerance": 0.0}
+AS_TEXT = {**CORRECT, "compare": "text"}
+NAMED = {**MODEL, "members": {"one": {"kind": "hub", "id": "a/b", "revision": "c" * 40, "subset": None, "split": "x"}}}
+WORST = {**MODEL, "combine": "worst"}
+MATTERS = [
+    *((CORRECT, {"find": "boxed"}), (CORRECT, {"tolerance": 0.1}), (CORRECT, {"weight": 2.0}), (CORRECT, AS_TEXT)),
+    *((CORRECT, {"normalise": {"kind": "sigmoid"}}), (MODEL, {"roles": "reward_model_2"}), (MODEL, NAMED)),
+    *((MODEL, {"uncertainty": 0.0}), (MODEL, {"combine": "worst"}), (MODEL, {"end": "end_of_turn"})),
+]
+IDLE = [
+    *((CORRECT, {"normalise": None}), (AS_TEXT, {"tolerance": 0.1}), (NAMED, {"roles": "reward_model_2"})),
+    (WORST, {"uncertainty": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("term", "change"), MATTERS)
+def test_what_can_change_a_value_is_in_the_key(term: dict[str, Any], change: dict[str, Any]) -> None:
+    assert key(term) != key({**term, **change})
+
+
+@pytest.mark.parametrize(("term", "change"), IDLE)
+def test_what_changes_nothing_as_the_others_stand_is_not_in_the_key(term: Any, change: dict[str, Any]) -> None:
+    assert key(term) == key({**term, **change})
+
+
+def test_a_limit_to_failures_refuses_results_and_changes_none() -> None:
+    assert key(CORRECT, max_failed_share=0.0) == key(CORRECT, max_failed_share=1.0) == key(CORRECT)
+
+
+def test_a_reward_of_older_date_has_the_key_it_had() -> None:
+    """Without a scale, and without a limit to failures, as the first ones were."""
+    assert key({"kind": "sentiment", "source": None}) == {
+        "terms": {"term": {"kind": "sentiment", "weight": 1.0, "source": None}}
+    }

@@ -1,0 +1,68 @@
+"""Right or wrong answers: what an answer comes to, as numbers and as text."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignment.rewards.answer import boxed, number
+from tests.rewards.conftest import judge_by, values
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It is 42.", 42.0),
+        ("1,234.50 dollars", 1234.5),
+        ("$1,234", 1234.0),
+        ("first 3, then -7", -7.0),
+        ("3-5", 5.0),  # a range, not minus five
+        ("so x = −.5", -0.5),
+        ("2e3", 2000.0),
+        ("10%", 10.0),
+        ("5kg", 5.0),
+        (r"\frac{3}{4}", 0.75),
+        ("3 / 4 of it", 0.75),
+        ("1/0", None),
+        ("1e999", None),  # not finite
+        ("v2 or x1", None),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_the_last_number_of_a_text(text: str, expected: float | None) -> None:
+    assert number(text) == expected
+
+
+def test_what_is_boxed_is_the_last_with_its_braces() -> None:
+    assert boxed(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+    assert boxed(r"\boxed{1") is None
+    assert boxed("1") is None
+
+
+GSM8K = "She has 3 + 4 = <<3+4=7>>7 eggs, sells 2.\n#### 5"
+
+
+@pytest.mark.parametrize(
+    ("find", "answers"),
+    [
+        ("auto", {"5": 1, "It is 5.": 1, "5 or 6": 0, "#### 5\nThat took 3 steps": 1, r"\boxed{5}, not 6": 1, "": 0}),
+        ("marked", {"#### 5": 1, "5": 0, "#### 6\n#### 5 eggs": 1}),
+        ("boxed", {r"\boxed{5.0}": 1, "5": 0, r"\boxed{6} 5": 0}),
+        ("whole", {"#### 6, or 5": 1, "five": 0}),
+    ],
+)
+def test_numbers_are_compared_with_the_answer_of_the_row(find: str, answers: dict[str, float]) -> None:
+    judge = judge_by(kind="answer", find=find, compare="number", tolerance=0.0)
+    assert values(judge, *answers, reference=GSM8K) == list(answers.values())
+    assert values(judge, *answers, reference="no", expected=5) == list(answers.values()), "expected comes first"
+
+
+def test_a_tolerance_is_absolute() -> None:
+    judge = judge_by(kind="answer", find="auto", compare="number", tolerance=0.01)
+    assert values(judge, "3.14", "3.15", "3.16", expected=3.1499) == [1.0, 1.0, 0.0]
+
+
+def test_texts_are_compared_without_regard_to_case_space_and_marks() -> None:
+    judge = judge_by(kind="answer", find="auto", compare="text", tolerance=0.0)
+    answers = {"paris": 1.0, ' "Paris." ': 1.0, r"\boxed{PARIS}": 1.0, "ｐａｒｉｓ": 1.0, "Paris, France": 0.0, "": 0.0}
+    assert values(judge, *answers, expected="Paris") == list(answers.values())

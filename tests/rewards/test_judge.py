@@ -1,0 +1,72 @@
+"""Terms are scaled, weighted and added; a term that fails takes the reward of its answer with it, and is counted."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from alignment.config.rewards import Reward
+from alignment.errors import InputError
+from alignment.rewards import Judge
+from tests.rewards.conftest import judge_by, row, values
+
+WORDS = {"kind": "length", "unit": "words", "low": 2, "high": None, "fall_off": 4}
+CORRECT = {"kind": "answer", "find": "auto", "compare": "number", "tolerance": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("normalise", "expected"),
+    [
+        (None, [1.0, 0.5]),
+        ({"kind": "clip", "low": 0.6, "high": 0.9}, [0.9, 0.6]),
+        ({"kind": "sigmoid"}, [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-0.5))]),
+        ({"kind": "zscore", "mean": 0.5, "std": 0.25}, [2.0, 0.0]),
+    ],
+)
+def test_a_term_is_scaled_before_it_is_weighted(normalise: Any, expected: list[float]) -> None:
+    """Of two words the value is 1; none is two short of four: 1 - 2 / 4 = 0.5."""
+    judge = judge_by(**WORDS, normalise=normalise)
+    assert values(judge, "two words", "") == pytest.approx(expected, abs=1e-12)
+    doubled = judge_by(**{**WORDS, "weight": -2.0}, normalise=normalise)
+    scores = doubled.score([row()], ["two words"])
+    assert scores == [{"reward": pytest.approx(-2 * expected[0]), "terms": {"term": pytest.approx(expected[0])}}]
+
+
+@pytest.mark.parametrize("value", [-1e4, -1.0, 0.0, 3.0, 1e4])
+def test_the_sigmoid_neither_overflows_nor_is_off(value: float) -> None:
+    from alignment.config.reward_terms import Sigmoid
+    from alignment.rewards.judge import scaling
+
+    exact = 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+    assert scaling(Sigmoid(kind="sigmoid"))(value) == pytest.approx(exact, abs=1e-15)
+
+
+def test_an_answer_that_a_term_fails_for_has_no_reward_and_says_why() -> None:
+    judge = Judge(Reward.model_validate({"terms": {
+        "size": {**WORDS, "weight": 1.0}, "right": {**CORRECT, "weight": 1.0},
+    }}), {})  # fmt: skip
+    good, bad, odd = judge.score([row(expected=4), row(), row(expected="blue")], ["It is 4"] * 3)
+    assert good == {"reward": 2.0, "terms": {"size": 1.0, "right": 1.0}}
+    why = "its row expects nothing: it has neither `expected` nor `reference`"
+    assert bad == {"reward": None, "terms": {"size": 1.0, "right": None}, "failed": {"right": why}}
+    assert odd["failed"] == {"right": "its row expects no number, but 'blue'"}
+    assert json.loads(json.dumps(bad)) == bad
+
+
+def test_too_many_failures_are_an_error_with_the_commonest_reason() -> None:
+    def judge(limit: float) -> Judge:
+        terms = {"right": {**CORRECT, "weight": 1.0}}
+        return Judge(Reward.model_validate({"terms": terms, "max_failed_share": limit}), {})
+
+    scores = judge(0.5).score([row(expected=1), row(), row(), row(expected="no")], ["1"] * 4)
+    assert judge(0.75).failures(scores) == 3
+    with pytest.raises(InputError) as told:
+        judge(0.5).failures(scores)
+    assert str(told.value) == (
+        "reward.terms.right: 3 of 4 answers have no reward: right: its row expects nothing: it has neither `expected` "
+        "nor `reference` (2 times, 1 other reasons) (mend the term, or raise reward.max_failed_share, 0.5)"
+    )
+    assert judge(0.0).failures([]) == 0
