@@ -61,7 +61,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ddp_noise": {"strategy": "ddp", "noise": True, "kinds": ["sft"]},
     "zero3_noise": {"strategy": "zero3", "noise": True, "kinds": ["dpo"]},
 }  # fmt: skip
-CASES = [(kind, name) for kind in (*KINDS, "kto") for name, variant in VARIANTS.items() if kind in variant.get("kinds", KINDS)]
+CASES = [
+    (kind, name)
+    for kind in (*KINDS, "kto")
+    for name, variant in VARIANTS.items()
+    if kind in variant.get("kinds", KINDS)
+]
 NOISE = [(kind, name) for kind, name in CASES if VARIANTS[name].get("noise")]
 
 # A part of a checkpoint is written two steps after its copy was made, then comes the next one: those of steps 1 and 3
