@@ -11,15 +11,19 @@ from urllib.parse import urlsplit
 
 from alignment.config.faults import Fault, Use
 from alignment.config.nearest import closest
-from alignment.config.reward_terms import Clip, Endpoint, Format, Length, Model, Python, Regex
+from alignment.config.reward_terms import ChatEndpoint, Clip, Endpoint, Format, Length, Model, Python, Regex
+from alignment.config.stages.answering import Judge
 from alignment.config.stages.base import REWARD_MODEL
-
-PLACEHOLDERS = ("prompt", "answer", "reference", "expected")  # of an endpoint's prompt
 
 
 def term_faults(use: Use) -> Iterator[Fault]:
     """Of a stage that judges."""
     yield from _reward_models(use)
+    if (comparison := use.experiment.reward.comparison) is not None:
+        yield from _chat(comparison, "reward.comparison", ("first", "second"))
+        if isinstance(use.settings, Judge) and use.settings.judging == "pointwise":
+            what = f"`reward.comparison` is set, and `{use.key}.judging` is pointwise"
+            yield Fault(what, (f"{use.key}.judging", "reward.comparison"), f"{use.key}.judging=pairwise")
     for name, term in use.experiment.reward.terms.items():
         key = f"reward.terms.{name}"
         if isinstance(term.normalise, Clip) and term.normalise.low >= term.normalise.high:
@@ -81,15 +85,21 @@ def _python(term: Python, key: str) -> Iterator[Fault]:
 
 
 def _endpoint(term: Endpoint, key: str) -> Iterator[Fault]:
-    yield from pattern_faults(term.pattern, f"{key}.pattern", groups=1)
     if term.low >= term.high:
         yield _turned(f"{key}.low", term.low, f"{key}.high", term.high)
+    yield from _chat(term, key, ("answer",))
+
+
+def _chat(term: ChatEndpoint, key: str, answers: tuple[str, ...]) -> Iterator[Fault]:
+    """answers: the placeholders that its prompt must have."""
+    yield from pattern_faults(term.pattern, f"{key}.pattern", groups=1)
+    at, known = f"{key}.prompt", (*answers, "prompt", "reference", "expected")
     for name in re.findall(r"\{([a-z_]+)\}", term.prompt):
-        if name not in PLACEHOLDERS:
-            at = f"{key}.prompt"
-            yield Fault(f"`{at}` has the placeholder {{{name}}}, which is none", (at,), closest(name, PLACEHOLDERS))
-    if "{answer}" not in term.prompt:
-        yield Fault(f"`{key}.prompt` lacks {{answer}}", (f"{key}.prompt",), "the judge must see what it judges")
+        if name not in known:
+            yield Fault(f"`{at}` has the placeholder {{{name}}}, which is none", (at,), closest(name, known))
+    for name in answers:
+        if f"{{{name}}}" not in term.prompt:
+            yield Fault(f"`{at}` lacks {{{name}}}", (at,), "the judge must see what it judges")
     where = urlsplit(term.url)
     if where.scheme not in ("http", "https") or not where.hostname:
         yield Fault(f"`{key}.url` is no address", (f"{key}.url",), "such as http://localhost:8000/v1")

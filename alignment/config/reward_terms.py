@@ -19,8 +19,8 @@ class Clip(Settings):
     """Values below `low` or above `high` are these."""
 
     kind: Literal["clip"] = identity()
-    low: float = identity()
-    high: float = identity()
+    low: float = identity(allow_inf_nan=False)
+    high: float = identity(allow_inf_nan=False)
 
 
 class Sigmoid(Settings):
@@ -33,8 +33,8 @@ class ZScore(Settings):
     """x -> (x - mean) / std, of a mean and a standard deviation that were measured before."""
 
     kind: Literal["zscore"] = identity()
-    mean: float = identity()
-    std: float = identity(gt=0)
+    mean: float = identity(allow_inf_nan=False)
+    std: float = identity(gt=0, allow_inf_nan=False)
 
 
 Normalise = Annotated[Clip | Sigmoid | ZScore, Field(discriminator="kind")]
@@ -43,7 +43,7 @@ Normalise = Annotated[Clip | Sigmoid | ZScore, Field(discriminator="kind")]
 class Term(Settings):
     """What is common to all kinds. normalise: a fixed transform of its value; null: none."""
 
-    weight: float = identity()
+    weight: float = identity(allow_inf_nan=False)
     normalise: Normalise | None = identity(default=None)
 
     def sources(self) -> list[Source]:
@@ -138,7 +138,7 @@ class Answer(Term):
     kind: Literal["answer"] = identity()
     find: Literal["auto", "boxed", "marked", "whole"] = identity()
     compare: Literal["number", "text"] = identity()
-    tolerance: float = identity(ge=0)
+    tolerance: float = identity(ge=0, allow_inf_nan=False)
 
     def idle(self) -> frozenset[str]:
         return super().idle() | ({"tolerance"} if self.compare == "text" else frozenset())
@@ -154,7 +154,7 @@ class Model(Term):
     members: dict[Annotated[str, Field(pattern=NAME)], Source] = identity()
     roles: str = identity(pattern=r"^reward_model[a-z0-9_]*$")
     combine: Literal["mean", "worst"] = identity()
-    uncertainty: float = identity(ge=0)
+    uncertainty: float = identity(ge=0, allow_inf_nan=False)
     end: Literal["end_of_turn", "template"] = identity()
 
     def sources(self) -> list[Source]:
@@ -179,20 +179,17 @@ class Python(Term):
     function: str = identity(pattern=IDENTIFIER)
 
 
-class Endpoint(Term):
-    """What a model behind an OpenAI-compatible chat endpoint says, its score from low to high as a number in [0, 1].
+class ChatEndpoint(Settings):
+    """A model behind an OpenAI-compatible chat endpoint, and what it is asked.
 
     What is asked, and of which model, is in the key. Where it answers, and how patiently it is asked, is not.
     """
 
-    kind: Literal["endpoint"] = identity()
     model: str = identity(min_length=1)
     system: str | None = identity()
     prompt: str = identity(min_length=1)
     pattern: str = identity(min_length=1)
-    low: float = identity()
-    high: float = identity()
-    temperature: float = identity(ge=0)
+    temperature: float = identity(ge=0, allow_inf_nan=False)
     max_tokens: int = identity(gt=0)
     url: str = execution(min_length=1)
     api_key_env: str | None = execution()
@@ -210,6 +207,21 @@ class Endpoint(Term):
             fix = "export the key, and say by which name"
             raise PydanticCustomError("secret", "must be the name of an environment variable", {"fix": fix})
         return value
+
+
+class Endpoint(Term, ChatEndpoint):
+    """The score that such a model gives, from low to high as a number in [0, 1]."""
+
+    kind: Literal["endpoint"] = identity()
+    low: float = identity(allow_inf_nan=False)
+    high: float = identity(allow_inf_nan=False)
+
+
+class Comparison(ChatEndpoint):
+    """Which of two answers such a model prefers. first, second: what the pattern's group is then; else it is a tie."""
+
+    first: str = identity(min_length=1)
+    second: str = identity(min_length=1)
 
 
 AnyTerm = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignment.config.reward_terms import AnyTerm
+from alignment.config.reward_terms import AnyTerm, Comparison
 from alignment.config.settings import Settings, execution, identity
 
 # What is measured of every answer -> whether more of it is better; None: neither, it is there to be watched.
@@ -18,7 +18,7 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
 
 
 class Reward(Settings):
-    """A reward is the weighted sum of its terms.
+    """A reward is the weighted sum of its terms. comparison: who says which of two answers is better, where stages ask.
 
     max_failed_share: of the answers of a stage those that a term has no value for are dropped and counted; if they are
     more than this share, the stage is an error. It changes no result: it refuses some.
@@ -26,3 +26,7 @@ class Reward(Settings):
 
     terms: dict[str, AnyTerm] = identity(min_length=1)
     max_failed_share: float = execution(default=0.05, ge=0, le=1)
+    comparison: Comparison | None = identity(default=None)
+
+    def idle(self) -> frozenset[str]:
+        return frozenset({"comparison"} if self.comparison is None else ())

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from alignment.config.reward_terms import Endpoint
+from alignment.config.reward_terms import ChatEndpoint
 from alignment.errors import MachineError
 from alignment.rewards.term import Failed
 
@@ -46,7 +46,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Client:
     """where: what errors are said to be about. Raises MachineError if the variable with the key is not set."""
 
-    def __init__(self, settings: Endpoint, where: str):
+    def __init__(self, settings: ChatEndpoint, where: str):
         self.settings, self.where = settings, where
         self.url = f"{settings.url.rstrip('/')}/chat/completions"
         self.headers = {"Content-Type": "application/json", "User-Agent": "alignment"}

@@ -15,6 +15,7 @@ from alignment.config.rewards import Reward
 from alignment.errors import InputError
 from alignment.rewards import rules
 from alignment.rewards.answer import answer
+from alignment.rewards.comparison import Comparer
 from alignment.rewards.endpoint import endpoint
 from alignment.rewards.instructions import instructions
 from alignment.rewards.python import python
@@ -45,6 +46,7 @@ class Judge:
     folders: term -> folders of its models, in the order of `sources()`, or `reads()`, of its settings. alive: called
     now and then while it scores, so that who watches over the process sees that it gets on. shared: a folder in which
     what was answered by endpoints is kept.
+    compare: (rows, first, second) -> which answers are better; None where the reward has no comparison.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Judge:
         shared: Path | None = None,
     ):
         self.reward = reward
+        self.compare = Comparer(reward.comparison, alive, shared) if reward.comparison is not None else None
         means = {name: Means(name, folders.get(name, ()), alive, shared) for name in reward.terms}
         self.terms = {name: MAKERS[type(term)](term, means[name]) for name, term in reward.terms.items()}
 
@@ -131,4 +134,5 @@ def scaling(normalise: Normalise | None) -> Callable[[float], float]:
 
 def _finite(value: float, scale: Callable[[float], float]) -> Value:
     """The value scaled; one that is no number stays none, even where a scale would make it one."""
-    return scale(value) if math.isfinite(value) else Failed(f"its value is {value}")
+    scaled = scale(value) if math.isfinite(value) else value
+    return scaled if math.isfinite(scaled) else Failed(f"its value is {scaled}")

@@ -81,6 +81,8 @@ class Scorer:
             raise InputError(what, where=where, fix=trained)
         if not self.tokenizer.chat_template:
             raise InputError("the reward model's tokenizer has no chat template", where=where)
+        if self.tokenizer.eos_token is None:
+            raise InputError("the reward model's tokenizer has no end-of-turn token", where=where)
         if self.tokenizer.pad_token_id is None:
             raise InputError("the reward model's tokenizer has no padding token", where=where)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,7 @@ def python(settings: Python, name: str) -> Term:
     function = _load(path, settings.function, name)
 
     def some(answers: Sequence[Answer]) -> list[Value]:
-        rows = [dict(answer.row) for answer in answers]
+        rows = [deepcopy(answer.row) for answer in answers]  # what it does to them is forgotten
         try:
             values = function([row["prompt"] for row in rows], [answer.text for answer in answers], rows)
         except MemoryError:

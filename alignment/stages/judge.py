@@ -47,14 +47,16 @@ def run(context: StageContext) -> dict[str, Any]:
 def _scored(judge: Rewards, samples: list[Row]) -> list[Row]:
     """The same, with a reward on each answer."""
     answers = [c for row in samples for c in row["completions"]]
-    asked = [row for row in samples for _ in row["completions"]]
+    rows = [{name: value for name, value in row.items() if name != "completions"} for row in samples]
+    asked = [bare for bare, row in zip(rows, samples, strict=True) for _ in row["completions"]]
     scores = iter(judge.score(asked, [c["text"] for c in answers], [c["tokens"] for c in answers]))
     return [{**row, "completions": [{**c, **next(scores)} for c in row["completions"]]} for row in samples]
 
 
 def _compared(judge: Rewards, samples: list[Row]) -> list[Row]:
-    """The same, with the mean outcome of its comparisons as each answer's reward."""
-    return pairwise.judged(pairwise.by_reward(judge.score), samples)
+    """The same, with the mean outcome of its comparisons as each answer's reward. Who has no judge of pairs compares by
+    the reward."""
+    return pairwise.judged(judge.compare or pairwise.by_reward(judge.score), samples)
 
 
 # --- what is made of the judged answers -------------------------------------------------------------------------------

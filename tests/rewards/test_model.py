@@ -11,10 +11,13 @@ import torch
 
 from alignment.config.reward_terms import Model
 from alignment.config.rewards import Reward
+from alignment.data import tokens
+from alignment.data.chat import Chat
 from alignment.errors import InputError
 from alignment.files import read_jsonl, write_jsonl
 from alignment.rewards import Judge
 from alignment.rewards import model as reward_models
+from alignment.rewards.term import Answer
 from alignment.stages import judge
 from tests.conftest import TEMPLATE, write_tiny_model
 from tests.rewards.conftest import row
@@ -64,8 +67,8 @@ def test_a_value_is_that_of_the_conversation_alone(folders: list[Path], monkeypa
     """Answers of unlike length in batches of two at most, in any order: as each by itself (1e-5)."""
     expected = [plainly(folders[0], f"<|user|>Say something<|assistant|>{answer}<eos>") for answer in ANSWERS]
     assert max(expected) - min(expected) > 0.1
-    for tokens in (4096, 80):
-        monkeypatch.setattr(reward_models, "TOKENS_PER_BATCH", tokens)
+    for budget in (4096, 80):
+        monkeypatch.setattr(reward_models, "TOKENS_PER_BATCH", budget)
         scores = judge_with(folders[:1]).score([row()] * len(ANSWERS), ANSWERS)
         assert [score["reward"] for score in scores] == pytest.approx(expected, abs=1e-5)
 
@@ -98,6 +101,16 @@ def test_the_text_ends_where_training_had_it_or_where_the_template_leaves_it(tmp
     for end, whole in (("end_of_turn", text), ("template", text + "\n")):
         (score,) = judge_with([folder], end=end).score([row()], ["Yes."])
         assert score["reward"] == pytest.approx(plainly(folder, whole), abs=1e-5)
+
+
+def test_its_tokens_are_those_that_a_model_is_trained_on(folders: list[Path]) -> None:
+    """Prompt and answer as the data's room makes a pair of them."""
+    chat = Chat.load(folders[0])
+    asked, good, bad = row()["prompt"], *([{"role": "assistant", "content": text}] for text in ("Yes.", "No!"))
+    pair = tokens.pair(chat, asked, good, bad, "here")
+    scorer = reward_models.Scorer(folders[0], "end_of_turn")
+    assert scorer.encode(Answer(row(), "Yes.")) == pair.prompt + pair.chosen
+    assert scorer.encode(Answer(row(), "No!")) == pair.prompt + pair.rejected
 
 
 def test_what_it_cannot_read_as_it_is_meant_fails(folders: list[Path]) -> None:
