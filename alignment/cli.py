@@ -319,6 +319,22 @@ def chat(arguments: list[str]) -> int:
     os.execv(sys.executable, command)
 
 
+def export(arguments: list[str]) -> int:
+    """Copy a run's model, or the adapter that made it, out of the store, to a folder that any tool can load."""
+    parser = _parser("export", "alignment export <run> <folder> [--stage STAGE] [--adapter]", export)
+    parser.add_argument("run", help="a run's name, its beginning, or its folder")
+    parser.add_argument("folder", type=Path, help="where to: a folder that is not there yet, or is empty")
+    parser.add_argument("--stage", help="of which stage; none = the run's final model")
+    parser.add_argument("--adapter", action="store_true", help="PEFT's adapter in the place of the merged model")
+    _add_store(parser)
+    given = parser.parse_args(arguments)
+    from alignment.reporting import exporting
+
+    start = exporting.export(given.run, given.folder, given.store, given.stage, given.adapter)
+    print(f"{given.folder}: an adapter on the model in {start}" if given.adapter else given.folder)
+    return 0
+
+
 def _parser(name: str, usage: str, command: Callable[..., Any]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"alignment {name}", usage=usage, description=command.__doc__, epilog=EXIT_CODES,
@@ -368,6 +384,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "compare": compare,
     "chat": chat,
+    "export": export,
 }
 
 if __name__ == "__main__":

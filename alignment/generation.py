@@ -163,6 +163,37 @@ def batches(
         yield batch, [made[slot * completions : (slot + 1) * completions] for slot in range(len(batch))]
 
 
+def answers_of(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    noise: Tensor,
+    *,
+    stop: Sequence[int],
+    batch_size: int,
+    alive: Callable[[int, int], None],
+) -> list[list[tuple[list[int], list[float]]]]:
+    """The answers to each prompt as (token ids, their log-probs in nats), drawn from the model itself.
+
+    prompts: token ids. noise: [prompts, answers, tokens], uniform in [0, 1): what an answer is depends on its own
+    numbers alone. A batch holds whole prompts, longest first, at most batch_size answers if they fit. alive(prompts
+    that are done, all): after every token.
+    """
+    copies, per_batch = noise.shape[1], max(1, batch_size // noise.shape[1])
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    found: dict[int, list[tuple[list[int], list[float]]]] = {}
+    for start in range(0, len(order), per_batch):
+        batch = order[start : start + per_batch]
+        answers: list[tuple[list[int], list[float]]] = [([], []) for _ in range(len(batch) * copies)]
+        given = [prompts[i] for i in batch], noise[batch].flatten(0, 1)
+        for rows, tokens, scores in _decode(model, *given, stop=stop, temperature=1.0, top_p=1.0):
+            for row, token, score in zip(rows, tokens, scores, strict=True):
+                answers[row][0].append(token)
+                answers[row][1].append(score)
+            alive(start, len(order))
+        found.update({i: answers[slot * copies : (slot + 1) * copies] for slot, i in enumerate(batch)})
+    return [found[i] for i in range(len(prompts))]
+
+
 def stream(
     model: Any,
     tokenizer: Any,

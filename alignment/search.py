@@ -20,6 +20,7 @@ from alignment.config.redact import setting_without_secrets
 from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare, Evaluate
+from alignment.config.stages.reward_model import OF_REWARD_MODELS, EvaluateReward
 from alignment.errors import ConfigError, MachineError
 from alignment.reporting import queue, words
 
@@ -27,6 +28,7 @@ OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 LEARNS_NOTHING = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 DIRECTIONS = ("minimize", "maximize")
 KEY = "hydra.sweeper.direction"
+BETTER = {**OF_REWARD_MODELS, **HIGHER_IS_BETTER}
 Objective = list[dict[str, str]]  # {"metric", "direction"}, the first is what a sweep is ranked by
 
 
@@ -50,7 +52,7 @@ def objective(master: DictConfig, experiment: Experiment) -> Objective:
         raise ConfigError(what, where="command line", fix="choose a pipeline with an evaluation of pipeline.final")
     if master.hydra.sweeper.get("_target_") == OPTUNA:
         return _paired(experiment.objective, directions(master.hydra.sweeper.direction))
-    own = [DIRECTIONS[bool(HIGHER_IS_BETTER.get(metric, True))] for metric in experiment.objective]
+    own = [DIRECTIONS[bool(BETTER.get(metric, True))] for metric in experiment.objective]
     return _paired(experiment.objective, own)
 
 
@@ -58,7 +60,9 @@ def _measures(experiment: Experiment) -> bool:
     nodes = experiment.pipeline.nodes.values()
     kinds = [(node, experiment.stage[node.stage]) for node in nodes]
     final = experiment.pipeline.final
-    evaluated = any(isinstance(kind, Evaluate) and node.inputs.get("model") == final for node, kind in kinds)
+    evaluated = any(
+        isinstance(kind, Evaluate | EvaluateReward) and node.inputs.get("model") == final for node, kind in kinds
+    )
     return evaluated or any(isinstance(kind, Compare) for _, kind in kinds)
 
 
@@ -81,7 +85,7 @@ def check_directions(metrics: Sequence[str], ways: Sequence[str]) -> None:
         fix = "one for each, in the same order: objective=[reward,kl] hydra.sweeper.direction=[maximize,minimize]"
         raise ConfigError(what, where=KEY, fix=fix)
     for metric, way in zip(metrics, ways, strict=True):
-        better = HIGHER_IS_BETTER.get(metric, True)
+        better = BETTER.get(metric, True)
         if better is not None and DIRECTIONS[better] != way:
             queue.say(f"warning: {KEY} is {way} for {metric}, of which {'more' if better else 'less'} is better")
 

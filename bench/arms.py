@@ -261,8 +261,8 @@ def _our_rows(
     from alignment.training.batching import GlobalBatches
     from alignment.training.memory import attention_share
 
-    dataset = Dataset.from_list(rows_for(task, pairs))
-    sizes = {"sft": rows.sft_sizes, "dpo": rows.pair_sizes, "reward": rows.whole_pair_sizes}[task](dataset)
+    dataset = Dataset.from_list(rows_for("sft" if task == "sft" else "dpo", pairs))  # reward's pairs are DPO's
+    sizes = {"sft": rows.sft_sizes, "dpo": rows.pair_sizes, "reward": rows.pair_sizes}[task](dataset)
 
     def batches_of(lengths: list[int], divisors: list[int]) -> GlobalBatches:
         return GlobalBatches(
@@ -297,8 +297,9 @@ def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
     }  # fmt: skip
     setup = Engine(
         strategy="single", tokens_per_micro_batch=CUDA_TOKENS if setting.device == "cuda" else CPU_TOKENS,
-        gradient_checkpointing="auto", compile=False, offload="none",
-        param_persistence_threshold=None, hpz=1, threads=torch.get_num_threads(), adapt=False, watchdog_s=600.0,
+        gradient_checkpointing="auto", compile=False, offload="none", nvme_path=None,
+        param_persistence_threshold=None, hpz=1, quantized_weights=False, quantized_gradients=False,
+        sequence_parallel=1, threads=torch.get_num_threads(), adapt=False, watchdog_s=600.0,
     )  # fmt: skip
     if task == "sft":
         return Sft(kind="sft", **common), setup

@@ -6,12 +6,14 @@ import graphlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from alignment.config import answering_checks, rounds, shape
+from alignment.config import answering_checks, model_checks, rounds, shape
+from alignment.config.engine_checks import engine_faults, four_bit_faults
 from alignment.config.execution import PercentilePruning
 from alignment.config.explain import ADD, MISSING
 from alignment.config.faults import Fault, Use
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
 from alignment.config.nearest import closest
+from alignment.config.online_checks import online_faults
 from alignment.config.preference_checks import loss_faults
 from alignment.config.provenance import Origin
 from alignment.config.reward_term_checks import term_faults
@@ -19,7 +21,8 @@ from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
 from alignment.config.stages.preference import Referenced
-from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.preparing import FORMATS, Prepare
+from alignment.config.stages.reward_model import OF_REWARD_MODELS
 from alignment.config.stages.training import Train
 from alignment.errors import ConfigError
 
@@ -48,12 +51,14 @@ def _faults(experiment: Experiment) -> Iterator[Fault]:
     yield from _objective(experiment)
     yield from _pruning(experiment)
     if trains := [use for use in uses if use.settings.distributed]:
-        yield from _engine(experiment, max(use.world_size for use in trains))
+        yield from engine_faults(experiment, max(use.world_size for use in trains))
     for use in uses:
-        for look in (_model, _prepare, _rows, _train, _reference, _reward, _compare):
+        for look in (_model, _prepare, _rows, _train, four_bit_faults, _reference, _reward, _compare):
             yield from look(use)
         yield from answering_checks.faults(use)
         yield from loss_faults(use.settings, use.key)
+        yield from model_checks.faults(use, lambda node: Use(experiment, node))
+        yield from online_faults(use.settings, use.key, experiment.engine)
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def _circle(experiment: Experiment) -> Iterator[Fault]:
 
 def _final(experiment: Experiment) -> Iterator[Fault]:
     final = Use(experiment, experiment.pipeline.final)
-    if final.settings.makes != "a model":
+    if final.settings.makes not in ("a model", "a reward model"):
         what = f"`pipeline.final` names `{final.node}`, which makes {final.settings.makes}, not a model"
         yield Fault(what, ("pipeline.final",), "name the node whose model people get")
 
@@ -115,6 +120,8 @@ def _final(experiment: Experiment) -> Iterator[Fault]:
 
 def _objective(experiment: Experiment) -> Iterator[Fault]:
     names, known = experiment.objective, [*HIGHER_IS_BETTER, *experiment.reward.terms]
+    if Use(experiment, experiment.pipeline.final).settings.makes == "a reward model":
+        known = [*OF_REWARD_MODELS]
     for name in names:
         if name not in known:
             yield _unknown("objective", name, "which no evaluation measures", known)
@@ -147,7 +154,7 @@ def trains(experiment: Experiment) -> str | None:
     return training[-1] if training else None
 
 
-# --- the engine and the launcher --------------------------------------------------------------------------------------
+# --- the launcher, and what is trained --------------------------------------------------------------------------------
 
 
 def _launcher(experiment: Experiment) -> Iterator[Fault]:
@@ -169,62 +176,10 @@ def _launcher(experiment: Experiment) -> Iterator[Fault]:
         yield Fault(f"`launcher.head` is {launcher.head}", ("launcher.head",), "a port is a number from 1 to 65535")
 
 
-def _engine(experiment: Experiment, processes: int) -> Iterator[Fault]:
-    """processes: of the stage that has most."""
-    strategy, offload = experiment.engine.strategy, experiment.engine.offload
-    told = f"`engine.strategy` is {strategy}"
-    if strategy == "single" and processes > 1:
-        yield Fault(
-            f"{told}, which is one process, and `launcher` gives a stage {processes}",
-            ("engine.strategy", "launcher.processes", "launcher.nodes", "launcher"),
-            "engine=ddp, zero1, zero2 or zero3; or launcher=local",
-        )
-    if offload != "none" and not strategy.startswith("zero"):
-        yield Fault(
-            f"`engine.offload` is {offload}, which needs ZeRO, and {told}",
-            ("engine.offload", "engine.strategy"),
-            "engine=zero1, zero2 or zero3; or engine.offload=none",
-        )
-    if offload == "all" and strategy != "zero3":
-        yield Fault(
-            f"`engine.offload` is all, which needs ZeRO-3, and {told}",
-            ("engine.offload", "engine.strategy"),
-            "engine=zero3, or engine.offload=optimizer",
-        )
-    if experiment.engine.param_persistence_threshold is not None and strategy != "zero3":
-        key = "engine.param_persistence_threshold"
-        yield Fault(f"`{key}` is set, which ZeRO-3 alone knows, and {told}", (key, "engine.strategy"), "engine=zero3")
-    yield from _hpz(experiment.engine.hpz, strategy, processes)
-    if experiment.engine.compile and strategy == "zero3":  # whose hooks gather weights inside what would be compiled
-        yield Fault(
-            f"`engine.compile` is true, and {told}, which gathers weights layer by layer",
-            ("engine.compile", "engine.strategy"),
-            "engine.compile=false, or engine=zero2",
-        )
-
-
-def _hpz(hpz: int, strategy: str, processes: int) -> Iterator[Fault]:
-    if hpz == 1:
-        return
-    if strategy != "zero3":
-        keys = "engine.hpz", "engine.strategy"
-        yield Fault(
-            f"`engine.hpz` is {hpz}, which ZeRO-3 alone knows, and `engine.strategy` is {strategy}",
-            keys,
-            "engine.hpz=1, or engine=zero3",
-        )
-    if processes % hpz:
-        yield Fault(
-            f"`engine.hpz` is {hpz}, which does not divide `launcher.processes`, {processes}",
-            ("engine.hpz", "launcher.processes"),
-            "the number of processes on one machine, or 1",
-        )
-
-
 def _train(use: Use) -> Iterator[Fault]:
     if not isinstance(use.settings, Train):
         return
-    size, processes = use.settings.global_batch_size, use.world_size
+    size, processes = use.settings.global_batch_size, use.shares
     if size < processes:
         key = f"{use.key}.global_batch_size"
         yield Fault(
@@ -243,8 +198,8 @@ def _reference(use: Use) -> Iterator[Fault]:
     if not isinstance(use.settings, Referenced) or "reference" not in use.inputs or use.settings.needless():
         return
     reference, size = Use(use.experiment, use.inputs["reference"]), use.settings.global_batch_size
-    if size < reference.world_size:
-        what = f"`{use.key}.global_batch_size` is {size}, too few for the {reference.world_size} processes of"
+    if size < reference.shares:
+        what = f"`{use.key}.global_batch_size` is {size}, too few for the {reference.shares} processes of"
         keys = f"{use.key}.global_batch_size", "launcher.processes"
         yield Fault(f"{what} `{reference.node}`", keys, "raise it, or give that stage fewer")
     for role in ("model", "data"):
@@ -266,7 +221,11 @@ def _reference(use: Use) -> Iterator[Fault]:
 
 def _model(use: Use) -> Iterator[Fault]:
     if "model" in use.settings.groups:
-        yield from _missing(use.experiment.model, "model")
+        model = use.experiment.model
+        yield from _missing(model, "model")
+        if model.adapter is not None and model.storage_precision != "fp32":
+            key, what = "model.storage_precision", "which would round away some of what `model.adapter` changes"
+            yield Fault(f"`{key}` is {model.storage_precision}, {what}", (key, "model.adapter"), f"{key}=fp32")
 
 
 def _rows(use: Use) -> Iterator[Fault]:
@@ -289,7 +248,7 @@ def _prepare(use: Use) -> Iterator[Fault]:
     data, name = use.experiment.data, settings.dataset
     if name is None:
         if "data" not in use.inputs:
-            why = "`task` is sft" if settings.task != "preference" else f"`{use.node}` is given no pairs by a parent"
+            why = "`task` is sft" if settings.task == "sft" else f"`{use.node}` is given no pairs by a parent"
             yield Fault(f"`{key}.dataset` is null, and {why}", (f"{key}.dataset",), f"name one of: {', '.join(data)}")
         return
     if name not in data:
@@ -297,10 +256,11 @@ def _prepare(use: Use) -> Iterator[Fault]:
         return
     yield from _missing(data[name], f"data.{name}")
     form = data[name].format
-    if form != "auto" and (form == "preference") != (settings.task == "preference"):
+    if form != "auto" and form not in FORMATS[settings.task]:
         keys = f"{key}.task", f"{key}.dataset", f"data.{name}.format"
         what = f"`{keys[0]}` is {settings.task}, and `{keys[2]}` is {form}"
-        yield Fault(what, keys, "preference rows have chosen and rejected answers, the others one")
+        fix = "preference rows have chosen and rejected answers, unpaired ones a label, scored ones a score"
+        yield Fault(what, keys, fix)
 
 
 def _missing(value: Any, key: str) -> Iterator[Fault]:

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from alignment.config.settings import Settings, execution
+from alignment.config.sources import LocalPath
 
 
 class Engine(Settings):
@@ -18,11 +19,24 @@ class Engine(Settings):
     gradient_checkpointing: Literal["auto"] | bool = execution()
     compile: bool = execution()
     offload: Literal["none", "optimizer", "all"] = execution()
+    nvme_path: LocalPath | None = execution(min_length=1)
     param_persistence_threshold: int | None = execution(ge=0)
     hpz: int = execution(ge=1)
+    quantized_weights: bool = execution()
+    quantized_gradients: bool = execution()
+    sequence_parallel: int = execution(ge=1)
     threads: int | None = execution(gt=0)
     adapt: bool = execution()
     watchdog_s: float = execution(ge=2, allow_inf_nan=False)  # a process beats every second
+
+    @field_validator("quantized_weights", "quantized_gradients")
+    @classmethod
+    def _is_exact(cls, value: bool) -> bool:
+        """Recipes of ZeRO++ (Wang et al. 2023, arXiv:2306.10209) name them, so they are known here."""
+        if value:
+            fix = "8 or 4 bits a number change results beyond rounding, and no engine may; engine.hpz is exact"
+            raise PydanticCustomError("exact", "must be false", {"fix": fix})
+        return value
 
     @field_validator("tokens_per_micro_batch", "gradient_checkpointing", mode="wrap")
     @classmethod

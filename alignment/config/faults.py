@@ -42,5 +42,10 @@ class Use:
         nodes, processes = self.experiment.launcher.layout(*names, distributed=self.settings.distributed)
         return nodes * processes
 
+    @property
+    def shares(self) -> int:
+        """Of a global batch; processes that share a sequence have one together."""
+        return max(1, self.world_size // self.experiment.engine.sequence_parallel)
+
     def role(self, role: str) -> str:
         return f"pipeline.nodes.{self.node}.inputs.{role}"

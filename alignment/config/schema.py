@@ -19,12 +19,31 @@ from alignment.config.settings import Settings, execution, identity
 from alignment.config.sources import Dataset, Model
 from alignment.config.stages.answering import Compare, Evaluate, Judge, Sample
 from alignment.config.stages.base import Stage
+from alignment.config.stages.merging import Merge
+from alignment.config.stages.online import Grpo, OnlineDpo, Ppo, Rloo
 from alignment.config.stages.preference import Dpo, Kto
 from alignment.config.stages.preparing import ImportModel, Prepare
+from alignment.config.stages.reward_model import EvaluateReward, RewardModel
 from alignment.config.stages.training import Reference, Sft
 
 AnyStage = Annotated[
-    ImportModel | Prepare | Sft | Reference | Dpo | Kto | Sample | Judge | Evaluate | Compare,
+    ImportModel
+    | Prepare
+    | Sft
+    | Reference
+    | Dpo
+    | Kto
+    | Rloo
+    | Grpo
+    | OnlineDpo
+    | Ppo
+    | RewardModel
+    | EvaluateReward
+    | Merge
+    | Sample
+    | Judge
+    | Evaluate
+    | Compare,
     Field(discriminator="kind"),
 ]
 

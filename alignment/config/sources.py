@@ -45,16 +45,22 @@ Source = Annotated[PackageSource | PathSource | HubSource, Field(discriminator="
 
 
 class Model(Settings):
-    """The start checkpoint, and the one chat template of the whole run."""
+    """The start checkpoint, and the one chat template of the whole run. adapter: of PEFT, merged into it."""
 
     source: Source = identity()
+    adapter: Source | None = identity()
     chat_template: LocalPath = identity(min_length=1)
     eos_token: str | None = identity()
     pad_token: str | None = identity()
     storage_precision: Literal["fp32", "bf16"] = identity()
 
+    def idle(self) -> frozenset[str]:
+        return frozenset({"adapter"} if self.adapter is None else ())
+
 
 class Dataset(Settings):
     source: Source = identity()
-    format: Literal["auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference"] = identity()
+    format: Literal[
+        "auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference", "unpaired", "scored"
+    ] = identity()
     limit: int | None = identity(gt=0)

@@ -1,12 +1,14 @@
-"""The shapes people keep rows in -> the two canonical ones.
+"""The shapes people keep rows in -> the canonical ones.
 
-Canonical: {"messages": [...]} or {"prompt": [...], "chosen": [answer], "rejected": [answer]}; a message is
-{"role": "system" | "user" | "assistant", "content": text}.
+Canonical: {"messages": [...]}, {"prompt": [...], "chosen": [answer], "rejected": [answer]} or {"prompt": [...],
+"completion": [answer]} (with a score); a message is {"role": "system" | "user" | "assistant", "content": text}. An
+unpaired row is a conversation and a label, whether its last answer is wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignment.config.instructions import checks_of
@@ -22,13 +24,19 @@ KEYS = {  # a format is recognised by these keys of the first row, in this order
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
+    "scored": ("prompt", "completion", "score"),  # also a prompt_completion: only looked for where scores are wanted
 }
 
+LABELLED = ("messages", "sharegpt", "prompt_completion")  # an unpaired row is one of these with a label
 
-def detect(row: Row) -> str:
-    """The format whose keys the row has. Raises InputError that lists the keys found and the formats known."""
-    for name, keys in KEYS.items():
-        if all(key in row.value for key in keys):
+
+def detect(row: Row, wanted: Sequence[str] = ()) -> str:
+    """The format whose keys the row has, first of the wanted ones. Raises InputError that lists the keys found and the
+    formats known."""
+    if "unpaired" in wanted and "label" in row.value and any(KEYS[name][0] in row.value for name in LABELLED):
+        return "unpaired"
+    for name in (*(name for name in wanted if name in KEYS), *KEYS):
+        if all(key in row.value for key in KEYS[name]):
             return name
     known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KEYS.items())
     raise InputError(f"no known format has the keys {', '.join(row.value) or '(none)'}", where=row.where, fix=known)
@@ -86,6 +94,49 @@ def _preference(row: Row) -> dict[str, list[Message]]:
     return {"prompt": ([_message("system", system)] if system else []) + prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _unpaired(row: Row) -> dict[str, list[Message]]:
+    form = next((name for name in LABELLED if KEYS[name][0] in row.value), None)
+    if form is None:
+        known = "; ".join(", ".join(KEYS[name]) for name in LABELLED)
+        raise InputError("has no conversation beside its label", where=row.where, fix=known)
+    wanted(row)
+    return CONVERTERS[form](row)
+
+
+def wanted(row: Row) -> bool:
+    """The label of an unpaired row. Raises InputError."""
+    label = row.value.get("label")
+    if not isinstance(label, bool):
+        what = f"'label' must be true or false, is {type_name(label)}"
+        raise InputError(what, where=row.where, fix="true for an answer that is wanted")
+    return label
+
+
+def _scored(row: Row) -> dict[str, list[Message]]:
+    prompt, answer = _turns(row, "prompt", "user"), _turns(row, "completion", "assistant")
+    if [m["role"] for m in answer] != ["assistant"]:
+        raise InputError("'completion' must be one answer", where=row.where)
+    if finite(row, "score") is None:
+        raise InputError(f"'score' must be a finite number, is {row.value.get('score')!r}", where=row.where)
+    system = _text(row, "system", optional=True)
+    return {"prompt": ([_message("system", system)] if system else []) + prompt, "completion": answer}
+
+
+def finite(row: Row, key: str) -> float | None:
+    """A finite number of the row, None if it has none."""
+    value = row.value.get(key)
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None  # type: ignore[arg-type]
+
+
+def margin(row: Row) -> float | None:
+    """How much better the chosen answer of a pair is said to be: its `margin`, else the difference of its rewards."""
+    if (own := finite(row, "margin")) is not None:
+        return own
+    chosen, rejected = finite(row, "chosen_reward"), finite(row, "rejected_reward")
+    return None if chosen is None or rejected is None else chosen - rejected
+
+
 def _agrees(named: list[Message], shared: list[Message]) -> bool:
     """Whether the prompt key repeats the shared conversation, or its one question (with or without a system turn)."""
     return named == shared or (len(named) == 1 and named[0] in (m for m in shared if m["role"] == "user"))
@@ -97,6 +148,8 @@ CONVERTERS: dict[str, Callable[[Row], dict[str, list[Message]]]] = {
     "prompt_completion": _prompt_completion,
     "sharegpt": _sharegpt,
     "preference": _preference,
+    "unpaired": _unpaired,
+    "scored": _scored,
 }
 
 

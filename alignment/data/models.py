@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.config.paths import TEMPLATES, template_path
 from alignment.config.sources import Model
+from alignment.data.adapters import check_adapter, merge
 from alignment.data.chat import Chat, adds_bos, without_clock
 from alignment.data.gguf import opened, plain_model, read_tokenizer
 from alignment.errors import ConfigError, InputError, MachineError
@@ -24,19 +25,29 @@ STEPS = 4
 
 
 def import_model(
-    source: Path, settings: Model, target: Path, progress: Callable[..., None], warn: Callable[[str], None]
+    source: Path,
+    settings: Model,
+    target: Path,
+    progress: Callable[..., None],
+    warn: Callable[[str], None],
+    adapter: Path | None = None,
 ) -> dict[str, float]:
     """Write `target`: config.json, model.safetensors, tokenizer, chat_template.jinja, generation_config.json.
 
-    source: a Hugging Face folder with safetensors, or a .gguf file. progress(step, total, note=...). warn(text): what
+    source: a Hugging Face folder with safetensors, or a .gguf file. adapter: a folder of PEFT's that is merged into it;
+    it takes storage_precision fp32. progress(step, total, note=...). warn(text): what
     people should know though it goes on.
     Raises InputError (weights, config, tokenizer or template missing or not matching), ConfigError (a setting names a
     token or template that does not exist), MachineError (no room).
     """
     name = str(source)
     check_files(source)
+    if adapter is not None:
+        check_adapter(adapter)
     with opened(source) if source.is_file() else nullcontext(source) as place:
         model, tokenizer = _read(place, settings, name, progress, warn)
+    if adapter is not None:
+        model = merge(model, adapter)
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     target.mkdir(parents=True, exist_ok=True)
     require_room(target, size)
@@ -86,7 +97,7 @@ def check_files(source: Path) -> None:
         raise InputError("no such model folder", where=name, fix="check model.source")
     present = {path.name for path in source.iterdir()}
     if "adapter_config.json" in present:  # even beside whole weights: transformers would read its base from elsewhere
-        raise InputError("is an adapter, not a model", where=name, fix="merge it into its base model first")
+        raise InputError("is an adapter, not a model", where=name, fix="model.adapter names it, model.source its base")
     if "config.json" not in present:
         if ggufs := sorted(n for n in present if n.endswith(".gguf")):
             raise InputError("has no config.json", where=name, fix=f"name the file: {ggufs[0]}")

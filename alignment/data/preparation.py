@@ -6,17 +6,17 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from alignment.config.sources import HubSource, PackageSource, PathSource
-from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.preparing import FORMATS, Prepare
 from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Tally, check_turns, opening, prompt_key, split
-from alignment.data.formats import Message, canonical, detect, kept
+from alignment.data.formats import Message, canonical, detect, finite, kept, margin, wanted
 from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import write_json, write_jsonl
@@ -24,12 +24,13 @@ from alignment.files import write_json, write_jsonl
 ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
+WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
 HELD_OUT = "its first prompt is held out for evaluation"
 
 
 @dataclass
 class Example:
-    """One row that passed: its messages, its columns for training (token ids), and its lengths in tokens.
+    """One row that passed: its messages, its columns for training (token ids, a number), and its lengths in tokens.
 
     tokens: of the whole row; of its longer side for a pair.
     """
@@ -39,7 +40,7 @@ class Example:
     prompt: list[Message]
     answer: Message
     rejected: Message | None
-    columns: dict[str, list[int]]
+    columns: dict[str, Any]
     prompt_tokens: int
     tokens: int
     opening: str
@@ -70,10 +71,12 @@ def prepare(
     **facts) is called while rows are read. Raises InputError at the first malformed row, for rows of the wrong task,
     over-long rows if they are errors, and too few rows.
     """
-    form = detect(rows[0]) if form == "auto" else form
-    if (form == "preference") != (settings.task == "preference"):
+    form = detect(rows[0], FORMATS[settings.task]) if form == "auto" else form
+    if form not in FORMATS[settings.task]:
         what = f"rows of the format {form!r} cannot be prepared for the task {settings.task!r}"
-        raise InputError(what, where=rows[0].file, fix="preference needs rows with chosen and rejected, sft the others")
+        raise InputError(what, where=rows[0].file, fix=WANTED)
+    if settings.task == "unpaired" and form == "preference":
+        rows, form = [half for row in rows for half in _halves(row)], "unpaired"
     tally, seen, fit = Tally(), _Seen(), []
     for number, (row, made) in enumerate(zip(rows, _tokenised(rows, form, chat), strict=True), start=1):
         try:
@@ -93,6 +96,14 @@ def prepare(
     return Prepared(form, len(rows), len(fit), parts, tally)
 
 
+def _halves(row: Row) -> Iterator[Row]:
+    """Both answers of a pair as unpaired rows."""
+    made = canonical(row, "preference")
+    for side, label in (("chosen", True), ("rejected", False)):
+        name = {"id": f"{row.value['id']}-{side}"} if row.value.get("id") else {}
+        yield replace(row, value={**name, "messages": [*made["prompt"], *made[side]], "label": label})
+
+
 def _ids(rows: Sequence[Row]) -> list[str]:
     """The rows' own `id` where each has a different one, else their numbers."""
     own = [str(row.value.get("id") or "") for row in rows]
@@ -105,20 +116,25 @@ class _Seen:
     def __init__(self) -> None:
         self.keys: set[str] = set()
 
-    def check(self, prompt: list[Message], sides: tuple[str, str] | None) -> None:
-        """sides: chosen and rejected; a prompt may have several pairs, but none twice or turned round. Raises Drop."""
-        key = prompt_key(prompt)
-        if sides is None:
-            if key in self.keys:
-                raise Drop("duplicate prompt")
-            self.keys.add(key)
-            return
-        here, turned = ("\0".join((key, *pair)) for pair in (sides, sides[::-1]))
-        if here in self.keys:
-            raise Drop("duplicate pair")
-        if turned in self.keys:
-            raise Drop("contradicts an earlier pair")
-        self.keys.add(here)
+    def check(self, example: Example) -> None:
+        """A prompt may have several pairs, labels or scores, but none twice or turned round. Raises Drop."""
+        key, answer = prompt_key(example.prompt), example.answer["content"]
+        if (label := example.columns.get("label")) is not None:
+            self._once("answer", (key, answer, str(label)), (key, answer, str(not label)))
+        elif example.rejected is not None:
+            sides = answer, example.rejected["content"]
+            self._once("pair", (key, *sides), (key, *sides[::-1]))
+        elif "score" in example.columns:
+            self._once("answer", (key, answer))
+        else:
+            self._once("prompt", (key,))
+
+    def _once(self, what: str, here: tuple[str, ...], turned: tuple[str, ...] | None = None) -> None:
+        if "\0".join(here) in self.keys:
+            raise Drop(f"duplicate {what}")
+        if turned is not None and "\0".join(turned) in self.keys:
+            raise Drop(f"contradicts an earlier {what}")
+        self.keys.add("\0".join(here))
 
 
 def _tokenised(rows: Sequence[Row], form: str, chat: Chat) -> Iterator[Example | Drop]:
@@ -153,7 +169,8 @@ def _example(row: Row, name: str, form: str, chat: Chat) -> Example | Drop:
     """Raises InputError for a malformed row."""
     kept(row)  # what is wrong with it is told whichever split the row goes to
     try:
-        return _preference(row, name, form, chat) if form == "preference" else _conversation(row, name, form, chat)
+        makers = {"preference": _preference, "unpaired": _unpaired, "scored": _scored}
+        return makers.get(form, _conversation)(row, name, form, chat)
     except Drop as drop:
         return drop
 
@@ -172,7 +189,7 @@ def _fit(row: Row, made: Example | Drop, settings: Prepare, seen: _Seen) -> Exam
         raise InputError(f"{over[0]}: {limits}", where=row.where, fix="raise the limit, or set over_long: drop")
     if over:
         raise Drop(over[1])
-    seen.check(made.prompt, (made.answer["content"], made.rejected["content"]) if made.rejected else None)
+    seen.check(made)
     return made
 
 
@@ -192,25 +209,48 @@ def _preference(row: Row, name: str, form: str, chat: Chat) -> Example:
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
         raise Drop("identical sides")
     pair = tokens.pair(chat, prompt, chosen, rejected, row.where)
-    columns = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+    columns: dict[str, Any] = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+    if (said := margin(row)) is not None:
+        columns["margin"] = said
     length = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
     key = opening(prompt + chosen)
     return Example(row, name, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
+
+
+def _unpaired(row: Row, name: str, form: str, chat: Chat) -> Example:
+    messages = canonical(row, form)["messages"]
+    check_turns(messages)
+    prompt, answer = tokens.answered(chat, messages, row.where)
+    columns = {"prompt_ids": prompt, "completion_ids": answer, "label": wanted(row)}
+    length, key = len(prompt) + len(answer), opening(messages)
+    return Example(row, name, messages[:-1], messages[-1], None, columns, len(prompt), length, key)
+
+
+def _scored(row: Row, name: str, form: str, chat: Chat) -> Example:
+    made = canonical(row, form)
+    prompt, answer = made["prompt"], made["completion"]
+    check_turns(prompt + answer)
+    asked, given = tokens.answered(chat, prompt + answer, row.where)
+    columns = {"prompt_ids": asked, "completion_ids": given, "score": finite(row, "score")}
+    key = opening(prompt + answer)
+    return Example(row, name, prompt, answer[0], None, columns, len(asked), len(asked) + len(given), key)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
 def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str, float]:
-    """train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json -> summary numbers."""
-    import datasets
-
-    train = prepared.parts["train"]
-    datasets.disable_progress_bars()
-    columns = {name: [example.columns[name] for example in train] for name in train[0].columns}
-    made = datasets.Dataset.from_dict(columns)
-    tokens.check_end_of_turn(made, chat.eos_id)
-    made.save_to_disk(folder / "train")
+    """train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json -> summary numbers; of
+    pairs and of answers with a score also heldout/, as train/, for what measures reward models."""
+    train, heldout = prepared.parts["train"], prepared.parts["heldout"]
+    with_margin = sum("margin" in example.columns for example in (*train, *heldout))
+    names = [name for name in train[0].columns if name != "margin"]
+    if with_margin == len(train) + len(heldout):  # of what some rows lack nothing can be made
+        names.append("margin")
+    mismatched = {"mismatched_ids": _mismatched(train)} if prepared.form == "unpaired" else {}
+    tokens.check_end_of_turn(_save(train, names, folder / "train", **mismatched), chat.eos_id)
+    if heldout and prepared.form in ("preference", "scored"):
+        _save(heldout, names, folder / "heldout")
     write_jsonl(folder / "train.jsonl", (_training_row(example) for example in train))
     for name in ("prompts", "heldout"):
         write_jsonl(folder / f"{name}.jsonl", map(_asking_row, prepared.parts[name]))
@@ -229,6 +269,8 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
             "row_tokens": _spread([example.tokens for example in train]),
         },
     }
+    if prepared.form == "preference":
+        report["margins"] = {"rows": with_margin, "used": "margin" in names}
     write_json(folder / "data_report.json", report)
     trained = sum(_trained(example) for example in train)
     dropped = sum(prepared.tally.counts.values())
@@ -236,7 +278,35 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     return {"rows": prepared.total, "dropped": dropped, **kept, "train_tokens": total, "trained_tokens": trained}
 
 
+def _mismatched(train: Sequence[Example]) -> list[list[int]]:
+    """For each row the answer of the next one that has another prompt, round in a circle: what KTO compares with."""
+    found = []
+    for number, example in enumerate(train):
+        others = (train[(number + step) % len(train)] for step in range(1, len(train)))
+        other = next((one for one in others if one.opening != example.opening), None)
+        if other is None:
+            what = "all rows have one prompt: there is no answer to another one, which KTO compares with"
+            raise InputError(what, where=example.row.file)
+        found.append(other.columns["completion_ids"])
+    return found
+
+
+def _save(examples: Sequence[Example], names: Sequence[str], folder: Path, **more: Any) -> Any:
+    """more: columns that no example has by itself."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    columns = {name: [example.columns[name] for example in examples] for name in names}
+    made = datasets.Dataset.from_dict({**columns, **more})
+    made.save_to_disk(folder)
+    return made
+
+
 def _training_row(example: Example) -> dict[str, Any]:
+    for name in ("label", "score"):
+        if name in example.columns:
+            answer = {"completion": [example.answer], name: example.columns[name]}
+            return {"id": example.id, "prompt": example.prompt, **answer}
     if example.rejected is None:
         return {"id": example.id, "messages": [*example.prompt, example.answer]}
     sides = {"chosen": [example.answer], "rejected": [example.rejected]}
@@ -250,7 +320,7 @@ def _asking_row(example: Example) -> dict[str, Any]:
 
 def _trained(example: Example) -> int:
     """Tokens that carry a gradient."""
-    answers = [ids for name, ids in example.columns.items() if name in ("labels", "chosen_ids", "rejected_ids")]
+    answers = [ids for name, ids in example.columns.items() if name in tokens.TRAINED]
     return sum(label != tokens.IGNORED for ids in answers for label in ids)
 
 

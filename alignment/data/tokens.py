@@ -16,6 +16,7 @@ from alignment.data.formats import Message
 from alignment.errors import InputError
 
 IGNORED = -100  # the label that cross-entropy leaves out
+TRAINED = ("labels", "chosen_ids", "rejected_ids", "completion_ids")  # columns of what a model is to say, or to judge
 MERGES = "answer merges with the prompt's last token"
 
 
@@ -59,17 +60,19 @@ def conversation(chat: Chat, messages: list[Message], where: str) -> Conversatio
 
 def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str) -> Pair:
     """Both sides cut at the same prompt, each tokenised with it and once. Raises InputError, Drop."""
-    sides = []
-    for side in (chosen, rejected):
-        whole = conversation(chat, prompt + side, where)
-        end = whole.ids.index(chat.eos_id, whole.prompt) + 1
-        sides.append((whole.ids[: whole.prompt], whole.ids[whole.prompt : end]))
-    (asked, good), (asked_too, bad) = sides
+    (asked, good), (asked_too, bad) = (answered(chat, prompt + side, where) for side in (chosen, rejected))
     if asked != asked_too:
         raise InputError("the chat template renders the prompt differently for the two answers", where=where)
     if good == bad:
         raise Drop("identical sides")
     return Pair(asked, good, bad)
+
+
+def answered(chat: Chat, messages: list[Message], where: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, and of the last answer through its end-of-turn token. Raises InputError, Drop."""
+    whole = conversation(chat, messages, where)
+    end = whole.ids.index(chat.eos_id, whole.prompt) + 1
+    return whole.ids[: whole.prompt], whole.ids[whole.prompt : end]
 
 
 def _refuse_control_tokens(chat: Chat, messages: list[Message]) -> None:
@@ -80,10 +83,10 @@ def _refuse_control_tokens(chat: Chat, messages: list[Message]) -> None:
 def check_end_of_turn(dataset: Any, eos_id: int) -> None:
     """Fatal unless every row teaches the model to stop: its last trained token is the end-of-turn token.
 
-    dataset: a datasets.Dataset with columns input_ids, labels, or prompt_ids, chosen_ids, rejected_ids.
+    dataset: a datasets.Dataset with columns input_ids, labels, or prompt_ids and those of answers.
     Raises InputError that names the first bad row.
     """
-    columns = [column for column in ("labels", "chosen_ids", "rejected_ids") if column in dataset.column_names]
+    columns = [column for column in TRAINED if column in dataset.column_names]
     if not columns or not len(dataset):
         raise InputError("the tokenised data has no rows to train on")
     for column in columns:
@@ -95,3 +98,13 @@ def check_end_of_turn(dataset: Any, eos_id: int) -> None:
                 raise InputError(what, where=where, fix="prepare the data with this model's tokenizer")
             if len(trained) == 1:
                 raise InputError("nothing but the end-of-turn token is trained", where=f"row {number}, column {column}")
+
+
+def check_numbers(dataset: Any, column: str, low: float | None = None, high: float | None = None) -> None:
+    """That the rows have such a number each, within the bounds. Raises InputError that names the first bad row."""
+    if column not in dataset.column_names:
+        fix = "the source's rows need one each; data_report.json counts those that have it"
+        raise InputError(f"the rows have no `{column}`", fix=fix)
+    for number, value in enumerate(dataset[column]):
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            raise InputError(f"`{column}` is {value}, not within {low} and {high}", where=f"row {number}")

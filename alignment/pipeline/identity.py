@@ -22,7 +22,8 @@ from alignment.config.schema import Experiment
 from alignment.config.settings import Settings
 from alignment.config.sources import Model, PathSource
 from alignment.config.stages.base import Stage
-from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.preparing import ImportModel, Prepare
+from alignment.config.stages.training import Train
 from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 
@@ -52,7 +53,8 @@ def difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any]:
 
 
 def identity_side(value: Any) -> Any:
-    """The identity half of a settings object, recursively; sources become digests of their content."""
+    """The identity half of a settings object, recursively, without what is idle; sources become digests of their
+    content."""
     if isinstance(value, PathSource):
         return {"sha256": content_digest(Path(value.path))}
     if isinstance(value, Model):
@@ -86,6 +88,10 @@ def _used(package: str, experiment: Experiment, settings: Stage) -> bool:
     """Optional packages count only where they do something."""
     if package == "vllm":
         return getattr(settings, "backend", None) == "vllm"
+    if package == "peft" and isinstance(settings, ImportModel):
+        return experiment.model.adapter is not None
+    if package == "bitsandbytes" and isinstance(settings, Train):
+        return settings.lora is not None and settings.lora.quantize is not None
     if package == "gguf":
         source = experiment.model.source
         return str(getattr(source, "member", getattr(source, "path", ""))).endswith(".gguf")

@@ -30,6 +30,7 @@ class Panel:
 
 
 LN2 = (math.log(2), "ln 2: no preference yet")
+OF_LN2 = ("sigmoid", "bradley_terry")  # losses that begin there
 SFT_PANELS = (
     Panel("Loss", "nats per token", ("loss",)),
     Panel("Token accuracy", "share of tokens", ("mean_token_accuracy",)),
@@ -44,6 +45,13 @@ DPO_PANELS = (
     Panel("KL to the reference", "nats per token", ("kl",)),
     *SFT_PANELS[1:],
 )
+REWARD_PANELS = (
+    Panel("Loss", "per pair or answer", ("loss",), level=LN2),
+    Panel("Accuracy", "share of pairs", ("accuracy",), level=(0.5, "chance")),
+    Panel("Margin", "chosen − rejected", ("margin",), level=(0.0, "no margin")),
+    Panel("Squared error", "of the score", ("squared_error",)),
+    Panel("Reward", "mean", ("mean_reward",)),
+)
 OTHER_PANELS = (
     Panel("Gradient norm", "before clipping", ("grad_norm",)),
     Panel("Learning rate", "per step", ("learning_rate",)),
@@ -54,7 +62,8 @@ OTHER_PANELS = (
 def curves(stage: Stage, colour: int) -> list[Row]:
     """The learning curves of one stage, as far as its metrics hold them: [{"title", "last", "legend", "svg"}]."""
     rows = curve_rows(stage)
-    own = DPO_PANELS if any("rewards/margins" in row for row in rows) else SFT_PANELS
+    own: tuple[Panel, ...] = DPO_PANELS if any("rewards/margins" in row for row in rows) else SFT_PANELS
+    own = REWARD_PANELS if any("mean_reward" in row for row in rows) else own
     drawn = []
     for panel in own + OTHER_PANELS:
         series = [(name, [finite(row.get(key)) for row in rows]) for key, name in _keys(panel)]
@@ -70,7 +79,7 @@ def _keys(panel: Panel) -> list[tuple[str, str]]:
 
 def _curve(stage: Stage, panel: Panel, steps: list[float], series: list[tuple[str, list]], colour: int) -> Row:
     level = (
-        panel.level if panel.level and not (panel.level is LN2 and stage.settings.get("loss") != "sigmoid") else None
+        panel.level if panel.level and not (panel.level is LN2 and stage.settings.get("loss") not in OF_LN2) else None
     )
     known = [v for _, values in series for v in values if v is not None]
     y = padded([*known, level[0]] if level else known)

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from alignment.config.rewards import HIGHER_IS_BETTER
+from alignment.config.stages.reward_model import OF_REWARD_MODELS
 from alignment.config.varied import level_of, varied
 from alignment.errors import ConfigError
 from alignment.reporting import inference
@@ -82,7 +83,7 @@ def _objective(sweep: Row, known: list[str], asked: str | None) -> Row:
         raise ConfigError(f"no point has a metric {name!r}", where="--metric", fix=f"known: {', '.join(known)}")
     if not direction and own.get(name) in DIRECTIONS:
         direction = own[name]
-    better = HIGHER_IS_BETTER.get(name, True)
+    better = {**OF_REWARD_MODELS, **HIGHER_IS_BETTER}.get(name, True)
     if not direction and better is None:
         fix = f"--metric {name}:minimize or --metric {name}:maximize"
         raise ConfigError(f"{name} is neither better high nor low by itself", where="--metric", fix=fix)

@@ -233,7 +233,7 @@ def summarise(run: Row, store: Path) -> Row:
     """What the terminal says at the end of a run.
 
     {"run", "states": {state: count}, "spent_s": seconds of work of this run, "verdict": verdict.json or None,
-    "candidate": name or None, "final", "model": folder of the final model or None}
+    "candidate": name or None, "final", "model": folder of the final model or None, "talks": whether it answers}
     """
     report = collect(run, store)
     states = [stage.state for stage in report.stages]
@@ -247,6 +247,7 @@ def summarise(run: Row, store: Path) -> Row:
         "candidate": report.candidate.name if report.candidate else None,
         "final": run.get("final"),
         "model": model if model and model.is_dir() else None,
+        "talks": final is not None and final.kind in MAKES_MODEL,
     }
 
 

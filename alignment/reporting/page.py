@@ -10,6 +10,7 @@ from typing import Any
 from alignment.files import write_text
 from alignment.reporting import charts, lineage, words
 from alignment.reporting.gather import TRAINING, Model, Report, Row, Stage, changes, choose, collect, gather, read
+from alignment.reporting.reward_models import reward_models
 
 HERE = Path(__file__).parent
 TILES = ("reward", "relevance", "stop_rate", "kl")
@@ -60,6 +61,7 @@ def render(report: Report) -> str:
         table=table(report),
         confidence=words.number(100 * (words.finite((report.verdict or {}).get("confidence")) or 0.95), 0),
         stages_with_curves=learning(report),
+        reward_models=reward_models(report),
         reward_kl=charts.reward_against_kl(report.models, metric_rows(report)),
         lengths=charts.lengths(report.models),
         samples=samples(report),

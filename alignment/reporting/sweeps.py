@@ -27,7 +27,8 @@ NOTHING_KNOWN: Row = {
     "state": "unreadable", "note": None, "measured": False, "metrics": {}, "verdict": None, "evaluation": None,
     "training": None, "report": False,
 }  # fmt: skip
-COUNTS = ("prompts", "heldout_nll_missing", "kl_bound")  # of an evaluation's record: no metrics of the model
+EVALUATES = ("evaluate", "evaluate_reward")
+COUNTS = ("prompts", "heldout_nll_missing", "kl_bound", "pairs", "rows", "members")  # no metrics of the model
 
 # --- which sweep -----------------------------------------------------------------------------------------------------
 
@@ -248,7 +249,7 @@ def measured(stages: list[Stage], final: str) -> Row:
     by_name = {stage.name: stage for stage in stages}
     roles = {role: by_name[node] for role, node in (compare.inputs if compare else {}).items() if node in by_name}
     ways = [(role, stage) for role, stage in roles.items() if stage.inputs.get("model") == final]
-    ways += [("", stage) for stage in stages if stage.kind == "evaluate" and stage.inputs.get("model") == final]
+    ways += [("", stage) for stage in stages if stage.kind in EVALUATES and stage.inputs.get("model") == final]
     candidate = compare.settings.get("candidate", "") if compare else ""
     ways += [(candidate, roles[candidate])] if candidate in roles else []
     role, evaluation = next(((role, stage) for role, stage in ways if stage in done), ("", None))

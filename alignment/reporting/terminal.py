@@ -215,7 +215,8 @@ def next_steps(summary: Row, report: Path | None) -> list[Text]:
         run = near(report.parent) if report else str(summary["run"])  # a folder is found whatever the store
         command = f"{program('alignment')} chat {shlex.quote(run)}"
         lines.append(Text.assemble(("final model  ", "dim"), near(Path(summary["model"]))))
-        lines.append(Text.assemble(("talk to it   ", "dim"), (command, "bold")))
+        if summary.get("talks"):
+            lines.append(Text.assemble(("talk to it   ", "dim"), (command, "bold")))
     return lines
 
 
@@ -386,6 +387,7 @@ class StageProgress:
 SHOWN = {"loss": "last loss", "reward": "reward", "reward_mean": "reward", "stop_rate": "stop rate", "rows": "rows"}
 SHOWN |= {"train": "train", "pairs": "pairs", "dropped": "dropped", "computed": "computed"}
 SHOWN |= {"reference_computed": "reference log-probs computed"}
+SHOWN |= {"accuracy": "accuracy", "ece": "ECE", "spearman": "rank correlation", "tensors": "tensors"}
 
 
 def main_facts(facts: Row, most: int = 4) -> str:

@@ -89,11 +89,11 @@ class StageContext:
         """This process has got on with what it does for itself, such as writing a file."""
         self._alone += 1
 
-    def note(self, text: str) -> None:
-        """Say what is being done now, beside how far the stage is."""
+    def note(self, text: str, force: bool = True) -> None:
+        """Say what is being done now, beside how far the stage is. force: at once; else at most five times a second."""
         count = self._count or _Count(0, 0, 0.0)
         self.alone()
-        self._tell(count.last, count.total, True, {"note": text})
+        self._tell(count.last, count.total, force, {"note": text})
 
     @contextmanager
     def busy(self, note: str) -> Iterator[None]:

@@ -31,7 +31,7 @@ def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], 
         precompute_ref_log_probs=True,
         router_aux_loss_coef=0.0,
     )
-    model = load(start)
+    model = load(start, settings.lora, settings.precision)
     return DPO(
         model=model,
         args=args,

@@ -14,4 +14,5 @@ def run(context: StageContext) -> dict[str, Any]:
     context.progress(0, STEPS, note="fetching the start checkpoint", force=True)
     with context.busy("fetching the start checkpoint"):
         source = fetch(settings.source)
-    return import_model(source, settings, context.folder / "model", context.progress, context.warn)
+        adapter = None if settings.adapter is None else fetch(settings.adapter)
+    return import_model(source, settings, context.folder / "model", context.progress, context.warn, adapter)

@@ -12,8 +12,9 @@ from typing import Any
 import trl
 from transformers import AutoTokenizer
 
-from alignment.config.stages.training import Reference
-from alignment.files import write_json
+from alignment.config.stages.training import Reference, Train
+from alignment.files import digest, write_json
+from alignment.pipeline.identity import version
 from alignment.stages.context import StageContext
 from alignment.stages.train import Plan, keeper_of, plan_of, train_rows
 from alignment.training import engine
@@ -93,11 +94,19 @@ def references_of(context: StageContext, start: Path) -> References:
     if context.shared is not None:
         store = ReferenceStore(
             context.shared / REFERENCE,
-            weights=weights_digest(start),
+            weights=digest_of(context.settings, start),
             adapter=None,  # the reference is the start model itself: adapters are off
             dtype=dtype_of(context),
         )
     return References(store, context.progress, context.warn)
+
+
+def digest_of(settings: Reference | Train, start: Path) -> str:
+    """Of the weights that answer: a start model in 4 bits is another reference."""
+    weights, lora = weights_digest(start), getattr(settings, "lora", None)
+    if lora is None or lora.quantize is None:
+        return weights
+    return digest([weights, lora.quantize, version("bitsandbytes")])
 
 
 def dtype_of(context: StageContext) -> str:

@@ -23,5 +23,5 @@ def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], 
     settings: Sft = context.settings
     # Before the model: under ZeRO-3 it is sharded while it is read.
     args = trl.SFTConfig(**arguments, router_aux_loss_coef=0.0)
-    model = load(start)
+    model = load(start, settings.lora, settings.precision)
     return SFT(model=model, args=args, peft_config=lora_config(settings.lora, model), **common)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from alignment.config.execution import Engine
 from alignment.config.launchers import SlurmLauncher
+from alignment.config.stages.online import Online
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
 from alignment.files import require_room, size_text
@@ -21,10 +22,11 @@ from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
 from alignment.training.checkpoints import Checkpoints
+from alignment.training.four_bits import require_four_bits
 from alignment.training.health import ROLLED_BACK, NonFinite
 from alignment.training.keeper import Keeper
 from alignment.training.memory import attention_share
-from alignment.training.model import consolidate
+from alignment.training.model import consolidate, load
 from alignment.training.out_of_memory import adapted, advising
 from alignment.training.rows import Sizes
 from alignment.training.trainers import Packing
@@ -45,21 +47,25 @@ def train(
     context: StageContext,
     sizes: Callable[[Any], Sizes],
     make_trainer: Callable[..., Any],
+    fresh: Callable[[Path], Any] = load,
+    rows_of: Callable[[StageContext, Any], Any] | None = None,
 ) -> dict[str, Any]:
-    """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes).
+    """sizes(rows) -> Sizes. make_trainer(context, start, arguments, **what every trainer takes). fresh(start) -> the
+    model before training, to write the trained weights into. rows_of(context, tokenizer): what is trained on; None: the
+    tokenised rows of the parent.
 
     A request to stop is heeded where all processes can: raises PreemptedError then.
     """
     setup = adapted(context.experiment.engine, context.told())
+    require_four_bits(context.settings.lora)
     start = context.inputs["model"] / "model"
     context.progress(0, 0, note="loading the model", force=True)
     engine.start(setup, context.world_size)
     keeper = keeper_of(context, setup)
     context.rewind(keeper.choose())
 
-    rows = train_rows(context.inputs["data"])
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
-    check_end_of_turn(rows, tokenizer.eos_token_id)
+    rows = (rows_of or _tokenised)(context, tokenizer)
     setup = engine.as_before(setup, keeper.layout_before())
     plan = plan_of(context, setup, start, sizes(rows))
     keeper.layout.update(plan.choice.layout())
@@ -76,7 +82,7 @@ def train(
         trainer.train()
     if context.is_main:
         keeper.checkpoints.make_room(written)
-    consolidate(trainer, start, context.folder, context)
+    consolidate(trainer, start, context.folder, context, fresh)
     context.flush()
     if context.is_main:
         _keep_best(context, keeper.checkpoints)
@@ -86,17 +92,21 @@ def train(
 def plan_of(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -> Plan:
     settings = context.settings
     config = AutoConfig.from_pretrained(start, local_files_only=True)
+    steps = count_steps(len(of_rows.lengths), settings.global_batch_size, settings.epochs, settings.max_steps)
+    if isinstance(settings, Online) and settings.max_steps is None:
+        steps *= settings.epochs_per_rollout
     lengths, widths = of_rows.lengths.tolist(), of_rows.widths.tolist()
-    largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
-    choice = engine.choose(settings, setup, start, config, context.world_size, max(lengths), largest)
+    largest, sharers = engine.largest_forward(lengths, widths, settings.global_batch_size), setup.sequence_parallel
+    of_one = -(-max(lengths) // sharers), -(-largest // sharers)  # tokens that one process computes
+    choice = engine.choose(settings, setup, start, config, context.world_size, *of_one)
     batches = GlobalBatches(
         lengths=lengths,
         weights=of_rows.weights.tolist(),
         global_batch_size=settings.global_batch_size,
-        steps=count_steps(len(lengths), settings.global_batch_size, settings.epochs, settings.max_steps),
+        steps=steps,
         seed=settings.seed,
-        world_size=context.world_size,
-        tokens_per_micro_batch=choice.tokens_per_micro_batch,
+        world_size=context.world_size // sharers,
+        tokens_per_micro_batch=choice.tokens_per_micro_batch * sharers,
         quadratic=attention_share(config),
     )
     return Plan(choice, batches, widths, max(lengths), config)
@@ -180,8 +190,16 @@ def _summary(trainer: Any) -> dict[str, float]:
 
 
 def _size(parameter: Any) -> int:
-    """Its number of elements; ZeRO-3 keeps but a shard of them here."""
+    """Its number of elements; ZeRO-3 keeps but a shard of them here, and of 4 bits two are in a byte."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return int(state.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _tokenised(context: StageContext, tokenizer: Any) -> Any:
+    rows = train_rows(context.inputs["data"])
+    check_end_of_turn(rows, tokenizer.eos_token_id)
+    return rows
 
 
 def train_rows(data: Path) -> Any:
@@ -190,4 +208,6 @@ def train_rows(data: Path) -> Any:
     rows = load_from_disk(str(folder))
     if not len(rows):
         raise InputError("there are no rows to train on", where=str(folder))
+    if "mismatched_ids" in rows.column_names:  # an answer and one to another prompt are kept and scored as a pair is
+        rows = rows.rename_columns({"completion_ids": "chosen_ids", "mismatched_ids": "rejected_ids"})
     return rows

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from alignment.training import sequence
 from alignment.training.packing import Layout, Segment
 
 PACKED = "packed"
@@ -72,18 +73,22 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query: [1, heads, N, dim]; key, value: [1, key heads, N, dim]. Returns [1, N, heads, dim] and no weights."""
+    shape = query.shape[2], query.shape[1]
     try:
         layout = _packable(layout, dropout, kwargs)
+        _require_heads(query.shape[1], key.shape[1])
         if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have left queries and keys in fp32
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         kernel = backend(query, softcap)
+        query, key, value = (sequence.to_heads(part) for part in (query, key, value))
         out = KERNELS[kernel](query, key, value, layout, Scores(scaling, sliding_window, softcap, narrow))
+        out = sequence.to_tokens(out)
     except Exception as error:
         if _seen is None:
             raise
         _seen.errors.append(error)
-        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+        return value.new_zeros(1, *shape, value.shape[3]), None
     if _seen is not None:
         _seen.calls.append(Call(sliding_window, kernel))
     return out, None
@@ -96,6 +101,11 @@ def _packable(layout: Layout | None, dropout: float, asked: dict[str, Any]) -> L
     if dropout or wanted:
         raise NotPackable(f"its attention uses {', '.join(sorted(wanted)) or 'dropout'}")
     return layout
+
+
+def _require_heads(heads: int, key_heads: int) -> None:
+    if key_heads % sequence.size() or heads % sequence.size():
+        raise NotPackable(f"{sequence.size()} processes cannot share {heads} heads and {key_heads} of keys equally")
 
 
 class Call(NamedTuple):

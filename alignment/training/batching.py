@@ -57,8 +57,12 @@ class GlobalBatches:
 
     def rows(self, step: int) -> list[int]:
         """Row numbers of one global batch, in the order of the stream."""
-        first, count = step * self.global_batch_size, len(self.lengths)
-        places = (divmod(place, count) for place in range(first, first + self.global_batch_size))
+        return self.stream(step * self.global_batch_size, self.global_batch_size)
+
+    def stream(self, first: int, number: int) -> list[int]:
+        """Row numbers at so many places of the stream."""
+        count = len(self.lengths)
+        places = (divmod(place, count) for place in range(first, first + number))
         return [int(_permutation(self.seed, epoch, count)[place]) for epoch, place in places]
 
     def weight(self, step: int) -> int:

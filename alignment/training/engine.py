@@ -28,6 +28,7 @@ from alignment.config.stages.training import Reference, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
 from alignment.life import LONGEST
+from alignment.training import sequence
 from alignment.training.memory import Load, adapter_parameters, available_bytes, needs_checkpointing
 from alignment.training.model import count_parameters
 from alignment.training.reference_pass import BLOCK
@@ -50,6 +51,12 @@ def start(engine: Engine, world_size: int) -> None:
             where="engine.strategy",
             fix="engine=ddp, zero1, zero2 or zero3; or launcher=local",
         )
+    if world_size % engine.sequence_parallel:
+        raise ConfigError(
+            f"{world_size} processes cannot share sequences {engine.sequence_parallel} by {engine.sequence_parallel}",
+            where="engine.sequence_parallel",
+            fix="a number that divides them, or 1",
+        )
     if world_size == 1:  # Trainer would spread one process over all GPUs it sees (nn.DataParallel)
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     on_gpu = torch.cuda.is_available()
@@ -68,8 +75,11 @@ def start(engine: Engine, world_size: int) -> None:
         _join_process_group()
         with imports.kept():
             _start_deepspeed(on_gpu, _patience(engine))
+            if engine.nvme_path is not None:
+                require_aio(Path(engine.nvme_path))
     elif world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_patience(engine))
+    sequence.form(engine.sequence_parallel, _patience(engine))
 
 
 def _join_process_group() -> None:
@@ -108,6 +118,24 @@ def _start_deepspeed(on_gpu: bool, patience: timedelta) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     # Before the configuration is made: it takes the number of processes from the group.
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=patience, verbose=False)
+
+
+def require_aio(folder: Path) -> None:
+    """That DeepSpeed can read and write this folder past the kernel's cache. Raises MachineError, before any model is
+    loaded: DeepSpeed finds out while it shards one."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    fix = "install libaio-dev and a C++ compiler; or engine.nvme_path=null"
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise MachineError("DeepSpeed's aio operator lacks libaio here", where="engine.nvme_path", fix=fix)
+    try:
+        AsyncIOBuilder().load(verbose=False)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"cannot be made: {error.strerror}", where=str(folder), fix="another folder") from error
+    except Exception as error:  # of compiler, linker and loader
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MachineError(f"DeepSpeed's aio operator: {first}", where="engine.nvme_path", fix=fix) from error
 
 
 def remove_stale_locks(kernels: Path) -> list[Path]:
@@ -238,7 +266,9 @@ def choose(
     available, parameters = available_bytes(), count_parameters(start)
     trainable = parameters if isinstance(settings, Train) else 0
     if isinstance(settings, Train) and settings.lora is not None:
-        trainable = adapter_parameters(config, settings.lora.rank, settings.lora.target_modules)
+        lora = settings.lora
+        trainable = adapter_parameters(config, lora.rank, lora.target_modules, lora.dora)
+        trainable += count_parameters(start, lora.modules_to_save) if lora.modules_to_save else 0
         parameters += trainable
 
     def choice(tokens: int) -> tuple[Choice, bool, bool]:
@@ -289,7 +319,8 @@ def deepspeed_config(engine: Engine, settings: Train | Reference, on_gpu: bool) 
             raise ConfigError(
                 "offload=all needs ZeRO-3", where="engine.offload", fix="engine=zero3, or offload=optimizer"
             )
-        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+        where = {"device": "cpu"} if engine.nvme_path is None else {"device": "nvme", "nvme_path": engine.nvme_path}
+        zero["offload_param"] = {**where, "pin_memory": on_gpu}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

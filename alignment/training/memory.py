@@ -175,19 +175,29 @@ def attention_share(config: Any) -> float:
     return shape.query / weights
 
 
-def adapter_parameters(config: Any, rank: int, targets: str | list[str]) -> int:
-    """Weights of adapters of this rank, rank * (inputs + outputs) each, on these linear layers of all decoder layers.
+def adapter_parameters(config: Any, rank: int, targets: str | list[str], dora: bool = False) -> int:
+    """Weights of adapters of this rank, rank * (inputs + outputs) each, on these linear layers of all decoder layers;
+    with dora the length of each row too: outputs. What DoRA computes with, copies of one layer's weights at a time, is
+    not counted.
 
     targets: "all-linear", or names. The names are those of Llama; with another among them, all linear layers are
     counted, which are no fewer.
     """
     shape = _shape(config)
-    queries, keys, up = shape.hidden + shape.query, shape.hidden + shape.key, shape.hidden + shape.inner
-    sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries, "up_proj": up, "down_proj": up}
+    h, q, k, i = shape.hidden, shape.query, shape.key, shape.inner
+    sizes = {
+        "q_proj": (h, q),
+        "k_proj": (h, k),
+        "v_proj": (h, k),
+        "o_proj": (q, h),
+        "up_proj": (h, i),
+        "down_proj": (i, h),
+    }
     if shape.gated:
-        sizes["gate_proj"] = up
+        sizes["gate_proj"] = (h, i)
     names = {targets} if isinstance(targets, str) else set(targets)
-    return shape.layers * rank * sum(sizes[name] for name in (names if names <= sizes.keys() else sizes))
+    adapted = [sizes[name] for name in (names if names <= sizes.keys() else sizes)]
+    return shape.layers * sum(rank * (inputs + outputs) + dora * outputs for inputs, outputs in adapted)
 
 
 class Load(NamedTuple):

@@ -39,11 +39,24 @@ METRICS: dict[str, Metric] = {
     "rewards/accuracies": PER_ROW,
     "logps/chosen": PER_ROW,
     "logps/rejected": PER_ROW,
+    "desirable": Metric("sum"),
+    "undesirable": Metric("sum"),
+    "rewards/desirable": Metric("mean", "desirable"),
+    "rewards/undesirable": Metric("mean", "undesirable"),
+    "reference_point": PER_ROW,  # KTO's z0, nats an answer
     "accuracy": PER_ROW,
     "margin": PER_ROW,
     "mean_reward": PER_ROW,
     "min_reward": Metric("min"),
     "max_reward": Metric("max"),
+    "squared_error": PER_ROW,
+    "ratio": PER_TOKEN,  # of policy and sampling policy (online)
+    "clip_fraction": PER_TOKEN,
+    "value": PER_TOKEN,  # of PPO's value head
+    "value_loss": PER_TOKEN,
+    "fresh_tokens": Metric("sum"),  # of a rollout's first update
+    "mismatch": Metric("mean", "fresh_tokens"),  # |log-prob in training - in decoding|
+    "mismatch_k3": Metric("mean", "fresh_tokens"),
 }
 EXTREME = {"max": torch.maximum, "min": torch.minimum}
 # A margin of fewer nats is rounding: before the first update every margin is zero, and no pair is right.
@@ -56,10 +69,12 @@ class Meter:
     def __init__(self) -> None:
         self._values: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """values: for a mean or a sum, the sum over the units of one micro-batch; for max and min, its extreme."""
+    def add(self, values: Mapping[str, Tensor | float], sharers: int = 1) -> None:
+        """values: for a mean or a sum, the sum over the units of one micro-batch; for max and min, its extreme.
+        sharers: so many processes add the same."""
         for name, value in values.items():
             value = torch.as_tensor(value).detach().double()
+            value = value if METRICS[name].how in EXTREME else value / sharers
             before = self._values.get(name)
             if before is not None:
                 value = EXTREME.get(METRICS[name].how, torch.add)(before, value)
@@ -150,6 +165,27 @@ def pair_sums(
     }
 
 
+def answer_sums(
+    policy: Any, reference: Tensor, labels: Tensor, desirable: Tensor, beta: float, reference_point: Tensor
+) -> dict[str, Tensor | float]:
+    """Sums over the answers of a scored micro-batch, wanted or not. Rewards and kl are those of `pair_sums`.
+
+    reference: [rows, width - 1]; desirable: [rows] bool; reference_point: KTO's z0, nats.
+    """
+    log_ratios = (policy.log_probs - reference).double()
+    rewards, unwanted = beta * log_ratios.sum(1), ~desirable
+    return {
+        "rows": len(labels),
+        **token_sums(policy, labels),
+        "kl": (torch.expm1(log_ratios) - log_ratios).sum(),
+        "desirable": desirable.sum(),
+        "undesirable": unwanted.sum(),
+        "rewards/desirable": (rewards * desirable).sum(),
+        "rewards/undesirable": (rewards * unwanted).sum(),
+        "reference_point": reference_point * len(labels),
+    }
+
+
 def reward_sums(logits: Tensor) -> dict[str, Tensor | float]:
     """Sums over the pairs of a reward model's micro-batch. logits: [2 pairs, 1], all chosen rows first."""
     rewards = logits.detach().double().flatten()
@@ -159,6 +195,20 @@ def reward_sums(logits: Tensor) -> dict[str, Tensor | float]:
         "accuracy": (chosen > rejected).sum(),
         "margin": (chosen - rejected).sum(),
         "mean_reward": (chosen + rejected).sum() / 2,
+        "min_reward": rewards.min(),
+        "max_reward": rewards.max(),
+    }
+
+
+def score_sums(logits: Tensor, scores: Tensor, chance: bool) -> dict[str, Tensor | float]:
+    """Sums over the rows of a micro-batch of answers with scores. logits: [rows, 1]; scores: [rows]. chance: the
+    sigmoid of a reward is the score, not the reward itself."""
+    rewards = logits.detach().double().flatten()
+    error = (torch.sigmoid(rewards) if chance else rewards) - scores
+    return {
+        "rows": len(rewards),
+        "squared_error": (error**2).sum(),
+        "mean_reward": rewards.sum(),
         "min_reward": rewards.min(),
         "max_reward": rewards.max(),
     }

@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from alignment.errors import TrainingError
+from alignment.training import sequence
 from alignment.training.metrics import pair_sums
 from alignment.training.objective import Objective, columns, leaves
 from alignment.training.packing import IGNORED
@@ -152,6 +153,8 @@ class DPO(Referenced):
     """DPO and its family: the mean of objective(pairs) over the pairs of the global batch."""
 
     objective: Objective
+    _mean_chosen_tokens = 1.0  # of the step's chosen answers
+    _ahead: list[Tensor] | None = None  # of a loss of whole batches: [pairs, 4] a micro-batch of the step
 
     def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
         self.objective = objective
@@ -179,6 +182,8 @@ class DPO(Referenced):
         pairs, weights = self._pairs(output, inputs.get("reference"), labels)
         if not self.objective.whole:
             return self.objective(pairs, weights).sum()
+        if self._ahead is None:  # not in a step: DDP lays out its buckets by any loss (Resumable._settle_buckets)
+            return pairs.margin.sum()
         value, *slopes = self._ahead.pop(0).unbind(1)  # each [pairs of this micro-batch]
         moved = (slope * (one - one.detach()) for slope, one in zip(slopes, leaves(pairs), strict=True))
         return (value + sum(moved)).sum()  # that value, and its gradient
@@ -197,7 +202,7 @@ class DPO(Referenced):
         learns the loss of each and how it changes with the pair's log-probs. That makes the result independent of
         micro-batches and processes."""
         step = self.state.global_step
-        own = self.batches.micro_batches(step)[self.args.process_index]
+        own = self.batches.micro_batches(step)[self.share]
         told = []
         for numbers, micro_batch in zip(own, micro_batches, strict=True):
             inputs = self._prepare_inputs(micro_batch)
@@ -205,7 +210,8 @@ class DPO(Referenced):
             output = self._look(inputs, labels, squares=self.objective.weighs)
             pairs, weights = self._pairs(output, inputs.get("reference"), labels)
             told.append(list(zip(numbers, columns(pairs, weights).tolist(), strict=True)))
-        everyone = [row for process in all_gather(told) for micro_batch in process for row in micro_batch]
+        each = all_gather(told)[:: sequence.size()]  # sharers of a sequence say the same
+        everyone = [row for process in each for micro_batch in process for row in micro_batch]
         noise = torch.Generator().manual_seed(self.batches.seed * 1_000_003 + step)
         slopes = self.objective.slopes(everyone, noise, self._mean_chosen_tokens)
         self._ahead = [torch.stack([slopes[number] for number in numbers]).to(self.args.device) for numbers in own]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from alignment.errors import TrainingError
 from alignment.files import near
+from alignment.training import sequence
 from alignment.training.batching import GlobalBatches
 from alignment.training.ranks import all_gather, broadcast
 from alignment.training.reference import ReferenceStore, computing, row_digests
@@ -125,14 +126,14 @@ class References:
         names: list[str] = []
         times = 1 if trainer.args.activation_checkpointing else BUDGET
         batches = replace(trainer.batches, tokens_per_micro_batch=times * trainer.batches.tokens_per_micro_batch)
-        rank, world = trainer.args.process_index, batches.world_size
+        world = batches.world_size
         began = time.monotonic()
         for first in range(0, len(rows), BLOCK):
             self._safe_point(bool(names))
             block = rows[first : first + BLOCK].tolist()
             padded = block + block[:1] * max(0, world - len(block))  # every process must enter every forward
             mine: dict[int, np.ndarray] = {}
-            micro_batches = batches.split(padded)[rank]
+            micro_batches = batches.split(padded)[trainer.share]
             for number, numbers in enumerate(micro_batches, start=1):
                 mine.update(zip(numbers, trainer.score(numbers), strict=True))
                 done = first + len(block) * number / len(micro_batches)
@@ -144,6 +145,8 @@ class References:
                     self._computed.update(part)
             else:
                 assert self._digests is not None
-                names += all_gather(self.store.append(self._digests[list(mine)], list(mine.values())))
+                first_of = sequence.place() == 0  # sharers of a sequence have the same
+                name = self.store.append(self._digests[list(mine)], list(mine.values())) if first_of else None
+                names += [one for one in all_gather(name) if one is not None]
         self.seconds += time.monotonic() - began
         return names

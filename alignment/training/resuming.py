@@ -66,7 +66,7 @@ class Resumable(_Trainer):
         which order more than two processes are added up, so that must not happen after the first step of an attempt."""
         if not isinstance(self.model_wrapped, DistributedDataParallel):
             return
-        inputs = self._prepare_inputs(self.collate(self.batches.rows(0)[:1]))
+        inputs = self._prepare_inputs(self._any_micro_batch())
         divisor = self._new_step(1)
         self._last = False
         with self._quiet_metrics(), self.accelerator.autocast():
@@ -74,6 +74,13 @@ class Resumable(_Trainer):
         (loss * 0).backward()
         self.model_wrapped.zero_grad()
         self._meter = Meter()
+
+    def _any_micro_batch(self) -> dict[str, Any]:
+        return self.collate(self.batches.rows(0)[:1])
+
+    def _rows_of_micro_batches(self) -> list[list[int]]:
+        """Of this process, in the step that is being computed."""
+        return self.batches.micro_batches(self.state.global_step)[self.args.process_index]
 
     def _new_step(self, divisor: float) -> Tensor:
         """Nothing is added up yet. divisor: of the step's loss. Returns it as a tensor on the device."""
@@ -162,13 +169,13 @@ class Resumable(_Trainer):
     def _meet(self, what: str) -> None:
         """As stage.*.nonfinite says: raise on all processes alike, or return, and the update is left out."""
         step = self.state.global_step
-        own = self.batches.micro_batches(step)[self.args.process_index]
-        mine = [rows for loss, rows in zip(self._micro_losses, own, strict=True) if not math.isfinite(loss)]
+        own = zip(self._micro_losses, self._rows_of_micro_batches(), strict=True)
+        mine = [rows for loss, rows in own if not math.isfinite(loss)]
         rows = [row for parts in ranks.all_gather(mine) for part in parts for row in part]
         if self.keeper:
             self.keeper.settle()  # what is being written is good, and may be what training goes back to
         try:
-            self.nonfinite.meet(step + 1, what, sorted(rows or self.batches.rows(step)))
+            self.nonfinite.meet(step + 1, what, sorted(set(rows) or self.batches.rows(step)))
         except TrainingError as error:
             if error.retry and self.keeper and self.args.process_index == 0:
                 self.keeper.stage.tell_next(**{ROLLED_BACK: self.nonfinite.rolled_back})

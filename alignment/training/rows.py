@@ -48,15 +48,12 @@ def pair_sizes(rows: Any) -> Sizes:
     return Sizes(np.concatenate(lengths), np.concatenate(widths), np.ones(len(rows), dtype=np.int64))
 
 
-def whole_pair_sizes(rows: Any) -> Sizes:
-    """rows: a datasets.Dataset with chosen_ids, rejected_ids, each with its prompt before it (reward models). How much
-    the two share is known only when they are collated: the length is that without sharing."""
-    lengths, widths = [], []
-    for table in _tables(rows):
-        chosen, rejected = _lengths(table, "chosen_ids"), _lengths(table, "rejected_ids")
-        lengths.append(chosen + rejected)
-        widths.append(2 * np.maximum(chosen, rejected))
-    return Sizes(np.concatenate(lengths), np.concatenate(widths), np.ones(len(rows), dtype=np.int64))
+def scored_sizes(rows: Any) -> Sizes:
+    """rows: a datasets.Dataset with prompt_ids, completion_ids. A row weighs 1."""
+    lengths = np.concatenate(
+        [_lengths(table, "prompt_ids") + _lengths(table, "completion_ids") for table in _tables(rows)]
+    )
+    return Sizes(lengths, lengths, np.ones(len(rows), dtype=np.int64))
 
 
 def column_lengths(rows: Any, column: str) -> np.ndarray:

@@ -20,11 +20,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from alignment.training.attention import NotPackable
 from alignment.training.head import score_tokens
 from alignment.training.last_layer import narrow
 from alignment.training.metrics import UNUSED
 from alignment.training.packing import Pack
+from alignment.training.sequence import size, whole
 
+VALUE_HEAD = "value_head"  # a module of a model in training that estimates what is still to come (training/ppo.py)
 MOST_SHAPES = 64  # of packs that are compiled for; those beyond run uncompiled
 
 
@@ -60,7 +63,14 @@ def _hidden(model: Any, pack: Pack) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def _score(model: Any, pack: Pack, measure: bool, squares: bool) -> FusedCausalLMOutput:
+@dataclass
+class Valued(FusedCausalLMOutput):
+    """state_values: [rows, width - 1], what a value head thinks of the state before each labelled token."""
+
+    state_values: Tensor | None = None
+
+
+def _score(model: Any, pack: Pack, measure: bool, squares: bool) -> Valued:
     """Per-token fields [rows, width - 1] of the padded rows, 0 where nothing is labelled.
 
     measure: entropy and top-1 too, which only metrics want. squares: log of the sum of squared probabilities too.
@@ -78,19 +88,25 @@ def _score(model: Any, pack: Pack, measure: bool, squares: bool) -> FusedCausalL
             measure,
             squares=squares,
         )
-    return FusedCausalLMOutput(
-        loss=-log_probs.sum() / max(len(pack.targets), 1),
-        log_probs=pack.spread(log_probs),
-        entropy=None if entropy is None else pack.spread(entropy),
-        is_top1=None if is_top1 is None else pack.spread(is_top1),
-        log_sum_sq_probs=None if squared is None else pack.spread(squared),
+    spread = whole(pack.spread(log_probs))
+    labelled = whole(pack.spread(torch.ones_like(pack.targets, dtype=torch.bool)))
+    values = getattr(model, VALUE_HEAD)(hidden)[:, 0].float() if hasattr(model, VALUE_HEAD) else None
+    return Valued(
+        loss=-spread.sum() / labelled.sum().clamp(min=1),
+        log_probs=spread,
+        entropy=None if entropy is None else whole(pack.spread(entropy)),
+        is_top1=None if is_top1 is None else whole(pack.spread(is_top1)),
+        log_sum_sq_probs=None if squared is None else whole(pack.spread(squared)),
         mean_logits=UNUSED,  # type: ignore[arg-type] # DPOTrainer wants it for a metric that is not ours
-        label_mask=pack.spread(torch.ones_like(pack.targets, dtype=torch.bool)),
+        state_values=None if values is None else whole(pack.spread(values)),
+        label_mask=labelled,
     )
 
 
 def _classify(model: Any, pack: Pack) -> SequenceClassifierOutputWithPast:
     """logits: [rows, labels], from the hidden state of each row's last token."""
+    if size() > 1:
+        raise NotPackable("a classifier's rows end where one of the sharers alone has their tokens")
     return SequenceClassifierOutputWithPast(logits=model.score(_hidden(model, pack).index_select(0, pack.last)))
 
 

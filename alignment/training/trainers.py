@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
+from alignment.errors import ConfigError
+from alignment.training import sequence
 from alignment.training.attention import PACKED
 from alignment.training.batching import GlobalBatches
 from alignment.training.callbacks import Before, Reporter
+from alignment.training.four_bits import is_in_four_bits
 from alignment.training.health import NonFinite, SpikeAlarm
 from alignment.training.keeper import Keeper
 from alignment.training.metrics import UNUSED, Meter, token_sums
@@ -33,6 +36,8 @@ from alignment.training.shared_prefix import compile_layers, install
 from alignment.training.steps import Steps
 from alignment.training.swapped import labelled_positions_only
 from alignment.training.trial import refusal, trial
+
+KEPT = ("pack", "reference", "targets")  # of a micro-batch: they go to the device, and stay in the precision they have
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,9 @@ class AlignedTrainer(Resumable):
         self._logged_at: float | None = None
         self._steps: Steps | None = None
         super().__init__(model=model, callbacks=[Before(self._start), Reporter(on_step)], **kwargs)
+        if is_in_four_bits(self.model):  # TRL made bf16 of the adapters
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
         self.remove_callback(PrinterCallback)
         self.model.register_forward_hook(self._keep_output)
         install(self._plain_model())
@@ -95,8 +103,11 @@ class AlignedTrainer(Resumable):
         reason = "packing is off" if not self.packing.on else refusal(plain.config, longest)
         if reason is None:
             precision = torch.bfloat16 if self.args.bf16 else torch.float32
-            reason, attention = trial(plain, self.model_wrapped, self.branches, precision, self.args.device)
+            reason, attention = trial(plain, self.model_wrapped, min(self.branches, 2), precision, self.args.device)
         reason = next((one for one in all_gather(reason) if one), None)  # one that cannot, and nobody does
+        if reason is not None and sequence.size() > 1:
+            what = f"packs alone can be shared by processes, and this model's rows are padded: {reason}"
+            raise ConfigError(what, where="engine.sequence_parallel", fix="engine.sequence_parallel=1")
         if reason is not None:
             self.say(f"rows are padded, not packed: {reason}")
             if self.packing.compile:
@@ -128,16 +139,24 @@ class AlignedTrainer(Resumable):
 
     def make_step(self, step: int) -> dict[str, Any]:
         """This process's micro-batches, collated, and the divisor of the step's loss."""
-        micro_batches = [self.collate(rows) for rows in self.batches.micro_batches(step)[self.args.process_index]]
+        micro_batches = [self.collate(rows) for rows in self.batches.micro_batches(step)[self.share]]
         return {"micro_batches": micro_batches, "weight": self.batches.weight(step)}
+
+    @property
+    def share(self) -> int:
+        """Which share of a global batch is this process's; sharers of a sequence have one together."""
+        return self.args.process_index // sequence.size()
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The rows of these numbers as TRL's collator makes them, and their pack where the model can be packed."""
-        rows = self.data_collator([self.train_dataset[number] for number in numbers])
+        return self._packed(self.data_collator([self.train_dataset[number] for number in numbers]))
+
+    def _packed(self, rows: dict[str, Any], branches: int | None = None) -> dict[str, Any]:
+        """With their pack, where the model can be packed. branches: rows of one record, where not as the trainer's."""
         if self.packing.on:
-            labels, bucket = self._labels(rows), BUCKET if self.packing.compile else 1
+            labels, bucket = self._labels(rows), BUCKET if self.packing.compile else sequence.size()
             given = rows["input_ids"], rows["attention_mask"], labels
-            rows["pack"] = pack(*given, self.branches, self.packing.share, bucket)
+            rows["pack"] = sequence.cut(pack(*given, branches or self.branches, self.packing.share, bucket))
         return rows
 
     def _labels(self, rows: dict[str, Any]) -> Tensor:
@@ -146,7 +165,7 @@ class AlignedTrainer(Resumable):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """To the device; Trainer would also round floating-point numbers to the precision of a DeepSpeed engine."""
-        kept = {name: value.to(self.args.device) for name, value in inputs.items() if name in ("pack", "reference")}
+        kept = {name: value.to(self.args.device) for name, value in inputs.items() if name in KEPT}
         rest = {name: value for name, value in inputs.items() if name not in kept}
         return {**super()._prepare_inputs(rest), **kept}
 
@@ -197,13 +216,14 @@ class AlignedTrainer(Resumable):
         with labelled_positions_only():
             loss = self._loss(model, inputs, num_items_in_batch)
         loss = loss * self._scale(inputs, num_items_in_batch)
-        self._step_loss += loss.detach().double()
+        self._step_loss += loss.detach().double() / sequence.size()
         self._micro_losses.append(loss.detach())
         with torch.no_grad():
             attended = inputs["attention_mask"].sum(1)
             computed = inputs["pack"].tokens if "pack" in inputs else inputs["input_ids"].numel()
-            self._meter.add({"input_tokens": attended.sum(), "longest_row": attended.max(), "computed_share": computed})
-            self._meter.add(self._measure(inputs))
+            self._meter.add({"input_tokens": attended.sum(), "longest_row": attended.max()}, sequence.size())
+            self._meter.add({"computed_share": computed})
+            self._meter.add(self._measure(inputs), sequence.size())
         self._output = None
         return self._agree(loss) if self._last else loss
 
@@ -262,7 +282,7 @@ class AlignedTrainer(Resumable):
         sums["num_tokens"] = self._input_tokens
         sums["tokens_per_s"] = sums.pop("input_tokens") / max(now - (self._logged_at or now), 1e-9)
         self._logged_at = now
-        for name in ("rows", "tokens"):
+        for name in ("rows", "tokens", "desirable", "undesirable", "fresh_tokens"):
             sums.pop(name, None)
         super().log({**logs, **sums}, start_time)
         self._row = self.state.log_history[-1]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alignment.training import sequence
 from alignment.training.attention import PACKED, WORDS, Call, NotPackable, Seen, calls_seen
 from alignment.training.packing import IGNORED, Pack, pack
 
@@ -90,7 +91,8 @@ def trial_rows(
     labels = ids.masked_fill((mask == 0) | (ids % 5 == 0), IGNORED)
     labels[:, : unlabelled if scored else None] = IGNORED
     rows = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: value.to(device) for name, value in rows.items()}, pack(ids, mask, labels, branches).to(device)
+    packed = sequence.cut(pack(ids, mask, labels, branches, bucket=sequence.size()))
+    return {name: value.to(device) for name, value in rows.items()}, packed.to(device)
 
 
 @torch.no_grad()

@@ -5,19 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from alignment import cli
+from alignment.config import shape
 from alignment.config.compose import compose
 from alignment.config.paths import CONF
+from alignment.config.stages.reward_model import RewardModel
+from alignment.errors import ConfigError
 
 IMPOSSIBLE = {
     "stage.compare.candidate=dop": "names `dop`, which `verdict` does not compare (did you mean `dpo`?)",
     "stage.compare.baseline=strat": "names `strat`, which `verdict` does not compare (did you mean `start`?)",
     "stage.compare.candidate=start": "`stage.compare.candidate` is the baseline, start (name two of: start, sft, dpo)",
+    "stage.dpo.lora.init=pissa": "must be kaiming, gaussian or orthogonal, got 'pissa' (pissa moves a part of",
+    "stage.dpo.lora.init=pissa_niter_4": "'pissa_niter_4' (pissa_niter_4 moves a part of the weights",
+    "stage.dpo.lora.init=orthogonal stage.dpo.lora.rank=3": "has init orthogonal, which needs an even rank",
+    "stage.sft.lora.target_modules=[q_proj] stage.sft.lora.modules_to_save=[q_proj]": "names q_proj in both",
+    "model.adapter={kind:path,path:mine}": "`model.storage_precision` is bf16, which would round away some of",
+    "stage.sft.lora.quantize=nf4 engine=zero3": "`engine.strategy` zero3, which would cast or cut weights of 4 bits",
+    "stage.dpo.lora.quantize=nf4": "`dpo` would use none of it (leave that stage out: ~pipeline.nodes.reference ~pip",
     "launcher=torchrun engine=single": "`engine.strategy` is single, which is one process, and `launcher` gives",
     "launcher=torchrun launcher.processes=16 engine=zero2": "`stage.sft.global_batch_size` is 8, too few for 16",
     "engine=zero2 engine.offload=all": "`engine.offload` is all, which needs ZeRO-3, and `engine.strategy` is zero2",
     "engine=ddp engine.offload=optimizer": "`engine.offload` is optimizer, which needs ZeRO, and",
+    "engine=zero3 engine.nvme_path=/fast": "`engine.nvme_path` is set, and `engine.offload` is none: no parameters",
+    "engine=zero3 engine.quantized_weights=true": "`engine.quantized_weights` must be false, got True (8 or 4 bits a",
+    "engine=zero3 engine.quantized_gradients=true": "`engine.quantized_gradients` must be false",
+    "engine=zero3 engine.sequence_parallel=2": "`engine.sequence_parallel` is 2, which does not divide `launcher.proc",
+    "launcher=torchrun engine=ddp engine.sequence_parallel=2 engine.compile=true": "and `engine.compile` is true",
     "engine=zero3 engine.compile=true": "`engine.compile` is true, and `engine.strategy` is zero3, which gathers",
     "engine.tokens_per_micro_batch=0": "`engine.tokens_per_micro_batch` must be auto or a whole number above 0, got 0",
     "engine.gradient_checkpointing=atuo": "`engine.gradient_checkpointing` must be auto, true or false, got 'atuo'",
@@ -109,3 +125,39 @@ def test_a_file_that_the_command_line_chooses_is_named_for_its_own_values(
 )
 def test_what_the_pipeline_does_not_use_and_what_is_possible_is_let_through(overrides: str) -> None:
     compose(overrides.split())
+
+
+SCORED = "stage.prepare_preference.task=scored data.preferences.format=scored"
+REWARDS = {
+    "pipeline.nodes.evaluate_all.inputs.model_2=member_1": "names `member_1`, the same model as",
+    "stage.reward_model_2.seed=1001": "names `member_2`, the same model as",
+    f"{SCORED} stage.reward_model.loss=bce stage.reward_model_3.loss=mse": "are trained with different losses",
+    f"{SCORED} stage.reward_model.margin=1.0 stage.reward_model.loss=bce": "`stage.reward_model.margin` is 1.0, wh",
+    "stage.reward_model.loss=bce": "`stage.prepare_preference.task` is preference, and `member_1` trains on rows for s",
+    "pipeline.nodes.evaluate_one.inputs.model=sft": "names `sft`, which makes a model, not a reward model",
+    "objective=[reward]": "`objective` names `reward`, which no evaluation measures",
+    "stage.prepare_preference.splits.heldout=0": "is 0, and `evaluate_one` needs such rows",
+    "stage.reward_model.label_smoothing=0.5": "`stage.reward_model.label_smoothing` should be less than 0.5",
+    "pipeline.nodes.evaluate_one.inputs.data=rows": "`stage.prepare_sft.task` is sft, and `evaluate_one` nee",
+}
+
+
+@pytest.mark.parametrize("overrides", REWARDS)
+def test_reward_models_that_cannot_be_are_refused(overrides: str) -> None:
+    settings = ["pipeline=sft_reward_ensemble", "data=quickstart", "stage.prepare_sft.splits.heldout=1"]
+    with pytest.raises(ConfigError) as caught:
+        compose([*settings, *overrides.split()])
+    assert REWARDS[overrides] in str(caught.value)
+
+
+def test_a_model_is_not_merged_with_itself() -> None:
+    with pytest.raises(ConfigError, match=r"`pipeline.nodes.merged.inputs.other` names `sft`, as"):
+        compose(["pipeline=sft_dpo_merge", "pipeline.nodes.merged.inputs.other=sft"])
+
+
+def test_members_of_an_ensemble_follow_the_first_in_all_that_can_change_a_result_but_the_seed() -> None:
+    file = yaml.safe_load((CONF / "pipeline" / "sft_reward_ensemble.yaml").read_text())["stage"]
+    keys = {name for name, field in RewardModel.model_fields.items() if shape.side(field) == "identity"}
+    for member in ("reward_model_2", "reward_model_3"):
+        followed = {name for name, value in file[member].items() if value == f"${{stage.reward_model.{name}}}"}
+        assert followed | {"seed", "kind"} == keys

@@ -67,7 +67,7 @@ REFUSED = [
     (["stage.dpo.beta=-1"], "command line: `stage.dpo.beta` should be greater than 0, got -1"),
     (["stage.sft.lora.rank=1.5"], "command line: `stage.sft.lora.rank` should be a valid integer, got 1.5"),
     (["stage.sft.global_batch_size=true"], "`stage.sft.global_batch_size` should be a valid integer, got True"),
-    (["stage.dpo.loss=sigmoidal"], "there is no loss `sigmoidal`"),
+    (["stage.dpo.loss=sigmoidal"], "names an unknown loss, got 'sigmoidal' (did you mean `sigmoid`?)"),
     (["engine=zero4"], "command line: no engine is called 'zero4' (did you mean engine=zero3?)"),
     (["engin=zero3"], "command line: unknown key `engin` (did you mean `engine`?)"),
     (

@@ -54,6 +54,7 @@ def model_settings(**changes: Any) -> Model:
     path = {"kind": "path", "path": "unused"}
     values = {
         "source": path,
+        "adapter": None,
         "chat_template": "keep",
         "eos_token": None,
         "pad_token": None,

@@ -187,7 +187,7 @@ def test_a_full_disk_is_an_error(index: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     code = (
-        "import sys\nfrom alignment.config.schema import PackageSource\nfrom alignment.data.fetch import fetch\n"
+        "import sys\nfrom alignment.config.sources import PackageSource\nfrom alignment.data.fetch import fetch\n"
         "from alignment.errors import MachineError\n"
         "try:\n fetch(PackageSource.model_validate_json(sys.argv[1]))\n"
         "except MachineError as error:\n print(error)"
@@ -248,7 +248,7 @@ def server(index: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_two_processes_that_want_the_same_fetch_it_once(server: Server) -> None:
     code = (
-        "import sys\nfrom alignment.config.schema import PackageSource\nfrom alignment.data.fetch import fetch\n"
+        "import sys\nfrom alignment.config.sources import PackageSource\nfrom alignment.data.fetch import fetch\n"
         "print(fetch(PackageSource.model_validate_json(sys.argv[1])).read_text())"
     )
     wanted = source(server.wheel, "gift/data/rows.json").model_dump_json()
@@ -279,7 +279,7 @@ def test_a_hub_model_comes_from_the_hub_cache_without_network(tmp_path: Path) ->
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     code = (
-        "import sys\nfrom alignment.config.schema import HubSource\nfrom alignment.data.fetch import fetch\n"
+        "import sys\nfrom alignment.config.sources import HubSource\nfrom alignment.data.fetch import fetch\n"
         "print(fetch(HubSource.model_validate_json(sys.argv[1])))"
     )
     done = subprocess.run(

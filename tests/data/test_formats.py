@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from alignment.data.formats import canonical, detect
+from alignment.data.formats import canonical, detect, margin
 from alignment.data.sources import Row
 from alignment.errors import InputError
 
@@ -116,3 +116,29 @@ def test_a_malformed_row_is_an_error_with_file_and_line(case: str) -> None:
 def test_unknown_keys_name_the_formats_that_exist() -> None:
     with pytest.raises(InputError, match=r"no known format has the keys text, label.*alpaca: instruction, output"):
         detect(row(text="x", label=1))
+
+
+def test_answers_with_a_score_are_found_where_they_are_wanted() -> None:
+    given = row(prompt="q", completion="a", score=3, system="s")
+    assert detect(given) == "prompt_completion", "as ever, for other tasks"
+    assert detect(given, ("scored",)) == "scored"
+    assert canonical(given, "scored") == {"prompt": [system("s"), user("q")], "completion": [assistant("a")]}
+
+
+@pytest.mark.parametrize("score", [None, "3", True, float("nan")])
+def test_a_score_that_is_no_number_names_its_row(score: Any) -> None:
+    with pytest.raises(InputError, match=r"'score' must be a finite number, is .*"):
+        canonical(row(prompt="q", completion="a", score=score), "scored")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"margin": 2, "chosen_reward": 5.0, "rejected_reward": 1.0}, 2.0),
+        ({"chosen_reward": 5.0, "rejected_reward": 1.5}, 3.5),
+        ({"chosen_reward": 5.0}, None),
+        ({"margin": "large"}, None),
+    ],
+)
+def test_the_margin_of_a_pair(given: dict[str, Any], wanted: float | None) -> None:
+    assert margin(row(**PAIR, **given)) == wanted

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from alignment.config.stages.preparing import Prepare, Splits
@@ -11,6 +13,7 @@ from alignment.data.checks import opening
 from alignment.data.preparation import Prepared, prepare
 from alignment.data.sources import Row
 from alignment.errors import InputError
+from alignment.files import read_json, read_jsonl
 
 from .conftest import assistant, make_tokenizer, user
 
@@ -184,3 +187,31 @@ def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.M
     values[80] = {"prompt": None, "completion": "a"}
     with pytest.raises(InputError, match=r"rows.jsonl:51: "):
         run(chat, values)
+
+
+def scored(question: str, answer: str, score: float) -> dict[str, Any]:
+    return {**qa(question, answer), "score": score}
+
+
+def test_answers_with_a_score_keep_it_and_a_prompt_may_have_several(chat: Chat, tmp_path: Path) -> None:
+    values = [scored("q", "a", 0.5), scored("q", "b", 1), scored("q", "b", 0), scored("r", "a" * 40, 1)]
+    made = run(chat, values, task="scored")
+    assert made.tally.counts == {"duplicate answer": 1, "longer than max_length": 1}
+    preparation.write(made, tmp_path, "here", chat)
+    train = datasets.load_from_disk(str(tmp_path / "train"))
+    assert train.column_names == ["prompt_ids", "completion_ids", "score"]
+    told = {(row["completion"][0]["content"], row["score"]) for row in read_jsonl(tmp_path / "train.jsonl")}
+    assert told == {("a", 0.5), ("b", 1.0)}
+    answers = [chat.tokenizer.decode(row["completion_ids"]) for row in train]
+    assert sorted(zip(answers, train["score"][:], strict=True)) == [("a<eos>", 0.5), ("b<eos>", 1.0)]
+
+
+def test_margins_of_pairs_are_kept_where_all_have_one_and_counted_where_not(chat: Chat, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b", "margin": i} for i in range(4)]
+    for name, rows, used in (("all", pairs, True), ("some", [{**pairs[0], "margin": None}, *pairs[1:]], False)):
+        made = run(chat, rows, task="preference", heldout=1)
+        preparation.write(made, tmp_path / name, "here", chat)
+        for part in ("train", "heldout"):
+            columns = datasets.load_from_disk(str(tmp_path / name / part)).column_names
+            assert columns == ["prompt_ids", "chosen_ids", "rejected_ids", *(["margin"] if used else [])]
+        assert read_json(tmp_path / name / "data_report.json")["margins"] == {"rows": 4 if used else 3, "used": used}

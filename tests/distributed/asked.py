@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignment.training import ranks, trainers
+from alignment.training import preference, ranks, trainers
 from alignment.training.keeper import Keeper
 
 
@@ -78,7 +78,7 @@ def generators() -> list[str]:
 
 def noise(monkeypatch: Any) -> None:
     """Losses are multiplied by random numbers of all three generators; the next rank draws once more."""
-    for kind in (trainers.SFT, trainers._Pairs):
+    for kind in (trainers.SFT, preference.Pairs):
         monkeypatch.setattr(kind, "_scale", _noisy(kind._scale))
 
 

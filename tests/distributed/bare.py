@@ -1,4 +1,4 @@
-"""Trainings that no stage does, run as one: a reward model, and rows without labels, which stages refuse."""
+"""Trainings that no stage does, run as one: rows without labels, which stages refuse."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from datasets import Dataset
 from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.model import load
-from tests.training import models, tiny, trainers
+from tests.training import tiny, trainers
 
-KINDS = ("reward", "unlabelled")
+KINDS = ("unlabelled",)
 STEPS = 6  # of 6 of 40 rows: no row is seen twice
 
 
@@ -20,9 +20,8 @@ def run(kind: str, context: StageContext) -> dict[str, Any]:
     setup, start = context.experiment.engine, context.inputs["model"] / "model"
     engine.start(setup, context.world_size)
     trainer = trainers.ours(
-        "reward" if kind == "reward" else "sft", models.make_classifier() if kind == "reward" else load(start),
-        context.folder, start, STEPS, setup.tokens_per_micro_batch, world_size=context.world_size,
-        rows=unlabelled_rows() if kind == "unlabelled" else None,
+        "sft", load(start), context.folder, start, STEPS, setup.tokens_per_micro_batch, world_size=context.world_size,
+        rows=unlabelled_rows(),
     )  # fmt: skip
     if context.is_main:
         trainer.model.save_pretrained(context.folder / "start" / "model")

@@ -13,7 +13,7 @@ from torch.multiprocessing import start_processes
 from tests.conftest import write_tiny_model
 from tests.distributed import run_stages
 from tests.forks import free_port
-from tests.training import models, tiny
+from tests.training import models, online, tiny
 from tests.training.test_trial import UNPACKABLE
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
@@ -39,16 +39,20 @@ def launch(folder: Path, world_size: int, plan: list[dict[str, Any]]) -> None:
 
 
 def write_plan(folder: Path, plan: list[dict[str, Any]]) -> None:
-    for kind in ("sft", "dpo"):
+    for kind in ("sft", "dpo", "reward_model"):
         tiny.write_inputs(folder, kind)
+    online.write_inputs(folder)
     write_starts(folder)
     (folder / "plan.json").write_text(json.dumps(plan))
 
 
 def write_starts(folder: Path) -> None:
-    """Start models beside the usual one: "sinks", and "small", whose parameters no number of ranks divides."""
+    """Start models beside the usual one: "sinks"; "small", whose parameters no number of ranks divides; and "untied",
+    whose head has weights of its own."""
     small = {**models.SMALL, "hidden_size": 10, "intermediate_size": 13, "head_dim": 2}  # q_norm and k_norm have 2
-    for name, (architecture, settings) in {"sinks": UNPACKABLE["gpt_oss"][:2], "small": ("qwen3", small)}.items():
+    untied = "llama", {**models.SMALL, "tie_word_embeddings": False}
+    starts = {"sinks": UNPACKABLE["gpt_oss"][:2], "small": ("qwen3", small), "untied": untied}
+    for name, (architecture, settings) in starts.items():
         if not (folder / name).exists():
             write_tiny_model(folder / name / "model")
             models.make(architecture, settings, scale=2.0).save_pretrained(folder / name / "model")

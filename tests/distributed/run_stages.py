@@ -1,12 +1,13 @@
 """Stages that train, one after the other in one process group: python -m tests.distributed.run_stages <folder>.
 
 folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>. engine
-may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results. A case may
-have "stops": attempts that are asked to stop, on the last rank, at so many steps from their beginning; all but a last
-null end before the stage does; {"lose": steps} instead breaks an attempt off on all ranks. "saving" are settings of its
-checkpoints; its "behind": see tests.distributed.asked, as for "noise". "poison": arguments of tests.training.poison.
-"no_room": {"rank", "steps"}: there the part of these checkpoints is refused by the kernel. "fails": the stage raises;
-what each rank was told is in error-<rank>.txt. "shared": the folder of what the case shares with others.
+may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results; "lora": see
+tests.training.tiny.adapters. A case may have "stops": attempts that are asked to stop, on the last rank, at so many
+steps from their beginning; all but a last null end before the stage does; {"lose": steps} instead breaks an attempt off
+on all ranks. "saving" are settings of its checkpoints; its "behind": see tests.distributed.asked, as for "noise".
+"poison": arguments of tests.training.poison. "no_room": {"rank", "steps"}: there the part of these checkpoints is
+refused by the kernel. "fails": the stage raises; what each rank was told is in error-<rank>.txt. "shared": the folder
+of what the case shares with others.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed import distributed_c10d
 
+import alignment.stages.online as online_stage
 import alignment.stages.train as train
 import alignment.training.trainers as trainers
 from alignment.errors import AlignmentError, PreemptedError
@@ -33,7 +35,7 @@ from alignment.training import ranks, tensors
 from alignment.training.trainers import Packing
 from tests.distributed import asked, bare
 from tests.forks import rank_environment, say_into
-from tests.training import poison, tiny
+from tests.training import online, poison, tiny
 
 
 def work(rank: int, folder: Path, world_size: int, port: int) -> None:
@@ -48,14 +50,17 @@ def main(folder: Path) -> None:
     gc.freeze()  # as alignment.imports.kept
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     train.consolidate, trainers.trial = observed(train.consolidate), watched(trainers.trial)
+    online_stage.judge_of = lambda context: online.letters()
     for case in json.loads((folder / "plan.json").read_text()):
-        lora = tiny.LORA if case["settings"].pop("lora", False) else None
+        lora = tiny.adapters(case["settings"].pop("lora", False))
         start = case["settings"].pop("start", "start")
         kind, padded = case["kind"], case["engine"].pop("padded", False)
         adapters = {} if kind == "reference" else {"lora": lora}
-        settings = getattr(tiny, "sft" if kind in bare.KINDS else kind)(**adapters, **case["settings"])
+        made = online if kind in online.KINDS else tiny
+        settings = getattr(made, "sft" if kind in bare.KINDS else kind)(**adapters, **case["settings"])
         setup = tiny.engine(case["strategy"], **case["engine"])
-        inputs = {"model": folder / start, "data": folder / ("dpo" if kind == "reference" else kind)}
+        data = {"reference": "dpo", **dict.fromkeys(online.KINDS, "prompts")}.get(kind, kind)
+        inputs = {"model": folder / start, "data": folder / data}
         train.Packing = partial(Packing, on=not padded)
         saving = dict(case.get("saving", {}))
         behind = saving.pop("behind", 0)

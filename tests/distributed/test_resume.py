@@ -32,6 +32,7 @@ def bits(folder: Path) -> tuple[Any, bytes]:
     return rows, (folder / "model" / "model.safetensors").read_bytes()
 
 
+DORA = {"dora": True, "modules_to_save": ["norm"]}  # magnitudes, and a whole module beside them, are trained too
 # Of kinds of stages: both, if nothing is said.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{strategy: {"strategy": strategy} for strategy in STRATEGIES},
@@ -40,6 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero3_lora": {"strategy": "zero3", "settings": {"lora": True}},
     "zero2_lora": {"strategy": "zero2", "settings": {"lora": True}, "kinds": ["sft"]},
     "ddp_lora": {"strategy": "ddp", "settings": {"lora": True}, "kinds": ["dpo"]},
+    "zero3_dora": {"strategy": "zero3", "settings": {"lora": DORA}, "kinds": ["dpo"]},
+    "zero2_dora": {"strategy": "zero2", "settings": {"lora": DORA}, "kinds": ["sft"]},
+    "zero3_sequence": {"strategy": "zero3", "engine": {"sequence_parallel": 2}, "kinds": ["dpo"]},
     "zero2_offload": {"strategy": "zero2", "engine": {"offload": "optimizer"}},
     "zero3_offload": {"strategy": "zero3", "engine": {"offload": "optimizer"}, "kinds": ["sft"]},
     "zero3_offload_all": {"strategy": "zero3", "engine": {"offload": "all"}, "kinds": ["dpo"]},

@@ -109,7 +109,10 @@ def perturbed(experiment: Experiment, path: tuple[Any, ...], values: list[Any]) 
 BASE = compose(["experiment=quickstart"])
 NODES = graph.build(BASE)
 # Left out: the graph itself, which changes keys by wiring, and keys that have one value only.
-ONE_VALUE = ("kind", "dropout"), [("reward", "terms", "sentiment", "source")]
+ONE_VALUE = (
+    ("kind", "dropout", "quantized_weights", "quantized_gradients"),
+    [("reward", "terms", "sentiment", "source")],
+)
 LEAVES = [
     leaf
     for leaf in leaves(BASE)

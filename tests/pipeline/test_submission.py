@@ -169,7 +169,7 @@ def test_alike_stages_are_an_array_of_which_few_run_at_a_time(composed: Any) -> 
     runs = [composed(f"stage.dpo.beta={beta}", "launcher.max_parallel=2") for beta in (0.1, 0.2, 0.3)]
     told = scripts(*runs)
     assert (told["dpo"]["array"], told["evaluate_dpo"]["array"], told["sft"].get("array")) == ("0-2%2", "0-2%2", None)
-    assert told["evaluate_dpo"]["dependency"] == "aftercorr:<007-dpo>"
+    assert told["evaluate_dpo"]["dependency"] == "aftercorr:<008-dpo>"
     assert '"${SLURM_ARRAY_TASK_ID:-0}"' in str(told["dpo"]["text"])
 
 

@@ -32,6 +32,6 @@ def test_two_nodes_train_as_one_process_does(slurm_network: Cluster, tiny_settin
         assert attempt["job"]["restarts"] == 0 and len(attempt["job"]["nodes"].split(",")) == 1
     assert there.record("evaluate_dpo")["metrics"] == pytest.approx(here.record("evaluate_dpo")["metrics"], abs=1e-4)
     there.until((there.store / "runs" / run / "report.html").is_file, "the last job writes it")
-    assert "10 stages: 10 in the store" in there.run(*ON_SLURM, "engine=zero2", "launcher.nodes=2")
+    assert "11 stages: 11 in the store" in there.run(*ON_SLURM, "engine=zero2", "launcher.nodes=2")
     assert slurm_network.run("squeue", "--noheader").stdout == ""
     assert weights(there.result("dpo")) != weights(there.result("sft"))

@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, MachineError
 from alignment.training import engine
 from tests.training import tiny
 
@@ -33,6 +34,11 @@ def test_a_lock_without_a_living_holder_is_removed_and_a_held_one_stays(tmp_path
 def test_single_with_two_processes_is_an_error() -> None:
     with pytest.raises(ConfigError, match="runs one process, the launcher started 2"):
         engine.start(tiny.engine("single"), world_size=2)
+
+
+def test_sharers_of_sequences_divide_the_processes() -> None:
+    with pytest.raises(ConfigError, match="3 processes cannot share sequences 2 by 2"):
+        engine.start(tiny.engine("ddp", sequence_parallel=2), world_size=3)
 
 
 @pytest.mark.parametrize(("strategy", "stage"), [("zero1", 1), ("zero2", 2), ("zero3", 3)])
@@ -65,6 +71,40 @@ def test_parameters_can_be_offloaded_under_zero3_only() -> None:
     config = engine.deepspeed_config(tiny.engine("zero3", offload="all"), tiny.sft(), on_gpu=False)
     assert config is not None and {"offload_optimizer", "offload_param"} <= set(config["zero_optimization"])
     assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_parameters_on_a_disk_leave_the_optimiser_in_memory() -> None:
+    """Checkpoints read its state in place."""
+    setup = tiny.engine("zero3", offload="all", nvme_path="/fast")
+    config = engine.deepspeed_config(setup, tiny.sft(), on_gpu=False)
+    assert config is not None
+    zero = config["zero_optimization"]
+    assert (zero["offload_param"]["device"], zero["offload_param"]["nvme_path"]) == ("nvme", "/fast")
+    assert zero["offload_optimizer"]["device"] == "cpu"
+
+
+def no_compiler(self: Any, verbose: bool) -> None:
+    raise RuntimeError("Ninja is required to load C++ extensions\nand more")
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"is_compatible": lambda self, verbose: False}, "engine.nvme_path: .* lacks libaio here .*libaio-dev"),
+        ({"is_compatible": lambda self, verbose: True, "load": no_compiler}, "Ninja is required to load C.. ext"),
+    ],
+)
+def test_a_disk_without_deepspeeds_operator_is_refused_in_one_line(
+    parts: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    for name, part in parts.items():
+        monkeypatch.setattr(AsyncIOBuilder, name, part)
+    with pytest.raises(MachineError, match=said) as caught:
+        engine.require_aio(tmp_path / "fast")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "fast").exists()
 
 
 def test_trainers_own_reporting_and_cutting_are_off(tmp_path: Path) -> None:

@@ -376,9 +376,10 @@ def test_a_reference_pass_takes_less_than_a_step(
 @pytest.mark.parametrize(
     "targets", ["all-linear", ["q_proj", "v_proj"], ["gate_proj", "down_proj", "k_proj", "o_proj"]]
 )
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("family", [llama, qwen2])
-def test_adapters_are_as_large_as_pefts(family: Any, targets: Any) -> None:
-    assert adapter_parameters(family(1), 3, targets) == trainable(family(1), targets)
+def test_adapters_are_as_large_as_pefts(family: Any, dora: bool, targets: Any) -> None:
+    assert adapter_parameters(family(1), 3, targets, dora) == trainable(family(1), targets, dora)
 
 
 def test_adapters_on_layers_of_other_names_are_not_larger_than_all() -> None:
@@ -387,10 +388,11 @@ def test_adapters_on_layers_of_other_names_are_not_larger_than_all() -> None:
         assert trainable(gpt2(1), targets) <= adapter_parameters(gpt2(1), 3, targets)
 
 
-def trainable(config: Any, targets: Any) -> int:
+def trainable(config: Any, targets: Any, dora: bool = False) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    adapted = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=3, target_modules=targets))
+    how = LoraConfig(task_type=TaskType.CAUSAL_LM, r=3, target_modules=targets, use_dora=dora)
+    adapted = get_peft_model(model, how)
     return int(adapted.get_nb_trainable_parameters()[0])
 
 

@@ -61,7 +61,7 @@ def test_the_longest_row_decides_about_rotary_frequencies(kind: str, tmp_path: P
     rows = {
         "sft": lambda row: [row["input_ids"]],
         "dpo": lambda row: [row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")],
-        "reward": lambda row: [row["chosen_ids"], row["rejected_ids"]],
+        "reward": lambda row: [row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")],
     }[kind]
     longest = max(len(one) for row in trainers.ROWS[kind]() for one in rows(row))
     architecture, settings, _ = ROTARY["dynamic"]

@@ -13,7 +13,7 @@ import alignment.stages.dpo as dpo_stage
 import alignment.stages.reference as reference_stage
 from alignment.errors import InputError, PreemptedError
 from alignment.stages.context import StageContext
-from alignment.training.preference import DPO
+from alignment.training.preference import Referenced
 from alignment.training.scoring import Scorer
 from tests.training import tiny
 
@@ -104,8 +104,8 @@ def test_one_that_is_asked_to_stop_keeps_what_it_has_and_goes_on_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("alignment.training.reference_pass.BLOCK", 8)
-    real, scored = DPO.score, []
-    monkeypatch.setattr(DPO, "score", lambda trainer, given: scored.extend(given) or real(trainer, given))
+    real, scored = Referenced.score, []
+    monkeypatch.setattr(Referenced, "score", lambda trainer, given: scored.extend(given) or real(trainer, given))
     made = context(tmp_path, "before", tiny.reference(), "")
     told, shown = made.progress, []
 

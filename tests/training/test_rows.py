@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from alignment.training.rows import Sizes, pair_sizes, sft_sizes, whole_pair_sizes
+from alignment.training.rows import Sizes, pair_sizes, scored_sizes, sft_sizes
 
 
 def of(sizes: Sizes) -> tuple[list[int], list[int], list[int]]:
@@ -31,6 +31,6 @@ def test_pairs_have_their_prompt_once_or_padded_both_sides_as_long_as_the_longer
     assert of(pair_sizes(rows)) == ([9, 4], [14, 6], [1, 1])
 
 
-def test_whole_pairs_have_their_prompt_in_both_sides() -> None:
-    rows = Dataset.from_list([{"chosen_ids": [1, 2, 4, 5], "rejected_ids": [1, 2, 6]}])
-    assert of(whole_pair_sizes(rows)) == ([7], [8], [1])
+def test_answers_with_a_score_weigh_one() -> None:
+    rows = Dataset.from_list([{"prompt_ids": [1, 2], "completion_ids": [4, 5, 6], "score": 0.5}])
+    assert of(scored_sizes(rows)) == ([5], [5], [1])

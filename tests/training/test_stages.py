@@ -19,6 +19,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alignment.stages.dpo as dpo_stage
+import alignment.stages.kto as kto_stage
 import alignment.stages.sft as sft_stage
 from alignment.errors import AlignmentError, ConfigError, InputError, MachineError, TrainingError
 from alignment.training import engine
@@ -28,7 +29,7 @@ from alignment.training.steps import Steps
 from alignment.training.trainers import AlignedTrainer
 from tests.training import tiny
 
-STAGES = {"sft": sft_stage, "dpo": dpo_stage}
+STAGES = {"sft": sft_stage, "dpo": dpo_stage, "kto": kto_stage}
 
 
 def run(folder: Path, settings: Any, setup: Any = None, inputs: dict[str, Path] | None = None) -> dict[str, Any]:
@@ -146,7 +147,14 @@ def test_a_disk_without_room_for_the_model_is_said_before_training(
 
 @pytest.mark.parametrize(
     "settings",
-    [tiny.sft(), tiny.dpo(), tiny.dpo(loss="beta_dpo"), tiny.dpo(loss="aot_unpaired"), tiny.dpo(loss="simpo")],
+    [
+        tiny.sft(),
+        tiny.dpo(),
+        tiny.dpo(loss="beta_dpo"),
+        tiny.dpo(loss="aot_unpaired"),
+        tiny.dpo(loss="simpo"),
+        tiny.kto(),
+    ],
     ids=lambda settings: getattr(settings, "loss", "sft"),
 )
 def test_the_token_budget_does_not_change_the_result(settings: Any, tmp_path: Path) -> None:

@@ -188,8 +188,8 @@ def test_what_a_wrong_mask_gives_is_beyond_the_cap(name: str, branches: int, mon
     """Every token sees all tokens before it in the pack; the model's own rounding is made out to be as large."""
     from alignment.training.packing import Segment, pack
 
-    def leaking(*given: Any) -> Any:
-        made = pack(*given)
+    def leaking(*given: Any, **how: Any) -> Any:
+        made = pack(*given, **how)
         made.layout.segments[:] = [Segment(0, made.tokens, 0, 0)]
         return made
 

@@ -10,13 +10,29 @@ import numpy as np
 from alignment.config.execution import Checkpoint, Engine
 from alignment.config.launchers import LocalLauncher
 from alignment.config.schema import Experiment
-from alignment.config.stages.preference import Dpo
+from alignment.config.stages.preference import Dpo, Kto
+from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Lora, Reference, Sft
 from alignment.stages.context import StageContext
 from tests.conftest import write_tiny_model
 
 EOS, VOCABULARY = 1, 260
-LORA = Lora(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+
+
+def lora(**changes: Any) -> Lora:
+    plain = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+    variant = {"rslora": False, "dora": False, "init": "kaiming", "modules_to_save": [], "quantize": None}
+    return Lora(**{**plain, **variant, **changes})
+
+
+LORA = lora()
+
+
+def adapters(told: bool | dict[str, Any]) -> Lora | None:
+    """None, LORA, or LORA with these changes."""
+    return lora(**told) if isinstance(told, dict) else LORA if told else None
+
+
 COMMON: dict[str, Any] = {
     "global_batch_size": 6, "epochs": 1.0, "max_steps": 10, "learning_rate": 1e-3, "schedule": "cosine",
     "warmup_ratio": 0.1, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
@@ -40,6 +56,16 @@ def dpo(**changes: Any) -> Dpo:
     return Dpo(**{**COMMON, "kind": "dpo", **LOSS, **changes})
 
 
+def kto(**changes: Any) -> Kto:
+    own = {"loss": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+    return Kto(**{**COMMON, "kind": "kto", **own, **changes})
+
+
+def reward_model(**changes: Any) -> RewardModel:
+    own = {"kind": "reward_model", "loss": "bradley_terry", "margin": 0.0, "centring": 0.0, "label_smoothing": 0.0}
+    return RewardModel(**{**COMMON, **own, **changes})
+
+
 def reference(**changes: Any) -> Reference:
     """For the settings of dpo()."""
     common = {name: COMMON[name] for name in ("precision", "global_batch_size", "epochs", "max_steps", "seed")}
@@ -50,7 +76,8 @@ def engine(strategy: str = "single", **changes: Any) -> Engine:
     return Engine(
         **{
             "strategy": strategy, "tokens_per_micro_batch": 120, "gradient_checkpointing": False, "compile": False,
-            "offload": "none", "param_persistence_threshold": 0, "hpz": 1, "threads": 1,
+            "offload": "none", "nvme_path": None, "param_persistence_threshold": 0, "hpz": 1,
+            "quantized_weights": False, "quantized_gradients": False, "sequence_parallel": 1, "threads": 1,
             "adapt": False, "watchdog_s": 600.0, **changes,
         }
     )  # fmt: skip
@@ -91,13 +118,32 @@ def pair_rows(count: int = 40) -> list[dict[str, list[int]]]:
     ]
 
 
+def unpaired_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Every third answer is not wanted; the mismatched one is that of the next row."""
+    rows = pair_rows(count)
+    return [
+        {
+            "prompt_ids": row["prompt_ids"], "completion_ids": row["chosen_ids"], "label": number % 3 != 0,
+            "mismatched_ids": rows[(number + 1) % count]["chosen_ids"],
+        }
+        for number, row in enumerate(rows)
+    ]  # fmt: skip
+
+
+def scored_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Pairs beside an answer with a score: whatever a reward model may be trained on."""
+    random = np.random.default_rng(4)
+    scored = [{"completion_ids": [*tokens(random, 2, 25), EOS], "score": float(random.uniform())} for _ in range(count)]
+    return [{**pair, **answer} for pair, answer in zip(pair_rows(count), scored, strict=True)]
+
+
 def write_inputs(folder: Path, kind: str, count: int = 40) -> dict[str, Path]:
     """The results of the two parents of a stage that trains."""
     from datasets import Dataset
 
     if not (folder / "start" / "model").exists():
         write_tiny_model(folder / "start" / "model")
-    rows = sft_rows(count) if kind == "sft" else pair_rows(count)
+    rows = {"sft": sft_rows, "kto": unpaired_rows, "reward_model": scored_rows}.get(kind, pair_rows)(count)
     if (folder / kind / "train").exists():
         return {"model": folder / "start", "data": folder / kind}
     Dataset.from_list(rows).save_to_disk(folder / kind / "train")

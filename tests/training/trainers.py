@@ -17,7 +17,7 @@ from alignment.training.objective import Objective
 from alignment.training.preference import DPO
 from alignment.training.reference_pass import References
 from alignment.training.reward_model import Reward
-from alignment.training.rows import pair_sizes, sft_sizes, whole_pair_sizes
+from alignment.training.rows import pair_sizes, sft_sizes
 from alignment.training.trainers import SFT, Packing
 from tests.training import tiny
 from tests.training.test_stages import Sequential, StockDPO, StockSFT
@@ -31,12 +31,10 @@ class StockReward(Sequential, trl.RewardTrainer):
 ROWS = {
     "sft": lambda: tiny.sft_rows(),
     "dpo": lambda: tiny.pair_rows(),
-    "reward": lambda: [
-        {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in tiny.pair_rows()
-    ],
+    "reward": lambda: tiny.pair_rows(),
 }
 PACKED = Packing()
-SIZES = {"sft": sft_sizes, "dpo": pair_sizes, "reward": whole_pair_sizes}
+SIZES = {"sft": sft_sizes, "dpo": pair_sizes, "reward": pair_sizes}
 
 
 def configuration(kind: str, steps: int, folder: Path, **changes: Any) -> Any:
@@ -82,6 +80,8 @@ def stock(kind: str, model: Any, folder: Path, tokenizer: Path, steps: int = 20)
     rows = Dataset.from_list(ROWS[kind]())
     batches = batches_of(kind, rows, steps, budget=120)
     rows = rows.select([row for step in range(steps) for row in batches.rows(step)])
+    if kind == "reward":
+        rows = Dataset.from_list([with_prompts(row) for row in rows])
     args = configuration(kind, steps, folder, per_device_train_batch_size=batches.global_batch_size)
     common = {
         "model": copy.deepcopy(model), "train_dataset": rows, "args": args,
@@ -90,6 +90,13 @@ def stock(kind: str, model: Any, folder: Path, tokenizer: Path, steps: int = 20)
     if kind != "dpo":
         return {"sft": StockSFT, "reward": StockReward}[kind](**common)
     return StockDPO(ref_model=copy.deepcopy(model), **common)
+
+
+def with_prompts(row: dict[str, Any]) -> dict[str, Any]:
+    """As TRL's reward trainer wants pairs: each answer with its prompt before it."""
+    sides = ("chosen_ids", "rejected_ids")
+    rest = {name: value for name, value in row.items() if name not in ("prompt_ids", *sides)}
+    return {**rest, **{side: row["prompt_ids"] + row[side] for side in sides}}
 
 
 def losses(trainer: Any) -> list[float]:

@@ -13,6 +13,10 @@ from alignment.config.settings import identity
 from alignment.config.stages.training import Train
 
 
+def _fault(what: str, fix: str) -> PydanticCustomError:
+    return PydanticCustomError("loss", what, {"fix": fix})
+
+
 class Referenced(Train):
     """Compares the policy with its reference: the start model of the stage."""
 
@@ -45,19 +49,16 @@ class Dpo(Referenced):
     def _known(cls, value: object) -> object:
         """A name, or names with weights above 0."""
         if isinstance(value, dict) and not value:
-            raise PydanticCustomError("loss", "names no loss", {"fix": f"one of: {', '.join(PAIR_LOSSES)}"})
+            raise _fault("names no loss", f"one of: {', '.join(PAIR_LOSSES)}")
         for name in value if isinstance(value, dict) else [value]:
             if name == "ipo":
-                fix = "ipo_mean (log-ratios a token, as TRL) or ipo_sum (summed, as the paper writes it)"
-                raise PydanticCustomError("loss", "ipo has two readings", {"fix": fix})
+                fix = "ipo_mean: log-ratios a token, as TRL; ipo_sum: summed, as the paper writes it"
+                raise _fault("names a loss with two readings", fix)
             if name not in PAIR_LOSSES:
-                fix = closest(str(name), PAIR_LOSSES)
-                raise PydanticCustomError("loss", "there is no loss `{name}`", {"name": str(name), "fix": fix})
-        for name, weight in value.items() if isinstance(value, dict) else ():
-            if isinstance(weight, int | float) and weight <= 0:
-                raise PydanticCustomError(
-                    "loss", "`{name}` has no weight above 0", {"name": name, "fix": "leave it out"}
-                )
+                raise _fault("names an unknown loss", closest(str(name), PAIR_LOSSES))
+        for weight in value.values() if isinstance(value, dict) else ():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+                raise _fault("has a loss without a weight above 0", "loss={sigmoid: 1.0, nll: 0.5}")
         return value
 
     @property

@@ -7,13 +7,21 @@ from typing import ClassVar, Literal
 from alignment.config.settings import Settings, identity
 from alignment.config.stages.base import Reads, Stage
 
+# What rows of a task are prepared from; pairs are taken apart for unpaired ones.
+FORMATS = {
+    "sft": ("messages", "sharegpt", "alpaca", "prompt_completion"),
+    "preference": ("preference",),
+    "unpaired": ("unpaired", "preference"),
+    "scored": ("scored",),
+}
+
 
 class ImportModel(Stage):
     """Start checkpoint -> a plain Hugging Face folder with the run's chat template."""
 
     makes = "a model"
     groups = ("model",)
-    packages = ("torch", "transformers", "tokenizers", "gguf")
+    packages = ("torch", "transformers", "tokenizers", "gguf", "peft")
     kind: Literal["import_model"] = identity()
 
 
@@ -35,7 +43,7 @@ class Prepare(Stage):
     groups = ("data",)
     packages = ("transformers", "tokenizers", "datasets")
     kind: Literal["prepare"] = identity()
-    task: Literal["sft", "preference"] = identity()
+    task: Literal["sft", "preference", "unpaired", "scored"] = identity()
     dataset: str | None = identity()
     max_length: int = identity(gt=0)
     max_prompt_length: int = identity(gt=0)

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from alignment.config.settings import Settings, execution, identity
 from alignment.config.stages.base import Stage
 
+# Initialisations of PEFT that do not start at the model itself: name -> why not.
+REFUSED_INIT = {
+    "pissa": "moves a part of the weights into the adapter: with it off the model is not the start model",
+    "olora": "moves a part of the weights into the adapter: with it off the model is not the start model",
+    "corda": "moves a part of the weights into the adapter, and looks at other data for it",
+    "lora_ga": "moves a part of the weights into the adapter, and looks at other data for it",
+    "loftq": "puts quantised weights in the place of the start model's",
+    "eva": "looks at other data before it begins",
+    "mica": "trains A alone, which is another method",
+}
+
 
 class Lora(Settings):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A."""
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A.
+
+    rslora: alpha / sqrt(rank) in the place of alpha / rank (Kalajdzievski 2023, arXiv:2312.03732). dora: the length of
+    each row of W + s B A is trained by itself (Liu et al. 2024, arXiv:2402.09353, equation 5). init: of A and B; B A is
+    zero before the first update. modules_to_save: names of modules that are trained whole. quantize: what W is kept
+    as while adapters are trained (QLoRA: Dettmers et al. 2023, arXiv:2305.14314), with its constants quantised too.
+    """
 
     rank: int = identity(gt=0)
     alpha: float = identity(gt=0)
     dropout: float = identity()
     target_modules: str | list[str] = identity()
+    rslora: bool = identity()
+    dora: bool = identity()
+    init: Literal["kaiming", "gaussian", "orthogonal"] = identity()
+    modules_to_save: list[str] = identity()
+    quantize: Literal["nf4"] | None = identity()
 
     @field_validator("dropout")
     @classmethod
@@ -28,6 +50,30 @@ class Lora(Settings):
             raise PydanticCustomError("dropout", "must be 0.0", {"fix": fix})
         return value
 
+    @field_validator("init", mode="before")
+    @classmethod
+    def _starts_at_the_model(cls, value: Any) -> Any:
+        """With its adapter off the model is the reference, and with it on too before the first update."""
+        if why := REFUSED_INIT.get(str(value).split("_niter_")[0]):
+            raise PydanticCustomError("init", "must be kaiming, gaussian or orthogonal", {"fix": f"{value} {why}"})
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.init == "orthogonal" and self.rank % 2:
+            fix = "raise the rank by one, or init=kaiming"
+            raise PydanticCustomError("odd", "has init orthogonal, which needs an even rank", {"fix": fix})
+        named = {self.target_modules} if isinstance(self.target_modules, str) else set(self.target_modules)
+        if both := sorted(named & set(self.modules_to_save)):
+            what = "names {name} in both target_modules and modules_to_save"
+            raise PydanticCustomError("twice", what, {"name": both[0], "fix": "an adapter on it, or all of it"})
+        return self
+
+    def idle(self) -> frozenset[str]:
+        """Variants that are off."""
+        off = {"rslora": False, "dora": False, "init": "kaiming", "modules_to_save": [], "quantize": None}
+        return frozenset(name for name, value in off.items() if getattr(self, name) == value)
+
 
 class Train(Stage):
     """task: of the rows that are trained on."""
@@ -36,7 +82,9 @@ class Train(Stage):
     inputs: ClassVar[dict[str, str]] = {"model": "a model", "data": "rows"}
     task: ClassVar[str]
     distributed = True
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy")
+    packages: ClassVar[tuple[str, ...]] = (
+        "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "numpy", "bitsandbytes",
+    )  # fmt: skip
     global_batch_size: int = identity(gt=0)
     epochs: float = identity(gt=0)
     max_steps: int | None = identity(gt=0)

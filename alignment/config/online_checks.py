@@ -1,0 +1,36 @@
+"""What of the settings of an online stage is impossible together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alignment.config.execution import Engine
+from alignment.config.faults import Fault
+from alignment.config.stages.base import Stage
+from alignment.config.stages.online import Kl, Online
+
+
+def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
+    """key: of the stage's settings."""
+    if not isinstance(settings, Online):
+        return
+    if engine.compile:
+        what = f"`engine.compile` is true, and `{key}` decodes: every token would be another shape to compile for"
+        yield Fault(what, ("engine.compile", key), "engine.compile=false")
+    if engine.hpz > 1:
+        what = f"`engine.hpz` is {engine.hpz}, and `{key}` decodes, which was not tried with it"
+        yield Fault(what, ("engine.hpz", key), "engine.hpz=1")
+    kl = getattr(settings, "kl", None)
+    if isinstance(kl, Kl):
+        yield from _kl(kl, f"{key}.kl")
+
+
+def _kl(kl: Kl, key: str) -> Iterator[Fault]:
+    if kl.target is not None and kl.coefficient == 0:
+        keys = f"{key}.target", f"{key}.coefficient"
+        what = f"`{keys[0]}` is {kl.target:g}, and `{keys[1]}` is 0, which no factor changes"
+        yield Fault(what, keys, "a first coefficient")
+    if kl.place == "loss" and kl.estimator == "k1" and kl.coefficient:
+        keys = f"{key}.estimator", f"{key}.place"
+        what = f"`{keys[0]}` is k1, and `{keys[1]}` is loss: its gradient is 0 in expectation, and only noise"
+        yield Fault(what, keys, f"{keys[0]}=k2 or k3, or {keys[1]}=reward")

@@ -1,0 +1,106 @@
+"""Reward models on held-out rows -> evaluation.json (metrics, calibration), rewards.jsonl (each member's rewards).
+
+Of the rows that were prepared beside those trained on: pairs, or answers with a score. Several models are an ensemble.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import load_from_disk
+
+from alignment.config.stages.reward_model import MEMBERS, EvaluateReward
+from alignment.data.chat import Chat
+from alignment.data.tokens import check_end_of_turn
+from alignment.errors import InputError
+from alignment.evaluation import reward_metrics, reward_scores
+from alignment.files import read_json, write_json, write_jsonl
+from alignment.stages.context import StageContext
+from alignment.stages.parts import Parts, rows_of
+from alignment.stages.reward_model import TOLD
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    settings: EvaluateReward = context.settings
+    data = context.inputs["data"]
+    rows, ids = _heldout(data), [row["id"] for row in rows_of(data, "heldout.jsonl")]
+    members = {role: context.inputs[role] for role in MEMBERS if role in context.inputs}
+    loss = _loss(members)
+    for folder in members.values():
+        _check_same_text(folder / "model", data, rows)
+    sides = ("chosen", "rejected") if "chosen_ids" in rows.column_names else ("completion",)
+    asked = [[*row["prompt_ids"], *row[f"{side}_ids"]] for side in sides for row in rows]
+    parts, found = Parts(context, dict.fromkeys(members, 1.0)), []
+    for role, folder in members.items():
+        gc.collect()  # the one before is out of scope; its memory must be free
+        model = reward_scores.load(folder / "model", settings.precision)
+        found.append(reward_scores.rewards(model, asked, settings.batch_size, parts(role)))
+        del model
+    rewards = np.stack(found).reshape(len(members), len(sides), len(rows))  # [members, sides, rows]
+    lengths = np.array([[len(row[f"{side}_ids"]) for row in rows] for side in sides])
+    told = _measured(rewards, lengths, rows, loss)
+    _publish(context, told, rewards, lengths, sides, ids)
+    return dict(told["metrics"])
+
+
+def _heldout(data: Path) -> Any:
+    folder = data / "heldout"
+    if not folder.is_dir():
+        fix = "give splits.heldout rows; what was prepared before pairs were kept whole is made anew after deleting it"
+        raise InputError("no whole pairs or scored answers are held out", where=str(folder), fix=fix)
+    return load_from_disk(str(folder))
+
+
+def _loss(members: dict[str, Path]) -> str:
+    """What all members were trained with. Raises InputError where they differ: their numbers mean different things."""
+    losses = {role: str(read_json(folder / TOLD)["loss"]) for role, folder in members.items()}
+    if len(set(losses.values())) > 1:
+        said = ", ".join(f"{role} {loss}" for role, loss in losses.items())
+        raise InputError(f"members of an ensemble were trained with different losses: {said}", fix="use one loss")
+    return next(iter(losses.values()))
+
+
+def _check_same_text(model: Path, data: Path, rows: Any) -> None:
+    """The rows are token ids: as this model would render and tokenise them. Raises InputError."""
+    chat = Chat.load(model)
+    if chat.template_sha256 != read_json(data / "data_report.json")["template_sha256"]:
+        what = "the rows were rendered with another chat template than this reward model's"
+        raise InputError(what, where=str(model), fix="prepare them with this model")
+    check_end_of_turn(rows, chat.eos_id)
+
+
+def _measured(rewards: np.ndarray, lengths: np.ndarray, rows: Any, loss: str) -> dict[str, Any]:
+    """{"metrics"}, and of pairs whose margins are log-odds {"calibration"}."""
+    if len(lengths) == 1:
+        scores = np.array(rows["score"][:], dtype=np.float64)
+        return {"metrics": reward_metrics.of_scores(rewards[:, 0], scores, lengths[0], loss)}
+    chosen, rejected = rewards[:, 0], rewards[:, 1]
+    log_odds = loss == "bradley_terry"
+    told: dict[str, Any] = {"metrics": reward_metrics.of_pairs(chosen, rejected, lengths, log_odds)}
+    if log_odds:
+        told["calibration"] = reward_metrics.calibration((chosen - rejected).mean(0))[1]
+    return told
+
+
+def _publish(
+    context: StageContext,
+    told: dict[str, Any],
+    rewards: np.ndarray,
+    lengths: np.ndarray,
+    sides: tuple[str, ...],
+    ids: list[str],
+) -> None:
+    """rewards: [members, sides, rows]."""
+    write_jsonl(
+        context.folder / "rewards.jsonl",
+        (
+            {"id": name, **{side: rewards[:, number, row].tolist() for number, side in enumerate(sides)},
+             "tokens": lengths[:, row].tolist()}
+            for row, name in enumerate(ids)
+        ),
+    )  # fmt: skip
+    write_json(context.folder / "evaluation.json", told)
+    context.log(len(ids), told["metrics"])

@@ -1,0 +1,35 @@
+"""KTO and its like: the parent's model, which is also the reference, on single answers that are wanted or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import trl
+
+from alignment.config.stages.preference import Kto
+from alignment.stages.context import StageContext
+from alignment.stages.reference import references_of
+from alignment.stages.train import train
+from alignment.training.model import load, lora_config
+from alignment.training.rows import pair_sizes
+from alignment.training.unpaired import KTO
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    return train(context, pair_sizes, make_trainer)
+
+
+def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> KTO:
+    """TRL's DPOTrainer is the base: what it does with pairs, KTO does with an answer and a mismatched one."""
+    settings: Kto = context.settings
+    args = trl.DPOConfig(**arguments, disable_dropout=True, precompute_ref_log_probs=True, router_aux_loss_coef=0.0)
+    model = load(start, settings.lora, settings.precision)
+    return KTO(
+        model=model,
+        args=args,
+        peft_config=lora_config(settings.lora, model),
+        settings=settings,
+        references=references_of(context, start),
+        **common,
+    )

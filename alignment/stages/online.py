@@ -1,0 +1,100 @@
+"""What stages that train online have in common: prompts in; answers of the policy, judged, as training asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from trl.trainer.base_config import _BaseConfig
+
+from alignment import generation
+from alignment.config.stages.online import Online
+from alignment.errors import InputError
+from alignment.stages.context import StageContext
+from alignment.stages.parts import judge_of, rows_of
+from alignment.stages.train import train
+from alignment.training.model import load, lora_config
+from alignment.training.rollouts import Answer
+from alignment.training.rows import Sizes
+
+TOGETHER = 16  # answers judged between two signs of life
+Alive = Callable[[int, int], None]
+
+
+def run(context: StageContext, trainer: type) -> dict[str, Any]:
+    settings: Online = context.settings
+
+    def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> Any:
+        arguments = {name: value for name, value in arguments.items() if name != "max_length"}
+        args = _BaseConfig(**arguments)  # before the model: under ZeRO-3 it is sharded while it is read
+        model, tokenizer, rows = load(start), common["processing_class"], common["train_dataset"]
+        kl = getattr(settings, "kl", None)
+        refers = settings.lora is None and (kl is None or kl.coefficient > 0)
+        return trainer(
+            settings=settings,
+            model=model,
+            args=args,
+            peft_config=lora_config(settings.lora, model),
+            reference=load(start) if refers else None,
+            sample=_sampler(settings, tokenizer),
+            judge=_judging(context, tokenizer, rows),
+            tell=lambda what, done, total: context.note(f"{what} {done}/{total}" if total else what, force=False),
+            **common,
+        )
+
+    return train(context, lambda rows: _sizes(rows, settings), make_trainer, rows_of=_prompts)
+
+
+def _prompts(context: StageContext, tokenizer: Any) -> list[dict[str, Any]]:
+    """The rows of the split of prompts, with prompt_ids."""
+    rows = rows_of(context.inputs["data"], "prompts.jsonl")
+    encoded = [{**row, "prompt_ids": generation.encode_prompt(tokenizer, row["prompt"])} for row in rows]
+    empty = next((row["id"] for row in encoded if not row["prompt_ids"]), None)
+    if empty is not None:
+        raise InputError(f"the prompt of row {empty} has no tokens", where="prompts.jsonl")
+    return encoded
+
+
+def _sizes(rows: Sequence[dict[str, Any]], settings: Online) -> Sizes:
+    """As long as the answers to a prompt may become."""
+    prompts = np.array([len(row["prompt_ids"]) for row in rows])
+    answers = settings.completions_per_prompt * settings.max_new_tokens
+    widths = settings.completions_per_prompt * prompts + answers
+    return Sizes(prompts + answers, widths, np.ones(len(rows), dtype=np.int64))
+
+
+def _sampler(settings: Online, tokenizer: Any) -> Any:
+    def sample(model: Any, prompts: Sequence[Sequence[int]], noise: Any, alive: Alive) -> list[list[Answer]]:
+        longest, window = max(map(len, prompts)), generation.window(model)
+        if longest + settings.max_new_tokens > window:
+            room = f"leaves no room for {settings.max_new_tokens} more in a window of {window}"
+            what = f"a prompt of {longest} tokens {room}"
+            raise InputError(what, fix="lower max_new_tokens, or max_prompt_length of the prepare stage")
+        stop = generation.stop_tokens(model, tokenizer)
+        size = settings.sampling_batch_size
+        every = generation.answers_of(model, prompts, noise, stop=stop, batch_size=size, alive=alive)
+        return [[Answer(ids, scores, ids[-1] in stop) for ids, scores in few] for few in every]
+
+    return sample
+
+
+def _judging(context: StageContext, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
+    judge = judge_of(context)
+
+    def judging(numbers: Sequence[int], answers: Sequence[Answer], alive: Alive) -> None:
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = [tokenizer.decode(answer.ids, **how) for answer in answers]
+        scores: list[dict[str, Any]] = []
+        for first in range(0, len(answers), TOGETHER):
+            few = slice(first, first + TOGETHER)
+            asked = [rows[number] for number in numbers[few]]
+            scores += judge.score(asked, texts[few], [len(answer.ids) for answer in answers[few]])
+            alive(first, len(answers))
+        judge.failures(scores)
+        for answer, score in zip(answers, scores, strict=True):
+            if score["reward"] is not None:
+                answer.reward, answer.terms = score["reward"], score["terms"]
+
+    return judging

@@ -1,0 +1,73 @@
+"""How much better an answer was than was to be expected: advantages from rewards. Pure functions, in float64.
+
+Shapes: P prompts, G answers each; T tokens. valid: which answers count. One that does not (its reward failed) has no
+part in any baseline, and its advantage is 0; so is that of an answer which is the only one of its prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-4  # added to standard deviations, as in TRL
+
+
+def leave_one_out(rewards: Tensor, valid: Tensor) -> Tensor:
+    """RLOO (Ahmadian et al. 2024, arXiv:2402.14740, eq. 8): A_i = r_i - mean of the other answers' rewards.
+
+    rewards: [P, G]; valid: [P, G] bool. Returns [P, G].
+    """
+    count = valid.sum(1, keepdim=True)
+    others = (rewards * valid).sum(1, keepdim=True) - rewards
+    return _kept(rewards - others / (count - 1).clamp(min=1), valid)
+
+
+def group_relative(rewards: Tensor, valid: Tensor, scale: bool) -> Tensor:
+    """GRPO (Shao et al. 2024, arXiv:2402.03300, sec. 4.1.2): A_i = (r_i - mean r) / std r, over the prompt's answers.
+
+    scale: divide by the standard deviation (of the sample: by G - 1); not in Dr. GRPO (Liu et al. 2025,
+    arXiv:2503.20783, sec. 3.2): it weighs up prompts whose answers are nearly all right or all wrong.
+    """
+    count = valid.sum(1, keepdim=True)
+    apart = (rewards - (rewards * valid).sum(1, keepdim=True) / count.clamp(min=1)) * valid
+    if scale:
+        apart = apart / ((apart.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + EPSILON)
+    return _kept(apart, valid)
+
+
+def _kept(advantages: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid & (valid.sum(1, keepdim=True) > 1), advantages, 0.0)
+
+
+def whiten(values: Tensor, valid: Tensor, shift: bool = True) -> Tensor:
+    """(x - mean) / (std + EPSILON) over all valid values of a batch, 0 elsewhere. shift: subtract the mean.
+
+    (Ziegler et al. 2019, arXiv:1909.08593, whiten rewards and advantages so; std of the sample.)
+    """
+    if int(valid.sum()) < 2:
+        return torch.where(valid, values, 0.0)
+    known = values[valid]
+    mean = known.mean() if shift else 0.0
+    return torch.where(valid, (values - mean) / (known.std() + EPSILON), 0.0)
+
+
+def has_signal(rewards: Tensor, valid: Tensor) -> Tensor:
+    """[P] bool: whether the valid answers of a prompt differ in their rewards, so that its advantages are not all 0."""
+    highest = rewards.masked_fill(~valid, -torch.inf).amax(1)
+    lowest = rewards.masked_fill(~valid, torch.inf).amin(1)
+    return highest - lowest > 1e-9
+
+
+def generalized(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """GAE (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of one answer: (advantages [T], returns [T]).
+
+    rewards: [T], of each token; values: [T], V of the state before each token; after the last one the episode is over.
+    delta_t = r_t + gamma V_{t+1} - V_t (eq. 9), A_t = delta_t + gamma lam A_{t+1}; returns are A + V.
+    """
+    advantages = torch.zeros_like(rewards)
+    after = following = rewards.new_zeros(())
+    for t in range(len(rewards) - 1, -1, -1):
+        delta = rewards[t] + gamma * following - values[t]
+        after = delta + gamma * lam * after
+        advantages[t], following = after, values[t]
+    return advantages, advantages + values

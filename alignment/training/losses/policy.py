@@ -1,0 +1,101 @@
+"""Losses of online reinforcement learning, a token each: pure functions, without any division by a number of tokens.
+
+Shapes: R answers, T positions; log-probs in nats under the policy at temperature 1. What is not an answer's token is
+masked by the weights of `token_weights`, whose sum over the whole global batch is its number of answers, its tokens or
+answers x longest: so sums divided once by that number cannot depend on micro-batches or processes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Ratio = Literal["token", "sequence", "sequence_mean"]
+Estimator = Literal["k1", "k2", "k3"]
+Aggregate = Literal["sequence", "token", "constant"]
+
+
+class Surrogate(NamedTuple):
+    """loss, ratio, clipped (bool): each [R, T]; of a ratio of whole sequences the same at all tokens of a row."""
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+
+
+def log_ratio(log_probs: Tensor, old: Tensor, mask: Tensor, level: Ratio) -> Tensor:
+    """log(pi / pi_old): [R, T] of each token, or [R, 1] of each answer.
+
+    sequence: the sum over its tokens (REINFORCE and RLOO take an answer for one action; Ahmadian et al. 2024,
+    arXiv:2402.14740, sec. 3). sequence_mean: that by its tokens (GSPO, Zheng et al. 2025, arXiv:2507.18071, eq. 7).
+    """
+    apart = (log_probs - old) * mask
+    if level == "token":
+        return apart
+    total = apart.sum(1, keepdim=True)
+    return total if level == "sequence" else total / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def clipped_surrogate(
+    log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, level: Ratio, low: float, high: float
+) -> Surrogate:
+    """PPO's (Schulman et al. 2017, arXiv:1707.06347, eq. 7): -min(w A, clip(w, 1 - low, 1 + high) A), w = pi / pi_old.
+
+    high above low is DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476, eq. 10). Where pi is pi_old its gradient is
+    REINFORCE's, -A grad log pi (Williams 1992). log_probs, old, advantages, mask: [R, T].
+    """
+    ratio = torch.exp(log_ratio(log_probs, old, mask, level)).expand_as(log_probs)
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
+    return Surrogate(loss, ratio, clipped)
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """1/2 max((V - R)^2, (clip(V, V_old +- clip) - R)^2), a token: that of PPO's authors (Ziegler et al. 2019).
+
+    values, old, returns: [R, T]. clip None: 1/2 (V - R)^2.
+    """
+    error = (values - returns).square()
+    if clip is not None:
+        near = old + (values - old).clamp(-clip, clip)
+        error = torch.max(error, (near - returns).square())
+    return error / 2
+
+
+def kl(log_probs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
+    """Of KL(pi || pi_ref), a token drawn from pi: Schulman's estimators (joschu.net/blog/kl-approx.html).
+
+    With d = log(pi / pi_ref): k1 = d, unbiased, of either sign; k2 = d^2 / 2, biased, never negative; k3 =
+    exp(-d) - 1 + d, unbiased and never negative.
+    """
+    apart = log_probs - reference
+    if estimator == "k1":
+        return apart
+    return apart.square() / 2 if estimator == "k2" else torch.expm1(-apart) + apart
+
+
+def adapted(coefficient: float, measured: float, target: float, gain: float) -> float:
+    """The coefficient of the KL for the next rollout (Ziegler et al. 2019, arXiv:1909.08593, sec. 2.2).
+
+    e = clip((KL - target) / target, -0.2, 0.2); coefficient *= 1 + gain e. measured, target: nats an answer.
+    """
+    error = min(max((measured - target) / target, -0.2), 0.2)
+    return coefficient * (1 + gain * error)
+
+
+def token_weights(mask: Tensor, how: Aggregate) -> Tensor:
+    """[R, T], what a token's loss counts in the sum. mask: [R, T].
+
+    sequence: 1 / tokens of its answer, so that the mean over answers is that of their means (GRPO, arXiv:2402.03300,
+    eq. 3). token: 1 (DAPO, arXiv:2503.14476, eq. 8). constant: 1, to be divided by answers x longest (Dr. GRPO,
+    arXiv:2503.20783, sec. 3.2).
+    """
+    counted = mask.to(torch.float32)
+    return counted / counted.sum(1, keepdim=True).clamp(min=1) if how == "sequence" else counted
+
+
+def divisor(answers: int, tokens: int, longest: int, how: Aggregate) -> int:
+    """What the sum over a global batch is divided by. longest: tokens that an answer may have."""
+    return max({"sequence": answers, "token": tokens, "constant": answers * longest}[how], 1)

@@ -1,0 +1,366 @@
+"""Online training: the policy answers, the reward judges, the update learns; one optimiser step at a time.
+
+A rollout's prompts are the next ones of the stream that seed and step give (batching.py); its answers have random
+numbers of their own by seed and place in the stream. Each process samples and judges its share, then all are told all
+answers, so each computes the same split into micro-batches, and nothing depends on how many processes there are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import set_seed
+from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import add_fused_lm_head, identity
+
+from alignment.config.stages.online import Kl, Online
+from alignment.errors import TrainingError
+from alignment.training.attention import PACKED
+from alignment.training.batching import GlobalBatches
+from alignment.training.losses import policy as losses
+from alignment.training.ranks import all_gather, rank, world_size
+from alignment.training.rollouts import Answer, Group, Rollout, Targets, collated, measured, with_signal
+from alignment.training.shared_prefix import install
+from alignment.training.trainers import AlignedTrainer
+
+BUDGET = 2  # a pass without gradients takes so many times the tokens of a micro-batch (reference_pass.py)
+NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1)
+
+# (model, prompts' ids, uniform noise [prompts, answers, tokens], alive) -> the answers to each prompt
+Sampler = Callable[[Any, Sequence[Sequence[int]], Tensor, Callable[[int, int], None]], list[list[Answer]]]
+# (numbers of prompts' rows, their answers, alive): writes reward and terms into each answer
+Judging = Callable[[Sequence[int], Sequence[Answer], Callable[[int, int], None]], None]
+
+
+class Policies(_BaseTrainer):
+    """The least of a TRL trainer that carries the mixin: adapters, the head that scores labelled tokens, no collator.
+
+    TRL's GRPOTrainer and RLOOTrainer would bring a reference loaded by the model's name, generation and reward
+    functions of their own, and losses scaled by micro-batch (docs/decisions.md)."""
+
+    def __init__(self, *, model: Any, args: Any, peft_config: Any = None, **kwargs: Any) -> None:
+        set_seed(args.seed)  # of the adapters
+        plain = model
+        add_fused_lm_head(plain, outputs=("log_probs", "entropy"))
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            plugin = args.deepspeed_plugin
+            model = get_peft_model(model, peft_config, autocast_adapter_dtype=plugin is None or plugin.zero_stage != 3)
+            if args.activation_checkpointing:
+                model.enable_input_require_grads()
+        super().__init__(model=model, args=args, data_collator=identity, **kwargs)
+        self._metrics: dict[str, Any] = {"train": defaultdict(list)}
+
+    def _forward(self, model: Any, inputs: dict[str, Any], measure: bool = True) -> Any:
+        """Log-probs (and entropy) of the answers' tokens, [rows, width - 1]."""
+        how = {"pack": inputs["pack"], "measure": measure} if "pack" in inputs else {}
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        return model(**given, use_cache=False, fused_lm_head=True, **how)
+
+
+class OnlineTrainer(AlignedTrainer, Policies):
+    """train_dataset: rows {"prompt_ids"}. What becomes of rewards, and the loss, is in classes below."""
+
+    def __init__(
+        self,
+        *,
+        settings: Online,
+        sample: Sampler,
+        judge: Judging,
+        reference: Any = None,
+        tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+        **kwargs: Any,
+    ) -> None:
+        """reference: a copy of the start model, where the KL wants one and no adapter can be switched off. tell(what is
+        done, how far, of how much): called often, as a sign of life too."""
+        self.settings, self._sample_answers, self._judge, self._tell = settings, sample, judge, tell
+        self._reference = reference
+        self._rollout: Rollout | None = None
+        self._taken = 0  # prompts of the stream
+        self._trained_on: list[dict[str, float]] = []  # metrics of the rollouts of the steps since the last row
+        self._groups: list[list[int]] = []  # of this process's micro-batches
+        self.kl: Kl = getattr(settings, "kl", NO_KL)
+        self._coefficient = self.kl.coefficient
+        super().__init__(**kwargs)
+        self.branches = settings.completions_per_prompt
+
+    @property
+    def _refers(self) -> bool:
+        """Whether the loss compares the policy with the start model."""
+        return self.kl.coefficient > 0
+
+    @property
+    def _reuses(self) -> bool:
+        """Whether a rollout is still trained on when the policy has moved."""
+        return self.settings.steps_per_rollout() > 1
+
+    def _before_training(self) -> None:
+        self._decodes_with = self._plain_model().config._attn_implementation
+        super()._before_training()
+        if self._reference is None:
+            return
+        reference = self._reference.requires_grad_(False).eval()
+        add_fused_lm_head(reference)
+        install(reference)
+        if self.packing.on:
+            reference.set_attn_implementation(PACKED)
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            self._reference = prepare_deepspeed(reference, self.accelerator)
+        else:
+            rounded = self.is_deepspeed_enabled and self.args.bf16  # as DeepSpeed rounds the policy
+            self._reference = reference.to(self.args.device, torch.bfloat16 if rounded else torch.float32)
+
+    # --- one step -------------------------------------------------------------------------------------------------
+
+    def make_step(self, step: int) -> dict[str, Any]:
+        return {"step": step}  # answers come of the policy as it is by then
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        step = inputs["step"]
+        number, within = divmod(step, self.settings.steps_per_rollout())
+        if self._rollout is None or self._rollout.number != number:
+            left = self.batches.steps - step
+            self._rollout = self._make_rollout(number, min(self.settings.batches_per_rollout, left))
+        rollout, size = self._rollout, self.batches.global_batch_size
+        first = within % self.settings.batches_per_rollout * size
+        groups = rollout.groups[first : first + size]
+        self._trained_on.append(rollout.metrics)
+        self._groups = self._split(groups, self.batches.tokens_per_micro_batch)[rank()]
+        made = [self._collated([groups[at] for at in part], within == 0) for part in self._groups]
+        self._groups = [[groups[at].number for at in part] for part in self._groups]
+        self._tell("updating", 0, 0)
+        return super().training_step(model, {"micro_batches": made, "weight": self._weight(groups)}, num_items_in_batch)
+
+    def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
+        return self._sum(self._forward(model, inputs), inputs["targets"])
+
+    def _sum(self, output: Any, targets: Targets) -> Tensor:
+        """Over the micro-batch; what is measured goes into self._sums."""
+        raise NotImplementedError
+
+    def _weight(self, groups: Sequence[Group]) -> float:
+        """The divisor of the step's loss."""
+        raise NotImplementedError
+
+    def _split(self, groups: Sequence[Group], budget: int) -> list[list[list[int]]]:
+        """[process][micro-batch] -> indices of groups; a group stays whole."""
+        prompts = [len(self._prompt(group.number)) for group in groups]
+        answers = [[len(answer.trained) for answer in group.answers] for group in groups]
+        padded = [len(each) * (prompt + max(each)) for prompt, each in zip(prompts, answers, strict=True)]
+        batches: GlobalBatches = replace(
+            self.batches,
+            lengths=[prompt + sum(each) for prompt, each in zip(prompts, answers, strict=True)],
+            widths=None if self.packing.on else padded,
+            tokens_per_micro_batch=budget,
+        )
+        indices = list(range(len(groups)))
+        return batches.split(indices + indices[:1] * max(0, world_size() - len(indices)))
+
+    def _collated(self, groups: Sequence[Group], fresh: bool) -> dict[str, Any]:
+        prompts = {group.number: self._prompt(group.number) for group in groups}
+        coefficient = self._coefficient if self._rollout is None else self._rollout.coefficient
+        return self._packed(collated(groups, prompts, fresh, coefficient))
+
+    def _prompt(self: Any, number: int) -> list[int]:
+        return self.train_dataset[number]["prompt_ids"]
+
+    def _labels(self, rows: dict[str, Any]) -> Tensor:
+        return rows["labels"]
+
+    def _any_micro_batch(self) -> dict[str, Any]:
+        number = self.batches.rows(0)[0]
+        answers = [Answer([0], [0.0], True, advantages=[0.0]) for _ in range(self.branches)]
+        return self._collated([Group(0, number, answers)], fresh=False)
+
+    def _rows_of_micro_batches(self) -> list[list[int]]:
+        return self._groups
+
+    def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
+        return self.accelerator.num_processes / self._divisor
+
+    # --- a rollout ------------------------------------------------------------------------------------------------
+
+    def _make_rollout(self, number: int, batches: int) -> Rollout:
+        """A collective."""
+        wanted, sampled = batches * self.batches.global_batch_size, 0
+        telling: list[Group] = []
+        spare: list[Group] = []
+        for _ in range(1 + getattr(self.settings, "resamples", 0)):
+            groups = self._sampled(wanted - len(telling))
+            sampled += len(groups)
+            for group, differs in zip(groups, with_signal(groups), strict=True):
+                (telling if differs else spare).append(group)
+            if len(telling) == wanted:
+                break
+        groups = sorted([*telling, *spare[: wanted - len(telling)]], key=lambda group: group.place)
+        metrics = measured(groups) | {"sampled_prompts": float(sampled), "no_signal": len(spare) / sampled}
+        if not any(answer.reward is not None for group in groups for answer in group.answers):
+            raise TrainingError(f"no answer of rollout {number + 1} could be judged", fix="look at the reward group")
+        self._mark(groups)
+        rollout = Rollout(number, self._coefficient, groups, metrics)
+        if self._refers:
+            self._write(groups, self._by_reference)
+            self._control(rollout)
+        if self._reuses:
+            self._write(groups, self._by_policy)
+        self._credit(rollout)
+        return rollout
+
+    def _sampled(self, count: int) -> list[Group]:
+        """The next prompts of the stream, answered and judged. A collective."""
+        numbers = self.batches.stream(self._taken, count)
+        every = list(zip(range(self._taken, self._taken + count), numbers, strict=True))
+        self._taken += count
+        mine, settings = every[rank() :: world_size()], self.settings
+        shape = settings.completions_per_prompt, settings.max_new_tokens
+        noise = [np.random.default_rng([settings.seed, place, 1]).random(shape, np.float32) for place, _ in mine]
+        groups = []
+        with self._decoding() as model:  # a collective, also where there is nothing to do
+            if mine:
+                prompts = [self._prompt(number) for _, number in mine]
+                given = torch.from_numpy(np.stack(noise))
+                answers = self._sample_answers(model, prompts, given, lambda *far: self._tell("sampling", *far))
+                groups = [Group(*which, few) for which, few in zip(mine, answers, strict=True)]
+        flat = [(group.number, answer) for group in groups for answer in group.answers]
+        self._judge(
+            [number for number, _ in flat], [answer for _, answer in flat], lambda *far: self._tell("judging", *far)
+        )
+        if settings.truncated == "penalty":
+            for _, answer in flat:
+                if answer.reward is not None and not answer.finished:
+                    answer.reward -= settings.truncation_penalty
+        gathered = [group for part in all_gather(groups) for group in part]
+        return sorted(gathered, key=lambda group: group.place)
+
+    @contextmanager
+    def _decoding(self) -> Iterator[Any]:
+        """The plain model with whole weights, answering token by token. Under ZeRO-3 a collective."""
+        plain, packed = self._plain_model(), self._plain_model().config._attn_implementation
+        checkpointing: Any = self.args.activation_checkpointing_kwargs
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
+        ):
+            plain.set_attn_implementation(self._decodes_with)
+            training = plain.training
+            plain.eval()
+            with torch.no_grad(), self.accelerator.autocast():
+                yield plain
+            plain.train(training)
+            plain.set_attn_implementation(packed)
+
+    def _mark(self, groups: Sequence[Group]) -> None:
+        """Which answers are trained on."""
+        for group in groups:
+            for answer in group.answers:
+                cut = self.settings.truncated == "mask" and not answer.finished
+                answer.kept = answer.reward is not None and not cut
+
+    def _credit(self, rollout: Rollout) -> None:
+        """From rewards to what each token is worth. The same on all processes."""
+        raise NotImplementedError
+
+    def _control(self, rollout: Rollout) -> None:
+        """Measure the distance from the start model; the coefficient of the next rollout follows its target."""
+        apart = [distance(one, "k1") for group in rollout.groups for one in group.answers if one.trained]
+        per_answer = sum(apart) / max(len(apart), 1)
+        rollout.metrics["kl_answer"] = per_answer
+        if self._coefficient:
+            rollout.metrics["kl_coefficient"] = self._coefficient
+        if self.kl.target is not None:
+            self._coefficient = losses.adapted(self._coefficient, per_answer, self.kl.target, self.kl.gain)
+
+    # --- passes without gradients -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _write(self, groups: Sequence[Group], passes: Callable[[dict[str, Any]], dict[str, Tensor]]) -> None:
+        """Into each answer that is trained on, under their names, what a pass finds of its tokens. A collective.
+
+        passes(a micro-batch) -> name -> [rows, width - 1]."""
+        found: dict[tuple[int, int, str], list[float]] = {}
+        for part in self._split(groups, BUDGET * self.batches.tokens_per_micro_batch)[rank()]:
+            inputs = self._prepare_inputs(self._collated([groups[at] for at in part], fresh=False))
+            mask = inputs["targets"].mask
+            for name, values in passes(inputs).items():
+                for row, some in enumerate(values[mask].float().cpu().split(mask.sum(1).tolist())):
+                    found[part[row % len(part)], row // len(part), name] = some.tolist()
+            self._tell("scoring", 0, 0)
+        for (at, branch, name), some in (item for part in all_gather(found) for item in part.items()):
+            if groups[at].answers[branch].trained:
+                setattr(groups[at].answers[branch], name, some)
+
+    def _by_policy(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        return {"old": self._policy_pass(inputs).log_probs}
+
+    def _policy_pass(self, inputs: dict[str, Any]) -> Any:
+        """By the policy as it is."""
+        engine = self.model_wrapped
+        training = engine.training
+        engine.eval()
+        with self.accelerator.autocast():
+            output = self._forward(engine, inputs, measure=False)
+        engine.train(training)
+        self._output = None  # kept for a loss that is not to come
+        return output
+
+    def _by_reference(self: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        if self._reference is None:
+            with self.model.disable_adapter():
+                return {"reference": self._policy_pass(inputs).log_probs}
+        with self.accelerator.autocast():
+            return {"reference": self._forward(self._reference, inputs, measure=False).log_probs}
+
+    # --- what is carried, what is told ------------------------------------------------------------------------------
+
+    def training_state(self) -> dict[str, Any]:
+        """With the rollout, if the next step trains on it again."""
+        again = self._rollout is not None and self.state.global_step % self.settings.steps_per_rollout() != 0
+        return {
+            **super().training_state(),
+            "rollout": self._rollout.to_json() if again and self._rollout else None,
+            "taken": self._taken,
+            "coefficient": self._coefficient,
+            "trained_on": self._trained_on,
+        }
+
+    def load_training_state(self, facts: dict[str, Any], *meters: Any) -> None:
+        super().load_training_state(facts, *meters)
+        self._rollout = None if facts["rollout"] is None else Rollout.from_json(facts["rollout"])
+        self._taken, self._coefficient = facts["taken"], facts["coefficient"]
+        self._trained_on = facts["trained_on"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._trained_on and "learning_rate" in logs:
+            names = sorted({name for told in self._trained_on for name in told})
+            each = {name: [told[name] for told in self._trained_on if name in told] for name in names}
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in each.items()}}
+            self._trained_on = []
+        super().log(logs, start_time)
+
+    def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
+        return self._sums
+
+
+def mismatch(log_probs: Tensor, targets: Targets) -> dict[str, Tensor | float]:
+    """Sums over the tokens of an answer's first update: how far training's log-probs are from those of decoding."""
+    if not targets.fresh:
+        return {}
+    return {
+        "fresh_tokens": targets.mask.sum(),
+        "mismatch": (log_probs - targets.rollout).abs().sum(),
+        "mismatch_k3": losses.kl(targets.rollout, log_probs, "k3").sum(),
+    }
+
+
+def distance(answer: Answer, estimator: losses.Estimator) -> float:
+    """Of the policy that gave it from the reference, in nats an answer."""
+    own = torch.tensor(answer.log_probs, dtype=torch.float64)
+    return float(losses.kl(own, torch.tensor(answer.reference, dtype=torch.float64), estimator).sum())

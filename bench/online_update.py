@@ -1,0 +1,294 @@
+"""The update of GRPO and RLOO, ours against TRL's: the same answers with the same advantages, G to a prompt.
+
+    python -m bench.online_update [--answers 8] [--tokens 128,256,512] [--repeats 5] [--out FILE]
+
+Sampling and judging are left out on both sides: what is timed is from the answers to the moved weights. Prompts and
+answers are random tokens, as long as each other; the arms take turns, each repeat a new trainer from the same weights.
+The losses of all steps must be equal to 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.base_config import _BaseConfig
+
+from alignment.config.execution import Engine
+from alignment.config.stages.online import Grpo, Kl, Rloo
+from alignment.training import engine
+from alignment.training.batching import GlobalBatches
+from alignment.training.memory import attention_share
+from alignment.training.policy_gradient import PolicyGradientTrainer
+from alignment.training.rollouts import Answer
+from bench.arms import tokenizer
+from bench.workloads import EOS, FIRST_WORD, PAD, SIZES
+
+TOLERANCE = 1e-4
+RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Work:
+    kind: str  # grpo | rloo
+    tokens: int  # of a prompt, and of an answer
+    answers: int  # to a prompt
+    prompts: int  # a step
+    steps: int
+    size: str
+
+
+class Ticks(transformers.TrainerCallback):
+    """When each step ended; the first is the warm-up."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def on_step_end(self, *given: Any, **kwargs: Any) -> None:
+        self.at.append(time.process_time())
+
+    def seconds(self) -> float:
+        """Of the CPU, a step after the first: beside other programs it says more than the clock."""
+        return (self.at[-1] - self.at[0]) / (len(self.at) - 1)
+
+
+def start_model(work: Work) -> Any:
+    size = SIZES[work.size]
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
+            num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+            max_position_embeddings=size.positions, tie_word_embeddings=False, pad_token_id=PAD, eos_token_id=EOS,
+            bos_token_id=None, attn_implementation="sdpa",
+        )
+    )  # fmt: skip
+
+
+def texts(work: Work) -> tuple[list[list[int]], dict[int, list[tuple[list[int], float]]]]:
+    """Prompts, and the answers to each with their rewards."""
+    random, words = np.random.default_rng(1), SIZES[work.size].vocabulary
+    draw = lambda: random.integers(FIRST_WORD, words, work.tokens).tolist()  # noqa: E731
+    prompts = [draw() for _ in range(work.prompts * work.steps)]
+    return prompts, {i: [(draw(), float(random.normal())) for _ in range(work.answers)] for i in range(len(prompts))}
+
+
+def ours(work: Work, folder: Path, ticks: Ticks) -> Any:
+    prompts, answers = texts(work)
+    number = {tuple(prompt): at for at, prompt in enumerate(prompts)}
+    settings = _settings(work)
+    setup = Engine(
+        strategy="single", tokens_per_micro_batch=engine.CPU_TOKENS, gradient_checkpointing=False, compile=False,
+        offload="none", param_persistence_threshold=None, hpz=1, threads=None, adapt=False, watchdog_s=600.0,
+    )  # fmt: skip
+    arguments = engine.training_arguments(settings, setup, work.steps, folder)
+    arguments.pop("max_length")
+    model = start_model(work)
+    length = work.tokens * (1 + work.answers)
+    batches = GlobalBatches(
+        [length] * len(prompts), [1] * len(prompts), work.prompts, work.steps, seed=0,
+        tokens_per_micro_batch=engine.CPU_TOKENS, quadratic=attention_share(model.config),
+    )  # fmt: skip
+
+    def sample(model: Any, given: Any, noise: Any, alive: Any) -> list[list[Answer]]:
+        few = ([ids for ids, _ in answers[number[tuple(prompt)]]] for prompt in given)
+        return [[Answer(ids, [0.0] * len(ids), True) for ids in each] for each in few]
+
+    def judge(numbers: Sequence[int], given: Sequence[Answer], alive: Any) -> None:
+        for at, (row, answer) in enumerate(zip(numbers, given, strict=True)):
+            answer.reward = answers[row][at % work.answers][1]
+
+    trainer = PolicyGradientTrainer(
+        settings=settings, model=model, sample=sample, judge=judge, args=_BaseConfig(**arguments), batches=batches,
+        widths=[2 * work.tokens * work.answers] * len(prompts), processing_class=tokenizer(),
+        on_step=lambda *given: None, train_dataset=[{"prompt_ids": prompt} for prompt in prompts],
+        say=lambda line: None,
+    )  # fmt: skip
+    trainer.add_callback(ticks)
+    return trainer
+
+
+def _settings(work: Work) -> Any:
+    common: dict[str, Any] = {
+        "global_batch_size": work.prompts, "epochs": 1.0, "max_steps": work.steps, "learning_rate": RATE,
+        "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "precision": "fp32", "lora": None, "nonfinite": "halt",
+        "max_nonfinite": 1, "seed": 0, "log_every": 1, "spike_alarm": None, "completions_per_prompt": work.answers,
+        "max_new_tokens": work.tokens, "sampling_batch_size": 64, "batches_per_rollout": 1, "epochs_per_rollout": 1,
+        "truncated": "keep", "truncation_penalty": 1.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "whiten": False,
+        "kl": Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1), "aggregate": "sequence",
+        "resamples": 0,
+    }  # fmt: skip
+    if work.kind == "grpo":
+        return Grpo(kind="grpo", ratio="token", scale_by_std=True, **common)
+    return Rloo(kind="rloo", ratio="sequence", **common)
+
+
+class _Given:
+    """Before a TRL trainer: the answers and advantages of ours, cut into its micro-batches."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def _prepare_inputs(self: Any, batch: Any) -> dict[str, Any]:
+        step, part = divmod(self.seen, self.args.gradient_accumulation_steps)
+        self.seen += 1
+        whole = self.given[step]
+        size = self.args.per_device_train_batch_size
+        return {name: value[part * size : (part + 1) * size] for name, value in whole.items()}
+
+
+class TrlGRPO(_Given, trl.GRPOTrainer):
+    pass
+
+
+class TrlRLOO(_Given, trl.RLOOTrainer):
+    pass
+
+
+def theirs(work: Work, folder: Path, ticks: Ticks, given: list[dict[str, Any]], rows: int, checkpointing: bool) -> Any:
+    """rows: of a micro-batch."""
+    kind, config = {"grpo": (TrlGRPO, trl.GRPOConfig), "rloo": (TrlRLOO, trl.RLOOConfig)}[work.kind]
+    whole = work.prompts * work.answers
+    args = config(
+        output_dir=str(folder), max_steps=work.steps, per_device_train_batch_size=rows, use_cpu=True, bf16=False,
+        gradient_accumulation_steps=whole // rows, learning_rate=RATE, lr_scheduler_type="constant",
+        num_generations=work.answers, max_completion_length=work.tokens, logging_steps=1, report_to="none",
+        disable_tqdm=True, save_strategy="no", weight_decay=0.0, beta=0.0, gradient_checkpointing=checkpointing,
+        **({"loss_type": "grpo"} if work.kind == "grpo" else {}),
+    )  # fmt: skip
+    trainer = kind(
+        start_model(work), lambda completions, **more: [0.0] * len(completions), args,
+        Dataset.from_list([{"prompt": "a"}] * whole), processing_class=tokenizer(), callbacks=[ticks],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.given, trainer.seen = given, 0
+    return trainer
+
+
+def as_given(work: Work, steps: list[Any], olds: dict[int, float]) -> list[dict[str, Any]]:
+    """What TRL's losses take, of the rollouts that ours has made. olds: log-probs of whole answers."""
+    prompts, _ = texts(work)
+    made = []
+    for groups in steps:
+        answers = [answer for group in groups for answer in group.answers]
+        ids = torch.tensor([answer.ids for answer in answers])
+        asked = torch.tensor([prompts[group.number] for group in groups for _ in group.answers])
+        made.append(
+            {
+                "prompt_ids": asked, "prompt_mask": torch.ones_like(asked), "completion_ids": ids,
+                "completion_mask": torch.ones_like(ids),
+                "advantages": torch.tensor([answer.advantages[0] for answer in answers], dtype=torch.float32),
+                "old_logps": torch.tensor([olds[id(answer)] for answer in answers]),
+            }
+        )  # fmt: skip
+    return made
+
+
+def with_old(work: Work, folder: Path) -> tuple[list[dict[str, Any]], list[float]]:
+    """One run of ours, untimed but noted: the inputs of TRL's arms, the losses; the sums of log-probs that RLOO's ratio
+    wants are those of the policy at each step."""
+    trainer, steps, sums, olds = ours(work, folder, Ticks()), [], [], {}
+    inner, loss = trainer.training_step, trainer._loss
+
+    def noted(model: Any, inputs: Any, divisor: Any) -> Any:
+        told = loss(model, inputs, divisor)
+        sums[-1].append((trainer._output.log_probs.detach().sum(1), inputs["input_ids"]))
+        return told
+
+    def step(*given: Any) -> Any:
+        sums.append([])
+        told = inner(*given)
+        steps.append(trainer._rollout.groups)
+        of = {tuple(row.tolist()): float(value) for some, ids in sums[-1] for row, value in zip(ids, some, strict=True)}
+        prompts = [row["prompt_ids"] for row in trainer.train_dataset]
+        for group in trainer._rollout.groups:
+            for answer in group.answers:
+                olds[id(answer)] = of[(*prompts[group.number], *answer.ids)]
+        return told
+
+    trainer._loss, trainer.training_step = noted, step
+    trainer.train()
+    return as_given(work, steps, olds), losses(trainer)
+
+
+def losses(trainer: Any) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def measure(work: Work, repeats: int) -> dict[str, Any]:
+    whole = work.prompts * work.answers
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        given, wanted = with_old(work, folder)
+        arms: dict[str, Any] = {"ours": lambda ticks: ours(work, folder, ticks)}
+        for rows in sorted({8, 16, whole} & set(range(1, whole + 1))):
+            arms[f"TRL, {rows} rows"] = lambda ticks, rows=rows: theirs(work, folder, ticks, given, rows, False)
+        arms["TRL as it comes, 8 rows"] = lambda ticks: theirs(work, folder, ticks, given, 8, True)
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        apart = dict.fromkeys(arms, 0.0)
+        for _ in range(repeats):
+            for arm, make in arms.items():
+                ticks = Ticks()
+                trainer = make(ticks)
+                trainer.train()
+                seconds[arm].append(ticks.seconds())
+                apart[arm] = max([apart[arm], *(abs(a - b) for a, b in zip(losses(trainer), wanted, strict=True))])
+                del trainer
+                gc.collect()
+    rows = {
+        arm: {"median": statistics.median(taken), "low": min(taken), "high": max(taken), "apart": apart[arm]}
+        for arm, taken in seconds.items()
+    }
+    best = min((row["median"], arm) for arm, row in rows.items() if arm != "ours" and "comes" not in arm)[1]
+    turns = [slow / fast for slow, fast in zip(seconds[best], seconds["ours"], strict=True)]
+    return {"work": vars(work), "arms": rows, "best": best, "times": statistics.median(turns),
+            "times_low": min(turns), "times_high": max(turns)}  # fmt: skip
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--kinds", default="grpo,rloo")
+    options.add_argument("--tokens", default="128,256")
+    options.add_argument("--answers", type=int, default=8)
+    options.add_argument("--prompts", type=int, default=2)
+    options.add_argument("--steps", type=int, default=3)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--size", default="cpu", choices=sorted(SIZES))
+    options.add_argument("--out", type=Path, default=None)
+    asked, results = options.parse_args(), []
+    torch.set_num_threads(asked.threads)
+    for kind in asked.kinds.split(","):
+        for tokens in map(int, asked.tokens.split(",")):
+            work = Work(kind, tokens, asked.answers, asked.prompts, asked.steps, asked.size)
+            found = measure(work, asked.repeats)
+            results.append(found)
+            print(f"{kind}, {asked.answers} answers, {tokens} + {tokens} tokens, {asked.prompts} prompts a step")
+            for arm, row in found["arms"].items():
+                spread = f"{row['median']:.2f} s of CPU a step ({row['low']:.2f} to {row['high']:.2f})"
+                print(f"  {arm:24} {spread}, losses {row['apart']:.0e} apart")
+            print(
+                f"  {found['times']:.2f} times ({found['times_low']:.2f} to {found['times_high']:.2f}) {found['best']}"
+            )
+            if asked.out is not None:
+                asked.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if all(row["apart"] <= TOLERANCE for one in results for row in one["arms"].values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,38 @@
+"""Settings of online stages: what is impossible together, and what is in a stage's key."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignment.config.compose import compose
+from alignment.errors import ConfigError
+from tests.training import online
+
+IMPOSSIBLE = {
+    "rloo": {
+        "engine.compile=true": "`engine.compile` is true, and `stage.rloo` decodes",
+        "launcher=torchrun launcher.processes=2 engine=zero3 engine.hpz=2": "`engine.hpz` is 2, and `stage.rloo`",
+        "stage.rloo.kl.coefficient=0.0 stage.rloo.kl.target=6.0": "`stage.rloo.kl.target` is 6, and",
+        "stage.rloo.kl.place=loss": "`stage.rloo.kl.estimator` is k1, and `stage.rloo.kl.place` is loss",
+        "stage.rloo.completions_per_prompt=1": "`stage.rloo.completions_per_prompt` should be greater than or equal",
+        "stage.prepare_sft.splits.prompts=0": "`stage.prepare_sft.splits.prompts` is 0, and `rloo` needs such rows",
+    },
+    "online_dpo": {"stage.online_dpo.beta=0.0": "`stage.online_dpo.beta` should be greater than 0"},
+    "ppo": {"stage.ppo.lam=1.5": "`stage.ppo.lam` should be less than or equal to 1"},
+}
+
+
+@pytest.mark.parametrize(("kind", "overrides"), [(kind, one) for kind, every in IMPOSSIBLE.items() for one in every])
+def test_what_is_impossible_together_is_refused(kind: str, overrides: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        compose([f"pipeline=sft_{kind}", *overrides.split()])
+    assert IMPOSSIBLE[kind][overrides] in str(told.value)
+
+
+def test_what_changes_nothing_as_the_others_stand_is_not_in_the_key() -> None:
+    """Of a rollout that is trained on once the ratio is 1, and values are those of before."""
+    clip = {"epsilon_low", "epsilon_high"}
+    assert online.rloo().idle() == {"truncation_penalty", *clip}
+    assert online.rloo(truncated="penalty", batches_per_rollout=2).idle() == frozenset()
+    assert online.ppo(epochs_per_rollout=1).idle() == {"truncation_penalty", *clip, "value_clip"}
+    assert online.ppo().idle() == online.online_dpo().idle() == {"truncation_penalty"}
