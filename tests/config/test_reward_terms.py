@@ -36,6 +36,14 @@ def test_what_cannot_be_is_one_line(overrides: str) -> None:
     assert REFUSED[overrides] in str(told.value)
 
 
+def test_a_pipeline_gives_its_reward_model_to_all_that_judge() -> None:
+    nodes = compose(["experiment=rlhf"]).pipeline.nodes
+    given = {name for name, node in nodes.items() if node.inputs.get("reward_model") == "reward_model"}
+    assert given == {"rloo", "evaluate_start", "evaluate_sft", "evaluate_rloo"}
+    with pytest.raises(ConfigError, match="is filled, and no term of the reward reads it"):
+        compose(["experiment=rlhf", "reward=sentiment"])
+
+
 def test_several_choices_are_one_reward() -> None:
     reward = compose(["reward=[sentiment,length,repetition]", "reward.terms.repeats.weight=2.0"]).reward
     assert {name: term.weight for name, term in reward.terms.items()} == {"sentiment": 1, "length": 1, "repeats": 2}
