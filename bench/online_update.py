@@ -168,7 +168,7 @@ def theirs(work: Work, folder: Path, ticks: Ticks, given: list[dict[str, Any]], 
         output_dir=str(folder), max_steps=work.steps, per_device_train_batch_size=rows, use_cpu=True, bf16=False,
         gradient_accumulation_steps=whole // rows, learning_rate=RATE, lr_scheduler_type="constant",
         num_generations=work.answers, max_completion_length=work.tokens, logging_steps=1, report_to="none",
-        disable_tqdm=True, save_strategy="no", weight_decay=0.0, beta=0.0, gradient_checkpointing=checkpointing,
+        disable_tqdm=True, save_strategy="no", weight_decay=0.0, beta=0.0, activation_checkpointing=checkpointing,
         **({"loss_type": "grpo"} if work.kind == "grpo" else {}),
     )  # fmt: skip
     trainer = kind(

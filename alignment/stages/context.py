@@ -93,7 +93,8 @@ class StageContext:
         """Say what is being done now, beside how far the stage is. force: at once; else at most five times a second."""
         count = self._count or _Count(0, 0, 0.0)
         self.alone()
-        self._tell(count.last, count.total, force, {"note": text})
+        if force or time.monotonic() - self._shown >= 0.2:
+            self._tell(count.last, count.total, True, {"note": text})
 
     @contextmanager
     def busy(self, note: str) -> Iterator[None]:

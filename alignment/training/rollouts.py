@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,16 +107,19 @@ def with_signal(groups: Sequence[Group]) -> list[bool]:
 
 
 def measured(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the answers of a rollout; reward_std: mean over prompts of the deviation among their answers."""
+    """Means over the answers of a rollout, and deviations: reward_std is the mean over prompts of that among a prompt's
+    answers, reward_std/<term> that of the term among all."""
     answers = [answer for group in groups for answer in group.answers]
     known = [answer for answer in answers if answer.reward is not None]
     rewards, valid = rewards_of(groups)
     spread = [row[here].std(correction=0) for row, here in zip(rewards, valid, strict=True) if here.any()]
-    terms = sorted({name for answer in known for name in answer.terms})
+    names = sorted({name for answer in known for name in answer.terms})
+    terms = {name: [answer.terms[name] for answer in known if name in answer.terms] for name in names}
     return {
         "reward": _mean([answer.reward for answer in known]),
         "reward_std": _mean([float(one) for one in spread]),
-        **{f"reward/{name}": _mean([one.terms[name] for one in known if name in one.terms]) for name in terms},
+        **{f"reward/{name}": _mean(values) for name, values in terms.items()},
+        **{f"reward_std/{name}": float(np.std(values)) for name, values in terms.items()},
         "reward_failed": float(len(answers) - len(known)),
         "answer_tokens": _mean([len(answer.ids) for answer in answers]),
         "stop_rate": _mean([answer.finished for answer in answers]),

@@ -62,6 +62,20 @@ def test_calls_that_are_not_shown_count(stage: StageContext, clock: list[float])
     assert told(stage, clock, 1001.1, 6, 10) == pytest.approx(0.8)
 
 
+def test_what_is_being_done_is_said_at_most_five_times_a_second_unless_it_is_forced(
+    stage: StageContext, clock: list[float]
+) -> None:
+    noted = lambda: json.loads((stage.folder / "progress.json").read_text())["note"]  # noqa: E731
+    stage.note("sampling 1/9", force=False)
+    stage.note("sampling 2/9", force=False)
+    assert noted() == "sampling 1/9" and stage.got_on()[1] == 2, "each is a sign of life"
+    clock[0] += 0.3
+    stage.note("sampling 3/9", force=False)
+    assert noted() == "sampling 3/9"
+    stage.note("writing the model")
+    assert noted() == "writing the model"
+
+
 def test_rows_that_a_full_disk_refuses_wait_and_come_whole_and_in_order(small_disk: Path) -> None:
     """Pages that are there already may take some rows; none is torn, none is lost, and the stage does not notice."""
     context = tiny.context(small_disk, {}, tiny.sft(), tiny.engine())

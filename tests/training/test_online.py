@@ -287,8 +287,10 @@ def test_metrics_of_a_rollout() -> None:
         Group(1, 1, [Answer([5, 6, 1], [], True, 2.0, {"x": 2.0}), Answer([1, 1], [], True)]),
     ]
     assert measured(groups) == pytest.approx(
-        {"reward": 2.0, "reward_std": 0.5, "reward/x": 1.0, "reward_failed": 1.0, "answer_tokens": 2.0,
-         "stop_rate": 0.75, "no_signal": 0.5}
+        {
+            "reward": 2.0, "reward_std": 0.5, "reward/x": 1.0, "reward_std/x": math.sqrt(2 / 3), "reward_failed": 1.0,
+            "answer_tokens": 2.0, "stop_rate": 0.75, "no_signal": 0.5,
+        }
     )  # fmt: skip
     rollout = Rollout(3, 0.1, groups, {"reward": 2.0})
     assert Rollout.from_json(json.loads(json.dumps(rollout.to_json()))) == rollout
@@ -334,6 +336,18 @@ def test_answers_do_not_depend_on_how_many_are_decoded_together(tmp_path: Path, 
         run(tmp_path / str(size), online.rloo(sampling_batch_size=size, max_steps=3))
         found.append([row["reward"] for row in rows(tmp_path / str(size))])
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_layers_computed_twice_and_bf16_decode_and_train_the_same_policy(tmp_path: Path, judged: None) -> None:
+    """Gradient checkpointing changes nothing; in bf16 decoding and training agree to its rounding."""
+    arms = {
+        "plain": ({}, {}), "twice": ({}, {"gradient_checkpointing": True}), "bf16": ({"precision": "bf16"}, {}),
+    }  # fmt: skip
+    for name, (settings, setup) in arms.items():
+        run(tmp_path / name, online.grpo(lora=tiny.LORA, max_steps=3, **settings), setup=tiny.engine(**setup))
+    assert rows(tmp_path / "twice") == rows(tmp_path / "plain")
+    assert all(row["mismatch"] < 1e-5 for row in rows(tmp_path / "plain"))
+    assert all(0 < row["mismatch"] < 2e-2 for row in rows(tmp_path / "bf16"))
 
 
 def test_it_learns(tmp_path: Path, judged: None, one_thread: None) -> None:
