@@ -59,6 +59,11 @@ def leaves(value: Any, sides: tuple[str, ...] = (), path: tuple[Any, ...] = ()) 
             yield (*path, name), field, item, here
 
 
+COMPARISON = {
+    "model": "m", "system": None, "prompt": "{first}{second}", "pattern": "(A)", "first": "A", "second": "B",
+    "temperature": 0.0, "max_tokens": 1, "url": "http://a", "api_key_env": None, "timeout_s": 1.0, "retries": 0,
+    "backoff_s": 1.0, "concurrency": 1, "cache": False,
+}  # fmt: skip
 # names must be names of something
 NAMES = {"sigmoid": ["ipo_mean"], "instruction": ["chatml"], "instructions": ["preferences"]}
 
@@ -83,6 +88,7 @@ def other(field: Any, value: Any) -> list[Any]:
         0.5,
         "preferences",
         {"kind": "sigmoid"},
+        COMPARISON,
         {"kind": "hub", "id": "a/b", "revision": "c" * 40, "subset": None, "split": "train"},
     ]
 
