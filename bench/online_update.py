@@ -93,7 +93,8 @@ def ours(work: Work, folder: Path, ticks: Ticks) -> Any:
     settings = _settings(work)
     setup = Engine(
         strategy="single", tokens_per_micro_batch=engine.CPU_TOKENS, gradient_checkpointing=False, compile=False,
-        offload="none", param_persistence_threshold=None, hpz=1, threads=None, adapt=False, watchdog_s=600.0,
+        offload="none", nvme_path=None, param_persistence_threshold=None, hpz=1, quantized_weights=False,
+        quantized_gradients=False, sequence_parallel=1, threads=None, adapt=False, watchdog_s=600.0,
     )  # fmt: skip
     arguments = engine.training_arguments(settings, setup, work.steps, folder)
     arguments.pop("max_length")

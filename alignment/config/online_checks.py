@@ -20,6 +20,9 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
     if engine.hpz > 1:
         what = f"`engine.hpz` is {engine.hpz}, and `{key}` decodes, which was not tried with it"
         yield Fault(what, ("engine.hpz", key), "engine.hpz=1")
+    if settings.lora is not None and settings.lora.quantize is not None:
+        what = f"`{key}.lora.quantize` is {settings.lora.quantize}, and decoding was not tried with weights of 4 bits"
+        yield Fault(what, (f"{key}.lora.quantize",), f"{key}.lora.quantize=null")
     kl = getattr(settings, "kl", None)
     if isinstance(kl, Kl):
         yield from _kl(kl, f"{key}.kl")

@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero2": ("rloo", "zero2", {"max_steps": 4}),
     "zero3": ("grpo", "zero3", REUSED),
     "zero3_lora": ("grpo", "zero3", {**REUSED, "lora": True}),
+    "offload": ("grpo", "zero3", {"max_steps": 3}),
     "online_dpo": ("online_dpo", "zero2", {"max_steps": 3}),
     "ppo": ("ppo", "zero3", {"max_steps": 4}),
 }
@@ -33,7 +34,13 @@ NAMES = ("loss", "grad_norm", "reward", "answer_tokens", "kl", "ratio", "mismatc
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("online")
     plan = [
-        {"name": name, "kind": kind, "strategy": strategy, "settings": settings, "engine": {}}
+        {
+            "name": name,
+            "kind": kind,
+            "strategy": strategy,
+            "settings": settings,
+            "engine": {"offload": "all"} if name == "offload" else {},
+        }
         for name, (kind, strategy, settings) in CASES.items()
     ]
     parts = next(case for case in plan if case["name"] == "zero3")
