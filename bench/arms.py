@@ -303,8 +303,20 @@ def _our_settings(task: str, setting: Setting) -> tuple[Any, Any]:
     )  # fmt: skip
     if task == "sft":
         return Sft(kind="sft", **common), setup
-    plain = {"label_smoothing": 0.0, "divergence": "reverse_kl", "divergence_alpha": 0.5, "weighting": "none"}
-    loss = {"loss": "sigmoid", "beta": setting.beta, "ld_alpha": None, **plain}  # other keys are of other losses
+    plain = {
+        "reference_update": None,
+        "label_smoothing": 0.0,
+        "divergence": "reverse_kl",
+        "divergence_alpha": 0.5,
+        "weighting": "none",
+    }
+    loss = {
+        "loss": "sigmoid",
+        "beta": setting.beta,
+        "ld_alpha": None,
+        "reference_update": None,
+        **plain,
+    }  # other keys are of other losses
     return Dpo.model_construct(kind="dpo", **loss, **common), setup
 
 

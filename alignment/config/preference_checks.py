@@ -16,6 +16,10 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     loss, smoothing, weighting, divergence, alpha = (
         f"{key}.{name}" for name in ("loss", "label_smoothing", "weighting", "divergence", "divergence_alpha")
     )
+    update = f"{key}.reference_update"
+    if settings.reference_update is not None and not settings.compares:
+        what = f"`{update}` is set, and {next(iter(settings.losses))} compares with no reference"
+        yield Fault(what, (update, loss), f"{update}=null")
     if "exo_pair" in settings.losses and settings.label_smoothing == 0:
         what = f"`{smoothing}` is 0, and exo_pair compares with smoothed labels: its loss would be infinite"
         yield Fault(what, (smoothing, loss), f"{smoothing}=0.001, as loss=exo_pair has it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from alignment.errors import TrainingError
 from alignment.training import sequence
+from alignment.training.batching import GlobalBatches
 from alignment.training.metrics import pair_sums
+from alignment.training.moving_reference import MovingReference
 from alignment.training.objective import Objective, columns, leaves
 from alignment.training.packing import IGNORED
 from alignment.training.ranks import all_gather
@@ -54,6 +57,11 @@ class Referenced(Pairs, trl.DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
         return dataset  # TRL would go over all rows now, padded, and keep only sums
 
+    @property
+    def batches_of_start(self) -> GlobalBatches:
+        """Those whose reference is the start model."""
+        return self.batches
+
     def _before_training(self) -> None:
         super()._before_training()
         if self._references is not None:
@@ -61,6 +69,8 @@ class Referenced(Pairs, trl.DPOTrainer):
 
     def _labels(self, rows: dict[str, Any]) -> Tensor:
         return rows["input_ids"].masked_fill(rows["completion_mask"] == 0, IGNORED)
+
+    _moved = False  # whether the reference has left the start model
 
     # --- the reference ------------------------------------------------------------------------------------------------
 
@@ -71,7 +81,7 @@ class Referenced(Pairs, trl.DPOTrainer):
         inputs = self._prepare_inputs(AlignedTrainer.collate(self, numbers))
         labels = self._labels(inputs)
         plain = self.model
-        with plain.disable_adapter() if is_peft_model(plain) else nullcontext():
+        with plain.disable_adapter() if is_peft_model(plain) and not self._moved else nullcontext():
             output = self._look(inputs, labels)
         scored = labels[:, 1:] != IGNORED
         rows = output.log_probs[scored].float().cpu().split(scored.sum(1).tolist())
@@ -159,6 +169,24 @@ class DPO(Referenced):
     def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
         self.objective = objective
         super().__init__(**kwargs)
+        update = objective.settings.reference_update
+        self._moving = MovingReference(update, self._references) if update and self._references else None
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """Weights of a reference that moves (state.py), by the keys of fragments."""
+        return self._moving.weights if self._moving else {}
+
+    @property
+    def batches_of_start(self) -> GlobalBatches:
+        if self._moving is None:
+            return self.batches
+        return replace(self.batches, steps=min(self._moving.settings.every_steps, self.batches.steps))
+
+    def _before_training(self) -> None:
+        super()._before_training()
+        if self._moving:
+            self._moving.begin(self)
 
     def make_step(self, step: int) -> dict[str, Any]:
         made = super().make_step(step)
@@ -170,7 +198,19 @@ class DPO(Referenced):
         """[rows]: tokens of each chosen answer."""
         return column_lengths(self.train_dataset, "chosen_ids")
 
+    @property
+    def _moved(self) -> bool:  # type: ignore[override]
+        return self._moving is not None and self.state.global_step >= self._moving.settings.every_steps
+
+    def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
+        return super().collate(numbers) if self._moving is None else AlignedTrainer.collate(self, numbers)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self._moving is not None:  # not where rows are collated, which may be a step ahead
+            references = self._moving.at(self)
+            own = self.batches.micro_batches(self.state.global_step)[self.share]
+            for numbers, rows in zip(own, inputs["micro_batches"], strict=True):
+                rows["reference"] = references.spread(numbers, self._labels(rows).cpu())
         self._mean_chosen_tokens = inputs["mean_chosen_tokens"]
         if self.objective.whole:
             self._look_ahead(inputs["micro_batches"])

@@ -100,16 +100,18 @@ class References:
         safe_point: a collective too, called where the pass may end and lose nothing; told whether anything new stays.
         """
         self._safe_point = safe_point
-        missing = self.missing(trainer.train_dataset, trainer.batches)
+        missing = self.missing(trainer.train_dataset, trainer.batches_of_start)
         if self.store is None:
-            self._compute(trainer, missing)
+            self.compute(trainer, missing)
             return
         if len(missing):
             waiting = "another run computes this reference's log-probs: waiting for it"
             with computing(self.store, lambda: trainer.say(waiting), ask=self._ask):
-                missing = self.missing(trainer.train_dataset, trainer.batches)  # others have added some meanwhile
+                missing = self.missing(
+                    trainer.train_dataset, trainer.batches_of_start
+                )  # others have added some meanwhile
                 if len(missing):
-                    self.store.open([*self._names, *self._compute(trainer, missing)])
+                    self.store.open([*self._names, *self.compute(trainer, missing)])
         trainer.say(self.says(len(missing)))
 
     def says(self, computed: int) -> str:
@@ -121,8 +123,8 @@ class References:
         self._progress(0, 0, note="reference log-probs: waiting for their lock")  # who waits is not hung
         return bool(broadcast(take))
 
-    def _compute(self, trainer: Any, rows: np.ndarray) -> list[str]:
-        """Returns the names of the segments that the processes wrote."""
+    def compute(self, trainer: Any, rows: np.ndarray) -> list[str]:
+        """Of these rows. Returns the names of the segments that the processes wrote. A collective."""
         names: list[str] = []
         times = 1 if trainer.args.activation_checkpointing else BUDGET
         batches = replace(trainer.batches, tokens_per_micro_batch=times * trainer.batches.tokens_per_micro_batch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 class Fragment:
     """The range [start, start + numel) of the flattened parameter `name`.
 
-    values: "weight" and MOMENTS -> fp32 [numel], views of what the engine holds. updates: how often the optimiser has
+    values: "weight" and MOMENTS -> fp32 [numel], views of what the engine holds; "reference" too, where the trainer has
+    a reference that moves (trainer.anchor: key of the weight -> fp32 [numel]). updates: how often the optimiser has
     moved it; may be shared with others. owned: this process saves it.
     """
 
@@ -50,9 +52,14 @@ def fragments(trainer: Any) -> list[Fragment]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     named = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainer.is_deepspeed_enabled:
-        return list(_whole(trainer.optimizer.optimizer, named))
-    zero = trainer.model_wrapped.optimizer
-    return list(_zero3(zero, named) if hasattr(zero, "fp32_partitioned_groups_flat") else _zero12(zero, named))
+        held = list(_whole(trainer.optimizer.optimizer, named))
+    else:
+        zero = trainer.model_wrapped.optimizer
+        held = list(_zero3(zero, named) if hasattr(zero, "fp32_partitioned_groups_flat") else _zero12(zero, named))
+    for fragment in held:
+        if (anchor := getattr(trainer, "anchor", {}).get(fragment.key("weight"))) is not None:
+            fragment.values["reference"] = anchor
+    return held
 
 
 def _whole(optimizer: Any, named: Mapping[Tensor, str]) -> Iterator[Fragment]:
@@ -198,17 +205,24 @@ def load_state_dict(trainer: Any, saved: Saved, tick: Callable[[], None] = lambd
     enters."""
     held = fragments(trainer)
     _require_same(trainer, saved)
+    updates: dict[int, int] = {}
+    with rewriting(trainer):
+        for fragment in held:
+            tick()
+            for kind, value in fragment.values.items():
+                saved.read(kind, fragment.name, value, fragment.start)
+            known = updates.get(id(fragment.updates), 0)  # those who share a counter were moved together
+            updates[id(fragment.updates)] = max(known, saved.updates(fragment.name))
+            fragment.updates.fill_(updates[id(fragment.updates)])
+
+
+@contextmanager
+def rewriting(trainer: Any) -> Iterator[None]:
+    """Fragments are written inside: afterwards the model computes with them. A collective."""
     zero: Any = trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else None
     if hasattr(zero, "checkpoint_event_prologue"):
         zero.checkpoint_event_prologue()  # ZeRO-3 may hold small parameters gathered
-    updates: dict[int, int] = {}
-    for fragment in held:
-        tick()
-        for kind, value in fragment.values.items():
-            saved.read(kind, fragment.name, value, fragment.start)
-        known = updates.get(id(fragment.updates), 0)  # those who share a counter were moved together
-        updates[id(fragment.updates)] = max(known, saved.updates(fragment.name))
-        fragment.updates.fill_(updates[id(fragment.updates)])
+    yield
     if hasattr(zero, "checkpoint_event_epilogue"):
         for number in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(number)

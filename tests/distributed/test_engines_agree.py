@@ -70,6 +70,8 @@ CASES = {
     "dpo_zero3_aot": ("dpo", "zero3", {"loss": "aot"}, {}),
     "dpo_ddp_aot": ("dpo", "ddp", {"loss": "aot"}, {}),
     "dpo_zero2_beta": ("dpo", "zero2", {"loss": "beta_dpo"}, {}),
+    "dpo_zero3_moving": ("dpo", "zero3", {"reference_update": {"every_steps": 3, "share": 0.6}}, {}),
+    "dpo_zero1_moving": ("dpo", "zero1", {"reference_update": {"every_steps": 3, "share": 0.6}}, {}),
     "dpo_zero3_simpo": ("dpo", "zero3", {"loss": "simpo", "lora": True}, {}),
     "dpo_zero2_mix": ("dpo", "zero2", {"loss": {"sigmoid": 0.8, "sft": 1.0}, "weighting": "wpo", "ld_alpha": 0.5}, {}),
     "sft_uneven": ("sft", "zero2", {"global_batch_size": 5}, {}),

@@ -32,6 +32,7 @@ def bits(folder: Path) -> tuple[Any, bytes]:
     return rows, (folder / "model" / "model.safetensors").read_bytes()
 
 
+MOVES = {"every_steps": 3, "share": 0.6}
 DORA = {"dora": True, "modules_to_save": ["norm"]}  # magnitudes, and a whole module beside them, are trained too
 # Of kinds of stages: SFT and DPO, if nothing is said.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}},
     "zero2_kto": {"strategy": "zero2", "kinds": ["kto"]},
     "zero3_kto": {"strategy": "zero3", "kinds": ["kto"]},
+    # a reference that moved after the third and the sixth step
+    "zero3_tr_dpo": {"strategy": "zero3", "settings": {"reference_update": MOVES}, "kinds": ["dpo"]},
+    "zero2_tr_dpo": {"strategy": "zero2", "settings": {"reference_update": MOVES, "lora": True}, "kinds": ["dpo"]},
     # what it carries from batch to batch is in checkpoints too
     "zero3_beta_dpo": {"strategy": "zero3", "settings": {"loss": "beta_dpo"}, "kinds": ["dpo"]},
     "ddp_noise": {"strategy": "ddp", "noise": True, "kinds": ["sft"]},

@@ -78,6 +78,10 @@ def run_stock(folder: Path, settings: Any, inputs: dict[str, Path]) -> Any:
             **arguments, loss_type=[name.removesuffix("_mean") for name in settings.losses], beta=settings.beta,
             loss_weights=list(settings.losses.values()), label_smoothing=settings.label_smoothing,
             ld_alpha=settings.ld_alpha, use_weighting=settings.weighting == "wpo",
+            **({} if (update := settings.reference_update) is None else {
+                "sync_ref_model": True, "ref_model_sync_steps": update.every_steps,
+                "ref_model_mixup_alpha": update.share,
+            }),
         )  # fmt: skip
         trainer = StockDPO(ref_model=AutoModelForCausalLM.from_pretrained(start), args=config, **common)
     trainer.train()
@@ -95,8 +99,10 @@ def run_stock(folder: Path, settings: Any, inputs: dict[str, Path]) -> Any:
         tiny.dpo(ld_alpha=0.4),
         tiny.dpo(loss="aot", label_smoothing=0.1),  # which sorts the pairs of a batch: ours of all micro-batches
         tiny.dpo(loss={"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}),
+        tiny.dpo(reference_update={"every_steps": 3, "share": 0.6}),
+        tiny.dpo(reference_update={"every_steps": 4, "share": 1.0}),
     ],
-    ids=["sft", "dpo", "hinge", "ipo_mean", "wpo", "ld_dpo", "aot", "mpo"],
+    ids=["sft", "dpo", "hinge", "ipo_mean", "wpo", "ld_dpo", "aot", "mpo", "tr_dpo", "tr_dpo_hard"],
 )
 def test_losses_metrics_and_weights_equal_stock_trl_given_the_same_batches(settings: Any, tmp_path: Path) -> None:
     """Ours in several micro-batches of unequal size, scoring trained positions only; TRL's in one padded batch."""

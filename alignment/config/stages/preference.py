@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from alignment.config.losses import COEFFICIENTS, PAIR_LOSSES, Traits
 from alignment.config.nearest import closest
-from alignment.config.settings import identity
+from alignment.config.settings import Settings, identity
 from alignment.config.stages.training import Train
 
 
@@ -24,6 +24,14 @@ class Referenced(Train):
     ordering = ("reference",)  # what it finds computed it need not compute
 
 
+class ReferenceUpdate(Settings):
+    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every so many steps the reference takes this share of the
+    policy's weights, and the rest of its own. 1: the hard update (eq. 6), below: the soft one (eq. 5)."""
+
+    every_steps: int = identity(gt=0)
+    share: float = identity(gt=0, le=1)
+
+
 class Dpo(Referenced):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its family (docs/algorithms.md)."""
 
@@ -36,6 +44,7 @@ class Dpo(Referenced):
     divergence_alpha: float = identity(gt=0)
     weighting: Literal["none", "wpo"] = identity()
     ld_alpha: float | None = identity(ge=0, le=1)
+    reference_update: ReferenceUpdate | None = identity()
     discopop_tau: float = identity(gt=0)
     dpop_lambda: float = identity(ge=0)
     length_penalty: float = identity()
@@ -81,7 +90,8 @@ class Dpo(Referenced):
         return any(traits.means for traits in self.traits)
 
     def needless(self) -> frozenset[str]:
-        return frozenset(() if self.compares else {"reference"})
+        """A reference that moves is computed as training gets on."""
+        return frozenset(() if self.compares and self.reference_update is None else {"reference"})
 
     def idle(self) -> frozenset[str]:
         """What none of the losses reads."""
