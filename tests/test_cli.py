@@ -201,7 +201,7 @@ def test_a_sweep_of_jobs_that_is_refused_is_none(tmp_path: Path) -> None:
         (
             ["run", "pipeline=sft", "stage.dpo.beta=1"],
             2,
-            "(it comes with pipeline=dpo, pipeline=sft_dpo, pipeline=sft_s",
+            "(it comes with pipeline=dpo, pipeline=iterative_dpo, pipel",
         ),
         (["run", "store=/dev/null/x"], 4, "/dev/null/x"),
         (["run", "data=path", "data.instructions.source.path=."], 3, "is a folder without a model's files"),

@@ -37,9 +37,15 @@ def _judged_rows(settings: Prepare, key: str, judge: Use) -> Iterator[Fault]:
     """The judge makes rows for the task."""
     if not isinstance(judge.settings, Judge):
         return
-    wanted = {"preference": ("pairs", judge.settings.pairs != "none"), "sft": ("best", judge.settings.best)}
-    name, made = wanted[settings.task]
-    if not made:
-        keys = (f"{judge.key}.{name}", f"{key}.task")
-        fix = f"{keys[0]}={'true' if name == 'best' else 'best_worst'}, or another task"
+    has_pairs, has_labels = judge.settings.pairs != "none", judge.settings.label_threshold is not None
+    made = {
+        "preference": ("pairs=best_worst", has_pairs),
+        "unpaired": ("label_threshold=0.0", has_labels or has_pairs),
+        "sft": ("best=true", judge.settings.best),
+        "scored": ("", False),
+    }
+    setting, is_made = made[settings.task]
+    if not is_made:
+        keys = (f"{judge.key}.{setting.partition('=')[0]}" if setting else judge.key, f"{key}.task")
+        fix = f"{judge.key}.{setting}, or another task" if setting else f"name a data set: {key}.dataset"
         yield Fault(f"`{keys[1]}` is {settings.task}, and `{judge.key}` makes no such rows", keys, fix)

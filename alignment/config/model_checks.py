@@ -33,6 +33,10 @@ def _loss(use: Any) -> Iterator[Fault]:
             key = f"{use.key}.{name}"
             what = f"`{key}` is {getattr(settings, name)}, which is of pairs, and `{use.key}.loss` {settings.loss}"
             yield Fault(what, (key, f"{use.key}.loss"), f"{key}=0.0, or {use.key}.loss=bradley_terry")
+    if settings.lora is not None and settings.lora.quantize is not None:
+        key = f"{use.key}.lora.quantize"
+        what = f"`{key}` is {settings.lora.quantize}, which was not tried with a new head: `{use.node}` needs all bits"
+        yield Fault(what, (key,), f"{key}=null")
 
 
 def _members(use: Any, of: Any) -> Iterator[Fault]:

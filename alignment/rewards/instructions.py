@@ -41,9 +41,8 @@ def is_met(check: Check, text: str, asked: str) -> bool:
     if isinstance(check, Counted):
         return holds(COUNTS[check.kind](text), check.relation, check.count)
     if isinstance(check, Frequency):
-        found = text.casefold().count(check.text.casefold()) if check.kind == "letter_frequency" else 0
-        found = found or (occurrences(check.text, text) if check.kind == "word_frequency" else 0)
-        return holds(found, check.relation, check.count)
+        count = occurrences if check.kind == "word_frequency" else letters
+        return holds(count(check.text, text), check.relation, check.count)
     if isinstance(check, Words):
         wanted = check.kind == "include"
         return all((occurrences(word, text) > 0) == wanted for word in check.words)
@@ -63,6 +62,10 @@ def occurrences(phrase: str, text: str) -> int:
     """How often a word or phrase stands by itself, without regard to case and to how much white space is in it."""
     words = r"\s+".join(map(re.escape, phrase.split()))
     return len(re.findall(rf"(?<!\w){words}(?!\w)", text, re.I)) if words else 0
+
+
+def letters(letter: str, text: str) -> int:
+    return text.casefold().count(letter.casefold())
 
 
 def words(text: str) -> int:

@@ -90,12 +90,12 @@ class Judge:
         failed = [score["failed"] for score in scores if "failed" in score]
         limit = self.reward.max_failed_share
         if len(failed) > limit * len(scores):
-            whys = Counter(f"{name}: {why}" for one in failed for name, why in one.items())
-            (first, count), more = whys.most_common(1)[0], len(whys) - 1
-            others = f", {more} other reasons" if more else ""
-            what = f"{len(failed)} of {len(scores)} answers have no reward: {first} ({count} times{others})"
+            reasons = Counter(reason for one in failed for reason in one.items())
+            ((name, why), count), more = reasons.most_common(1)[0], len(reasons) - 1
+            others = f", beside {more} other reason{'s' * (more > 1)}" if more else ""
+            what = f"{len(failed)} of {len(scores)} answers have no reward: {why} ({count} times{others})"
             fix = f"mend the term, or raise reward.max_failed_share, {limit:g}"
-            raise InputError(what, where=f"reward.terms.{next(iter(failed[0]))}", fix=fix)
+            raise InputError(what, where=f"reward.terms.{name}", fix=fix)
         return len(failed)
 
 

@@ -26,9 +26,11 @@ def run(context: StageContext) -> dict[str, Any]:
     return write(prepared, context.folder, source, chat)
 
 
-JUDGED = {  # what a judge has made for a task: its file, its format, what it is
-    "preference": ("pairs.jsonl", "preference", "pairs of the parent stage"),
-    "sft": ("best.jsonl", "prompt_completion", "best answers of the parent stage"),
+PAIRS = ("pairs.jsonl", "preference", "pairs of the parent stage")
+JUDGED = {  # what a judge has made for a task, the first that is there: its file, its format, what it is
+    "preference": (PAIRS,),
+    "unpaired": (("unpaired.jsonl", "unpaired", "labelled answers of the parent stage"), PAIRS),
+    "sft": (("best.jsonl", "prompt_completion", "best answers of the parent stage"),),
 }
 
 
@@ -36,8 +38,9 @@ def _rows(context: StageContext) -> tuple[list[Row], str, str]:
     """The rows, their format, and where they come from: a data set of the config, or what the parent has judged."""
     name = context.settings.dataset
     if name is None:
-        file, form, source = JUDGED[context.settings.task]
-        return list(read_rows(context.inputs["data"] / file)), form, source
+        folder, made = context.inputs["data"], JUDGED[context.settings.task]
+        file, form, source = next((one for one in made if (folder / one[0]).is_file()), made[-1])
+        return list(read_rows(folder / file)), form, source
     dataset = context.experiment.data[name]
     rows = islice(read_rows(fetch(dataset.source, what="data")), dataset.limit)
     return list(rows), dataset.format, describe(dataset.source)

@@ -135,6 +135,7 @@ REWARDS = {
     f"{SCORED} stage.reward_model.margin=1.0 stage.reward_model.loss=bce": "`stage.reward_model.margin` is 1.0, wh",
     "stage.reward_model.loss=bce": "`stage.prepare_preference.task` is preference, and `member_1` trains on rows for s",
     "pipeline.nodes.evaluate_one.inputs.model=sft": "names `sft`, which makes a model, not a reward model",
+    "stage.reward_model.lora.quantize=nf4": "`stage.reward_model.lora.quantize` is nf4, which was not tried",
     "objective=[reward]": "`objective` names `reward`, which no evaluation measures",
     "stage.prepare_preference.splits.heldout=0": "is 0, and `evaluate_one` needs such rows",
     "stage.reward_model.label_smoothing=0.5": "`stage.reward_model.label_smoothing` should be less than 0.5",

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 from alignment.config.compose import compose
+from alignment.config.paths import CONF
 from alignment.config.rewards import Reward
 from alignment.errors import ConfigError
 from alignment.pipeline.identity import identity_side
+from tests.pipeline.test_identity import leaves, other
 
 REFUSED = {
     "reward=length reward.terms.length.high=5": "`reward.terms.length.low` is 10, and `reward.terms.length.high` 5",
@@ -31,6 +34,14 @@ def test_what_cannot_be_is_one_line(overrides: str) -> None:
     with pytest.raises(ConfigError) as told:
         compose(overrides.split())
     assert REFUSED[overrides] in str(told.value)
+
+
+def test_a_pipeline_gives_its_reward_model_to_all_that_judge() -> None:
+    nodes = compose(["experiment=rlhf"]).pipeline.nodes
+    given = {name for name, node in nodes.items() if node.inputs.get("reward_model") == "reward_model"}
+    assert given == {"rloo", "evaluate_start", "evaluate_sft", "evaluate_rloo"}
+    with pytest.raises(ConfigError, match="is filled, and no term of the reward reads it"):
+        compose(["experiment=rlhf", "reward=sentiment"])
 
 
 def test_several_choices_are_one_reward() -> None:
@@ -73,6 +84,42 @@ def test_what_can_change_a_value_is_in_the_key(term: dict[str, Any], change: dic
 @pytest.mark.parametrize(("term", "change"), IDLE)
 def test_what_changes_nothing_as_the_others_stand_is_not_in_the_key(term: Any, change: dict[str, Any]) -> None:
     assert key(term) == key({**term, **change})
+
+
+def of_conf(name: str) -> dict[str, Any]:
+    """Settings of conf/reward; what they leave to the command is filled in."""
+    raw = yaml.safe_load((CONF / "reward" / f"{name}.yaml").read_text().replace("???", str(CONF / "config.yaml")))
+    return {key: value for key, value in raw.items() if key != "defaults"}
+
+
+KINDS = [*(f.stem for f in sorted((CONF / "reward").glob("*.yaml")) if "defaults" not in yaml.safe_load(f.read_text()))]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_setting_is_in_the_key_if_it_is_said_to_be(name: str) -> None:
+    """The same as of whole pipelines, in tests/pipeline/test_identity.py, but of every kind of term."""
+    base = Reward.model_validate(of_conf(name))
+    for path, field, value, sides in leaves(base):
+        if path[-1] in ("kind", "path") or (path[-1] == "source" and value is None):
+            continue
+        others = [*other(field, value), ["thai"], [{"kind": "json"}]]
+        changed = next(filter(None, (with_value(name, path, another) for another in others)), None)
+        assert changed is not None, f"no other value of {path} is allowed"
+        idle = len(path) == 3 and path[2] in base.terms[path[1]].idle() & changed.terms[path[1]].idle()
+        expected = set(sides) == {"identity"} and not idle
+        assert (identity_side(base) != identity_side(changed)) == expected, path
+
+
+def with_value(name: str, path: tuple[Any, ...], value: Any) -> Reward | None:
+    raw = Reward.model_validate(of_conf(name)).model_dump()
+    place = raw
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    try:
+        return Reward.model_validate(raw)
+    except ValueError:
+        return None
 
 
 def test_a_limit_to_failures_refuses_results_and_changes_none() -> None:

@@ -215,3 +215,53 @@ def test_margins_of_pairs_are_kept_where_all_have_one_and_counted_where_not(chat
             columns = datasets.load_from_disk(str(tmp_path / name / part)).column_names
             assert columns == ["prompt_ids", "chosen_ids", "rejected_ids", *(["margin"] if used else [])]
         assert read_json(tmp_path / name / "data_report.json")["margins"] == {"rows": 4 if used else 3, "used": used}
+
+
+def labelled(question: str, answer: str, label: Any) -> dict[str, Any]:
+    return {**qa(question, answer), "label": label}
+
+
+def test_answers_with_a_label_keep_it_and_go_with_an_answer_to_another_prompt(chat: Chat, tmp_path: Path) -> None:
+    values = [labelled("p", "a", True), labelled("p", "b", False), labelled("q", "c", True), labelled("r", "d", False)]
+    made = run(chat, values, task="unpaired")
+    assert made.form == "unpaired"
+    preparation.write(made, tmp_path, "here", chat)
+    rows, texts = datasets.load_from_disk(str(tmp_path / "train")), list(read_jsonl(tmp_path / "train.jsonl"))
+    asked = {tuple(row["completion_ids"]): tuple(row["prompt_ids"]) for row in rows}
+    for row, text in zip(rows, texts, strict=True):
+        assert row["label"] is text["label"]
+        assert asked[tuple(row["mismatched_ids"])] != tuple(row["prompt_ids"])
+    assert sorted((text["completion"][0]["content"], text["label"]) for text in texts) == [
+        ("a", True), ("b", False), ("c", True), ("d", False),
+    ]  # fmt: skip
+
+
+def test_answers_with_a_label_that_say_it_twice_or_both_ways_are_dropped_and_counted(chat: Chat) -> None:
+    values = [labelled("p", "a", True), labelled("P ", "a", True), labelled("p", "a", False), labelled("q", "a", False)]
+    made = run(chat, values, task="unpaired")
+    assert made.tally.counts == {"duplicate answer": 1, "contradicts an earlier answer": 1}
+
+
+def test_pairs_are_taken_apart_into_answers_with_a_label(chat: Chat) -> None:
+    pairs = [{"id": f"row {n}", "prompt": q, "chosen": "yes", "rejected": "no"} for n, q in enumerate(["p", "q"])]
+    made = run(chat, pairs, task="unpaired")
+    found = sorted((row.id, row.answer["content"], row.columns["label"]) for row in made.parts["train"])
+    assert found == [
+        ("row 0-chosen", "yes", True), ("row 0-rejected", "no", False),
+        ("row 1-chosen", "yes", True), ("row 1-rejected", "no", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ([labelled("p", "a", 1), labelled("q", "b", True)], "'label' must be true or false, is a number"),
+        ([labelled("p", "a", True), labelled("p", "b", False)], "all rows have one prompt"),
+        ([qa("p", "a"), qa("q", "b")], "cannot be prepared for the task 'unpaired'"),
+    ],
+)
+def test_rows_of_which_kto_can_make_nothing_are_refused(
+    values: list[dict[str, Any]], what: str, chat: Chat, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=what):
+        preparation.write(run(chat, values, task="unpaired"), tmp_path, "here", chat)

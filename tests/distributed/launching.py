@@ -39,7 +39,7 @@ def launch(folder: Path, world_size: int, plan: list[dict[str, Any]]) -> None:
 
 
 def write_plan(folder: Path, plan: list[dict[str, Any]]) -> None:
-    for kind in ("sft", "dpo", "reward_model"):
+    for kind in ("sft", "dpo", "kto", "reward_model"):
         tiny.write_inputs(folder, kind)
     online.write_inputs(folder)
     write_starts(folder)

@@ -65,6 +65,13 @@ CASES = {
     **{f"reward_model_{strategy}": ("reward_model", strategy, {}, {}) for strategy in ("ddp", "zero2", "zero3")},
     "reward_model_zero3_lora": ("reward_model", "zero3", {"lora": True, "centring": 0.01}, {}),
     "regression_zero2": ("reward_model", "zero2", {"loss": "bce"}, {"tokens_per_micro_batch": 60}),
+    # What looks at the whole global batch first, has no reference, or weighs tokens or pairs.
+    **{f"kto_{strategy}": ("kto", strategy, {}, {"tokens_per_micro_batch": 60}) for strategy in STRATEGIES},
+    "dpo_zero3_aot": ("dpo", "zero3", {"loss": "aot"}, {}),
+    "dpo_ddp_aot": ("dpo", "ddp", {"loss": "aot"}, {}),
+    "dpo_zero2_beta": ("dpo", "zero2", {"loss": "beta_dpo"}, {}),
+    "dpo_zero3_simpo": ("dpo", "zero3", {"loss": "simpo", "lora": True}, {}),
+    "dpo_zero2_mix": ("dpo", "zero2", {"loss": {"sigmoid": 0.8, "sft": 1.0}, "weighting": "wpo", "ld_alpha": 0.5}, {}),
     "sft_uneven": ("sft", "zero2", {"global_batch_size": 5}, {}),
 }
 FOUR = {

@@ -33,7 +33,7 @@ def bits(folder: Path) -> tuple[Any, bytes]:
 
 
 DORA = {"dora": True, "modules_to_save": ["norm"]}  # magnitudes, and a whole module beside them, are trained too
-# Of kinds of stages: both, if nothing is said.
+# Of kinds of stages: SFT and DPO, if nothing is said.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{strategy: {"strategy": strategy} for strategy in STRATEGIES},
     "zero3_bf16": {"strategy": "zero3", "settings": {"precision": "bf16"}},
@@ -54,10 +54,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "kinds": ["dpo"],
     },
     "ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}},
+    "zero2_kto": {"strategy": "zero2", "kinds": ["kto"]},
+    "zero3_kto": {"strategy": "zero3", "kinds": ["kto"]},
+    # what it carries from batch to batch is in checkpoints too
+    "zero3_beta_dpo": {"strategy": "zero3", "settings": {"loss": "beta_dpo"}, "kinds": ["dpo"]},
     "ddp_noise": {"strategy": "ddp", "noise": True, "kinds": ["sft"]},
     "zero3_noise": {"strategy": "zero3", "noise": True, "kinds": ["dpo"]},
 }  # fmt: skip
-CASES = [(kind, name) for kind in KINDS for name, variant in VARIANTS.items() if kind in variant.get("kinds", KINDS)]
+CASES = [
+    (kind, name)
+    for kind in (*KINDS, "kto")
+    for name, variant in VARIANTS.items()
+    if kind in variant.get("kinds", KINDS)
+]
 NOISE = [(kind, name) for kind, name in CASES if VARIANTS[name].get("noise")]
 
 # A part of a checkpoint is written two steps after its copy was made, then comes the next one: those of steps 1 and 3

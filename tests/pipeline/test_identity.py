@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import typing
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from alignment.config.compose import compose
 from alignment.config.schema import Experiment
 from alignment.config.settings import Settings
 from alignment.data.fetch import fetch
-from alignment.errors import InputError
-from alignment.pipeline import graph
+from alignment.errors import InputError, MachineError
+from alignment.pipeline import graph, identity
 from alignment.pipeline.identity import content_digest
 
 
@@ -58,6 +59,11 @@ def leaves(value: Any, sides: tuple[str, ...] = (), path: tuple[Any, ...] = ()) 
             yield (*path, name), field, item, here
 
 
+COMPARISON = {
+    "model": "m", "system": None, "prompt": "{first}{second}", "pattern": "(A)", "first": "A", "second": "B",
+    "temperature": 0.0, "max_tokens": 1, "url": "http://a", "api_key_env": None, "timeout_s": 1.0, "retries": 0,
+    "backoff_s": 1.0, "concurrency": 1, "cache": False,
+}  # fmt: skip
 # names must be names of something
 NAMES = {"sigmoid": ["ipo_mean"], "instruction": ["chatml"], "instructions": ["preferences"]}
 
@@ -82,6 +88,7 @@ def other(field: Any, value: Any) -> list[Any]:
         0.5,
         "preferences",
         {"kind": "sigmoid"},
+        COMPARISON,
         {"kind": "hub", "id": "a/b", "revision": "c" * 40, "subset": None, "split": "train"},
     ]
 
@@ -103,14 +110,13 @@ def perturbed(experiment: Experiment, path: tuple[Any, ...], values: list[Any]) 
 BASE = compose(["experiment=quickstart"])
 NODES = graph.build(BASE)
 # Left out: the graph itself, which changes keys by wiring, and keys that have one value only.
-ONE_VALUE = (
-    ("kind", "dropout", "quantized_weights", "quantized_gradients"),
-    [("reward", "terms", "sentiment", "source")],
-)
+ONE_VALUE = ("kind", "dropout", "quantized_weights", "quantized_gradients", "quantize")  # the last: the test of QLoRA
 LEAVES = [
     leaf
     for leaf in leaves(BASE)
-    if leaf[0][0] != "pipeline" and leaf[0][-1] not in ONE_VALUE[0] and leaf[0] not in ONE_VALUE[1]
+    if leaf[0][0] != "pipeline"
+    and leaf[0][-1] not in ONE_VALUE
+    and leaf[0] != ("reward", "terms", "sentiment", "source")
 ]
 
 
@@ -146,6 +152,28 @@ def test_a_perturbed_setting_changes_the_keys_of_those_that_read_it_and_of_what_
     differ = {name for name in before if before[name] != after[name]}
     idle = path[0] == "stage" and path[2] in BASE.stage[path[1]].idle() & changed.stage[path[1]].idle()
     assert differ == (with_descendants(readers(path)) if set(sides) == {"identity"} and not idle else set())
+
+
+def test_qlora_has_a_key_of_its_own_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = identity.version
+
+    def version(installed: bool, package: str) -> str:
+        if package != "bitsandbytes":
+            return found(package)
+        if installed:
+            return "0.50.2"
+        raise MachineError(f"the package {package} is not installed", fix=f"pip install {package}")
+
+    changed = perturbed(BASE, ("stage", "sft", "lora", "quantize"), ["nf4"])
+    assert changed is not None
+    monkeypatch.setattr(identity, "version", partial(version, True))
+    before, after = keys(BASE), keys(changed)
+    differ = {name for name in before if before[name] != after[name]}
+    assert differ == with_descendants(readers(("stage", "sft", "lora", "quantize")))
+    monkeypatch.setattr(identity, "version", partial(version, False))
+    assert keys(BASE) == before, "nobody else needs it"
+    with pytest.raises(MachineError, match="bitsandbytes is not installed"):
+        keys(changed)
 
 
 SEES = ("global_batch_size", "epochs", "max_steps", "seed")

@@ -66,7 +66,7 @@ def test_too_many_failures_are_an_error_with_the_commonest_reason() -> None:
     with pytest.raises(InputError) as told:
         judge(0.5).failures(scores)
     assert str(told.value) == (
-        "reward.terms.right: 3 of 4 answers have no reward: right: its row expects nothing: it has neither `expected` "
-        "nor `reference` (2 times, 1 other reasons) (mend the term, or raise reward.max_failed_share, 0.5)"
+        "reward.terms.right: 3 of 4 answers have no reward: its row expects nothing: it has neither `expected` nor "
+        "`reference` (2 times, beside 1 other reason) (mend the term, or raise reward.max_failed_share, 0.5)"
     )
     assert judge(0.0).failures([]) == 0

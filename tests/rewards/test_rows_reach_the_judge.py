@@ -107,5 +107,5 @@ def test_an_evaluation_leaves_failed_rewards_out_and_counts_them(
     written = list(read_jsonl(context.folder / "answers.jsonl"))
     assert sorted(row["reward"] is None for row in written) == [False, True, True]
     strict = rewarded(make_context("evaluate", inputs, "strict", max_new_tokens=4), 0.6, "obeys")
-    with pytest.raises(InputError, match=r"2 of 3 answers have no reward: obeys: its row has no checks \(2 times\)"):
+    with pytest.raises(InputError, match=r"2 of 3 answers have no reward: its row has no checks \(2 times\)"):
         evaluate.run(strict)

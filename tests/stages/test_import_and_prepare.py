@@ -178,6 +178,27 @@ def test_best_answers_of_the_judge_become_rows_for_sft(start: Path, tmp_path: Pa
     assert written == {"p1": ["q1", "a1"], "p2": ["q2", "a2"]}
 
 
+def test_labelled_answers_of_the_judge_become_unpaired_rows_and_without_them_its_pairs_do(
+    start: Path, tmp_path: Path
+) -> None:
+    def asked(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    def said(text: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}]
+
+    pairs = [{"prompt": asked(f"q{i}"), "chosen": said("a"), "rejected": said("b")} for i in range(2)]
+    labelled = [{"prompt": asked(f"q{i % 2}"), "completion": said(f"a{i}"), "label": i < 2} for i in range(5)]
+    judged = tmp_path / "judged"
+    judged.mkdir()
+    (judged / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    for name, count in (("of pairs", 4), ("of labels", 5)):
+        (tmp_path / name).mkdir()
+        numbers = prepared(tmp_path / name, start, None, {"data": judged}, task="unpaired", dataset=None)
+        assert numbers["train"] == count
+        (judged / "unpaired.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+
+
 def test_a_limit_takes_the_first_rows(start: Path, instruction_rows: Path, tmp_path: Path) -> None:
     assert prepared(tmp_path, start, instruction_rows, limit=7)["rows"] == 7
 

@@ -14,7 +14,7 @@ import torch
 
 from alignment.errors import MachineError, PreemptedError, TrainingError
 from alignment.stages import sft
-from alignment.training import trainers
+from alignment.training import preference, trainers
 from alignment.training.health import NonFinite, SpikeAlarm
 from tests.conftest import fill
 from tests.training import poison, tiny
@@ -94,13 +94,14 @@ def test_a_first_step_that_is_skipped_leaves_the_check_of_the_start_to_the_next(
     kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[int] = []
-    real = getattr(trainers, {"sft": "SFT", "dpo": "DPO"}[kind])._check_start
+    trainer = {"sft": trainers.SFT, "dpo": preference.DPO}[kind]
+    real = trainer._check_start
 
     def check(self: Any) -> None:
         checked.append(self.state.global_step + 1)
         real(self)
 
-    monkeypatch.setattr(getattr(trainers, {"sft": "SFT", "dpo": "DPO"}[kind]), "_check_start", check)
+    monkeypatch.setattr(trainer, "_check_start", check)
     poison.into(monkeypatch, where, steps=[1])
     with pytest.raises(PreemptedError):
         attempt(tmp_path / "run", kind, stop_after=1, nonfinite="skip")
