@@ -148,9 +148,17 @@ class _Given:
     def _prepare_inputs(self: Any, batch: Any) -> dict[str, Any]:
         step, part = divmod(self.seen, self.args.gradient_accumulation_steps)
         self.seen += 1
-        whole = self.given[step]
-        size = self.args.per_device_train_batch_size
+        whole, size = self.given[step], self.args.per_device_train_batch_size
+        if isinstance(self, trl.RLOOTrainer) and "old_logps" not in whole:
+            whole["old_logps"] = self._whole_logps(whole)
         return {name: value[part * size : (part + 1) * size] for name, value in whole.items()}
+
+    @torch.no_grad()
+    def _whole_logps(self: Any, whole: dict[str, Any]) -> Any:
+        """Of each answer under the policy as it is."""
+        ids, masks = (torch.cat([whole[f"prompt_{part}"], whole[f"completion_{part}"]], 1) for part in ("ids", "mask"))
+        kept = whole["completion_ids"].shape[1]
+        return self._get_per_token_logps_and_entropies(self.model, ids, masks, kept)[0].sum(1)
 
 
 class TrlGRPO(_Given, trl.GRPOTrainer):
@@ -181,50 +189,33 @@ def theirs(work: Work, folder: Path, ticks: Ticks, given: list[dict[str, Any]], 
     return trainer
 
 
-def as_given(work: Work, steps: list[Any], olds: dict[int, float]) -> list[dict[str, Any]]:
-    """What TRL's losses take, of the rollouts that ours has made. olds: log-probs of whole answers."""
-    prompts, _ = texts(work)
-    made = []
+def as_given(work: Work, folder: Path) -> tuple[list[dict[str, Any]], list[float]]:
+    """What TRL's losses take, of the rollouts that a run of ours makes; and that run's losses."""
+    trainer, steps = ours(work, folder, Ticks()), []
+    inner = trainer.training_step
+
+    def noted(*given: Any) -> Any:
+        told = inner(*given)
+        steps.append(trainer._rollout.groups)
+        return told
+
+    trainer.training_step = noted
+    trainer.train()
+    prompts, made = texts(work)[0], []
     for groups in steps:
         answers = [answer for group in groups for answer in group.answers]
         ids = torch.tensor([answer.ids for answer in answers])
         asked = torch.tensor([prompts[group.number] for group in groups for _ in group.answers])
+        worth = torch.tensor([answer.advantages[0] for answer in answers], dtype=torch.float32)
         made.append(
             {
                 "prompt_ids": asked, "prompt_mask": torch.ones_like(asked), "completion_ids": ids,
-                "completion_mask": torch.ones_like(ids),
-                "advantages": torch.tensor([answer.advantages[0] for answer in answers], dtype=torch.float32),
-                "old_logps": torch.tensor([olds[id(answer)] for answer in answers]),
+                "completion_mask": torch.ones_like(ids), "advantages": worth,
             }
         )  # fmt: skip
-    return made
-
-
-def with_old(work: Work, folder: Path) -> tuple[list[dict[str, Any]], list[float]]:
-    """One run of ours, untimed but noted: the inputs of TRL's arms, the losses; the sums of log-probs that RLOO's ratio
-    wants are those of the policy at each step."""
-    trainer, steps, sums, olds = ours(work, folder, Ticks()), [], [], {}
-    inner, loss = trainer.training_step, trainer._loss
-
-    def noted(model: Any, inputs: Any, divisor: Any) -> Any:
-        told = loss(model, inputs, divisor)
-        sums[-1].append((trainer._output.log_probs.detach().sum(1), inputs["input_ids"]))
-        return told
-
-    def step(*given: Any) -> Any:
-        sums.append([])
-        told = inner(*given)
-        steps.append(trainer._rollout.groups)
-        of = {tuple(row.tolist()): float(value) for some, ids in sums[-1] for row, value in zip(ids, some, strict=True)}
-        prompts = [row["prompt_ids"] for row in trainer.train_dataset]
-        for group in trainer._rollout.groups:
-            for answer in group.answers:
-                olds[id(answer)] = of[(*prompts[group.number], *answer.ids)]
-        return told
-
-    trainer._loss, trainer.training_step = noted, step
-    trainer.train()
-    return as_given(work, steps, olds), losses(trainer)
+    if work.kind == "rloo":  # its ratio starts from log-probs that TRL has computed with the answers
+        theirs(work, folder, Ticks(), made, work.prompts * work.answers, False).train()
+    return made, losses(trainer)
 
 
 def losses(trainer: Any) -> list[float]:
@@ -235,7 +226,7 @@ def measure(work: Work, repeats: int) -> dict[str, Any]:
     whole = work.prompts * work.answers
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        given, wanted = with_old(work, folder)
+        given, wanted = as_given(work, folder)
         arms: dict[str, Any] = {"ours": lambda ticks: ours(work, folder, ticks)}
         for rows in sorted({8, 16, whole} & set(range(1, whole + 1))):
             arms[f"TRL, {rows} rows"] = lambda ticks, rows=rows: theirs(work, folder, ticks, given, rows, False)

@@ -350,16 +350,17 @@ def test_layers_computed_twice_and_bf16_decode_and_train_the_same_policy(tmp_pat
     assert all(0 < row["mismatch"] < 2e-2 for row in rows(tmp_path / "bf16"))
 
 
-def test_it_learns(tmp_path: Path, judged: None, one_thread: None) -> None:
-    """The share of letters a to m in an answer, of random bytes 0.1, is more than doubled in 24 steps."""
-    settings = online.rloo(
-        max_steps=24, learning_rate=1e-2, completions_per_prompt=8, kl=online.kl(coefficient=0.0), global_batch_size=8
+@pytest.mark.parametrize("kind", ["rloo", "online_dpo"])
+def test_it_learns(kind: str, tmp_path: Path, judged: None, one_thread: None) -> None:
+    """The share of letters a to m in an answer, of random bytes 0.06, is more than trebled in 16 steps."""
+    how = {"kl": online.NO_KL} if kind == "rloo" else {}
+    settings = getattr(online, kind)(
+        max_steps=16, learning_rate=1e-2, completions_per_prompt=8, global_batch_size=8, **how
     )
-    summary = run(tmp_path / "run", settings, setup=tiny.engine(tokens_per_micro_batch=1000))
+    run(tmp_path / "run", settings, setup=tiny.engine(tokens_per_micro_batch=1000))
     told = [row["reward"] for row in rows(tmp_path / "run")]
-    assert summary["steps"] == 24
-    first, last = sum(told[:5]) / 5, sum(told[-5:]) / 5
-    assert last > 2 * first, (first, last)
+    first, last = sum(told[:3]) / 3, sum(told[-3:]) / 3
+    assert len(told) == 16 and last > 3 * first, (first, last)
 
 
 @pytest.mark.parametrize("kind", ["online_dpo", "ppo"])
