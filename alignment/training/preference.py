@@ -33,21 +33,14 @@ from alignment.training.trainers import AlignedTrainer
 START_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-class Pairs(AlignedTrainer):
-    """The mean over the pairs of the global batch; TRL returns that of the micro-batch."""
-
-    branches = 2
-
-    def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
-        return len(inputs["input_ids"]) // 2 * self.accelerator.num_processes / self._divisor
-
-
-class Referenced(Pairs, trl.DPOTrainer):
+class Referenced(AlignedTrainer, trl.DPOTrainer):
     """Compares the policy with its reference. Rows: prompt_ids, chosen_ids, rejected_ids.
 
     The reference is the policy as training begins (with LoRA: its adapter off). Its log-probs are computed before the
     first step and kept (training/reference_pass.py); no second model is held. references: None: there is none.
     """
+
+    branches = 2
 
     def __init__(self, *, references: References | None, **kwargs: Any) -> None:
         self._references = references
@@ -112,6 +105,10 @@ class Referenced(Pairs, trl.DPOTrainer):
         if self._references is not None:
             rows["reference"] = self._references.spread(numbers, self._labels(rows))
         return rows
+
+    def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
+        """Losses are sums over the micro-batch, the divisor is the number of records in the global batch."""
+        return self.accelerator.num_processes / self._divisor
 
     def training_state(self) -> dict[str, Any]:
         digest = None if self._references is None else self._references.digest
@@ -227,9 +224,6 @@ class DPO(Referenced):
         value, *slopes = self._ahead.pop(0).unbind(1)  # each [pairs of this micro-batch]
         moved = (slope * (one - one.detach()) for slope, one in zip(slopes, leaves(pairs), strict=True))
         return (value + sum(moved)).sum()  # that value, and its gradient
-
-    def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
-        return self.accelerator.num_processes / self._divisor
 
     def _pairs(self, output: Any, reference: Tensor | None, labels: Tensor) -> Any:
         squares = output.log_sum_sq_probs if self.objective.weighs else None

@@ -67,9 +67,6 @@ class KTO(Referenced):
         how = {name: getattr(self._how, name) for name in ("beta", "desirable_weight", "undesirable_weight")}
         return UNPAIRED_LOSSES[self._how.loss](ratio, inputs["desirable"], self._kl, **how).sum()
 
-    def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
-        return self.accelerator.num_processes / self._divisor
-
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         labels, reference = self._labels(inputs), inputs["reference"]
         self._compare(reference, labels)

@@ -78,7 +78,7 @@ def generators() -> list[str]:
 
 def noise(monkeypatch: Any) -> None:
     """Losses are multiplied by random numbers of all three generators; the next rank draws once more."""
-    for kind in (trainers.SFT, preference.Pairs):
+    for kind in (trainers.SFT, preference.Referenced):
         monkeypatch.setattr(kind, "_scale", _noisy(kind._scale))
 
 
