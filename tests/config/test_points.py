@@ -30,6 +30,7 @@ from alignment.pipeline.identity import one_look
 from tests.config.test_compose import REFUSED
 
 MIXTURES = 20
+OTHERS = "rslora: false, dora: false, init: kaiming, modules_to_save: [], quantize: null"  # keys of lora
 FAST = [
     [],
     ["seed=3"],
@@ -44,7 +45,7 @@ FAST = [
     ["++stage.dpo.lora.rank=4", "++stage.dpo.beta=0.3"],
     ["stage.dpo.lora=null"],
     ["stage.dpo.lora={rank: 4, alpha: 8.0}"],
-    ["stage.dpo.lora=null", "stage.dpo.lora={rank: 1, alpha: 2.0, dropout: 0.0, target_modules: [q]}"],
+    ["stage.dpo.lora=null", f"stage.dpo.lora={{rank: 1, alpha: 2.0, dropout: 0.0, target_modules: [q], {OTHERS}}}"],
     ["stage.sft.lora.target_modules=[q_proj,v_proj]"],
     ["stage.sft.lora.target_modules=[q_proj,v_proj]", "stage.sft.lora.target_modules.1=k_proj"],
     ["~reward.terms.relevance"],
@@ -73,7 +74,10 @@ SLOW = [
     ["experiment=dated", "seed=3"],
     ["experiment=linked", "~stage.dpo.lora", "+stage.dpo.lora=null"],
     ["~stage.dpo.seed", "+stage.dpo.seed=1"],
-    ["~stage.dpo.lora={rank: 8, alpha: 16.0, dropout: 0.0, target_modules: all-linear}", "+stage.dpo.lora=null"],
+    [
+        f"~stage.dpo.lora={{rank: 8, alpha: 16.0, dropout: 0.0, target_modules: all-linear, {OTHERS}}}",
+        "+stage.dpo.lora=null",
+    ],
 ]
 OWN = {
     "numbered": "name: n-${hydra:job.num}",

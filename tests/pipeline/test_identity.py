@@ -88,6 +88,7 @@ def other(field: Any, value: Any) -> list[Any]:
         0.5,
         "preferences",
         {"kind": "sigmoid"},
+        {"every_steps": 2, "share": 0.5},
         COMPARISON,
         {"kind": "hub", "id": "a/b", "revision": "c" * 40, "subset": None, "split": "train"},
     ]

@@ -225,7 +225,7 @@ def test_a_loss_that_is_nan_is_fatal_names_its_step_and_is_never_logged(
 def test_a_gradient_that_is_infinite_is_fatal_before_the_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loaded(start: Path) -> Any:
+    def loaded(start: Path, *adapters: Any) -> Any:
         model = AutoModelForCausalLM.from_pretrained(start)
         model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
         return model
