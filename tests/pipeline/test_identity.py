@@ -150,7 +150,7 @@ def test_a_perturbed_setting_changes_the_keys_of_those_that_read_it_and_of_what_
     if path == ("seed",):  # stages take it by interpolation, which a validated experiment has behind it
         changed = compose(["experiment=quickstart", "seed=1"])
     before, after = keys(BASE), keys(changed)
-    differ = {name for name in before if before[name] != after[name]}
+    differ = {name for name in after if before[name] != after[name]}  # a node without a use any more is left out
     idle = path[0] == "stage" and path[2] in BASE.stage[path[1]].idle() & changed.stage[path[1]].idle()
     assert differ == (with_descendants(readers(path)) if set(sides) == {"identity"} and not idle else set())
 
