@@ -103,6 +103,10 @@ def _chat(term: ChatEndpoint, key: str, answers: tuple[str, ...]) -> Iterator[Fa
     where = urlsplit(term.url)
     if where.scheme not in ("http", "https") or not where.hostname:
         yield Fault(f"`{key}.url` is no address", (f"{key}.url",), "such as http://localhost:8000/v1")
+    local = where.hostname in ("localhost", "127.0.0.1", "::1")
+    if where.scheme == "http" and term.api_key_env is not None and not local:
+        what = f"`{key}.url` is http, and `{key}.api_key_env` sends a key: anybody on the way could read it"
+        yield Fault(what, (f"{key}.url", f"{key}.api_key_env"), f"https, or {key}.api_key_env=null")
     if where.username or where.password or where.query:
         what = f"`{key}.url` has more than an address in it"
         yield Fault(what, (f"{key}.url",), f"export the key, and name the variable: {key}.api_key_env=NAME")

@@ -203,7 +203,7 @@ class ChatEndpoint(Settings):
     @classmethod
     def _is_a_name(cls, value: str | None) -> str | None:
         """A key itself, given by mistake, is not shown."""
-        if value is not None and not re.fullmatch(IDENTIFIER, value):
+        if value is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", value):
             fix = "export the key, and say by which name"
             raise PydanticCustomError("secret", "must be the name of an environment variable", {"fix": fix})
         return value

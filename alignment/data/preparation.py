@@ -279,15 +279,20 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
 
 
 def _mismatched(train: Sequence[Example]) -> list[list[int]]:
-    """For each row the answer of the next one that has another prompt, round in a circle: what KTO compares with."""
+    """For each row the answer of the next one that has another prompt, round in a circle: what KTO compares with.
+
+    With it no row is longer than the longest that is trained on.
+    """
+    longest = max(example.tokens for example in train)
     found = []
     for number, example in enumerate(train):
         others = (train[(number + step) % len(train)] for step in range(1, len(train)))
-        other = next((one for one in others if one.opening != example.opening), None)
+        fitting = (one.columns["completion_ids"] for one in others if one.opening != example.opening)
+        other = next((ids for ids in fitting if example.prompt_tokens + len(ids) <= longest), None)
         if other is None:
-            what = "all rows have one prompt: there is no answer to another one, which KTO compares with"
-            raise InputError(what, where=example.row.file)
-        found.append(other.columns["completion_ids"])
+            what = "no answer to another prompt fits beside this one: KTO compares with such"
+            raise InputError(what, where=example.row.where, fix="more rows, or a smaller max_prompt_length")
+        found.append(other)
     return found
 
 

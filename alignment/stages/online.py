@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig
 from trl.trainer.base_config import _BaseConfig
 
 from alignment import generation
@@ -25,6 +26,9 @@ Alive = Callable[[int, int], None]
 
 def run(context: StageContext, trainer: type) -> dict[str, Any]:
     settings: Online = context.settings
+    judge = judge_of(
+        context
+    )  # before the engine: under ZeRO-3 its models would be sharded as they are read, and stay so
 
     def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> Any:
         arguments = {name: value for name, value in arguments.items() if name != "max_length"}
@@ -39,7 +43,8 @@ def run(context: StageContext, trainer: type) -> dict[str, Any]:
             peft_config=lora_config(settings.lora, model),
             reference=load(start) if refers else None,
             sample=_sampler(settings, tokenizer),
-            judge=_judging(context, tokenizer, rows),
+            judge=_judging(judge, tokenizer, rows),
+            max_failed_share=judge.reward.max_failed_share,
             tell=lambda what, done, total: context.note(f"{what} {done}/{total}" if total else what, force=False),
             **common,
         )
@@ -51,6 +56,9 @@ def _prompts(context: StageContext, tokenizer: Any) -> list[dict[str, Any]]:
     """The rows of the split of prompts, with prompt_ids."""
     rows = rows_of(context.inputs["data"], "prompts.jsonl")
     encoded = [{**row, "prompt_ids": generation.encode_prompt(tokenizer, row["prompt"])} for row in rows]
+    config = AutoConfig.from_pretrained(context.inputs["model"] / "model", local_files_only=True).get_text_config()
+    if (window := getattr(config, "max_position_embeddings", None)) is not None:
+        generation.check_window([row["prompt_ids"] for row in encoded], context.settings.max_new_tokens, window)
     empty = next((row["id"] for row in encoded if not row["prompt_ids"]), None)
     if empty is not None:
         raise InputError(f"the prompt of row {empty} has no tokens", where="prompts.jsonl")
@@ -80,9 +88,7 @@ def _sampler(settings: Online, tokenizer: Any) -> Any:
     return sample
 
 
-def _judging(context: StageContext, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
-    judge = judge_of(context)
-
+def _judging(judge: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
     def judging(numbers: Sequence[int], answers: Sequence[Answer], alive: Alive) -> None:
         how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         texts = [tokenizer.decode(answer.ids, **how) for answer in answers]
@@ -92,9 +98,10 @@ def _judging(context: StageContext, tokenizer: Any, rows: Sequence[dict[str, Any
             asked = [rows[number] for number in numbers[few]]
             scores += judge.score(asked, texts[few], [len(answer.ids) for answer in answers[few]])
             alive(first, len(answers))
-        judge.failures(scores)
         for answer, score in zip(answers, scores, strict=True):
             if score["reward"] is not None:
                 answer.reward, answer.terms = score["reward"], score["terms"]
+            else:
+                answer.failed = "; ".join(f"{name}: {why}" for name, why in score["failed"].items())
 
     return judging

@@ -7,7 +7,7 @@ these pairs after each update. A checkpoint holds them too; who goes on makes th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ class MovingReference:
                 # (5): theta_ref <- alpha theta + (1 - alpha) theta_ref; (6) where alpha is 1
                 self.weights[fragment.key("weight")].lerp_(fragment.values["weight"], self.settings.share)
         if window != self._window:
-            self._current, self._window = References(None), window
+            self._current, self._window = References(None, _alive(trainer)), window
             last = min((window + 1) * every, trainer.batches.steps)
             rows = np.unique([row for step in range(window * every, last) for row in trainer.batches.rows(step)])
             with self._in_place(trainer):
@@ -66,3 +66,8 @@ class MovingReference:
         with state.rewriting(trainer):
             for fragment, weight in zip(held, weights, strict=True):
                 fragment.values["weight"].copy_(weight)
+
+
+def _alive(trainer: Any) -> Callable[..., None]:
+    """What a pass says as it gets on: that it does, to who watches over the process."""
+    return (lambda *told, **facts: trainer.keeper.stage.tick()) if trainer.keeper else (lambda *told, **facts: None)

@@ -7,7 +7,7 @@ answers, so each computes the same split into micro-batches, and nothing depends
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +22,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import add_fused_lm_head, identity
 
 from alignment.config.stages.online import Kl, Online
-from alignment.errors import TrainingError
+from alignment.errors import InputError, TrainingError
 from alignment.training.attention import PACKED
 from alignment.training.batching import GlobalBatches
 from alignment.training.losses import policy as losses
@@ -77,15 +77,19 @@ class OnlineTrainer(AlignedTrainer, Policies):
         sample: Sampler,
         judge: Judging,
         reference: Any = None,
+        max_failed_share: float = 1.0,
         tell: Callable[[str, int, int], None] = lambda what, done, total: None,
         **kwargs: Any,
     ) -> None:
-        """reference: a copy of the start model, where the KL wants one and no adapter can be switched off. tell(what is
+        """reference: a copy of the start model, where the KL wants one and no adapter can be switched off.
+        max_failed_share: of all answers so far that may have no reward. tell(what is
         done, how far, of how much): called often, as a sign of life too."""
         self.settings, self._sample_answers, self._judge, self._tell = settings, sample, judge, tell
         self._reference = reference
         self._rollout: Rollout | None = None
         self._taken = 0  # prompts of the stream
+        self._max_failed_share = max_failed_share
+        self._judged = [0, 0]  # answers so far, and those of them that have no reward
         self._trained_on: list[dict[str, float]] = []  # metrics of the rollouts of the steps since the last row
         self._groups: list[list[int]] = []  # of this process's micro-batches
         self.kl: Kl = getattr(settings, "kl", NO_KL)
@@ -238,8 +242,20 @@ class OnlineTrainer(AlignedTrainer, Policies):
             for _, answer in flat:
                 if answer.reward is not None and not answer.finished:
                     answer.reward -= settings.truncation_penalty
-        gathered = [group for part in all_gather(groups) for group in part]
-        return sorted(gathered, key=lambda group: group.place)
+        gathered = sorted((group for part in all_gather(groups) for group in part), key=lambda group: group.place)
+        self._count_failures([answer for group in gathered for answer in group.answers])
+        return gathered
+
+    def _count_failures(self, answers: Sequence[Answer]) -> None:
+        """Raises InputError on all processes alike where too many answers have no reward."""
+        failed = [answer.failed or "it is no number" for answer in answers if answer.reward is None]
+        self._judged = [self._judged[0] + len(answers), self._judged[1] + len(failed)]
+        judged, without = self._judged
+        if failed and without > self._max_failed_share * judged:
+            why, times = Counter(failed).most_common(1)[0]
+            what = f"{without} of {judged} answers have no reward: {why} ({times} times of late)"
+            fix = f"mend the term, or raise reward.max_failed_share, {self._max_failed_share:g}"
+            raise InputError(what, where="reward.terms", fix=fix)
 
     @contextmanager
     def _decoding(self) -> Iterator[Any]:
@@ -327,6 +343,7 @@ class OnlineTrainer(AlignedTrainer, Policies):
             **super().training_state(),
             "rollout": self._rollout.to_json() if again and self._rollout else None,
             "taken": self._taken,
+            "judged": self._judged,
             "coefficient": self._coefficient,
             "trained_on": self._trained_on,
         }
@@ -335,7 +352,7 @@ class OnlineTrainer(AlignedTrainer, Policies):
         super().load_training_state(facts, *meters)
         self._rollout = None if facts["rollout"] is None else Rollout.from_json(facts["rollout"])
         self._taken, self._coefficient = facts["taken"], facts["coefficient"]
-        self._trained_on = facts["trained_on"]
+        self._trained_on, self._judged = facts["trained_on"], facts["judged"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._trained_on and "learning_rate" in logs:

@@ -80,7 +80,7 @@ class Resumable(_Trainer):
 
     def _rows_of_micro_batches(self) -> list[list[int]]:
         """Of this process, in the step that is being computed."""
-        return self.batches.micro_batches(self.state.global_step)[self.args.process_index]
+        return self.batches.micro_batches(self.state.global_step)[self.share]
 
     def _new_step(self, divisor: float) -> Tensor:
         """Nothing is added up yet. divisor: of the step's loss. Returns it as a tensor on the device."""

@@ -242,6 +242,16 @@ def test_answers_with_a_label_that_say_it_twice_or_both_ways_are_dropped_and_cou
     assert made.tally.counts == {"duplicate answer": 1, "contradicts an earlier answer": 1}
 
 
+def test_the_answer_to_another_prompt_is_one_that_fits(chat: Chat, tmp_path: Path) -> None:
+    """Q:p\\nA:a<eos>\\n is 9 tokens. Beside the longest prompt the longest answer would make more than any row has."""
+    values = [labelled("p" * 20, "a", True), labelled("q", "b" * 15, False), labelled("r", "c", True)]
+    made = run(chat, values, task="unpaired")
+    preparation.write(made, tmp_path, "here", chat)
+    longest = max(example.tokens for example in made.parts["train"])
+    rows = datasets.load_from_disk(str(tmp_path / "train"))
+    assert all(len(row["prompt_ids"]) + len(row["mismatched_ids"]) <= longest for row in rows)
+
+
 def test_pairs_are_taken_apart_into_answers_with_a_label(chat: Chat) -> None:
     pairs = [{"id": f"row {n}", "prompt": q, "chosen": "yes", "rejected": "no"} for n, q in enumerate(["p", "q"])]
     made = run(chat, pairs, task="unpaired")
@@ -256,7 +266,7 @@ def test_pairs_are_taken_apart_into_answers_with_a_label(chat: Chat) -> None:
     ("values", "what"),
     [
         ([labelled("p", "a", 1), labelled("q", "b", True)], "'label' must be true or false, is a number"),
-        ([labelled("p", "a", True), labelled("p", "b", False)], "all rows have one prompt"),
+        ([labelled("p", "a", True), labelled("p", "b", False)], "no answer to another prompt fits beside this one"),
         ([qa("p", "a"), qa("q", "b")], "cannot be prepared for the task 'unpaired'"),
     ],
 )

@@ -30,6 +30,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
             plan.append({**skip, "poison": poison})
     skip = case("skip_bf16", "dpo", "zero2", settings={"nonfinite": "skip", "precision": "bf16"})
     plan.append({**skip, "poison": {"where": "gradient", "steps": [3], "rank": 1}})
+    for kind in ("kto", "sft"):  # and of processes that share sequences
+        halt = case(f"halt_{kind}", kind, "zero3", engine={} if kind == "kto" else {"sequence_parallel": 2})
+        plan.append({**halt, "poison": {"where": "loss", "steps": [3], "rank": 1}, "fails": True})
     plan.append(case("whole", "sft", "zero3"))
     full = case("full", "sft", "zero3", saving={"every_steps": 1, "asynchronous": False})
     plan.append({**full, "no_room": {"rank": 1, "steps": [2, 3, 5]}})
@@ -53,6 +56,12 @@ def test_a_nan_on_one_rank_halts_both_before_the_update(strategy: str, where: st
         r"step 3, rows? [\d, ]+ of the training split, from 0: the (loss|gradient's norm) is (nan|inf)", one
     )
     assert [row["step"] for row in rows_of(folder)] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["kto", "sft"])
+def test_whoever_trains_halts(kind: str, together: Path) -> None:
+    one, other = ((together / f"halt_{kind}" / f"error-{rank}.txt").read_text() for rank in range(2))
+    assert one == other and one.startswith("step 3, row")
 
 
 @pytest.mark.parametrize("where", WHERE)

@@ -70,10 +70,10 @@ def write_inputs(folder: Path, count: int = 12) -> dict[str, Path]:
     return {"model": folder / "start", "data": folder / "prompts"}
 
 
-def letters() -> Judge:
-    """The share of a's to m's among the characters of an answer."""
+def letters(function: str = "letters") -> Judge:
+    """The share of a's to m's among the characters of an answer, or another function of that file."""
     source = PathSource(kind="path", path=str(Path(__file__).with_name("letters.py")))
-    term = Python(kind="python", source=source, function="letters", weight=1.0)
+    term = Python(kind="python", source=source, function=function, weight=1.0)
     return Judge(Reward(terms={"letters": term}), {"letters": [Path(source.path)]})
 
 

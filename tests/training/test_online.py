@@ -15,7 +15,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignment.errors import PreemptedError, TrainingError
+from alignment.errors import InputError, PreemptedError, TrainingError
 from alignment.stages import grpo as grpo_stage
 from alignment.stages import online as online_stage
 from alignment.stages import online_dpo as online_dpo_stage
@@ -348,6 +348,14 @@ def test_layers_computed_twice_and_bf16_decode_and_train_the_same_policy(tmp_pat
     assert rows(tmp_path / "twice") == rows(tmp_path / "plain")
     assert all(row["mismatch"] < 1e-5 for row in rows(tmp_path / "plain"))
     assert all(0 < row["mismatch"] < 2e-2 for row in rows(tmp_path / "bf16"))
+
+
+def test_answers_without_a_reward_end_it_above_the_share_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online_stage, "judge_of", lambda context: online.letters("moody"))
+    with pytest.raises(InputError, match=r"\d+ of \d+ answers have no reward: letters: its value is nan"):
+        run(tmp_path / "run", online.rloo(max_steps=2))
 
 
 @pytest.mark.parametrize("kind", ["rloo", "online_dpo"])

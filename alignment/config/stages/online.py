@@ -18,6 +18,11 @@ class Kl(Settings):
     target: float | None = identity(gt=0)
     gain: float = identity(gt=0, le=1)
 
+    def idle(self) -> frozenset[str]:
+        if self.coefficient == 0:
+            return frozenset({"estimator", "place", "target", "gain"})
+        return frozenset({"gain"} if self.target is None else ())
+
 
 class Online(Train):
     """A rollout is `batches_per_rollout` global batches of prompts with `completions_per_prompt` answers each, drawn
@@ -98,5 +103,5 @@ class Ppo(Clipped):
     value_clip: float | None = identity(gt=0)
 
     def idle(self) -> frozenset[str]:
-        clip = frozenset({"value_clip"} if self.steps_per_rollout() == 1 else ())
-        return super().idle() | clip
+        """Its ratio and values are of another pass than the update's, and differ by rounding in its first one too."""
+        return Online.idle(self)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 PairLoss = Callable[..., Tensor]
+EXPONENT = 40.0  # whose square is still a float32; beyond, losses and gradients would be infinite, or 0 times infinity
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ def discopop(pairs: Pairs, *, beta: float, discopop_tau: float) -> Tensor:
     """
     logits = beta * pairs.margin
     blend = torch.sigmoid(logits / discopop_tau)
-    return (1 - blend) * -logsigmoid(logits) + blend * torch.exp(-logits)  # (5)
+    exponential = torch.exp(
+        (logsigmoid(logits / discopop_tau) - logits).clamp(max=EXPONENT)
+    )  # blend times exp(-logits)
+    return (1 - blend) * -logsigmoid(logits) + exponential  # (5)
 
 
 def dpop(pairs: Pairs, *, beta: float, dpop_lambda: float) -> Tensor:
@@ -262,6 +266,9 @@ class Threshold:
 
     def after(self, margin: Tensor, momentum: float) -> Threshold:
         """margin: [N] of a whole global batch. Eq. 8 of arXiv:2407.08639."""
+        margin = margin[margin.isfinite()]
+        if not len(margin):
+            return self
         deviation = float(margin.std()) if len(margin) > 1 else 0.0
         new = 1 - momentum
         return Threshold(momentum * self.mean + new * float(margin.mean()), momentum * self.deviation + new * deviation)
@@ -276,6 +283,8 @@ def beta_dpo(
 
     threshold: moving averages, this batch included. noise: [N] uniform in (0, 1), by which pairs are drawn without
     replacement with weights exp(-(M - M_0)^2 / (2 s^2)) (Efraimidis & Spirakis 2006: the largest u^(1/weight)).
+
+    beta is at least 0.001, as there.
 
     By hand: margins (2, 2), M_0 = 1, alpha = 0.5, beta = 0.1, all kept: beta 0.15; ln(1 + e^-0.3) = 0.554355.
     """
@@ -365,12 +374,12 @@ def divergence_score(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor
         case "reverse_kl":
             return log_ratio
         case "forward_kl":
-            return 1 - torch.exp(-log_ratio)
+            return 1 - torch.exp((-log_ratio).clamp(max=EXPONENT))
         case "js":
             return math.log(2) - softplus(-log_ratio)
         case _:
             power = alpha - 1
-            return (torch.exp((power * log_ratio).clamp(max=80.0)) - 1) / power
+            return (torch.exp((power * log_ratio).clamp(max=EXPONENT)) - 1) / power
 
 
 PAIR_LOSSES: dict[str, PairLoss] = {

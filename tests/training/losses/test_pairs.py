@@ -331,3 +331,23 @@ def test_beta_follows_the_margin_of_the_batch_and_outliers_are_left_out() -> Non
     again = Objective(objective.settings)
     again.load_state_dict(objective.state_dict())
     assert again.threshold == objective.threshold
+
+
+@pytest.mark.parametrize("ratio", [500.0, -500.0])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
+@pytest.mark.parametrize("name", sorted(PAIR_LOSSES))
+def test_answers_that_have_become_impossible_leave_gradients_numbers(name: str, divergence: str, ratio: float) -> None:
+    """In float32: hundreds of nats are ordinary for a long rejected answer."""
+    objective = Objective(settings_of(name, divergence=divergence, beta=1.0, beta_dpo_keep=1.0))
+    sums = torch.tensor([-600.0, -600.0 + ratio], requires_grad=True)
+    theirs, tokens = torch.tensor([-600.0, -600.0]), torch.tensor([100, 100])
+    pairs = objective.pairs_of(sums, theirs, -sums[:1], tokens, 100.0)
+    loss = objective(pairs, noise=torch.tensor([0.5])).sum()
+    (slope,) = torch.autograd.grad(loss, sums)
+    assert loss.isfinite() and slope.isfinite().all(), (float(loss), slope.tolist())
+
+
+def test_a_batch_without_numbers_leaves_the_averages_of_beta_dpo_as_they_were() -> None:
+    before = Threshold(1.0, 0.5)
+    assert before.after(torch.tensor([math.nan, math.inf]), 0.9) == before
+    assert before.after(torch.tensor([2.0, math.nan]), 0.9) == Threshold(0.9 + 0.2, 0.45)
