@@ -1,0 +1,132 @@
+"""The reward-KL frontier of every method on one task, in the spirit of Rafailov et al. 2023, fig. 2.
+
+python -m bench.frontier: one sweep of our own command, three strengths of the pull towards the start times some seeds;
+every point is a whole chain from a random model. Writes docs/frontier.json, docs/frontier.svg and the table of
+docs/algorithms.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from alignment.files import read_json, write_json, write_text
+from bench.frontier import task
+from bench.frontier.plot import svg
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent.parent / "docs"
+PULLS = ("strong", "medium", "weak")
+METHODS = {
+    "best_of": "best-of-n of the start (n = 2, 4, 16)",
+    "sft_chosen": "SFT on the best of four answers",
+    "dpo": "DPO", "ipo": "IPO (`ipo_mean`)", "kto": "KTO", "simpo": "SimPO", "rloo": "RLOO", "grpo": "GRPO",
+}  # fmt: skip
+BEGIN, END = "<!-- frontier -->", "<!-- end of frontier -->"
+Points = dict[str, dict[str, list[dict[str, float]]]]  # method -> pull -> a measurement a seed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.frontier", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="whole chains a strength")
+    parser.add_argument("--work", type=Path, help="folder for models, rows and the store; kept, and reused")
+    asked = parser.parse_args(arguments)
+    work = asked.work or Path(tempfile.mkdtemp(prefix="frontier-"))
+    run(work, asked.seeds)
+    points = gather(work / "store")
+    write_json(DOCS / "frontier.json", points)
+    write_text(DOCS / "frontier.svg", svg(points, METHODS))
+    page = (DOCS / "algorithms.md").read_text()
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_text(DOCS / "algorithms.md", f"{before}{BEGIN}\n{table(points)}\n{END}{after}")
+
+
+def run(work: Path, seeds: int) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "model").exists():
+        task.write_model(work / "model")
+    task.write_rows(work / "rows.jsonl", 3200)
+    sources = {
+        "model.source.path": work / "model", "data.instructions.source.path": work / "rows.jsonl",
+        "reward.terms.own.source.path": HERE / "reward.py", "store": work / "store",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "alignment.cli", "run", "-m", "--config-dir", str(HERE / "conf")]
+    command += ["experiment=frontier", f"+pull={','.join(PULLS)}", f"seed={','.join(map(str, range(seeds)))}"]
+    subprocess.run([*command, *(f"{key}={value}" for key, value in sources.items())], check=True)
+
+
+def gather(store: Path) -> Points:
+    """Of all runs in the store, the start's under its own name."""
+    found: Any = defaultdict(lambda: defaultdict(list))
+    for path in sorted(store.glob("runs/*/run.json")):
+        told = read_json(path)
+        pull = next(word.removeprefix("+pull=") for word in told["command"].split() if word.startswith("+pull="))
+        for node in told["nodes"]:
+            measured = store / "store" / node["key"][:16] / "evaluation.json"
+            if node["name"].startswith("at_") and measured.is_file():
+                metrics = read_json(measured)["metrics"]
+                kept = {name: metrics[name] for name in ("reward", "kl", "tokens")}
+                found[node["name"].removeprefix("at_")][pull].append({"seed": told["config"]["seed"], **kept})
+    return json.loads(json.dumps(found))
+
+
+def spread(rows: list[dict[str, float]], name: str) -> tuple[float, float]:
+    """Mean and standard deviation over seeds."""
+    values = [row[name] for row in rows]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def at(curve: list[tuple[float, float]], kl: float) -> float:
+    """The reward of a method at this KL, between its points, beyond them that of the last. curve: (kl, reward)."""
+    for (low, first), (high, second) in pairwise(curve):
+        if kl <= high:
+            return first + (second - first) * (kl - low) / max(high - low, 1e-9)
+    return curve[-1][1]
+
+
+def curves(points: Points) -> dict[str, list[tuple[float, float]]]:
+    """method -> (mean KL, mean reward) from the start on, by rising KL."""
+    start = [row for rows in points["start"].values() for row in rows]
+    origin = (0.0, spread(start, "reward")[0])
+    return {
+        method: [
+            origin,
+            *sorted((spread(rows, "kl")[0], spread(rows, "reward")[0]) for rows in points[method].values()),
+        ]
+        for method in METHODS
+    }
+
+
+def table(points: Points) -> str:
+    """Means over seeds, with the standard deviation; and the order at one KL that all reach."""
+    seeds = len(points["dpo"][PULLS[0]])
+    lines = [
+        f"Means and standard deviations over {seeds} seeds; reward / KL to the start in nats an answer.",
+        "",
+        "| method | strong pull | medium | weak |",
+        "|---|---|---|---|",
+    ]
+    for method, label in METHODS.items():
+        cells = []
+        for pull in PULLS:
+            (reward, off), (kl, apart) = (spread(points[method][pull], name) for name in ("reward", "kl"))
+            cells.append(f"{reward:.3f} ± {off:.3f} / {kl:.2f} ± {apart:.2f}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines_of = curves(points)
+    common = min(curve[-1][0] for curve in lines_of.values())
+    order = sorted(((at(curve, common), METHODS[method]) for method, curve in lines_of.items()), reverse=True)
+    told = ", ".join(f"{label} {reward:.3f}" for reward, label in order)
+    return "\n".join([*lines, "", f"At a KL of {common:.2f} nats, which all reach: {told}."])
+
+
+if __name__ == "__main__":
+    main()
