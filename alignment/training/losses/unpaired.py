@@ -32,22 +32,13 @@ def kto(
     return weight * (1 - torch.sigmoid(sign * beta * (ratio - kl)))  # (8)
 
 
-def apo_zero_unpaired(
-    ratio: Tensor,
-    desirable: Tensor,
-    kl: Tensor,
-    *,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-) -> Tensor:
+def apo_zero_unpaired(ratio: Tensor, desirable: Tensor, kl: Tensor, **weights: float) -> Tensor:
     """APO-zero of single answers: D'Oosterlinck et al. 2024 (arXiv:2408.06266), eq. 7, a term for each. KTO whose
     reference point is 0. kl is not read.
 
     By hand: beta = 1, weights 1; wanted r = 1: 1 - sigma(1) = 0.268941; unwanted r = 0: 0.5.
     """
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    return kto(ratio, desirable, torch.zeros_like(kl), beta=beta, **weights)  # (7)
+    return kto(ratio, desirable, torch.zeros_like(kl), **weights)  # (7)
 
 
 UNPAIRED_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
