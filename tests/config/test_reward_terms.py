@@ -102,7 +102,7 @@ def test_each_setting_is_in_the_key_if_it_is_said_to_be(name: str) -> None:
     for path, field, value, sides in leaves(base):
         if path[-1] in ("kind", "path") or (path[-1] == "source" and value is None):
             continue
-        others = [*other(field, value), ["thai"], [{"kind": "json"}]]
+        others = [*other(field, value), ["thai"], [{"kind": "json"}], "API_KEY"]
         changed = next(filter(None, (with_value(name, path, another) for another in others)), None)
         assert changed is not None, f"no other value of {path} is allowed"
         idle = len(path) == 3 and path[2] in base.terms[path[1]].idle() & changed.terms[path[1]].idle()
