@@ -17,34 +17,39 @@ from tests.training import online, tiny
 pytestmark = pytest.mark.slow
 
 STAGES = {"rloo": rloo, "grpo": grpo, "online_dpo": online_dpo, "ppo": ppo}
-REUSED = {"max_steps": 6, "batches_per_rollout": 1, "epochs_per_rollout": 2}
+REUSED = {"max_steps": 4, "batches_per_rollout": 1, "epochs_per_rollout": 2}
+JUDGE = "reward_model"
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ddp": ("rloo", "ddp", {"max_steps": 4}),
-    "zero2": ("rloo", "zero2", {"max_steps": 4}),
-    "zero3": ("grpo", "zero3", REUSED),
-    "zero3_lora": ("grpo", "zero3", {**REUSED, "lora": True}),
-    "offload": ("grpo", "zero3", {"max_steps": 3}),
-    "online_dpo": ("online_dpo", "zero2", {"max_steps": 3}),
-    "ppo": ("ppo", "zero3", {"max_steps": 4}),
+    "judged": ("rloo", "zero3", {"max_steps": 2}),
+    "rloo_ddp": ("rloo", "ddp", {"max_steps": 3}),
+    "rloo_zero2": ("rloo", "zero2", {"max_steps": 3}),
+    "grpo_zero2": ("grpo", "zero2", REUSED),
+    "online_dpo_zero2": ("online_dpo", "zero2", {"max_steps": 3}),
+    "ppo_zero2": ("ppo", "zero2", {"max_steps": 4}),
+    "rloo_zero3": ("rloo", "zero3", {"max_steps": 3}),
+    "grpo_zero3": ("grpo", "zero3", REUSED),
+    "online_dpo_zero3": ("online_dpo", "zero3", {"max_steps": 3}),
+    "ppo_zero3": ("ppo", "zero3", {"max_steps": 4}),
+    "grpo_zero3_lora": ("grpo", "zero3", {**REUSED, "lora": True}),
+    "grpo_zero3_offload": ("grpo", "zero3", {"max_steps": 2}),
 }
+STOPS = {"rloo": 1, "grpo": 3, "online_dpo": 1, "ppo": 3}  # between two rollouts, or in the midst of the second one
+RESUMED = {f"{kind}_{strategy}": [stop, None] for kind, stop in STOPS.items() for strategy in ("zero2", "zero3")}
 NAMES = ("loss", "grad_norm", "reward", "answer_tokens", "kl", "ratio", "mismatch_k3", "entropy")
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("online")
-    plan = [
-        {
-            "name": name,
-            "kind": kind,
-            "strategy": strategy,
-            "settings": settings,
-            "engine": {"offload": "all"} if name == "offload" else {},
-        }
-        for name, (kind, strategy, settings) in CASES.items()
-    ]
-    parts = next(case for case in plan if case["name"] == "zero3")
-    plan.append({**parts, "name": "zero3_parts", "settings": dict(parts["settings"]), "stops": [3, None]})
+    plan = [{"name": JUDGE, "kind": "reward_model", "strategy": "ddp", "settings": {"max_steps": 4}, "engine": {}}]
+    for name, (kind, strategy, settings) in CASES.items():
+        case: dict[str, Any] = {"name": name, "kind": kind, "strategy": strategy}
+        if name == "judged":
+            case[JUDGE] = JUDGE
+        for arm, stops in (("", [None]), ("_parts", RESUMED.get(name))):
+            if stops:
+                engine = {"offload": "all"} if "offload" in name else {}
+                plan.append({**case, "name": name + arm, "stops": stops, "settings": dict(settings), "engine": engine})
     launch(folder, 2, plan)
     return folder
 
@@ -54,10 +59,14 @@ def test_two_ranks_do_what_one_process_does(
     name: str, together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, _, changes = CASES[name]
-    monkeypatch.setattr(online_stage, "judge_of", lambda context: online.letters())
     settings = getattr(online, kind)(**{**changes, "lora": tiny.LORA if changes.get("lora") else None})
+    inputs = online.write_inputs(tmp_path)
+    if name == "judged":
+        inputs[JUDGE] = together / JUDGE
+    else:
+        monkeypatch.setattr(online_stage, "judge_of", lambda context: online.letters())
     setup = tiny.engine(tokens_per_micro_batch=250)
-    STAGES[kind].run(tiny.context(tmp_path / "out", online.write_inputs(tmp_path), settings, setup))
+    STAGES[kind].run(tiny.context(tmp_path / "out", inputs, settings, setup, reward=online.BY_MODEL))
     one, two = rows_of(tmp_path / "out"), rows_of(together / name)
     assert len(one) == len(two) == changes["max_steps"]
     for row, other in zip(one, two, strict=True):
@@ -68,5 +77,6 @@ def test_two_ranks_do_what_one_process_does(
         torch.testing.assert_close(theirs[key], value, atol=1e-4, rtol=1e-4)
 
 
-def test_stopped_in_the_middle_of_a_rollout_it_goes_on_bit_for_bit(together: Path) -> None:
-    assert bits(together / "zero3_parts") == bits(together / "zero3")
+@pytest.mark.parametrize("name", RESUMED)
+def test_interrupted_it_goes_on_bit_for_bit(name: str, together: Path) -> None:
+    assert bits(together / f"{name}_parts") == bits(together / name)

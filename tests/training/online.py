@@ -25,6 +25,17 @@ from tests.conftest import write_tiny_model
 from tests.training import tiny
 
 KINDS = ("rloo", "grpo", "online_dpo", "ppo")
+# The reward of a stage whose judge is the parent in the role reward_model.
+BY_MODEL = Reward.model_validate(
+    {
+        "terms": {
+            "model": {
+                "kind": "model", "weight": 1.0, "members": {}, "roles": "reward_model", "combine": "mean",
+                "uncertainty": 0.0, "end": "end_of_turn",
+            }
+        }
+    }
+)  # fmt: skip
 NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1)
 COMMON: dict[str, Any] = {
     **tiny.COMMON, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "global_batch_size": 4,
