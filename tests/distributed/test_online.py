@@ -10,7 +10,7 @@ import torch
 
 from alignment.stages import grpo, online_dpo, ppo, rloo
 from alignment.stages import online as online_stage
-from tests.distributed.launching import launch, rows_of, weights_of
+from tests.distributed.launching import STRATEGIES, launch, rows_of, weights_of
 from tests.distributed.test_resume import bits
 from tests.training import online, tiny
 
@@ -18,20 +18,15 @@ pytestmark = pytest.mark.slow
 
 STAGES = {"rloo": rloo, "grpo": grpo, "online_dpo": online_dpo, "ppo": ppo}
 REUSED = {"max_steps": 4, "batches_per_rollout": 1, "epochs_per_rollout": 2}
+OF_KIND: dict[str, dict[str, Any]] = {
+    "rloo": {"max_steps": 3}, "grpo": REUSED, "online_dpo": {"max_steps": 3}, "ppo": {"max_steps": 4},
+}  # fmt: skip
 JUDGE = "reward_model"
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "judged": ("rloo", "zero3", {"max_steps": 2}),
-    "rloo_ddp": ("rloo", "ddp", {"max_steps": 3}),
-    "rloo_zero2": ("rloo", "zero2", {"max_steps": 3}),
-    "grpo_zero2": ("grpo", "zero2", REUSED),
-    "online_dpo_zero2": ("online_dpo", "zero2", {"max_steps": 3}),
-    "ppo_zero2": ("ppo", "zero2", {"max_steps": 4}),
-    "rloo_zero3": ("rloo", "zero3", {"max_steps": 3}),
-    "grpo_zero3": ("grpo", "zero3", REUSED),
-    "online_dpo_zero3": ("online_dpo", "zero3", {"max_steps": 3}),
-    "ppo_zero3": ("ppo", "zero3", {"max_steps": 4}),
+    **{f"{kind}_{strategy}": (kind, strategy, of_kind) for strategy in STRATEGIES for kind, of_kind in OF_KIND.items()},
     "grpo_zero3_lora": ("grpo", "zero3", {**REUSED, "lora": True}),
-    "grpo_zero3_offload": ("grpo", "zero3", {"max_steps": 2}),
+    "grpo_zero3_offload": ("grpo", "zero3", REUSED),
 }
 STOPS = {"rloo": 1, "grpo": 3, "online_dpo": 1, "ppo": 3}  # between two rollouts, or in the midst of the second one
 RESUMED = {f"{kind}_{strategy}": [stop, None] for kind, stop in STOPS.items() for strategy in ("zero2", "zero3")}
@@ -54,25 +49,39 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def alone(together: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(kind, changes, the judge if it is a model) -> the folder of the stage in this process, which runs once."""
+    folder, done = tmp_path_factory.mktemp("alone"), {}
+    inputs = online.write_inputs(folder)
+
+    def run(kind: str, changes: dict[str, Any], judge: Path | None) -> Path:
+        name = f"{kind}{changes}{judge}"
+        if name not in done:
+            settings = getattr(online, kind)(**{**changes, "lora": tiny.LORA if changes.get("lora") else None})
+            given = inputs | ({JUDGE: judge} if judge else {})
+            setup = tiny.engine(tokens_per_micro_batch=250)
+            context = tiny.context(folder / str(len(done)), given, settings, setup, reward=online.BY_MODEL)
+            with pytest.MonkeyPatch.context() as patched:
+                if judge is None:
+                    patched.setattr(online_stage, "judge_of", lambda context: online.letters())
+                STAGES[kind].run(context)
+            done[name] = context.folder
+        return done[name]
+
+    return run
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_do_what_one_process_does(
-    name: str, together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_ranks_do_what_one_process_does(name: str, together: Path, alone: Any) -> None:
     kind, _, changes = CASES[name]
-    settings = getattr(online, kind)(**{**changes, "lora": tiny.LORA if changes.get("lora") else None})
-    inputs = online.write_inputs(tmp_path)
-    if name == "judged":
-        inputs[JUDGE] = together / JUDGE
-    else:
-        monkeypatch.setattr(online_stage, "judge_of", lambda context: online.letters())
-    setup = tiny.engine(tokens_per_micro_batch=250)
-    STAGES[kind].run(tiny.context(tmp_path / "out", inputs, settings, setup, reward=online.BY_MODEL))
-    one, two = rows_of(tmp_path / "out"), rows_of(together / name)
+    single = alone(kind, changes, together / JUDGE if name == "judged" else None)
+    one, two = rows_of(single), rows_of(together / name)
     assert len(one) == len(two) == changes["max_steps"]
     for row, other in zip(one, two, strict=True):
         found = {key: other[key] for key in NAMES if key in row}
         assert found == pytest.approx({key: row[key] for key in found}, abs=1e-5, rel=1e-4)
-    mine, theirs = weights_of(tmp_path / "out" / "model"), weights_of(together / name / "model")
+    mine, theirs = weights_of(single / "model"), weights_of(together / name / "model")
     for key, value in mine.items():
         torch.testing.assert_close(theirs[key], value, atol=1e-4, rtol=1e-4)
 

@@ -29,7 +29,9 @@ LEAST = {"saving": 2, "committing": 2, "removing": 2}  # checkpoints that count 
 
 
 @pytest.mark.fault("kill -9 of a rank: {what}")
-@pytest.mark.quick("sft-zero3-saving", "dpo-single-reference", "dpo-single-removing", "dpo-single-result")
+@pytest.mark.quick(
+    "sft-zero3-saving", "dpo-single-reference", "dpo-single-removing", "dpo-single-result", "ppo-zero3-sampling"
+)
 @faults(
     EVERYWHERE,
     [moment for moment in MOMENTS if moment not in (*EVERYWHERE, *SAMPLES)],
