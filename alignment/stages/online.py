@@ -66,10 +66,10 @@ def _prompts(context: StageContext, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _sizes(rows: Sequence[dict[str, Any]], settings: Online) -> Sizes:
-    """As long as the answers to a prompt may become."""
-    prompts = np.array([len(row["prompt_ids"]) for row in rows])
-    answers = settings.completions_per_prompt * settings.max_new_tokens
-    widths = settings.completions_per_prompt * prompts + answers
+    """As long as the answers to a prompt that are trained on may become."""
+    prompts, count = np.array([len(row["prompt_ids"]) for row in rows]), settings.answers_trained_on()
+    answers = count * settings.max_new_tokens
+    widths = count * prompts + answers
     return Sizes(prompts + answers, widths, np.ones(len(rows), dtype=np.int64))
 
 

@@ -65,7 +65,7 @@ def train(
     context.rewind(keeper.choose())
 
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
-    rows = (rows_of or _tokenised)(context, tokenizer)
+    rows = (rows_of or tokenised)(context, tokenizer)
     setup = engine.as_before(setup, keeper.layout_before())
     plan = plan_of(context, setup, start, sizes(rows))
     keeper.layout.update(plan.choice.layout())
@@ -196,7 +196,7 @@ def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _tokenised(context: StageContext, tokenizer: Any) -> Any:
+def tokenised(context: StageContext, tokenizer: Any) -> Any:
     rows = train_rows(context.inputs["data"])
     check_end_of_turn(rows, tokenizer.eos_token_id)
     return rows

@@ -95,7 +95,7 @@ class OnlineTrainer(AlignedTrainer, Policies):
         self.kl: Kl = getattr(settings, "kl", NO_KL)
         self._coefficient = self.kl.coefficient
         super().__init__(**kwargs)
-        self.branches = settings.completions_per_prompt
+        self.branches = settings.answers_trained_on()
 
     @property
     def _refers(self) -> bool:

@@ -23,10 +23,6 @@ class OnlineDPOTrainer(OnlineTrainer):
     _refers = True
     _reuses = False  # the loss knows no policy but this and the reference
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.branches = 2
-
     def _mark(self, groups: Sequence[Group]) -> None:
         """Of each group two answers stay, the better one first."""
         super()._mark(groups)

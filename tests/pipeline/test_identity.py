@@ -335,3 +335,9 @@ def test_tokenizers_is_in_the_key_of_every_stage_that_makes_token_ids_or_text() 
     assert {name for name in packages if "tokenizers" in packages[name]} == {
         "start", "rows", "samples", "judged", "pairs", "evaluate_start", "evaluate_sft", "evaluate_dpo",
     }  # fmt: skip
+
+
+def test_the_reference_is_left_out_where_the_loss_looks_at_other_rows_than_it_does() -> None:
+    """KTO's needs answers to other prompts; a loss without a reference point would have them scored for nothing."""
+    found = [graph.build(compose(["pipeline=kto", f"stage.kto.loss={loss}"])) for loss in ("kto", "apo_zero_unpaired")]
+    assert [{"reference"} & {node.name for node in nodes} for nodes in found] == [{"reference"}, set()]

@@ -40,6 +40,10 @@ class Online(Train):
     truncated: Literal["keep", "mask", "penalty"] = identity()
     truncation_penalty: float = identity(ge=0)
 
+    def answers_trained_on(self) -> int:
+        """To each prompt, at most."""
+        return self.completions_per_prompt
+
     def steps_per_rollout(self) -> int:
         return self.batches_per_rollout * self.epochs_per_rollout
 
@@ -53,6 +57,9 @@ class OnlineDpo(Online):
     kind: Literal["online_dpo"] = identity()
     beta: float = identity(gt=0)
     min_margin: float = identity(ge=0)
+
+    def answers_trained_on(self) -> int:
+        return 2
 
 
 class Clipped(Online):

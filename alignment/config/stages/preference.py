@@ -89,6 +89,11 @@ class Dpo(Referenced):
         """Whether what it raises is a mean over tokens, not a sum (SimPO, ORPO)."""
         return any(traits.means for traits in self.traits)
 
+    @property
+    def reward_scale(self) -> float:
+        """What metrics multiply log-ratios by: nats where no loss has a beta, which is in no key then."""
+        return 1.0 if "beta" in self.idle() else self.beta
+
     def needless(self) -> frozenset[str]:
         """A reference that moves is computed as training gets on."""
         return frozenset(() if self.compares and self.reference_update is None else {"reference"})
@@ -114,3 +119,12 @@ class Kto(Referenced):
     beta: float = identity(gt=0)
     desirable_weight: float = identity(ge=0)
     undesirable_weight: float = identity(ge=0)
+
+    @property
+    def has_reference_point(self) -> bool:
+        """Whether it looks at answers to other prompts."""
+        return self.loss == "kto"
+
+    def needless(self) -> frozenset[str]:
+        """The stage would compute the reference's log-probs of answers to other prompts, too."""
+        return frozenset(() if self.has_reference_point else {"reference"})
