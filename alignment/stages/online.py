@@ -34,14 +34,12 @@ def run(context: StageContext, trainer: type) -> dict[str, Any]:
         arguments = {name: value for name, value in arguments.items() if name != "max_length"}
         args = _BaseConfig(**arguments)  # before the model: under ZeRO-3 it is sharded while it is read
         model, tokenizer, rows = load(start), common["processing_class"], common["train_dataset"]
-        kl = getattr(settings, "kl", None)
-        refers = settings.lora is None and (kl is None or kl.coefficient > 0)
         return trainer(
             settings=settings,
             model=model,
             args=args,
             peft_config=lora_config(settings.lora, model),
-            reference=load(start) if refers else None,
+            reference=load(start) if settings.holds_reference else None,
             sample=_sampler(settings, tokenizer),
             judge=_judging(judge, tokenizer, rows),
             max_failed_share=judge.reward.max_failed_share,

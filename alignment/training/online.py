@@ -98,11 +98,6 @@ class OnlineTrainer(AlignedTrainer, Policies):
         self.branches = settings.answers_trained_on()
 
     @property
-    def _refers(self) -> bool:
-        """Whether the loss compares the policy with the start model."""
-        return self.kl.coefficient > 0
-
-    @property
     def _reuses(self) -> bool:
         """Whether a rollout is still trained on when the policy has moved."""
         return self.settings.steps_per_rollout() > 1
@@ -211,7 +206,7 @@ class OnlineTrainer(AlignedTrainer, Policies):
             raise TrainingError(f"no answer of rollout {number + 1} could be judged", fix="look at the reward group")
         self._mark(groups)
         rollout = Rollout(number, self._coefficient, groups, metrics)
-        if self._refers:
+        if self.settings.refers:
             self._write(groups, self._by_reference)
             self._control(rollout)
         if self._reuses:

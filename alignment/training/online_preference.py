@@ -20,7 +20,6 @@ class OnlineDPOTrainer(OnlineTrainer):
     """The mean over the pairs of the global batch. A prompt whose answers are no pair weighs nothing."""
 
     settings: OnlineDpo
-    _refers = True
     _reuses = False  # the loss knows no policy but this and the reference
 
     def _mark(self, groups: Sequence[Group]) -> None:

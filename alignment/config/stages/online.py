@@ -40,6 +40,16 @@ class Online(Train):
     truncated: Literal["keep", "mask", "penalty"] = identity()
     truncation_penalty: float = identity(ge=0)
 
+    @property
+    def refers(self) -> bool:
+        """Whether the loss compares the policy with the start model."""
+        return True
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether the start model is kept beside the policy: where there is no adapter that can be switched off."""
+        return self.refers and self.lora is None
+
     def answers_trained_on(self) -> int:
         """To each prompt, at most."""
         return self.completions_per_prompt
@@ -71,6 +81,10 @@ class Clipped(Online):
     epsilon_high: float = identity(gt=0)
     aggregate: Literal["sequence", "token", "constant"] = identity()
     whiten: bool = identity()
+
+    @property
+    def refers(self) -> bool:
+        return self.kl.coefficient > 0
 
     def idle(self) -> frozenset[str]:
         """Of a rollout that is trained on once the ratio is 1, to the bit."""
