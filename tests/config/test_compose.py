@@ -11,6 +11,7 @@ import yaml
 from alignment.config.compose import compose
 from alignment.config.launchers import SlurmLauncher
 from alignment.config.paths import CONF
+from alignment.config.stages.answering import Compare, Evaluate
 from alignment.config.stages.training import Lora, Sft
 from alignment.errors import ConfigError
 from alignment.pipeline import graph
@@ -48,6 +49,20 @@ def test_every_pipeline_makes_a_graph_whose_parents_come_first(pipeline: str) ->
     names = [node.name for node in nodes]
     for node in nodes:
         assert all(names.index(parent.name) < names.index(node.name) for parent in node.parents.values())
+
+
+def test_every_comparison_shows_the_best_of_several_answers() -> None:
+    """What trains on a reward is held against the simplest use of it; but in the quickstart's (conf/ says why)."""
+    compared, without = set(), set()
+    for choice in [*(f"pipeline={file.stem}" for file in (CONF / "pipeline").glob("*.yaml")), "experiment=rlhf"]:
+        experiment = compose([choice])
+        nodes, stage = experiment.pipeline.nodes, experiment.stage
+        for node in (node for node in nodes.values() if isinstance(stage[node.stage], Compare)):
+            compared.add(choice)
+            shown = [stage[nodes[parent].stage] for parent in node.inputs.values()]
+            if not any(isinstance(one, Evaluate) and one.best_of > 1 for one in shown):
+                without.add(choice)
+    assert without == {"pipeline=sft_sample_dpo"} and len(compared) >= 11
 
 
 # A pipeline's keys are its nodes.
