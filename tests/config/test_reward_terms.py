@@ -39,7 +39,7 @@ def test_what_cannot_be_is_one_line(overrides: str) -> None:
 def test_a_pipeline_gives_its_reward_model_to_all_that_judge() -> None:
     nodes = compose(["experiment=rlhf"]).pipeline.nodes
     given = {name for name, node in nodes.items() if node.inputs.get("reward_model") == "reward_model"}
-    assert given == {"rloo", "evaluate_start", "evaluate_sft", "evaluate_rloo"}
+    assert given == {"rloo", "evaluate_start", "evaluate_sft", "evaluate_rloo", "best_of_n"}
     with pytest.raises(ConfigError, match="is filled, and no term of the reward reads it"):
         compose(["experiment=rlhf", "reward=sentiment"])
 

@@ -74,6 +74,9 @@ CASES = {
     "dpo_zero1_moving": ("dpo", "zero1", {"reference_update": {"every_steps": 3, "share": 0.6}}, {}),
     "dpo_zero3_simpo": ("dpo", "zero3", {"loss": "simpo", "lora": True}, {}),
     "dpo_zero2_mix": ("dpo", "zero2", {"loss": {"sigmoid": 0.8, "sft": 1.0}, "weighting": "wpo", "ld_alpha": 0.5}, {}),
+    "kto_zero3_sequence": ("kto", "zero3", {}, SHARED),
+    "dpo_zero3_aot_sequence": ("dpo", "zero3", {"loss": "aot"}, SHARED),
+    "dpo_zero3_moving_sequence": ("dpo", "zero3", {"reference_update": {"every_steps": 3, "share": 0.6}}, SHARED),
     "sft_uneven": ("sft", "zero2", {"global_batch_size": 5}, {}),
 }
 FOUR = {

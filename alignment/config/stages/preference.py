@@ -57,6 +57,8 @@ class Dpo(Referenced):
     @classmethod
     def _known(cls, value: object) -> object:
         """A name, or names with weights above 0."""
+        if not isinstance(value, str | dict):
+            raise _fault("is neither a name nor names with weights", "loss=sigmoid, or loss={sigmoid: 1.0, nll: 0.5}")
         if isinstance(value, dict) and not value:
             raise _fault("names no loss", f"one of: {', '.join(PAIR_LOSSES)}")
         for name in value if isinstance(value, dict) else [value]:
