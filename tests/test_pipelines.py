@@ -78,8 +78,9 @@ def test_every_stage_is_made_once_with_its_record_and_metrics(
         assert record["key"] == node["key"] and record["files"] and record["metrics"]
     assert not list((store / "work").glob("*"))
 
-    plan = json.loads(forked(store, "plan", "--json", *settings, *common).stdout)
-    assert {row["action"] for row in plan["nodes"]} == {"reuse"}
+    if name == "rlhf":  # once is enough
+        plan = json.loads(forked(store, "plan", "--json", *settings, *common).stdout)
+        assert {row["action"] for row in plan["nodes"]} == {"reuse"}
     out = forked(store, "run", *settings, *common).stdout
     assert f"{len(run['nodes'])} reused" in out or out.count("reused") >= len(run["nodes"])
     assert set(states(found(forked, store)[name]).values()) == {"reused"}
@@ -124,7 +125,7 @@ def test_people_get_the_final_model_and_may_talk_to_it(store: Path, forked: Comm
 def test_a_sweep_makes_what_differs_and_is_compared(store: Path, forked: Command, common: list[str]) -> None:
     forked(store, "run", "-m", *PIPELINES[SWEPT][0], *common, "stage.merge.t=0.5,0.25", "name=apart")
     points = [run for run in json.loads(forked(store, "status", "--json").stdout) if run["name"] == "apart"]
-    made = sorted({name for name, state in states(run).items() if state == "done"} for run in points)
-    assert made == [set(), {"merged", "evaluate_merged", "verdict"}] or made[::-1] == made
+    made = sorted(({name for name, state in states(run).items() if state == "done"} for run in points), key=len)
+    assert made == [set(), {"merged", "evaluate_merged", "verdict"}]
     told = json.loads(forked(store, "compare", "apart", "--json").stdout)
     assert len(told["points"]) == 2

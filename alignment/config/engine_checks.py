@@ -100,7 +100,7 @@ def four_bit_faults(use: Use) -> Iterator[Fault]:
             f"`{key}` is {lora.quantize}, and `engine.strategy` {strategy}, which would cast or cut weights of 4 bits"
         )
         yield Fault(what, (key, "engine.strategy"), "engine=ddp or single")
-    if "reference" in use.inputs:
+    if "reference" in use.inputs and "reference" not in use.settings.needless():
         role = use.role("reference")
         what = f"`{key}` is {lora.quantize}, and `{role}` computes with all bits: `{use.node}` would use none of it"
         leave = f"~pipeline.nodes.{use.inputs['reference']} ~{role}"

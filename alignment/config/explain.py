@@ -45,6 +45,9 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
         return ConfigError(f"unknown key `{key}`{more}", where=where, fix=_nearest(key, shape.keys(owner)))
     if fault["type"] == "missing":
         above, _, last = key.rpartition(".")
+        if last == "stage" and ".nodes." in key:
+            what = f"`{above}` is set, but the pipeline has no such node{more}"
+            return ConfigError(what, where=where, fix="choose another pipeline, or leave it out; a new one has a stage")
         advice = f"it has no value of its own: {key}=..., or {last}: beside the others of {above}"
         return ConfigError(f"`{key}` is missing{more}", where=where, fix=advice)
     if fault.get("input") == MISSING:
@@ -55,6 +58,9 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
             "choose another pipeline, or leave it out",
         )
         return ConfigError(what, where=where, fix=advice)
+    if fault["type"] == "union_tag_not_found":
+        what = f"`{key}` is set, but nothing that is chosen brings its `kind`{more}"
+        return ConfigError(what, where=where, fix="choose what does, or leave it out")
     if fault["type"] == "union_tag_invalid":
         kinds, kind = context["expected_tags"], context["tag"]
         what = f"`{key}.kind` should be one of {kinds}, got {kind!r}{more}"
