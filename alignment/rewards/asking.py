@@ -1,7 +1,7 @@
 """Many questions to a chat endpoint: each once, several at a time, replies kept for whoever asks the same.
 
-What was answered is kept by digest of what was asked, so that a stage that is tried again, or judges the same answers
-for another purpose, asks only what is new.
+What was answered is kept by digest of what was asked, and at which address, so that a stage that is tried again, or
+judges the same answers for another purpose, asks only what is new: two servers may call their models alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Asker:
         """What `read` makes of the reply to each text, or why there is none. A reply that it raises Failed for is not
         kept: another attempt asks again."""
         asked = {text: self._request(text) for text in texts}
-        names = {text: digest(request) for text, request in asked.items()}
+        names = {text: digest({"url": self.client.url, **request}) for text, request in asked.items()}
         found: dict[str, T | Failed] = {}
         for text, name in names.items():
             if (reply := self.kept.get(name)) is not None and not isinstance(value := _read(reply, read), Failed):
@@ -81,7 +81,7 @@ def filled(template: str, row: Row, answers: Mapping[str, str]) -> str:
 
 
 class Replies:
-    """Texts by the digest of what was asked. None: nothing is kept."""
+    """Texts by the digest of what was asked, and where. None: nothing is kept."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder

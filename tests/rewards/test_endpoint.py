@@ -242,7 +242,7 @@ def test_an_endpoint_that_never_answered_ends_the_stage_for_now(server: Server) 
         judge_at(server.port).score([row()], ["a"])
 
 
-def test_replies_are_kept_by_what_was_asked_and_only_those_with_a_score(server: Server, tmp_path: Path) -> None:
+def test_replies_are_kept_by_what_was_asked_where_and_only_those_with_a_score(server: Server, tmp_path: Path) -> None:
     replies = {"a": "Score: 10", "b": "Hm."}
     server.answer = lambda question, before: completion(replies[question["messages"][0]["content"][-1]])
 
@@ -256,11 +256,16 @@ def test_replies_are_kept_by_what_was_asked_and_only_those_with_a_score(server: 
     assert asked(judge_at(server.port, tmp_path, model="another")) == "ab"
     assert asked(judge_at(server.port, tmp_path, cache=False)) == "ab"
     assert asked(judge_at(server.port, None)) == "ab"
+    assert asked(judge_at(server.port, tmp_path, url=f"http://127.0.0.1:{server.port}/v1")) == "b"
+    elsewhere = {"url": f"http://localhost:{server.port}/v1"}
+    assert asked(judge_at(server.port, tmp_path, **elsewhere)) == "ab", "what answers there may be another model"
+    assert asked(judge_at(server.port, tmp_path, **elsewhere)) == "b"
     (kept,) = [file for file in tmp_path.rglob("*.json") if "Score" in file.read_text()][:1]
     kept.write_text('{"reply": "Sco')
     files = list(tmp_path.rglob("*.json"))
-    assert len(files) == 2
-    assert asked(judge_at(server.port, tmp_path)) + asked(judge_at(server.port, tmp_path, model="another")) == "abb"
+    assert len(files) == 3
+    again = [asked(judge_at(server.port, tmp_path, **one)) for one in ({}, {"model": "another"}, elsewhere)]
+    assert sorted(again) == ["ab", "b", "b"]
 
 
 def test_a_request_to_stop_does_not_wait_for_the_endpoint(server: Server) -> None:
