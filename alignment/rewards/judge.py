@@ -83,8 +83,11 @@ class Judge:
         terms = {name: None if isinstance(value, Failed) else value for name, value in values.items()}
         if failed:
             return {"reward": None, "terms": terms, "failed": failed}
-        weighted = (self.reward.terms[name].weight * value for name, value in terms.items() if value is not None)
-        return {"reward": sum(weighted), "terms": terms}
+        weighted = {name: self.reward.terms[name].weight * value for name, value in terms.items() if value is not None}
+        if not math.isfinite(total := sum(weighted.values())):
+            largest = max(weighted, key=lambda name: abs(weighted[name]))
+            return {"reward": None, "terms": terms, "failed": {largest: f"with its weight the reward is {total}"}}
+        return {"reward": total, "terms": terms}
 
     def failures(self, scores: Sequence[Score]) -> int:
         """How many answers have no reward. Raises InputError if their share is above `reward.max_failed_share`."""
@@ -118,7 +121,7 @@ MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {
     kinds.Instructions: lambda term, means: instructions(term),
     kinds.Answer: lambda term, means: answer(term),
     kinds.Model: lambda term, means: _model(term, means),
-    kinds.Python: lambda term, means: python(term, means.name),
+    kinds.Python: lambda term, means: python(term, means.name, means.alive),
     kinds.Endpoint: lambda term, means: endpoint(term, means.name, means.alive, means.shared),
 }
 

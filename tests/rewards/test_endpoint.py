@@ -18,7 +18,7 @@ from alignment.config.rewards import Reward
 from alignment.errors import ConfigError, InputError, MachineError
 from alignment.files import read_jsonl, write_jsonl
 from alignment.pipeline.identity import identity_side
-from alignment.rewards import Judge
+from alignment.rewards import Judge, chat_client
 from alignment.stages import judge
 from alignment.stages.context import StageContext
 from alignment.stages.parts import judge_of
@@ -61,17 +61,23 @@ def server() -> Iterator[Server]:
             with made.lock:
                 made.at_once -= 1
             try:
+                if "Drip-Head" in headers:
+                    self._drip(b"HTTP/1.1 200 OK\r\nX: " + text)
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(text)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                for byte in text if "Drip" in headers else ():
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(0.05)
-                if "Drip" not in headers:
+                if "Drip" in headers:
+                    self._drip(text)
+                else:
                     self.wfile.write(text)
             except OSError:  # whoever asked has gone
                 pass
+
+        def _drip(self, text: bytes) -> None:
+            for byte in text:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -196,9 +202,10 @@ def test_an_answer_that_takes_too_long_is_given_up(server: Server) -> None:
     over.set()
 
 
-def test_an_answer_that_comes_in_drops_is_given_up_too(server: Server) -> None:
-    """Twenty bytes a second, each in time: 4 s for what may take 0.5."""
-    drops: Answer = (200, {"Drip": "yes"}, b" " * 80)
+@pytest.mark.parametrize("part", ["Drip", "Drip-Head"])
+def test_an_answer_that_comes_in_drops_is_given_up_too(server: Server, part: str) -> None:
+    """Twenty bytes a second, of its body or of its head, each in time: 4 s for what may take 0.5."""
+    drops: Answer = (200, {part: "yes"}, b" " * 80)
     server.answer = lambda question, before: drops if before else completion("Score: 10")
     slow = judge_at(server.port, timeout_s=0.5, retries=0, concurrency=1)
     assert told(slow.score([row()] * 2, ["fast", "slow"])) == [1.0, "the endpoint took longer than 0.5 s"]
@@ -240,6 +247,39 @@ def test_an_endpoint_that_never_answered_ends_the_stage_for_now(server: Server) 
     server.answer = lambda question, before: FLAKY["503"]
     with pytest.raises(MachineError, match="answered with HTTP 503, and has answered nothing yet"):
         judge_at(server.port).score([row()], ["a"])
+
+
+def test_an_endpoint_that_has_gone_ends_the_stage_for_now(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It answers ten questions and then none; three in a row are enough here. Those ten are not asked again."""
+    monkeypatch.setattr(chat_client, "GONE", 3)
+    server.answer = lambda question, before: completion("Score: 10") if before < 10 else FLAKY["503"]
+    texts = [str(i) for i in range(40)]
+    with pytest.raises(MachineError, match="HTTP 503, and has answered nothing of the last 3 questions") as error:
+        judge_at(server.port, tmp_path, concurrency=1, retries=0).score([row()] * 40, texts)
+    assert error.value.retry
+    assert len(server.asked) == 10 + 3
+    server.answer = lambda question, before: completion("Score: 10")
+    assert told(judge_at(server.port, tmp_path).score([row()] * 40, texts)) == [1.0] * 40
+    assert len(server.asked) == 13 + 30
+
+
+def test_patience_with_an_endpoint_is_a_sign_of_life(server: Server) -> None:
+    """Two tries end without an answer, and two seconds pass before the third."""
+    wait: Answer = (429, {"Retry-After": "1"}, b"")
+    server.answer = lambda question, before: wait if before < 2 else completion("Score: 10")
+    calls: list[int] = []
+    assert told(judge_at(server.port, alive=lambda: calls.append(1)).score([row()], ["a"])) == [1.0]
+    assert len(calls) >= 2, "one is for the reply"
+
+
+def test_half_a_character_in_a_reply_is_no_end_of_the_stage(server: Server, tmp_path: Path) -> None:
+    """JSON can have one; no file can."""
+    server.answer = lambda question, before: completion("\ud800 Score: 10")
+    for _ in range(2):
+        assert told(judge_at(server.port, tmp_path).score([row()], ["a"])) == [1.0]
+    assert len(server.asked) == 1
 
 
 def test_replies_are_kept_by_what_was_asked_where_and_only_those_with_a_score(server: Server, tmp_path: Path) -> None:
