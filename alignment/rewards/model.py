@@ -6,6 +6,7 @@ costs (Coste et al. 2023, arXiv:2310.02743; there the variance, here its root, w
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,8 @@ def _joined(values: Sequence[Value], settings: Model) -> Value:
     known = [value for value in values if not isinstance(value, Failed)]
     if len(known) < len(values):
         return next(value for value in values if isinstance(value, Failed))
+    if odd := [value for value in known if not math.isfinite(value)]:  # the least of such depends on their order
+        return Failed(f"the value of a member is {odd[0]}")
     if settings.combine == "worst":
         return min(known)
     return statistics.fmean(known) - settings.uncertainty * statistics.pstdev(known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,24 @@ def test_an_ensemble_is_careful(folders: list[Path]) -> None:
     for (combine, uncertainty), value in expected.items():
         (score,) = judge_with(folders, combine=combine, uncertainty=uncertainty).score([row()], ["Yes."])
         assert score["reward"] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), 3e38])
+def test_a_member_that_says_no_number_is_a_failure_whatever_the_others_say(
+    weight: float, folders: list[Path], tmp_path: Path
+) -> None:
+    """A head of 3e38 has an infinite product with the last state."""
+    from transformers import AutoModelForSequenceClassification
+
+    shutil.copytree(folders[1], tmp_path / "odd")
+    odd = AutoModelForSequenceClassification.from_pretrained(folders[1])
+    with torch.no_grad():
+        odd.score.weight.fill_(weight)
+    odd.save_pretrained(tmp_path / "odd")
+    for members in ([folders[0], tmp_path / "odd"], [tmp_path / "odd", folders[0]]):
+        for combine in ("mean", "worst"):
+            (score,) = judge_with(members, combine=combine, uncertainty=1.0).score([row()], ["Yes."])
+            assert re.fullmatch("the value of a member is (nan|-?inf)", score["failed"]["term"])
 
 
 def test_the_text_ends_where_training_had_it_or_where_the_template_leaves_it(tmp_path: Path) -> None:
