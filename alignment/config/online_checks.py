@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from alignment.config.execution import Engine
 from alignment.config.faults import Fault
 from alignment.config.stages.base import Stage
-from alignment.config.stages.online import Kl, Online
+from alignment.config.stages.online import Clipped, Kl, Online
 
 
 def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
@@ -26,6 +26,14 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
     kl = getattr(settings, "kl", None)
     if isinstance(kl, Kl):
         yield from _kl(kl, f"{key}.kl")
+    if isinstance(settings, Clipped) and settings.ratio != "token" and settings.aggregate != "sequence":
+        keys = f"{key}.aggregate", f"{key}.ratio"
+        what = f"`{keys[0]}` is {settings.aggregate}, and `{keys[1]}` {settings.ratio}: an answer's one ratio would"
+        yield Fault(
+            f"{what} count once for each of its tokens, so long answers more",
+            keys,
+            f"{keys[0]}=sequence, as in GSPO's equation 5 (arXiv:2507.18071); or {keys[1]}=token",
+        )
 
 
 def _kl(kl: Kl, key: str) -> Iterator[Fault]:

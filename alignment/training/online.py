@@ -95,12 +95,7 @@ class OnlineTrainer(AlignedTrainer, Policies):
         self.kl: Kl = getattr(settings, "kl", NO_KL)
         self._coefficient = self.kl.coefficient
         super().__init__(**kwargs)
-        self.branches = settings.completions_per_prompt
-
-    @property
-    def _refers(self) -> bool:
-        """Whether the loss compares the policy with the start model."""
-        return self.kl.coefficient > 0
+        self.branches = settings.answers_trained_on()
 
     @property
     def _reuses(self) -> bool:
@@ -211,7 +206,7 @@ class OnlineTrainer(AlignedTrainer, Policies):
             raise TrainingError(f"no answer of rollout {number + 1} could be judged", fix="look at the reward group")
         self._mark(groups)
         rollout = Rollout(number, self._coefficient, groups, metrics)
-        if self._refers:
+        if self.settings.refers:
             self._write(groups, self._by_reference)
             self._control(rollout)
         if self._reuses:

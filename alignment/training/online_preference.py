@@ -20,12 +20,7 @@ class OnlineDPOTrainer(OnlineTrainer):
     """The mean over the pairs of the global batch. A prompt whose answers are no pair weighs nothing."""
 
     settings: OnlineDpo
-    _refers = True
     _reuses = False  # the loss knows no policy but this and the reference
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.branches = 2
 
     def _mark(self, groups: Sequence[Group]) -> None:
         """Of each group two answers stay, the better one first."""

@@ -37,7 +37,7 @@ class ClippedTrainer(OnlineTrainer):
         clip = settings.epsilon_low, settings.epsilon_high
         surrogate = losses.clipped_surrogate(log_probs, old, targets.advantages, targets.mask, settings.ratio, *clip)
         loss = surrogate.loss
-        if self._refers and self.kl.place == "loss":
+        if self.settings.refers and self.kl.place == "loss":
             loss = loss + targets.coefficient * losses.kl(log_probs, targets.reference, self.kl.estimator)
         return loss, self._measured(output, targets, surrogate)
 
@@ -51,7 +51,7 @@ class ClippedTrainer(OnlineTrainer):
             "ratio": (surrogate.ratio * mask).sum(),
             "clip_fraction": (surrogate.clipped & mask).sum(),
         }
-        if self._refers:
+        if self.settings.refers:
             sums["kl"] = losses.kl(output.log_probs, targets.reference, self.kl.estimator).sum()
         return {**sums, **mismatch(output.log_probs, targets)}
 
@@ -64,7 +64,7 @@ class PolicyGradientTrainer(ClippedTrainer):
     def _credit(self, rollout: Rollout) -> None:
         settings = self.settings
         rewards, valid = rewards_of(rollout.groups)
-        if self._refers and self.kl.place == "reward":
+        if self.settings.refers and self.kl.place == "reward":
             rewards = rewards - rollout.coefficient * _distances(rollout.groups, self.kl.estimator)
         if isinstance(settings, Grpo):
             worth = advantages.group_relative(rewards, valid, settings.scale_by_std)

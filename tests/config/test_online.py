@@ -14,12 +14,19 @@ IMPOSSIBLE = {
         "launcher=torchrun launcher.processes=2 engine=zero3 engine.hpz=2": "`engine.hpz` is 2, and `stage.rloo`",
         "stage.rloo.kl.coefficient=0.0 stage.rloo.kl.target=6.0": "`stage.rloo.kl.target` is 6, and",
         "stage.rloo.kl.place=loss": "`stage.rloo.kl.estimator` is k1, and `stage.rloo.kl.place` is loss",
+        "stage.rloo.aggregate=token": "`stage.rloo.aggregate` is token, and `stage.rloo.ratio` sequence: an",
         "stage.rloo.lora.quantize=nf4": "`stage.rloo.lora.quantize` is nf4, and decoding was not tried",
         "stage.rloo.completions_per_prompt=1": "`stage.rloo.completions_per_prompt` should be greater than or equal",
         "stage.prepare_sft.splits.prompts=0": "`stage.prepare_sft.splits.prompts` is 0, and `rloo` needs such rows",
     },
     "online_dpo": {"stage.online_dpo.beta=0.0": "`stage.online_dpo.beta` should be greater than 0"},
-    "ppo": {"stage.ppo.lam=1.5": "`stage.ppo.lam` should be less than or equal to 1"},
+    "grpo": {
+        "stage.grpo.ratio=sequence_mean stage.grpo.aggregate=constant": "`stage.grpo.ratio` sequence_mean: an answer's"
+    },
+    "ppo": {
+        "stage.ppo.lam=1.5": "`stage.ppo.lam` should be less than or equal to 1",
+        "stage.ppo.ratio=sequence": "`stage.ppo.aggregate` is token, and `stage.ppo.ratio` sequence",
+    },
 }
 
 

@@ -97,6 +97,9 @@ CASES = {
     "dpo_zero2_weighed": ("dpo", "zero2", {**MIXES["weighed"], "lora": True}, {}),
     "dpo_ddp_whole": ("dpo", "ddp", MIXES["whole"], {}),
     "dpo_zero1_moving_checkpointing": ("dpo", "zero1", MOVES, CHECKPOINTING),
+    "kto_zero3_sequence": ("kto", "zero3", {}, SHARED),
+    "dpo_zero3_whole_sequence": ("dpo", "zero3", MIXES["whole"], SHARED),
+    "dpo_zero3_moving_sequence": ("dpo", "zero3", MOVES, SHARED),
     "sft_uneven": ("sft", "zero2", {"global_batch_size": 5}, {}),
     **{f"dpo_{strategy}_compiled": ("dpo", strategy, {}, COMPILED) for strategy in ("ddp", "zero1", "zero2")},
 }

@@ -33,7 +33,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "loading": (engine, "start"),
     "trial": (trainers.AlignedTrainer, "_before_training"),
     "reference": (ReferenceStore, "append"),
-    "sampling": (generation, "answers_of"),
+    "sampling": (generation, "draw"),
     "judging": (Judge, "score"),
     "training": (trainers.AlignedTrainer, "training_step"),
     "saving": (tensors, "write"),

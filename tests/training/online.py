@@ -112,7 +112,7 @@ def trainer(folder: Path, settings: Any, steps: int, budget: int = 120, kind: An
 
     arguments = engine.training_arguments(settings, tiny.engine(), steps, folder)
     arguments.pop("max_length")
-    model, count = AutoModelForCausalLM.from_pretrained(start), settings.completions_per_prompt
+    model, count = AutoModelForCausalLM.from_pretrained(start), settings.answers_trained_on()
     lengths = [len(row["prompt_ids"]) + count * settings.max_new_tokens for row in rows]
     batches = GlobalBatches(
         lengths, [1] * len(rows), settings.global_batch_size, steps, settings.seed, tokens_per_micro_batch=budget

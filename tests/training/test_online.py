@@ -330,6 +330,19 @@ def test_interrupted_is_uninterrupted_bit_for_bit_in_the_middle_of_a_rollout(
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_two_answers_of_online_dpo_are_as_long_as_two_answers(
+    tmp_path: Path, judged: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rotary frequencies follow the longest row beyond 40 tokens. No prompt with its answer has more, of which two are
+    trained on of eight that are sampled: such a model is packed."""
+    path = online.write_inputs(tmp_path)["model"] / "model" / "config.json"
+    rotary = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    config = {**json.loads(path.read_text()), "rope_parameters": rotary, "max_position_embeddings": 40}
+    path.write_text(json.dumps(config))
+    run(tmp_path / "run", online.online_dpo(max_steps=1, completions_per_prompt=8))
+    assert "records are packed" in capsys.readouterr().out
+
+
 def test_answers_do_not_depend_on_how_many_are_decoded_together(tmp_path: Path, judged: None) -> None:
     found = []
     for size in (4, 16):
