@@ -79,8 +79,12 @@ def _sampler(settings: Online, tokenizer: Any) -> Any:
             what = f"a prompt of {longest} tokens {room}"
             raise InputError(what, fix="lower max_new_tokens, or max_prompt_length of the prepare stage")
         stop = generation.stop_tokens(model, tokenizer)
-        size = settings.sampling_batch_size
-        every = generation.answers_of(model, prompts, noise, stop=stop, batch_size=size, alive=alive)
+
+        def progress(step: int, total: int, **facts: Any) -> None:
+            alive(step * len(prompts) // total, len(prompts))
+
+        how: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "batch_size": settings.sampling_batch_size}
+        every = generation.in_order(generation.draw(model, prompts, noise, stop=stop, progress=progress, **how))
         return [[Answer(ids, scores, ids[-1] in stop) for ids, scores in few] for few in every]
 
     return sample
