@@ -259,13 +259,15 @@ def _frozen_copy(load: Load, stage: int) -> int:
 def decoding_bytes(config: Any, load: Load) -> int:
     """Most bytes that answering takes beside the state: keys and values of each token and layer, the logits of one step
     with what a token is drawn by (probabilities, their running sums, which of these are passed: about four times as
-    many), and under ZeRO-3 whole weights. Under autocast rotated keys are fp32. Layers with a sliding window keep less
-    than this says."""
+    many), and under ZeRO-3 whole weights. Under autocast rotated keys are fp32, and the weights are kept as they have
+    been cast. Layers with a sliding window keep less than this says."""
     shape, (answers, tokens) = _shape(config), load.decoding
     both = {"fp32": 2 * FP32, "bf16-autocast": FP32 + BF16, "bf16-weights": 2 * BF16}[load.dtype]  # a key and a value
     cache = shape.layers * shape.key * answers * tokens * both
     gathered = (BF16 if load.dtype == "bf16-weights" else FP32) * load.parameters if load.strategy == "zero3" else 0
-    return cache + 4 * FP32 * answers * shape.vocabulary + (gathered if answers else 0)
+    cast = shape.layers * _cast_weights(shape, load.dtype)
+    cast += BF16 * shape.vocabulary * shape.hidden if load.dtype == "bf16-autocast" else 0
+    return cache + 4 * FP32 * answers * shape.vocabulary + (gathered + cast if answers else 0)
 
 
 def _sharded_gradients(load: Load, stage: int) -> int:

@@ -24,8 +24,9 @@ REFUSED = {
     "reward=language reward.terms.script.scripts=[latn]": "got 'latn' (did you mean 'latin'?)",
     "reward=instructions reward.terms.instructions.checks=[{kind:words,relation:exactly}]": "checks.0.count` is miss",
     "reward=model": "`reward.terms.preference` has no model: it has no members, and `judged` no role `reward_model` (+",
+    # judged, which compares, reads no term
     "reward=[endpoint_pairwise,model] reward.terms.judge.model=m stage.judge.judging=pairwise": (
-        "`reward.terms.preference` has no model: it has no members, and `evaluate_start` no role"  # judged reads no term
+        "`reward.terms.preference` has no model: it has no members, and `evaluate_start` no role"
     ),
     "reward=model +pipeline.nodes.judged.inputs.reward_model=sft": "which makes a model, not a reward model",
     "+pipeline.nodes.sft.inputs.reward_model=sft": "a stage of this kind has no such role",
