@@ -41,7 +41,7 @@ def _kl(kl: Kl, key: str) -> Iterator[Fault]:
         keys = f"{key}.target", f"{key}.coefficient"
         what = f"`{keys[0]}` is {kl.target:g}, and `{keys[1]}` is 0, which no factor changes"
         yield Fault(what, keys, "a first coefficient")
-    if kl.place == "loss" and kl.estimator == "k1" and kl.coefficient:
-        keys = f"{key}.estimator", f"{key}.place"
-        what = f"`{keys[0]}` is k1, and `{keys[1]}` is loss: its gradient is 0 in expectation, and only noise"
-        yield Fault(what, keys, f"{keys[0]}=k2 or k3, or {keys[1]}=reward")
+    if kl.place == "loss" and kl.estimator == "k1" and kl.coefficient and not kl.corrected:
+        estimator, place, corrected = f"{key}.estimator", f"{key}.place", f"{key}.corrected"
+        what = f"`{estimator}` is k1, and `{place}` is loss: its gradient is 0 in expectation, and only noise"
+        yield Fault(what, (estimator, place, corrected), f"{corrected}=true, {estimator}=k2 or k3, or {place}=reward")

@@ -41,6 +41,9 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     if settings.divergence != "reverse_kl" and not any(traits.scores for traits in settings.traits):
         what = f"`{divergence}` is {settings.divergence}, and {next(iter(settings.losses))} does not go through one"
         yield Fault(what, (divergence, loss), f"{divergence}=reverse_kl, or a loss such as sigmoid")
+    if settings.ld_alpha is not None and set(settings.losses) <= {"nll", "sft"}:
+        what = f"`{key}.ld_alpha` is {settings.ld_alpha:g}, and {next(iter(settings.losses))} compares no lengths"
+        yield Fault(what, (f"{key}.ld_alpha", loss), f"{key}.ld_alpha=null")
     if settings.divergence == "alpha" and settings.divergence_alpha == 1:
         what = f"`{alpha}` is 1, where the alpha divergence is the reverse KL"
         yield Fault(what, (alpha, divergence), f"{divergence}=reverse_kl")

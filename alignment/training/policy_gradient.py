@@ -21,9 +21,11 @@ class ClippedTrainer(OnlineTrainer):
     settings: Clipped
 
     def _weight(self, groups: Sequence[Group]) -> float:
-        lengths = [len(answer.trained) for group in groups for answer in group.answers if answer.trained]
-        longest, how = self.settings.max_new_tokens, self.settings.aggregate
-        return losses.divisor(len(lengths), sum(lengths), longest, how)
+        """Answers count that are only masked: they are part of the estimate, as in TRL, and few that are left do not
+        weigh more for it."""
+        judged = [answer for group in groups for answer in group.answers if answer.reward is not None]
+        tokens, longest = sum(len(answer.trained) for answer in judged), self.settings.max_new_tokens
+        return losses.divisor(len(judged), tokens, longest, self.settings.aggregate)
 
     def _sum(self, output: Any, targets: Targets) -> Tensor:
         loss, self._sums = self._token_losses(output, targets)
@@ -38,7 +40,8 @@ class ClippedTrainer(OnlineTrainer):
         surrogate = losses.clipped_surrogate(log_probs, old, targets.advantages, targets.mask, settings.ratio, *clip)
         loss = surrogate.loss
         if self.settings.refers and self.kl.place == "loss":
-            loss = loss + targets.coefficient * losses.kl(log_probs, targets.reference, self.kl.estimator)
+            pull = losses.kl(log_probs, targets.reference, self.kl.estimator)
+            loss = loss + targets.coefficient * (losses.corrected(pull, surrogate) if self.kl.corrected else pull)
         return loss, self._measured(output, targets, surrogate)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ IMPOSSIBLE = {
         "engine.compile=true": "`engine.compile` is true, and `stage.rloo` decodes",
         "launcher=torchrun launcher.processes=2 engine=zero3 engine.hpz=2": "`engine.hpz` is 2, and `stage.rloo`",
         "stage.rloo.kl.coefficient=0.0 stage.rloo.kl.target=6.0": "`stage.rloo.kl.target` is 6, and",
-        "stage.rloo.kl.place=loss": "`stage.rloo.kl.estimator` is k1, and `stage.rloo.kl.place` is loss",
+        "stage.rloo.kl.place=loss stage.rloo.kl.corrected=false": "`stage.rloo.kl.estimator` is k1, and `stage",
         "stage.rloo.aggregate=token": "`stage.rloo.aggregate` is token, and `stage.rloo.ratio` sequence: an",
         "stage.rloo.lora.quantize=nf4": "`stage.rloo.lora.quantize` is nf4, and decoding was not tried",
         "stage.rloo.completions_per_prompt=1": "`stage.rloo.completions_per_prompt` should be greater than or equal",
@@ -43,6 +43,7 @@ def test_what_changes_nothing_as_the_others_stand_is_not_in_the_key() -> None:
     assert online.rloo().idle() == {"truncation_penalty", *clip}
     assert online.rloo(truncated="penalty", batches_per_rollout=2).idle() == frozenset()
     assert online.ppo(epochs_per_rollout=1).idle() == online.ppo().idle()
-    assert online.kl(coefficient=0.0).idle() == {"estimator", "place", "target", "gain"}
+    assert online.kl(coefficient=0.0).idle() == {"estimator", "place", "target", "gain", "corrected"}
     assert online.kl(coefficient=0.1, target=None).idle() == {"gain"}
+    assert online.kl(target=6.0, place="reward").idle() == {"corrected"}
     assert online.ppo().idle() == online.online_dpo().idle() == {"truncation_penalty"}

@@ -36,7 +36,7 @@ BY_MODEL = Reward.model_validate(
         }
     }
 )  # fmt: skip
-NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1)
+NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1, corrected=True)
 COMMON: dict[str, Any] = {
     **tiny.COMMON, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "global_batch_size": 4,
     "completions_per_prompt": 4, "max_new_tokens": 8, "sampling_batch_size": 16, "batches_per_rollout": 1,
@@ -94,8 +94,17 @@ def given(number: int, branch: int) -> tuple[list[int], float]:
     return [*random.integers(5, tiny.VOCABULARY, random.integers(2, 7)).tolist(), tiny.EOS], float(random.normal())
 
 
-def trainer(folder: Path, settings: Any, steps: int, budget: int = 120, kind: Any = PolicyGradientTrainer, **more: Any):  # type: ignore[no-untyped-def]
-    """One of ours on answers that are `given`, prompts of random tokens."""
+def trainer(
+    folder: Path,
+    settings: Any,
+    steps: int,
+    budget: int = 120,
+    kind: Any = PolicyGradientTrainer,
+    finished: bool | None = None,
+    **more: Any,
+):  # type: ignore[no-untyped-def]
+    """One of ours on answers that are `given`, prompts of random tokens. finished: of all answers; None: where answers
+    are masked, of all but the prompts' first."""
     random = np.random.default_rng(5)
     rows = [{"prompt_ids": random.integers(5, tiny.VOCABULARY, 3 + 2 * i % 11).tolist()} for i in range(9)]
     number_of = {tuple(row["prompt_ids"]): number for number, row in enumerate(rows)}
@@ -104,7 +113,10 @@ def trainer(folder: Path, settings: Any, steps: int, budget: int = 120, kind: An
     def sample(model: Any, prompts: Any, noise: Any, alive: Any) -> list[list[Answer]]:
         every = range(settings.completions_per_prompt)
         answers = [[given(number_of[tuple(prompt)], branch)[0] for branch in every] for prompt in prompts]
-        return [[Answer(ids, [0.0] * len(ids), True) for ids in few] for few in answers]
+        ended = [(finished is None and (branch or settings.truncated != "mask")) or bool(finished) for branch in every]
+        return [
+            [Answer(ids, [0.0] * len(ids), bool(end)) for ids, end in zip(few, ended, strict=True)] for few in answers
+        ]
 
     def judge(numbers: Any, answers: Any, alive: Any) -> None:
         for at, (number, answer) in enumerate(zip(numbers, answers, strict=True)):

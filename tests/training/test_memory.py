@@ -34,8 +34,8 @@ from alignment.training.online_preference import OnlineDPOTrainer
 from alignment.training.policy_gradient import PolicyGradientTrainer
 from alignment.training.ppo import PPOTrainer
 from alignment.training.preference import DPO
-from alignment.training.reference_pass import BUDGET, References
-from alignment.training.trainers import Packing
+from alignment.training.reference_pass import References
+from alignment.training.trainers import BUDGET, Packing
 from tests.training import held, online, tiny, trainers
 from tests.training.held import Alive, Kept
 

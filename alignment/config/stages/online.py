@@ -17,11 +17,13 @@ class Kl(Settings):
     place: Literal["reward", "loss"] = identity()
     target: float | None = identity(gt=0)
     gain: float = identity(gt=0, le=1)
+    corrected: bool = identity()
 
     def idle(self) -> frozenset[str]:
         if self.coefficient == 0:
-            return frozenset({"estimator", "place", "target", "gain"})
-        return frozenset({"gain"} if self.target is None else ())
+            return frozenset({"estimator", "place", "target", "gain", "corrected"})
+        unread = {"gain": self.target is None, "corrected": self.place == "reward"}
+        return frozenset(name for name, is_so in unread.items() if is_so)
 
 
 class Online(Train):
