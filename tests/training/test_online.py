@@ -300,7 +300,9 @@ def test_nothing_judged_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("truncated", ["keep", "mask", "penalty"])
 def test_truncated_answers(truncated: str, tmp_path: Path) -> None:
-    trainer = online.trainer(tmp_path, online.rloo(truncated=truncated, truncation_penalty=7.0, kl=online.NO_KL), 1)
+    trainer = online.trainer(
+        tmp_path, online.rloo(truncated=truncated, truncation_penalty=7.0, kl=online.NO_KL), 1, finished=True
+    )
     sample = trainer._sample_answers
 
     def cut(*given: Any) -> Any:
