@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 from alignment.files import read_json, write_json, write_text
 from bench.frontier import task
 from bench.frontier.plot import svg
+from bench.pages import fill, over_seeds
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
@@ -30,7 +30,6 @@ METHODS = {
     "sft_chosen": "SFT on the best of four answers",
     "dpo": "DPO", "ipo": "IPO (`ipo_mean`)", "kto": "KTO", "simpo": "SimPO", "rloo": "RLOO", "grpo": "GRPO",
 }  # fmt: skip
-BEGIN, END = "<!-- frontier -->", "<!-- end of frontier -->"
 Points = dict[str, dict[str, list[dict[str, float]]]]  # method -> pull -> a measurement a seed
 
 
@@ -44,17 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
     points = gather(work / "store")
     write_json(DOCS / "frontier.json", points)
     write_text(DOCS / "frontier.svg", svg(points, METHODS))
-    page = (DOCS / "algorithms.md").read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_text(DOCS / "algorithms.md", f"{before}{BEGIN}\n{table(points)}\n{END}{after}")
+    fill(DOCS / "algorithms.md", "frontier", table(points))
 
 
 def run(work: Path, seeds: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "model").exists():
         task.write_model(work / "model")
-    task.write_rows(work / "rows.jsonl", 3200)
+    task.write_rows(work / "rows.jsonl", 4800)
     sources = {
         "model.source.path": work / "model", "data.instructions.source.path": work / "rows.jsonl",
         "reward.terms.own.source.path": HERE / "reward.py", "store": work / "store",
@@ -79,12 +75,6 @@ def gather(store: Path) -> Points:
     return json.loads(json.dumps(found))
 
 
-def spread(rows: list[dict[str, float]], name: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds."""
-    values = [row[name] for row in rows]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def at(curve: list[tuple[float, float]], kl: float) -> float:
     """The reward of a method at this KL, between its points, beyond them that of the last. curve: (kl, reward)."""
     for (low, first), (high, second) in pairwise(curve):
@@ -96,11 +86,11 @@ def at(curve: list[tuple[float, float]], kl: float) -> float:
 def curves(points: Points) -> dict[str, list[tuple[float, float]]]:
     """method -> (mean KL, mean reward) from the start on, by rising KL."""
     start = [row for rows in points["start"].values() for row in rows]
-    origin = (0.0, spread(start, "reward")[0])
+    origin = (0.0, over_seeds(start, "reward")[0])
     return {
         method: [
             origin,
-            *sorted((spread(rows, "kl")[0], spread(rows, "reward")[0]) for rows in points[method].values()),
+            *sorted((over_seeds(rows, "kl")[0], over_seeds(rows, "reward")[0]) for rows in points[method].values()),
         ]
         for method in METHODS
     }
@@ -118,7 +108,7 @@ def table(points: Points) -> str:
     for method, label in METHODS.items():
         cells = []
         for pull in PULLS:
-            (reward, off), (kl, apart) = (spread(points[method][pull], name) for name in ("reward", "kl"))
+            (reward, off), (kl, apart) = (over_seeds(points[method][pull], name) for name in ("reward", "kl"))
             cells.append(f"{reward:.3f} ± {off:.3f} / {kl:.2f} ± {apart:.2f}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines_of = curves(points)
