@@ -27,7 +27,7 @@ DOCS = HERE.parent.parent / "docs"
 PULLS = ("strong", "medium", "weak")
 METHODS = {
     "best_of": "best-of-n of the start (n = 2, 4, 16)",
-    "sft_chosen": "SFT on the best of four answers",
+    "sft_chosen": "SFT on the chosen answers",
     "dpo": "DPO", "ipo": "IPO (`ipo_mean`)", "kto": "KTO", "simpo": "SimPO", "rloo": "RLOO", "grpo": "GRPO",
 }  # fmt: skip
 Points = dict[str, dict[str, list[dict[str, float]]]]  # method -> pull -> a measurement a seed
@@ -50,7 +50,7 @@ def run(work: Path, seeds: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "model").exists():
         task.write_model(work / "model")
-    task.write_rows(work / "rows.jsonl", 4800)
+    task.write_rows(work / "rows.jsonl", 7600)
     sources = {
         "model.source.path": work / "model", "data.instructions.source.path": work / "rows.jsonl",
         "reward.terms.own.source.path": HERE / "reward.py", "store": work / "store",

@@ -37,10 +37,12 @@ def points(**rewards: float) -> frontier.Points:
 
 
 @pytest.mark.parametrize("pull", frontier.PULLS)
-def test_every_strength_is_a_run_of_all_methods(pull: str) -> None:
-    experiment = compose(["experiment=frontier", f"+pull={pull}", "model.source.path=/m",
-                          "data.instructions.source.path=/d", f"reward.terms.own.source.path={reward.__file__}"],
-                         config_dirs=(CONF,))  # fmt: skip
+def test_every_strength_is_a_run_of_all_methods(pull: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "rows.jsonl").write_text("{}")
+    sources = {"model": tmp_path, "data.instructions": tmp_path / "rows.jsonl", "reward.terms.own": reward.__file__}
+    given = [f"{name}.source.path={path}" for name, path in sources.items()]
+    experiment = compose(["experiment=frontier", f"+pull={pull}", *given], config_dirs=(CONF,))
     measured = {node.name.removeprefix("at_") for node in graph.build(experiment) if node.name.startswith("at_")}
     assert measured == {"start", *frontier.METHODS}
 
@@ -54,7 +56,7 @@ def test_the_order_is_that_of_rewards_at_a_kl_that_all_reach() -> None:
     told = frontier.table(points(dpo=0.3, sft_chosen=0.2))
     assert "| DPO | 0.300 ± 0.014 / 1.00 ± 0.00 | 0.424 ± 0.014 / 2.00 ± 0.00 |" in told
     order = told.splitlines()[-1]
-    assert order.startswith("At a KL of 4.00 nats, which all reach: DPO 0.600, SFT on the best of four answers 0.400,")
+    assert order.startswith("At a KL of 4.00 nats, which all reach: DPO 0.600, SFT on the chosen answers 0.400,")
 
 
 def test_between_its_points_a_method_is_on_the_line() -> None:
