@@ -43,7 +43,7 @@ PAIR_LOSSES: dict[str, Traits] = {
     "aot_unpaired": Traits(("beta", "label_smoothing"), whole=True),
     "beta_dpo": Traits(("beta", "beta_dpo_alpha", "beta_dpo_keep", "beta_dpo_momentum"), scores=True, whole=True),
     "simpo": Traits(("beta", "simpo_gamma", "label_smoothing"), reference=False, means=True),
-    "cpo": Traits(("beta", "label_smoothing"), reference=False),
+    "cpo": Traits(("beta", "label_smoothing", "cpo_alpha"), reference=False),
     "orpo": Traits(("beta",), reference=False, means=True),
     "nll": Traits((), reference=False),
     "sft": Traits((), reference=False),

@@ -20,6 +20,11 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     if settings.reference_update is not None and not settings.compares:
         what = f"`{update}` is set, and {next(iter(settings.losses))} compares with no reference"
         yield Fault(what, (update, loss), f"{update}=null")
+    moves, last = settings.reference_update, settings.max_steps
+    if moves is not None and last is not None and last <= moves.every_steps:
+        every, steps = f"{update}.every_steps", f"{key}.max_steps"
+        what = f"`{every}` is {moves.every_steps} and `{steps}` {last}: the reference would never move"
+        yield Fault(what, (every, steps), f"{every}={max(last // 4, 1)}, or {update}=null")
     if "exo_pair" in settings.losses and settings.label_smoothing == 0:
         what = f"`{smoothing}` is 0, and exo_pair compares with smoothed labels: its loss would be infinite"
         yield Fault(what, (smoothing, loss), f"{smoothing}=0.001, as loss=exo_pair has it")

@@ -16,10 +16,12 @@ def leave_one_out(rewards: Tensor, valid: Tensor) -> Tensor:
     """RLOO (Ahmadian et al. 2024, arXiv:2402.14740, eq. 8): A_i = r_i - mean of the other answers' rewards.
 
     rewards: [P, G]; valid: [P, G] bool. Returns [P, G].
+
+    By hand: of 1, 2, 6 the others' means are 4, 3.5, 1.5: -3, -1.5, 4.5.
     """
     count = valid.sum(1, keepdim=True)
     others = (rewards * valid).sum(1, keepdim=True) - rewards
-    return _kept(rewards - others / (count - 1).clamp(min=1), valid)
+    return _kept(rewards - others / (count - 1).clamp(min=1), valid)  # (8)
 
 
 def group_relative(rewards: Tensor, valid: Tensor, scale: bool) -> Tensor:
@@ -27,11 +29,15 @@ def group_relative(rewards: Tensor, valid: Tensor, scale: bool) -> Tensor:
 
     scale: divide by the standard deviation (of the sample: by G - 1); not in Dr. GRPO (Liu et al. 2025,
     arXiv:2503.20783, sec. 3.2): it weighs up prompts whose answers are nearly all right or all wrong.
+
+    By hand: of 1, 2, 6 the mean is 3: -2, -1, 3; scaled by sqrt((4 + 1 + 9) / 2) = 2.645751: -0.755901, -0.377950,
+    1.133851 (with EPSILON).
     """
     count = valid.sum(1, keepdim=True)
     apart = (rewards - (rewards * valid).sum(1, keepdim=True) / count.clamp(min=1)) * valid
     if scale:
-        apart = apart / ((apart.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + EPSILON)
+        deviation = (apart.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        apart = apart / (deviation + EPSILON)  # sec. 4.1.2, A_i
     return _kept(apart, valid)
 
 
@@ -43,6 +49,8 @@ def whiten(values: Tensor, valid: Tensor, shift: bool = True) -> Tensor:
     """(x - mean) / (std + EPSILON) over all valid values of a batch, 0 elsewhere. shift: subtract the mean.
 
     (Ziegler et al. 2019, arXiv:1909.08593, whiten rewards and advantages so; std of the sample.)
+
+    By hand: of 1, 2, 3 mean 2, std 1: -0.9999, 0, 0.9999.
     """
     if int(valid.sum()) < 2:
         return torch.where(valid, values, 0.0)
@@ -52,22 +60,28 @@ def whiten(values: Tensor, valid: Tensor, shift: bool = True) -> Tensor:
 
 
 def has_signal(rewards: Tensor, valid: Tensor) -> Tensor:
-    """[P] bool: whether the valid answers of a prompt differ in their rewards, so that its advantages are not all 0."""
+    """[P] bool: whether the valid answers of a prompt differ in their rewards, so that its advantages are not all 0:
+    the constraint of DAPO's dynamic sampling (arXiv:2503.14476, eq. 11), for rewards that are not 0 or 1 too.
+
+    By hand: 1, 2, 6: true; 5, 5, 5: false.
+    """
     highest = rewards.masked_fill(~valid, -torch.inf).amax(1)
     lowest = rewards.masked_fill(~valid, torch.inf).amin(1)
-    return highest - lowest > 1e-9
+    return highest - lowest > 1e-9  # DAPO (11)
 
 
 def generalized(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """GAE (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of one answer: (advantages [T], returns [T]).
 
     rewards: [T], of each token; values: [T], V of the state before each token; after the last one the episode is over.
-    delta_t = r_t + gamma V_{t+1} - V_t (eq. 9), A_t = delta_t + gamma lam A_{t+1}; returns are A + V.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; returns are A + V.
+
+    By hand, gamma = lam = 1/2, rewards 1, 0, 3, values 0, 1, 2: from the end deltas 1, 0, 1.5; A = 1, 0.25, 1.5625.
     """
     advantages = torch.zeros_like(rewards)
     after = following = rewards.new_zeros(())
     for t in range(len(rewards) - 1, -1, -1):
         delta = rewards[t] + gamma * following - values[t]
-        after = delta + gamma * lam * after
+        after = delta + gamma * lam * after  # (16)
         advantages[t], following = after, values[t]
     return advantages, advantages + values

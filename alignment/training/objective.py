@@ -12,7 +12,8 @@ from torch import Tensor
 
 from alignment.config.losses import PAIR_LOSSES as TRAITS
 from alignment.config.stages.preference import Dpo
-from alignment.training.losses.pairs import PAIR_LOSSES, Pairs, Threshold, divergence_score
+from alignment.training.losses.divergence import divergence_score
+from alignment.training.losses.pairs import PAIR_LOSSES, Pairs, Threshold
 from alignment.training.packing import IGNORED
 
 
@@ -98,7 +99,11 @@ class Objective:
         """[N], without a gradient: WPO's weight of a pair, the likelihood of both answers under the policy a token, in
         relation to that of its own samples (Zhou et al. 2024, arXiv:2406.11827, eq. 2, sampled alignment).
 
-        log_sum_squares: [2 pairs, width - 1] log of sum_v p(v)^2, 0 where nothing is scored.
+        log_sum_squares: [2 pairs, width - 1] log of sum_v p(v)^2, 0 where nothing is scored. As in TRL the weight may
+        be above 1, where answers are likelier than samples are in the mean; the authors' code cuts it there.
+
+        By hand: p = 1/4, 1/4 of a chosen answer, sum of squares 1/2 at both: exp(mean of log 1/2) = 1/2; p = 1/2 of a
+        rejected answer of one token, sum 1/2: 1. The pair weighs 1/2.
         """
         if log_sum_squares is None:
             return None
@@ -127,7 +132,7 @@ def _sums(log_probs: Tensor, kept: Tensor | None) -> Tensor:
 def _verbosity(scored: Tensor, tokens: Tensor, alpha: float) -> Tensor:
     """[2 pairs, width - 1]: 1 for the first tokens of an answer, as many as the shorter one has, alpha after them.
 
-    LD-DPO, Liu et al. 2024 (arXiv:2409.06411), eq. 12.
+    LD-DPO, Liu et al. 2024 (arXiv:2409.06411), eq. 12. By hand: answers of 3 and 1 tokens, alpha 0.4: 1, 0.4, 0.4; 1.
     """
     shorter = torch.minimum(*tokens.chunk(2)).repeat(2)
     return torch.where(scored.cumsum(1) <= shorter[:, None], 1.0, alpha)  # (12)

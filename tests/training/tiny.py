@@ -48,7 +48,8 @@ def sft(**changes: Any) -> Sft:
 LOSS: dict[str, Any] = {
     "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "divergence": "reverse_kl", "divergence_alpha": 0.5,
     "weighting": "none", "ld_alpha": None, "reference_update": None, "discopop_tau": 0.05, "dpop_lambda": 50.0,
-    "length_penalty": 0.01, "simpo_gamma": 1.0, "beta_dpo_alpha": 0.6, "beta_dpo_keep": 0.8, "beta_dpo_momentum": 0.9,
+    "length_penalty": 0.01, "simpo_gamma": 1.0, "cpo_alpha": 1.0, "beta_dpo_alpha": 0.6, "beta_dpo_keep": 0.8,
+    "beta_dpo_momentum": 0.9,
 }  # fmt: skip
 
 

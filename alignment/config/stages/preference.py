@@ -49,6 +49,7 @@ class Dpo(Referenced):
     dpop_lambda: float = identity(ge=0)
     length_penalty: float = identity()
     simpo_gamma: float = identity()
+    cpo_alpha: float = identity(ge=0)
     beta_dpo_alpha: float = identity(ge=0)
     beta_dpo_keep: float = identity(gt=0, le=1)
     beta_dpo_momentum: float = identity(ge=0, lt=1)

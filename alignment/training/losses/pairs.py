@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
+
+from alignment.training.losses.divergence import EXPONENT
 
 PairLoss = Callable[..., Tensor]
-EXPONENT = 40.0  # whose square is still a float32; beyond, losses and gradients would be infinite, or 0 times infinity
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def sigmoid(pairs: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
     By hand: w - w_ref = 3, l - l_ref = 1, beta = 0.5: ln(1 + e^-1) = 0.313262; smoothing 0.1: 0.9 * 0.313262
     + 0.1 * ln(1 + e) = 0.413262.
     """
-    return _smoothed(beta * pairs.margin, label_smoothing)
+    return _smoothed(beta * pairs.margin, label_smoothing)  # (7); cDPO (3)
 
 
 def hinge(pairs: Pairs, *, beta: float) -> Tensor:
@@ -97,7 +98,7 @@ def ipo_sum(pairs: Pairs, *, beta: float) -> Tensor:
 
 
 def ipo_mean(pairs: Pairs, *, beta: float) -> Tensor:
-    """IPO with log-ratios a token, which is TRL's reading, and by its word that of the paper's authors: the same beta
+    """IPO with log-ratios a token, which is TRL's reading, and by TRL's word what the authors computed: the same beta
     then means the same for short and long answers. Eq. 17 of arXiv:2310.12036.
 
     By hand: w - w_ref = 3 over 6 tokens, l - l_ref = 1 over 4, beta = 0.5: (0.5 - 0.25 - 1)^2 = 0.5625.
@@ -115,7 +116,8 @@ def sigmoid_norm(pairs: Pairs, *, beta: float) -> Tensor:
 
 def robust(pairs: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
     """Robust DPO: an unbiased estimate of DPO's loss where a share of the labels is flipped; Chowdhury et al. 2024
-    (arXiv:2403.00409), eq. 12. ln 2 where policy = reference; not bounded below.
+    (arXiv:2403.00409), eq. 12. ln 2 where policy = reference. It falls in the margin everywhere, for ever, and is not
+    bounded below: its slope -beta (sigma(-beta m) + share / (1 - 2 share)) tends to a constant, not to 0.
 
     By hand: beta * margin = 1, share 0.1: (0.9 * 0.313262 - 0.1 * 1.313262) / 0.8 = 0.188262.
     """
@@ -136,8 +138,8 @@ def exo_pair(pairs: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
 
 
 def discopop(pairs: Pairs, *, beta: float, discopop_tau: float) -> Tensor:
-    """DiscoPOP, a loss found by a language model: Lu et al. 2024 (arXiv:2406.08414), eq. 5. It is not convex, and not
-    monotone in the margin. (ln 2 + 1) / 2 where policy = reference.
+    """DiscoPOP, a loss found by a language model: Lu et al. 2024 (arXiv:2406.08414), eq. 5. Not convex, and not
+    monotone: at tau = 0.05 it rises from beta * margin = -0.12 to 0.07. (ln 2 + 1) / 2 where policy = reference.
 
     By hand: beta * margin = 0.05, tau = 0.05: blend sigma(1) = 0.731059; 0.268941 * 0.668460 + 0.731059 * 0.951229
     = 0.875180.
@@ -163,7 +165,7 @@ def dpop(pairs: Pairs, *, beta: float, dpop_lambda: float) -> Tensor:
 def cal_dpo(pairs: Pairs, *, beta: float) -> Tensor:
     """Calibrated DPO: the log-ratios are also drawn to plus and minus 1 / (2 beta), so that the chosen answer does not
     become less likely with the rejected one; Xiao et al. 2024 (arXiv:2412.14516), eq. 10. The contrast has no beta.
-    ln 2 + 1 / (2 beta^2) where policy = reference.
+    Its authors' code halves the squares. ln 2 + 1 / (2 beta^2) where policy = reference.
 
     By hand: w - w_ref = 1, l - l_ref = 0, beta = 0.5: ln(1 + e^-1) + (1 - 1)^2 + (0 + 1)^2 = 1.313262.
     """
@@ -174,7 +176,8 @@ def cal_dpo(pairs: Pairs, *, beta: float) -> Tensor:
 
 def rdpo(pairs: Pairs, *, beta: float, length_penalty: float) -> Tensor:
     """R-DPO: length is taken out of what the pair is taken to say; Park et al. 2024 (arXiv:2403.19159), eq. 9. A chosen
-    answer that is longer by n tokens begins with a margin of length_penalty * n.
+    answer that is longer by n tokens begins with a margin of length_penalty * n, so the loss where policy = reference
+    is ln(1 + e^(-length_penalty n)).
 
     By hand: margin 2, beta 0.5, 5 tokens longer, penalty 0.2: ln(1 + e^-2) = 0.126928.
     """
@@ -196,8 +199,8 @@ def nca_pair(pairs: Pairs, *, beta: float) -> Tensor:
 
 
 def bco_pair(pairs: Pairs, *, beta: float) -> Tensor:
-    """BCO on pairs without its reward shift: Jung et al. 2024 (arXiv:2404.04656), eq. 8; MPO's quality term. 2 ln 2
-    where policy = reference.
+    """BCO on pairs without its reward shift, as in TRL: Jung et al. 2024 (arXiv:2404.04656), eq. 8; MPO's quality term.
+    2 ln 2 where policy = reference.
 
     By hand: beta ratios 1 and 0: 0.313262 + 0.693147 = 1.006409.
     """
@@ -265,13 +268,17 @@ class Threshold:
     deviation: float = 0.0
 
     def after(self, margin: Tensor, momentum: float) -> Threshold:
-        """margin: [N] of a whole global batch. Eq. 8 of arXiv:2407.08639."""
+        """margin: [N] of a whole global batch, nats; what is not finite is left out. Eq. 8 of arXiv:2407.08639.
+
+        By hand: from 0 with momentum 0.9 margins 1 and 3: mean 0.1 * 2 = 0.2, deviation 0.1 * sqrt 2 = 0.141421.
+        """
         margin = margin[margin.isfinite()]
         if not len(margin):
             return self
         deviation = float(margin.std()) if len(margin) > 1 else 0.0
         new = 1 - momentum
-        return Threshold(momentum * self.mean + new * float(margin.mean()), momentum * self.deviation + new * deviation)
+        mean = momentum * self.mean + new * float(margin.mean())  # (8)
+        return Threshold(mean, momentum * self.deviation + new * deviation)
 
 
 def beta_dpo(
@@ -291,11 +298,11 @@ def beta_dpo(
     margin, count = pairs.margin.detach(), len(pairs.margin)
     apart = (margin - threshold.mean) / threshold.deviation if threshold.deviation > 0 else torch.zeros_like(margin)
     kept = max(1, int(count * beta_dpo_keep))
-    chance = noise.log() * torch.exp(0.5 * apart.clamp(-30, 30) ** 2)  # log of u^(1/weight)
+    chance = noise.log() * torch.exp(0.5 * apart.clamp(-30, 30) ** 2)  # log of u^(1/weight), weights of (7)
     drawn = chance.topk(kept).indices
     batch_beta = beta * (1 + beta_dpo_alpha * (float(margin[drawn].mean()) - threshold.mean))  # (9)
     used = torch.zeros_like(margin).index_fill(0, drawn, count / kept)
-    return -logsigmoid(max(batch_beta, 1e-3) * pairs.margin) * used
+    return -logsigmoid(max(batch_beta, 1e-3) * pairs.margin) * used  # (9) in DPO's (7)
 
 
 # --- without a reference model ----------------------------------------------------------------------------------------
@@ -310,18 +317,21 @@ def simpo(pairs: Pairs, *, beta: float, simpo_gamma: float, label_smoothing: flo
     return _smoothed(beta * means - simpo_gamma, label_smoothing)  # (6)
 
 
-def cpo(pairs: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
+def cpo(pairs: Pairs, *, beta: float, label_smoothing: float, cpo_alpha: float) -> Tensor:
     """CPO: DPO with a uniform reference, and the chosen answer's likelihood; Xu et al. 2024 (arXiv:2401.08417), eqs. 3
-    and 5. The second term is the mean over the answer's tokens (`nll`), as in its authors' code.
+    and 5. Eq. 5 has the sum over an answer's tokens; here it is `sft`, the mean over all chosen tokens of the global
+    batch, as their code and TRL have it for a micro-batch. cpo_alpha: its weight, 1 in the paper.
 
-    By hand: w = -6 over 6 tokens, l = -8, beta = 0.5: ln(1 + e^-1) + 1 = 1.313262.
+    By hand: w = -6 over 6 tokens, l = -8, beta = 0.5: ln(1 + e^-1) + 1 = 1.313262; where w = l = -6: ln 2 + 1.
     """
-    return _smoothed(beta * (pairs.chosen - pairs.rejected), label_smoothing) + nll(pairs)  # (3) + (5)
+    contrast = _smoothed(beta * (pairs.chosen - pairs.rejected), label_smoothing)  # (3)
+    return contrast + cpo_alpha * sft(pairs)  # (5)
 
 
 def orpo(pairs: Pairs, *, beta: float) -> Tensor:
     """ORPO: the chosen answer's likelihood, and the odds of chosen over rejected; Hong et al. 2024 (arXiv:2403.07691),
-    eqs. 6 and 7; beta is its lambda. P(y|x) is the geometric mean over the answer's tokens (eq. 1).
+    eqs. 6 and 7; beta is its lambda. P(y|x) is the geometric mean over the answer's tokens (eq. 3), so the likelihood
+    is `nll`, each answer's own mean. Their code and TRL take the mean over the batch's tokens, the prompts' among them.
 
     By hand: both answers at p = 1/2 a token: odds equal: ln 2 + beta ln 2; beta 0.1: 0.762462.
     """
@@ -332,54 +342,36 @@ def orpo(pairs: Pairs, *, beta: float) -> Tensor:
 
 def nll(pairs: Pairs) -> Tensor:
     """Minus the mean log-prob of the chosen answer's tokens: RPO's term, Pang et al. 2024 (arXiv:2404.19733), eq. 1.
+    Alone it is fine-tuning on the chosen answers, each of which counts alike.
 
     By hand: w = -6 over 6 tokens: 1.
     """
-    return pairs.chosen_nll / pairs.chosen_tokens
+    return pairs.chosen_nll / pairs.chosen_tokens  # (1), second term
 
 
 def sft(pairs: Pairs) -> Tensor:
     """Minus the mean log-prob of all chosen tokens of the global batch, which is TRL's `sft`: long answers count more.
+    The term of MPO (Wang et al. 2024, arXiv:2411.10442, sec. 3.2) and of Liu et al. 2024 (arXiv:2405.16436, sec. 5).
 
     By hand: w = -6 over 6 tokens and -2 over 4: (6 + 2) / 10 = 0.8 in the mean.
     """
-    return pairs.chosen_nll / pairs.mean_chosen_tokens
+    return pairs.chosen_nll / pairs.mean_chosen_tokens  # an answer's sum over the mean length: its share of that mean
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
-    """-log sigma(logits), where a share of the labels is taken to be flipped."""
+    """-log sigma(logits), where a share of the labels is taken to be flipped: Mitchell 2023 (cdpo.pdf), eq. 3."""
     if label_smoothing == 0:
         return -logsigmoid(logits)
-    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)  # cDPO (3)
 
 
 def _log_not(log_prob: Tensor) -> Tensor:
     """log(1 - p) of log p < 0, exact near both ends (Maechler 2012)."""
     log_prob = log_prob.clamp(max=-1e-7)  # an answer that is certain has infinite odds
     return torch.where(log_prob > -math.log(2), torch.log(-torch.expm1(log_prob)), torch.log1p(-torch.exp(log_prob)))
-
-
-def divergence_score(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor:
-    """f'(t) of t = pi / pi_ref without its constant, which takes the log-ratio's place in a margin: Wang et al. 2024
-    (f-DPO, arXiv:2309.16240), table 1.
-
-    reverse_kl: log t. forward_kl: -1 / t. js: log(2 t / (1 + t)). alpha: (t^(alpha - 1) - 1) / (alpha - 1), clipped
-    where it would leave float32. By hand, t = e: 1; 1 - 1/e = 0.632121 (a constant of 1 added); 0.379885;
-    alpha = 0.5: (e^-0.5 - 1) / -0.5 = 0.786939.
-    """
-    match divergence:
-        case "reverse_kl":
-            return log_ratio
-        case "forward_kl":
-            return 1 - torch.exp((-log_ratio).clamp(max=EXPONENT))
-        case "js":
-            return math.log(2) - softplus(-log_ratio)
-        case _:
-            power = alpha - 1
-            return (torch.exp((power * log_ratio).clamp(max=EXPONENT)) - 1) / power
 
 
 PAIR_LOSSES: dict[str, PairLoss] = {

@@ -30,12 +30,14 @@ def log_ratio(log_probs: Tensor, old: Tensor, mask: Tensor, level: Ratio) -> Ten
 
     sequence: the sum over its tokens (REINFORCE and RLOO take an answer for one action; Ahmadian et al. 2024,
     arXiv:2402.14740, sec. 3). sequence_mean: that by its tokens (GSPO, Zheng et al. 2025, arXiv:2507.18071, eq. 7).
+
+    By hand: log-ratios 0.3 and 0.1 of an answer's two tokens: 0.3, 0.1; sequence 0.4; sequence_mean 0.2.
     """
     apart = (log_probs - old) * mask
     if level == "token":
         return apart
     total = apart.sum(1, keepdim=True)
-    return total if level == "sequence" else total / mask.sum(1, keepdim=True).clamp(min=1)
+    return total if level == "sequence" else total / mask.sum(1, keepdim=True).clamp(min=1)  # GSPO (7), its log
 
 
 def clipped_surrogate(
@@ -45,19 +47,26 @@ def clipped_surrogate(
 
     high above low is DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476, eq. 10). Where pi is pi_old its gradient is
     REINFORCE's, -A grad log pi (Williams 1992). log_probs, old, advantages, mask: [R, T].
+
+    By hand, low 0.2, high 0.28: w = 1, A = 3: -3. w = 2, A = 1: -1.28, clipped; A = -1: 2. w = 1/2, A = 1: -0.5; A =
+    -1: 0.8, clipped.
     """
     ratio = torch.exp(log_ratio(log_probs, old, mask, level)).expand_as(log_probs)
-    loss = -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)  # PPO (7); DAPO (10)
     clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
     return Surrogate(loss, ratio, clipped)
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """1/2 max((V - R)^2, (clip(V, V_old +- clip) - R)^2), a token: that of PPO's authors (Ziegler et al. 2019).
+    """1/2 max((V - R)^2, (clip(V, V_old +- clip) - R)^2), a token: the code of PPO's authors and of Ziegler et al. 2019
+    (arXiv:1909.08593); in the paper of PPO (eq. 9) it is the square alone.
 
     values, old, returns: [R, T]. clip None: 1/2 (V - R)^2.
+
+    By hand: V = 2, V_old = 0, clip 0.5; R = 3: 1/2 max(1, 2.5^2) = 3.125; R = 0: 1/2 max(4, 0.25) = 2; R = 3 without a
+    clip: 0.5.
     """
-    error = (values - returns).square()
+    error = (values - returns).square()  # PPO (9), L^VF
     if clip is not None:
         near = old + (values - old).clamp(-clip, clip)
         error = torch.max(error, (near - returns).square())
@@ -68,34 +77,45 @@ def kl(log_probs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
     """Of KL(pi || pi_ref), a token drawn from pi: Schulman's estimators (joschu.net/blog/kl-approx.html).
 
     With d = log(pi / pi_ref): k1 = d, unbiased, of either sign; k2 = d^2 / 2, biased, never negative; k3 =
-    exp(-d) - 1 + d, unbiased and never negative.
+    exp(-d) - 1 + d, unbiased and never negative (GRPO's, arXiv:2402.03300, eq. 4).
+
+    By hand, d = ln 2: 0.693147; 0.240227; 1/2 - 1 + ln 2 = 0.193147.
     """
     apart = log_probs - reference
     if estimator == "k1":
         return apart
-    return apart.square() / 2 if estimator == "k2" else torch.expm1(-apart) + apart
+    return apart.square() / 2 if estimator == "k2" else torch.expm1(-apart) + apart  # k3: GRPO (4)
 
 
 def adapted(coefficient: float, measured: float, target: float, gain: float) -> float:
     """The coefficient of the KL for the next rollout (Ziegler et al. 2019, arXiv:1909.08593, sec. 2.2).
 
     e = clip((KL - target) / target, -0.2, 0.2); coefficient *= 1 + gain e. measured, target: nats an answer.
+
+    By hand, target 6, gain 0.1: at 6.6 times 1.01; at 60 times 1.02; at 0 times 0.98.
     """
-    error = min(max((measured - target) / target, -0.2), 0.2)
-    return coefficient * (1 + gain * error)
+    error = min(max((measured - target) / target, -0.2), 0.2)  # sec. 2.2, e_t
+    return coefficient * (1 + gain * error)  # sec. 2.2, beta_{t+1}
 
 
 def token_weights(mask: Tensor, how: Aggregate) -> Tensor:
     """[R, T], what a token's loss counts in the sum. mask: [R, T].
 
     sequence: 1 / tokens of its answer, so that the mean over answers is that of their means (GRPO, arXiv:2402.03300,
-    eq. 3). token: 1 (DAPO, arXiv:2503.14476, eq. 8). constant: 1, to be divided by answers x longest (Dr. GRPO,
+    eq. 3). token: 1 (DAPO, arXiv:2503.14476, eq. 12). constant: 1, to be divided by answers x longest (Dr. GRPO,
     arXiv:2503.20783, sec. 3.2).
+
+    By hand, answers of 1 and 3 tokens of at most 10, losses 6; 1, 2, 3: sequence (6 + 2) / 2 = 4; token 12 / 4 = 3;
+    constant 12 / 20 = 0.6.
     """
     counted = mask.to(torch.float32)
+    # GRPO (3): 1 / |o_i|; DAPO (12) and Dr. GRPO: 1
     return counted / counted.sum(1, keepdim=True).clamp(min=1) if how == "sequence" else counted
 
 
 def divisor(answers: int, tokens: int, longest: int, how: Aggregate) -> int:
-    """What the sum over a global batch is divided by. longest: tokens that an answer may have."""
-    return max({"sequence": answers, "token": tokens, "constant": answers * longest}[how], 1)
+    """What the sum over a global batch is divided by: GRPO (3), DAPO (12), Dr. GRPO sec. 3.2 in the order of `how`.
+
+    longest: tokens that an answer may have. By hand: in `token_weights`.
+    """
+    return max({"sequence": answers, "token": tokens, "constant": answers * longest}[how], 1)  # GRPO (3), DAPO (12)

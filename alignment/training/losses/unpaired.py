@@ -19,7 +19,7 @@ def kto(
     undesirable_weight: float,
 ) -> Tensor:
     """KTO: Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8: lambda_y - v(x, y), with v = lambda_y sigma(beta (r - z0))
-    for a wanted answer and lambda_y sigma(beta (z0 - r)) for an unwanted one.
+    for a wanted answer and lambda_y sigma(beta (z0 - r)) for an unwanted one (below eq. 8).
 
     ratio: [N]; desirable: [N] bool; kl: z0, a number >= 0 in nats, without a gradient. [N]: between 0 and lambda_y;
     lambda_y / 2 where policy = reference.

@@ -1,28 +1,23 @@
-"""Losses of pairs: the values derived by hand in their docstrings, TRL's own numbers, gradients, fixed points."""
+"""Losses of pairs: the values derived by hand in their docstrings, gradients, fixed points, limits."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 import math
-from collections import defaultdict
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import trl
-from torch import Tensor
-from trl.experimental.cpo import CPOTrainer
-from trl.experimental.orpo import ORPOTrainer
 
 from alignment.config.losses import COEFFICIENTS
 from alignment.config.losses import PAIR_LOSSES as TRAITS
 from alignment.training.losses import pairs as losses
-from alignment.training.losses.pairs import PAIR_LOSSES, Pairs, Threshold, divergence_score
-from alignment.training.metrics import UNUSED
+from alignment.training.losses.divergence import divergence_score
+from alignment.training.losses.pairs import PAIR_LOSSES, Pairs, Threshold
 from alignment.training.objective import Objective, columns
 from tests.training import tiny
+from tests.training.losses.batches import micro_batch, settings_of
 
 LN2 = math.log(2)
 
@@ -31,7 +26,7 @@ def given(
     chosen: Any = (0.0,), rejected: Any = (0.0,), tokens: tuple[Any, Any] = ((6.0,), (4.0,)), **other: Any
 ) -> Pairs:
     """Pairs of these log-ratios: log-probs under a reference that gives 0 to every answer."""
-    w, l = (torch.tensor(one, dtype=torch.float64) for one in (chosen, rejected))  # noqa: E741
+    w, l = (torch.as_tensor(one, dtype=torch.float64) for one in (chosen, rejected))  # noqa: E741
     chosen_tokens, rejected_tokens = (torch.tensor(one, dtype=torch.float64) for one in tokens)
     zero = torch.zeros_like(w)
     return Pairs(
@@ -67,7 +62,7 @@ BY_HAND: list[tuple[str, Pairs, dict[str, Any], float]] = [
          "noise": torch.tensor([0.5, 0.5], dtype=torch.float64)}, 0.554355,
     ),
     ("simpo", given((-6.0,), (-8.0,)), {"beta": 2.0, "simpo_gamma": 1.0, "label_smoothing": 0.0}, 0.313262),
-    ("cpo", given((-6.0,), (-8.0,)), {"beta": 0.5, "label_smoothing": 0.0}, 1.313262),
+    ("cpo", given((-6.0,), (-8.0,)), {"beta": 0.5, "label_smoothing": 0.0, "cpo_alpha": 1.0}, 1.313262),
     ("orpo", given((-6 * LN2,), (-4 * LN2,)), {"beta": 0.1}, 0.762462),
     ("nll", given((-6.0,)), {}, 1.0),
     ("sft", given((-6.0, -2.0), (0.0, 0.0), TWO), {}, 0.8),
@@ -78,8 +73,10 @@ BY_HAND: list[tuple[str, Pairs, dict[str, Any], float]] = [
     ("name", "pairs", "how", "expected"), BY_HAND, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_values_derived_by_hand(name: str, pairs: Pairs, how: dict[str, Any], expected: float) -> None:
-    """The derivation is in the docstring of the loss."""
+    """The derivation is in the docstring of the loss, and ends in this number."""
     assert float(PAIR_LOSSES[name](pairs, **how).mean()) == pytest.approx(expected, abs=2e-6)
+    by_hand = (inspect.getdoc(PAIR_LOSSES[name]) or "").partition("By hand")[2]
+    assert ("ln 2" if expected == LN2 else f"{expected:.7g}") in by_hand
 
 
 def test_every_loss_has_a_value_derived_by_hand() -> None:
@@ -91,8 +88,23 @@ def test_every_loss_has_a_value_derived_by_hand() -> None:
     [("reverse_kl", 1.0), ("forward_kl", 1 - math.exp(-1)), ("js", 0.379885), ("alpha", 0.786939)],
 )
 def test_divergence_scores_at_a_log_ratio_of_one(divergence: str, expected: float) -> None:
+    """And 0, with the slope of its docstring, where policy = reference."""
     score = divergence_score(torch.tensor([1.0], dtype=torch.float64), divergence, 0.5)
     assert float(score) == pytest.approx(expected, abs=2e-6)
+    start = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    score = divergence_score(start, divergence, 0.5)
+    assert float(score.detach()) == 0.0
+    assert float(torch.autograd.grad(score, start)[0]) == pytest.approx(0.5 if divergence == "js" else 1.0)
+
+
+def test_the_alpha_divergence_is_the_forward_kl_at_0_and_the_reverse_kl_at_1() -> None:
+    """And 1 - alpha is that of the paper, whose f' is (1 - t^-a) / a."""
+    ratio = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    for alpha, limit in ((1e-7, "forward_kl"), (1 - 1e-7, "reverse_kl")):
+        wanted = divergence_score(ratio, limit, 0.5)
+        torch.testing.assert_close(divergence_score(ratio, "alpha", alpha), wanted, rtol=1e-5, atol=1e-6)
+    papers = (1 - torch.exp(-0.3 * ratio)) / 0.3
+    torch.testing.assert_close(divergence_score(ratio, "alpha", 0.7), papers)
 
 
 def test_the_settings_name_what_the_functions_read() -> None:
@@ -104,129 +116,55 @@ def test_the_settings_name_what_the_functions_read() -> None:
     assert set(COEFFICIENTS) <= set(tiny.dpo().model_fields)
 
 
-# --- TRL's numbers ----------------------------------------------------------------------------------------------------
-
-CASES = [
-    *({"loss": name} for name in (
-        "sigmoid", "hinge", "ipo_mean", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
-        "sft", "sigmoid_norm", "aot", "aot_unpaired",
-    )),
-    *({"loss": name, "label_smoothing": 0.1} for name in ("exo_pair", "robust", "aot")),
-    *({"loss": name, "divergence": divergence}
-      for name in ("sigmoid", "ipo_mean") for divergence in ("forward_kl", "js", "alpha")),
-    {"loss": "sigmoid", "ld_alpha": 0.4},
-    {"loss": "aot", "ld_alpha": 0.4},
-    {"loss": "sigmoid", "weighting": "wpo"},
-    {"loss": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}},
-]  # fmt: skip
-TRL_NAMES = {"ipo_mean": "ipo"}
-TRL_DIVERGENCES = {"js": "js_divergence", "alpha": "alpha_divergence"}
-
-
-def micro_batch(seed: int = 0, count: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-probs, reference, labels, log sum of squares) of 5 pairs, as a padded micro-batch: [10, width]."""
-    random = torch.Generator().manual_seed(seed)
-    width, lengths = 14, torch.randint(2, 9, (2 * count,), generator=random)
-    labels = torch.full((2 * count, width), -100)
-    for row, length in enumerate(lengths.tolist()):
-        labels[row, 4 : 4 + length] = 7
-    scored = labels[:, 1:] != -100
-    log_probs, reference = (-3 * torch.rand(2 * count, width - 1, generator=random) * scored for _ in range(2))
-    squares = -2 * torch.rand(2 * count, width - 1, generator=random) * scored
-    return log_probs, reference, labels, squares
-
-
-def by_trl(settings: Any, log_probs: Tensor, reference: Tensor, labels: Tensor, squares: Tensor) -> Tensor:
-    """TRL's own loss code, on log-probs that a model would have given: only the forward is replaced."""
-    trainer: Any = object.__new__(trl.DPOTrainer)
-    output = SimpleNamespace(
-        log_probs=log_probs, entropy=torch.zeros_like(log_probs), mean_logits=torch.zeros_like(log_probs),
-        log_sum_sq_probs=squares, is_top1=log_probs > 0,
-    )  # fmt: skip
-    kept = None if settings.ld_alpha is None else Objective(settings).pairs(reference, None, labels, 1.0)
-    sums = reference.sum(1).chunk(2) if kept is None else (kept.chosen, kept.rejected)
-    vars(trainer).update(
-        model=SimpleNamespace(training=True), aux_loss_enabled=False, ld_alpha=settings.ld_alpha,
-        precompute_ref_logps=True, beta=settings.beta, label_smoothing=settings.label_smoothing,
-        loss_types=[TRL_NAMES.get(name, name) for name in settings.losses], loss_weights=list(settings.losses.values()),
-        f_divergence_type=TRL_DIVERGENCES.get(settings.divergence, settings.divergence),
-        f_alpha_divergence_coef=settings.divergence_alpha, use_weighting=settings.weighting == "wpo",
-        args=SimpleNamespace(discopop_tau=settings.discopop_tau), _metrics={"train": defaultdict(list)},
-        accelerator=SimpleNamespace(
-            device=torch.device("cpu"), gather=lambda value: UNUSED, gather_for_metrics=lambda value: UNUSED
-        ),
-        _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
-    inputs = {
-        "input_ids": labels.clamp(min=0), "attention_mask": torch.ones_like(labels),
-        "completion_mask": (labels != -100).long(), "ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1],
-    }  # fmt: skip
-    return trl.DPOTrainer._compute_loss(trainer, lambda **given: output, inputs, return_outputs=False)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_losses_and_their_gradients_equal_trls(case: dict[str, Any]) -> None:
-    """To 1e-6 of the loss, and of every token's gradient; in float32, as in training."""
-    settings, found = tiny.dpo(**case), []
-    for by in (by_trl, by_us):
-        log_probs, reference, labels, squares = micro_batch()
-        log_probs.requires_grad_()
-        loss = by(settings, log_probs, reference, labels, squares)
-        (slope,) = torch.autograd.grad(loss, log_probs)
-        found.append((loss.detach(), slope * (labels[:, 1:] != -100)))
-    (theirs, their_slope), (ours, our_slope) = found
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(our_slope, their_slope, rtol=1e-5, atol=1e-6)
-
-
-def by_us(settings: Any, log_probs: Tensor, reference: Tensor, labels: Tensor, squares: Tensor) -> Tensor:
-    objective = Objective(settings)
-    mean = float((labels[: len(labels) // 2] != -100).sum(1).float().mean())
-    pairs = objective.pairs(log_probs, reference, labels, mean)
-    return objective(pairs, objective.weights(log_probs, squares if objective.weighs else None, labels)).mean()
-
-
-def test_the_reference_free_losses_equal_trls() -> None:
-    log_probs, _, labels, _ = micro_batch()
-    pairs = Objective(tiny.dpo(loss="simpo")).pairs(log_probs, None, labels, 1.0)
-    means = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
-    stock = SimpleNamespace(
-        alpha=0.0, beta=2.0, simpo_gamma=1.0, label_smoothing=0.1, loss_type="simpo",
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
-    )  # fmt: skip
-    theirs, *_ = CPOTrainer.cpo_loss(stock, *means)
-    ours = losses.simpo(pairs, beta=2.0, simpo_gamma=1.0, label_smoothing=0.1)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-    stock.loss_type, stock.beta = "sigmoid", 0.1
-    theirs, *_ = CPOTrainer.cpo_loss(stock, pairs.chosen, pairs.rejected)
-    ours = losses.cpo(pairs, beta=0.1, label_smoothing=0.1) - losses.nll(pairs)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-    theirs, *_ = ORPOTrainer.odds_ratio_loss(stock, *means)
-    ours = losses.nll(pairs) - losses.orpo(pairs, beta=0.1)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
 # --- gradients, fixed points, limits ----------------------------------------------------------------------------------
 
 
-def settings_of(name: str, **changes: Any) -> Any:
-    return tiny.dpo(loss=name, **{"label_smoothing": 0.1 if name in ("exo_pair", "robust") else 0.0, **changes})
+VARIANTS = [
+    *({"loss": name} for name in sorted(PAIR_LOSSES)),
+    *({"loss": name, "divergence": divergence}
+      for name in ("sigmoid", "dpop", "ipo_sum") for divergence in ("forward_kl", "js", "alpha")),
+    *({"loss": name, "label_smoothing": 0.2} for name in ("sigmoid", "simpo", "cpo", "aot", "aot_unpaired")),
+    *({"loss": name, "ld_alpha": 0.4} for name in ("sigmoid", "cal_dpo", "simpo")),
+    *({"loss": name, "weighting": "wpo"} for name in ("sigmoid", "hinge")),
+    {"loss": {"sigmoid": 1.0, "nll": 1.0}, "weighting": "wpo", "ld_alpha": 0.4, "divergence": "js"},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(PAIR_LOSSES))
-def test_gradients_are_those_of_finite_differences(name: str) -> None:
-    objective = Objective(settings_of(name, beta=0.3, beta_dpo_keep=1.0))
-    log_probs, reference, labels, _ = (one.double() if one.is_floating_point() else one for one in micro_batch())
-    noise = torch.full((5,), 0.5, dtype=torch.float64)
-    objective.threshold = Threshold(float("-inf") if name != "beta_dpo" else 0.0, 0.0)
-    if name == "beta_dpo":  # its beta is a number of the batch, not a function to be differentiated
-        objective = Objective(settings_of(name, beta_dpo_keep=1.0, beta_dpo_alpha=0.0))
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_gradients_are_those_of_finite_differences(changes: dict[str, Any]) -> None:
+    """WPO's weights are held: they have no gradient. beta-DPO's beta too: it is a number of the batch."""
+    smoothed = {"label_smoothing": 0.1} if changes["loss"] in ("exo_pair", "robust") else {}
+    still = {"beta_dpo_keep": 1.0, "beta_dpo_alpha": 0.0}
+    objective = Objective(tiny.dpo(**{"beta": 0.3, **smoothed, **still, **changes}))
+    batch = (one.double() if one.is_floating_point() else one for one in micro_batch())
+    log_probs, reference, labels, squares = batch
     given = log_probs.clone().requires_grad_()
+    weights = objective.weights(given, squares if objective.weighs else None, labels)
+    assert (weights is not None) == objective.weighs and (weights is None or not weights.requires_grad)
+    noise = torch.full((5,), 0.5, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda values: objective(objective.pairs(values, reference, labels, 5.0), noise=noise), [given], atol=1e-6
+        lambda values: objective(objective.pairs(values, reference, labels, 5.0), weights, noise), [given], atol=1e-6
     )
+
+
+def test_the_weights_of_wpo_by_hand() -> None:
+    """In the docstring of Objective.weights: 1/2 of the chosen answer times 1 of the rejected one."""
+    objective = Objective(tiny.dpo(weighting="wpo"))
+    labels = torch.tensor([[-100, 7, 7], [-100, 7, -100]])
+    log_probs = torch.tensor([[0.25, 0.25], [0.5, 1.0]]).log()
+    squares = torch.tensor([[0.5, 0.5], [0.5, 1.0]]).log()
+    assert objective.weights(log_probs, squares, labels).tolist() == pytest.approx([0.5])  # type: ignore[union-attr]
+
+
+def test_what_an_answer_is_longer_by_counts_less() -> None:
+    """In the docstring of _verbosity: 1, 0.4, 0.4 of an answer of 3 tokens beside one of 1. The likelihood term of a
+    mix stays that of the whole answer."""
+    objective = Objective(tiny.dpo(ld_alpha=0.4))
+    labels = torch.tensor([[-100, -100, 7, 7, 7], [-100, -100, 7, -100, -100]])
+    log_probs = torch.tensor([[0.0, -1.0, -10.0, -100.0], [0.0, -1.0, 0.0, 0.0]])
+    pairs = objective.pairs(log_probs, 2 * log_probs, labels, 3.0)
+    assert (pairs.chosen.tolist(), pairs.rejected.tolist()) == ([pytest.approx(-45.0)], [-1.0])
+    assert pairs.ref_chosen.tolist() == [pytest.approx(-90.0)] and pairs.chosen_nll.tolist() == [111.0]
 
 
 START = {
@@ -239,7 +177,7 @@ START = {
 
 @pytest.mark.parametrize("name", sorted(START))
 def test_where_the_policy_is_the_reference_the_loss_is_known(name: str) -> None:
-    """At step 0; beta is 0.1. Those without a reference, and R-DPO, whose margin begins with the lengths, have none."""
+    """At step 0; beta is 0.1. What the others begin with depends on lengths and likelihoods: the next test."""
     objective = Objective(settings_of(name, beta_dpo_keep=1.0))
     log_probs, _, labels, _ = micro_batch()
     pairs = objective.pairs(log_probs, log_probs, labels, 5.0)
@@ -247,7 +185,34 @@ def test_where_the_policy_is_the_reference_the_loss_is_known(name: str) -> None:
     assert float(objective(pairs, noise=noise).mean()) == pytest.approx(START[name], rel=1e-6)
 
 
-MONOTONE = {"sigmoid", "hinge", "sigmoid_norm", "dpop", "rdpo", "simpo", "apo_zero", "bco_pair", "cpo", "orpo"}
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("rdpo", {"length_penalty": 0.2}, math.log1p(math.exp(-1))),  # the chosen answer has 5 tokens more
+        ("simpo", {"simpo_gamma": 1.0}, math.log1p(math.e)),  # as likely a token: gamma is missing
+        ("cpo", {"cpo_alpha": 1.0}, LN2 + 9 / 4),  # as likely, 9 nats over 4 tokens in the mean of the batch
+        ("orpo", {"beta": 0.5}, 1.0 + 0.5 * LN2),  # as likely a token, 1 nat each
+    ],
+)  # fmt: skip
+def test_where_both_answers_are_as_likely_the_others_are_known_too(
+    name: str, changes: dict[str, Any], expected: float
+) -> None:
+    """Answers of 9 and 4 tokens, of 1 nat each; for CPO, which takes sums, of 9 nats each."""
+    objective = Objective(settings_of(name, **changes))
+    sums = torch.tensor([-9.0, -9.0 if name == "cpo" else -4.0], dtype=torch.float64)
+    theirs = sums if objective.settings.compares else torch.zeros(2)
+    pairs = objective.pairs_of(sums, theirs, -sums[:1], torch.tensor([9, 4]), 4.0)
+    assert objective(pairs).tolist() == pytest.approx([expected], rel=1e-12)
+
+
+def test_every_loss_has_a_known_value_at_its_start() -> None:
+    alone = {"nll", "sft"}  # a likelihood, and nothing that is compared
+    assert {*START, "rdpo", "simpo", "cpo", "orpo", *alone} == set(PAIR_LOSSES)
+
+
+MONOTONE = {
+    "sigmoid", "hinge", "sigmoid_norm", "dpop", "rdpo", "simpo", "apo_zero", "bco_pair", "cpo", "orpo", "robust",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(MONOTONE))
@@ -261,6 +226,25 @@ def test_the_loss_falls_with_the_margin_where_its_paper_says_so(name: str) -> No
         values.append(float(objective(objective.pairs(log_probs, reference, labels, 5.0))))
     assert all(after <= before + 1e-9 for before, after in itertools.pairwise(values)), values
     assert values[-1] < values[0]
+
+
+def test_robust_falls_for_ever_and_below_every_bound() -> None:
+    """Its slope in the margin tends to -beta share / (1 - 2 share): -0.125 at beta 1, share 0.1."""
+    margins = torch.tensor([1e2, 1e4, 1e6], dtype=torch.float64)
+    values = losses.robust(given(margins, torch.zeros(3)), beta=1.0, label_smoothing=0.1)
+    assert values.tolist() == pytest.approx((-0.125 * margins).tolist(), rel=1e-9)
+
+
+def test_discopop_rises_where_training_begins() -> None:
+    """At tau 0.05. f = (1 - b) L + b E; at 0: b = 1/2, b' = 1 / (4 tau) = 5, L = ln 2, E = 1, L' = -1/2, E' = -1, so
+    f' = 5 (1 - ln 2) - 3/4 = 0.784264: the first steps pull the answers together. It falls outside -0.12 to 0.07."""
+    margin = torch.tensor([-1.0, -0.13, -0.11, 0.0, 0.06, 0.08, 1.0], dtype=torch.float64, requires_grad=True)
+    pairs = Objective(tiny.dpo(loss="discopop")).pairs_of(
+        torch.cat([margin, torch.zeros(7)]), torch.zeros(14), -margin, torch.full((14,), 4), 4.0
+    )
+    (slope,) = torch.autograd.grad(losses.discopop(pairs, beta=1.0, discopop_tau=0.05).sum(), margin)
+    assert (slope > 0).tolist() == [False, False, True, True, True, False, False]
+    assert float(slope[3]) == pytest.approx(5 * (1 - LN2) - 0.75, abs=1e-12)
 
 
 @pytest.mark.parametrize(("name", "best"), [("ipo_sum", 5.0), ("sppo_hard", 5.0), ("cal_dpo", 5.0)])
@@ -351,3 +335,9 @@ def test_a_batch_without_numbers_leaves_the_averages_of_beta_dpo_as_they_were() 
     before = Threshold(1.0, 0.5)
     assert before.after(torch.tensor([math.nan, math.inf]), 0.9) == before
     assert before.after(torch.tensor([2.0, math.nan]), 0.9) == Threshold(0.9 + 0.2, 0.45)
+
+
+def test_the_averages_of_beta_dpo_by_hand() -> None:
+    """In the docstring of Threshold.after."""
+    after = Threshold().after(torch.tensor([1.0, 3.0], dtype=torch.float64), 0.9)
+    assert (after.mean, after.deviation) == (pytest.approx(0.2), pytest.approx(0.141421, abs=1e-6))
