@@ -23,7 +23,7 @@ test: check browser  ## all tests, after the checks
 test-slurm: $(STAMP)  ## the tests on a SLURM cluster that they start themselves, as root; part of `make test`
 	$(BIN)/python -m pytest -m slurm -n 2 --dist loadfile --no-loadscope-reorder tests/slurm  # a cluster each; they wait much
 
-faults: $(STAMP)  ## every fault in every engine, into docs/reliability.md; at most 45 minutes on two cores, best as root
+faults: $(STAMP)  ## every fault in every engine, into docs/reliability.md; about an hour on two cores, best as root
 	FAULTS_RESULTS=docs/reliability.json $(BIN)/python -m pytest -n 2 --dist load -m "faults or not faults" tests/faults tests/distributed/test_joined.py; \
 	  code=$$?; $(BIN)/python -m tests.faults.report && exit $$code
 

@@ -8,10 +8,12 @@ random numbers, so that who shares its batch changes nothing but rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,9 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from alignment.errors import InputError
+from alignment.padding import by_budget
 
 Message = dict[str, str]
 Progress = Callable[..., None]  # progress(step, total, **facts)
+Drawn = tuple[list[int], list[float]]  # an answer's token ids, and the log-probs of these at temperature 1, in nats
+Few = TypeVar("Few")  # the answers to a prompt
 
 NUCLEUS = 1024  # most probable tokens looked at first: sorting 64 rows of 50k takes 150 ms on two cores, this 18 ms
 TOKENS_PER_BATCH = 2048  # padded tokens of one scoring forward; bounds the logits at 2048 x V floats
@@ -110,12 +115,9 @@ def generate(
     progress: Progress = quiet,
 ) -> list[list[Completion]]:
     """`completions` answers to each prompt, in the order of the prompts. temperature 0 is greedy. See `batches`."""
-    found: dict[int, list[Completion]] = {}
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     how |= {"batch_size": batch_size, "completions": completions, "progress": progress}
-    for rows, answers in batches(model, tokenizer, prompts, **how):
-        found |= zip(rows, answers, strict=True)
-    return [found[row] for row in range(len(prompts))]
+    return in_order(batches(model, tokenizer, prompts, **how))
 
 
 def batches(
@@ -141,57 +143,52 @@ def batches(
     """
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_window(ids, max_new_tokens, window(model))
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     noise = torch.rand(len(ids), completions, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    stop, meter = stop_tokens(model, tokenizer), Meter(len(ids) * completions * max_new_tokens, progress)
-    per_batch = max(1, batch_size // completions)
-    for batch in (order[start : start + per_batch] for start in range(0, len(order), per_batch)):
-        if all(row in skip for row in batch):
-            meter.add(0, ended=len(batch) * completions * max_new_tokens)
-            continue
-        answers: list[list[int]] = [[] for _ in range(len(batch) * completions)]
-        log_probs = [0.0] * len(answers)
-        steps = _decode(
-            model, [ids[i] for i in batch], noise[batch].flatten(0, 1), stop=stop, temperature=temperature, top_p=top_p
-        )
-        for rows, tokens, scores in steps:
-            for row, token, score in zip(rows, tokens, scores, strict=True):
-                answers[row].append(token)
-                log_probs[row] += score
-            meter.add(len(rows), ended=sum(max_new_tokens - len(answers[r]) for r in rows if answers[r][-1] in stop))
-        made = [completion(tokenizer, *both, stop) for both in zip(answers, log_probs, strict=True)]
-        yield batch, [made[slot * completions : (slot + 1) * completions] for slot in range(len(batch))]
+    stop = stop_tokens(model, tokenizer)
+    how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "batch_size": batch_size}
+    for rows, drawn in draw(model, ids, noise, stop=stop, skip=skip, progress=progress, **how):
+        yield rows, [[completion(tokenizer, *one, stop) for one in few] for few in drawn]
 
 
-def answers_of(
+def draw(
     model: Any,
     prompts: Sequence[Sequence[int]],
     noise: Tensor,
     *,
     stop: Sequence[int],
+    temperature: float,
+    top_p: float,
     batch_size: int,
-    alive: Callable[[int, int], None],
-) -> list[list[tuple[list[int], list[float]]]]:
-    """The answers to each prompt as (token ids, their log-probs in nats), drawn from the model itself.
+    skip: Collection[int] = (),
+    progress: Progress = quiet,
+) -> Iterator[tuple[list[int], list[list[Drawn]]]]:
+    """(rows of prompts, the answers to each), a batch at a time, as `batches` has them.
 
     prompts: token ids. noise: [prompts, answers, tokens], uniform in [0, 1): what an answer is depends on its own
-    numbers alone. A batch holds whole prompts, longest first, at most batch_size answers if they fit. alive(prompts
-    that are done, all): after every token.
+    numbers alone.
     """
-    copies, per_batch = noise.shape[1], max(1, batch_size // noise.shape[1])
+    _, copies, most = noise.shape
+    per_batch, meter = max(1, batch_size // copies), Meter(noise.numel(), progress)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    found: dict[int, list[tuple[list[int], list[float]]]] = {}
-    for start in range(0, len(order), per_batch):
-        batch = order[start : start + per_batch]
-        answers: list[tuple[list[int], list[float]]] = [([], []) for _ in range(len(batch) * copies)]
+    for batch in (order[start : start + per_batch] for start in range(0, len(order), per_batch)):
+        if all(row in skip for row in batch):
+            meter.add(0, ended=len(batch) * copies * most)
+            continue
+        answers: list[Drawn] = [([], []) for _ in range(len(batch) * copies)]
         given = [prompts[i] for i in batch], noise[batch].flatten(0, 1)
-        for rows, tokens, scores in _decode(model, *given, stop=stop, temperature=1.0, top_p=1.0):
+        for rows, tokens, scores in _decode(model, *given, stop=stop, temperature=temperature, top_p=top_p):
             for row, token, score in zip(rows, tokens, scores, strict=True):
                 answers[row][0].append(token)
                 answers[row][1].append(score)
-            alive(start, len(order))
-        found.update({i: answers[slot * copies : (slot + 1) * copies] for slot, i in enumerate(batch)})
-    return [found[i] for i in range(len(prompts))]
+            ended = [row for row, token in zip(rows, tokens, strict=True) if token in stop]
+            meter.add(len(rows), ended=sum(most - len(answers[row][0]) for row in ended))
+        yield batch, [answers[slot * copies : (slot + 1) * copies] for slot in range(len(batch))]
+
+
+def in_order(made: Iterable[tuple[list[int], list[Few]]]) -> list[Few]:
+    """What came a batch at a time, in the order of the prompts."""
+    found = {row: few for rows, answers in made for row, few in zip(rows, answers, strict=True)}
+    return [found[row] for row in sorted(found)]
 
 
 def stream(
@@ -247,7 +244,7 @@ def sequence_log_probs(
             raise InputError(what, where=f"row {number} to be scored")
     result: list[Tensor] = [torch.empty(0)] * len(rows)
     meter = Meter(sum(len(p) + len(a) for p, a in rows), progress)
-    for batch in _batches([len(p) + len(a) for p, a in rows], tokens_per_batch):
+    for batch in by_budget([len(p) + len(a) for p, a in rows], tokens_per_batch):
         scores = _score(model, [rows[i] for i in batch])
         for i, score in zip(batch, scores, strict=True):
             result[i] = score
@@ -371,22 +368,11 @@ def _invert(weights: Tensor, noise: Tensor) -> Tensor:
     return torch.minimum(index, (running < total).sum(-1))  # rounding must not reach beyond the last weight
 
 
-def completion(tokenizer: Any, ids: list[int], log_prob: float, stop: Sequence[int]) -> Completion:
-    """The answer with these token ids; stop: ids that end one."""
+def completion(tokenizer: Any, ids: list[int], log_probs: Sequence[float], stop: Sequence[int]) -> Completion:
+    """The answer with these token ids and their log-probs, where these are known; stop: ids that end one."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Completion(text, len(ids), ids[-1] in stop, ids, log_prob)
-
-
-def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Rows by falling length, cut so that rows x longest stays within the budget (a longer row goes alone)."""
-    batches: list[list[int]] = []
-    longest = 0
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * longest > budget:
-            batches.append([])
-            longest = lengths[row]
-        batches[-1].append(row)
-    return batches
+    total = reduce(add, log_probs, 0.0)  # one after the other; sum() rounds otherwise from Python 3.12 on
+    return Completion(text, len(ids), ids[-1] in stop, ids, total)
 
 
 @torch.inference_mode()

@@ -133,8 +133,8 @@ def _settings(work: Work) -> Any:
         "max_nonfinite": 1, "seed": 0, "log_every": 1, "spike_alarm": None, "completions_per_prompt": work.answers,
         "max_new_tokens": work.tokens, "sampling_batch_size": 64, "batches_per_rollout": 1, "epochs_per_rollout": 1,
         "truncated": "keep", "truncation_penalty": 1.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "whiten": False,
-        "kl": Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1), "aggregate": "sequence",
-        "resamples": 0,
+        "kl": Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1, corrected=True),
+        "aggregate": "sequence", "resamples": 0,
     }  # fmt: skip
     if work.kind == "grpo":
         return Grpo(kind="grpo", ratio="token", scale_by_std=True, **common)

@@ -17,8 +17,14 @@ import alignment.reporting.gather
 import alignment.reporting.page
 import alignment.reporting.terminal
 import alignment.stages.dpo
+import alignment.stages.grpo
 import alignment.stages.import_model
+import alignment.stages.kto
+import alignment.stages.online_dpo
+import alignment.stages.ppo
 import alignment.stages.prepare
+import alignment.stages.reward_model
+import alignment.stages.rloo
 import alignment.stages.sft
 import alignment.tracking
 import alignment.worker  # noqa: F401

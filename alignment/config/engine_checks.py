@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from alignment.config.faults import Fault, Use
 from alignment.config.schema import Experiment
-from alignment.config.stages.preference import Dpo
+from alignment.config.stages.preference import Referenced
 from alignment.config.stages.training import Reference, Sft, Train
 
 
@@ -52,7 +52,7 @@ def engine_faults(experiment: Experiment, processes: int) -> Iterator[Fault]:
 
 
 def _sequence(experiment: Experiment, processes: int) -> Iterator[Fault]:
-    """Processes that share a sequence divide all processes, and share what was tried: packs of SFT and DPO."""
+    """Processes that share a sequence divide all processes, and share what was tried: packs of SFT, DPO and KTO."""
     key, size = "engine.sequence_parallel", experiment.engine.sequence_parallel
     if size == 1:
         return
@@ -64,10 +64,10 @@ def _sequence(experiment: Experiment, processes: int) -> Iterator[Fault]:
         yield Fault(f"{told}, and `engine.compile` is true", (key, "engine.compile"), "leave one of them out")
     for name, node in experiment.pipeline.nodes.items():
         settings = experiment.stage[node.stage]
-        if settings.distributed and not isinstance(settings, Sft | Dpo | Reference):
+        if settings.distributed and not isinstance(settings, Sft | Referenced | Reference):
             what = f"{told}, and `{name}` is a stage of kind {settings.kind}"
             yield Fault(
-                what, (key, f"pipeline.nodes.{name}.stage"), f"{key}=1: sft, dpo and reference alone share packs"
+                what, (key, f"pipeline.nodes.{name}.stage"), f"{key}=1: sft, dpo, kto and reference alone share packs"
             )
 
 
@@ -100,7 +100,7 @@ def four_bit_faults(use: Use) -> Iterator[Fault]:
             f"`{key}` is {lora.quantize}, and `engine.strategy` {strategy}, which would cast or cut weights of 4 bits"
         )
         yield Fault(what, (key, "engine.strategy"), "engine=ddp or single")
-    if "reference" in use.inputs:
+    if "reference" in use.inputs and "reference" not in use.settings.needless():
         role = use.role("reference")
         what = f"`{key}` is {lora.quantize}, and `{role}` computes with all bits: `{use.node}` would use none of it"
         leave = f"~pipeline.nodes.{use.inputs['reference']} ~{role}"

@@ -44,7 +44,12 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
     if fault["type"] == "extra_forbidden":
         return ConfigError(f"unknown key `{key}`{more}", where=where, fix=_nearest(key, shape.keys(owner)))
     if fault["type"] == "missing":
-        return ConfigError(f"`{key}` is missing{more}", where=where, fix="every key of conf/ must be present")
+        above, _, last = key.rpartition(".")
+        if last == "stage" and ".nodes." in key:
+            what = f"`{above}` is set, but the pipeline has no such node{more}"
+            return ConfigError(what, where=where, fix="choose another pipeline, or leave it out; a new one has a stage")
+        advice = f"it has no value of its own: {key}=..., or {last}: beside the others of {above}"
+        return ConfigError(f"`{key}` is missing{more}", where=where, fix=advice)
     if fault.get("input") == MISSING:
         return ConfigError(f"`{key}` has no value{more}", where=where, fix=ADD.format(key))
     if fault["type"] == "union_tag_not_found" and key.startswith("stage."):
@@ -53,6 +58,9 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
             "choose another pipeline, or leave it out",
         )
         return ConfigError(what, where=where, fix=advice)
+    if fault["type"] == "union_tag_not_found":
+        what = f"`{key}` is set, but nothing that is chosen brings its `kind`{more}"
+        return ConfigError(what, where=where, fix="choose what does, or leave it out")
     if fault["type"] == "union_tag_invalid":
         kinds, kind = context["expected_tags"], context["tag"]
         what = f"`{key}.kind` should be one of {kinds}, got {kind!r}{more}"
@@ -167,9 +175,15 @@ def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
         return None
     keys = [override.split("=")[0].lstrip("+~") for override in origin.overrides]
     key = next((key for key in keys if key.endswith(found[1])), found[1])
+    within = str(getattr(error.__cause__, "full_key", None))  # of a value that is a mapping: which of its keys
+    if within.startswith(f"{key}.") and shape.known_near(Experiment, within)[1]:
+        key = within
     key, known = shape.known_near(Experiment, key)
     if key.startswith("hydra.sweeper."):
         return ConfigError(f"the sweeper has no `{key}`", where=COMMAND_LINE, fix="hydra/sweeper=optuna has more keys")
+    if key.split(".")[-1] in known and within == key and getattr(error.__cause__, "parent_node", None) == {}:
+        what = f"`{key}` is set, and `{key.rpartition('.')[0]}` is null"
+        return ConfigError(what, where=COMMAND_LINE, fix=f"write +{key}=...")
     if fresh := _new_in_an_open_mapping(key, known, origin):
         return fresh
     if key.split(".")[-1] in known:

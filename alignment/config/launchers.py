@@ -188,11 +188,16 @@ class SlurmLauncher(Resources):
     probe: bool = execution()
 
     def resources(self, *names: str, distributed: bool) -> Resources:
-        """Of a stage. names: its own and its settings', the more special one last. Raises ValidationError."""
+        """Of a stage. names: its own and its settings', the more special one last. Raises ValidationError.
+
+        Where a process has a GPU each, and a stage that trains is given other processes, so it has there.
+        """
         given = {name: getattr(self, name) for name in Resources.model_fields}
         usual = Resources.model_construct(**given)
         base = usual if distributed else usual.of_one_process()
         asked = {key: value for name in names for key, value in self.stages.get(name, {}).items()}
+        if distributed and "processes" in asked and usual.gpus_per_node == usual.processes:
+            asked = {"gpus_per_node": asked["processes"], **asked}
         return Resources.model_validate({**dict(base), **asked})
 
     def layout(self, *names: str, distributed: bool) -> tuple[int, int]:

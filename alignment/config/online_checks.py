@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from alignment.config.execution import Engine
 from alignment.config.faults import Fault
 from alignment.config.stages.base import Stage
-from alignment.config.stages.online import Kl, Online
+from alignment.config.stages.online import Clipped, Kl, Online
 
 
 def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
@@ -26,6 +26,14 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
     kl = getattr(settings, "kl", None)
     if isinstance(kl, Kl):
         yield from _kl(kl, f"{key}.kl")
+    if isinstance(settings, Clipped) and settings.ratio != "token" and settings.aggregate != "sequence":
+        keys = f"{key}.aggregate", f"{key}.ratio"
+        what = f"`{keys[0]}` is {settings.aggregate}, and `{keys[1]}` {settings.ratio}: an answer's one ratio would"
+        yield Fault(
+            f"{what} count once for each of its tokens, so long answers more",
+            keys,
+            f"{keys[0]}=sequence, as in GSPO's equation 5 (arXiv:2507.18071); or {keys[1]}=token",
+        )
 
 
 def _kl(kl: Kl, key: str) -> Iterator[Fault]:
@@ -33,7 +41,7 @@ def _kl(kl: Kl, key: str) -> Iterator[Fault]:
         keys = f"{key}.target", f"{key}.coefficient"
         what = f"`{keys[0]}` is {kl.target:g}, and `{keys[1]}` is 0, which no factor changes"
         yield Fault(what, keys, "a first coefficient")
-    if kl.place == "loss" and kl.estimator == "k1" and kl.coefficient:
-        keys = f"{key}.estimator", f"{key}.place"
-        what = f"`{keys[0]}` is k1, and `{keys[1]}` is loss: its gradient is 0 in expectation, and only noise"
-        yield Fault(what, keys, f"{keys[0]}=k2 or k3, or {keys[1]}=reward")
+    if kl.place == "loss" and kl.estimator == "k1" and kl.coefficient and not kl.corrected:
+        estimator, place, corrected = f"{key}.estimator", f"{key}.place", f"{key}.corrected"
+        what = f"`{estimator}` is k1, and `{place}` is loss: its gradient is 0 in expectation, and only noise"
+        yield Fault(what, (estimator, place, corrected), f"{corrected}=true, {estimator}=k2 or k3, or {place}=reward")

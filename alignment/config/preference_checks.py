@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 from alignment.config.faults import Fault
 from alignment.config.stages.base import Stage
-from alignment.config.stages.preference import Dpo
+from alignment.config.stages.preference import Dpo, Kto
 
 
 def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     """key: of the stage's settings."""
+    if isinstance(settings, Kto) and settings.desirable_weight == settings.undesirable_weight == 0:
+        keys = f"{key}.desirable_weight", f"{key}.undesirable_weight"
+        yield Fault(f"`{keys[0]}` and `{keys[1]}` are both 0: nothing would be learned", keys, "one of them above 0")
     if not isinstance(settings, Dpo):
         return
     loss, smoothing, weighting, divergence, alpha = (
@@ -28,6 +31,9 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     if "exo_pair" in settings.losses and settings.label_smoothing == 0:
         what = f"`{smoothing}` is 0, and exo_pair compares with smoothed labels: its loss would be infinite"
         yield Fault(what, (smoothing, loss), f"{smoothing}=0.001, as loss=exo_pair has it")
+    if settings.label_smoothing and "label_smoothing" in settings.idle():
+        what = f"`{smoothing}` is {settings.label_smoothing:g}, and {next(iter(settings.losses))} smooths no labels"
+        yield Fault(what, (smoothing, loss), f"{smoothing}=0.0, or a loss that does: sigmoid, robust, exo_pair, ...")
     whole = [name for name, traits in zip(settings.losses, settings.traits, strict=True) if traits.whole]
     if whole and settings.weighting != "none":
         what = f"`{weighting}` is {settings.weighting}, and {whole[0]} sorts pairs or leaves them out"
@@ -35,6 +41,9 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     if settings.divergence != "reverse_kl" and not any(traits.scores for traits in settings.traits):
         what = f"`{divergence}` is {settings.divergence}, and {next(iter(settings.losses))} does not go through one"
         yield Fault(what, (divergence, loss), f"{divergence}=reverse_kl, or a loss such as sigmoid")
+    if settings.ld_alpha is not None and set(settings.losses) <= {"nll", "sft"}:
+        what = f"`{key}.ld_alpha` is {settings.ld_alpha:g}, and {next(iter(settings.losses))} compares no lengths"
+        yield Fault(what, (f"{key}.ld_alpha", loss), f"{key}.ld_alpha=null")
     if settings.divergence == "alpha" and settings.divergence_alpha == 1:
         what = f"`{alpha}` is 1, where the alpha divergence is the reverse KL"
         yield Fault(what, (alpha, divergence), f"{divergence}=reverse_kl")

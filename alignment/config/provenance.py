@@ -110,4 +110,6 @@ def _line(file: Path, package: str, key: str) -> tuple[int, int]:
         if entry is None:
             break
         depth, line, node = depth + 1, entry[0].start_mark.line + 1, entry[1]
+    if parts == above:  # the file is all that the key has
+        return len(above), 1
     return (depth + len(above) if depth else 0), line

@@ -38,7 +38,7 @@ def _turned(low: str, least: float, high: str, most: float) -> Fault:
 
 def _reward_models(use: Use) -> Iterator[Fault]:
     """Each term has its models, and each reward model that the stage is given has a term."""
-    terms, read = use.experiment.reward.terms, set[str]()
+    terms, read = use.experiment.reward.read(use.settings.compares).terms, set[str]()
     for name, term in terms.items():
         if isinstance(term, Model) and not term.members:
             read |= (mine := set(term.reads(use.inputs)))

@@ -30,3 +30,9 @@ class Reward(Settings):
 
     def idle(self) -> frozenset[str]:
         return frozenset({"comparison"} if self.comparison is None else ())
+
+    def read(self, compares: bool) -> Reward:
+        """What of it a stage asks: one that compares answers the comparison, where there is one; else the terms."""
+        if compares and self.comparison is not None:
+            return self.model_copy(update={"terms": {}})
+        return self.model_copy(update={"comparison": None})

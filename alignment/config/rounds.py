@@ -21,6 +21,7 @@ from alignment.config.stages.answering import Sample
 from alignment.config.stages.preparing import Prepare
 
 PREVIOUS, LAST, EACH = "previous.", "last.", "each."
+SEEDS_APART = 1_000_000  # of two rounds: round 2 of one seed is no round of the next one, which a sweep may have too
 
 
 def expand(experiment: Experiment) -> Experiment:
@@ -175,7 +176,7 @@ def _own_stages(experiment: Experiment, rounds: Rounds) -> dict[str, tuple[str, 
         if not isinstance(settings, Sample):
             continue
         for number in range(1 if rounds.prompts else 2, rounds.count + 1):
-            changes: dict[str, Any] = {"seed": settings.seed + number - 1}
+            changes: dict[str, Any] = {"seed": settings.seed + (number - 1) * SEEDS_APART}
             if rounds.prompts:
                 first = settings.first_prompt + (number - 1) * rounds.prompts
                 changes |= {"first_prompt": first, "prompts": rounds.prompts}

@@ -226,7 +226,9 @@ class Retries:
 
     def says(self, error: AlignmentError, attempt: int, wait: float) -> str:
         """attempt: number of the one that has failed."""
-        start = f"from step {self._reached}" if self._reached >= 0 else "from its beginning"
+        sampled = (self._learned or {}).get("sampled")
+        start = f"after the answers to {sampled} prompts" if sampled else "from its beginning"
+        start = f"from step {self._reached}" if self._reached >= 0 else start
         last = attempt + self._most - self._failures + 1
         where = f"{error.where}: " if error.where else ""
         return f"{where}{error.what}; attempt {attempt + 1} of up to {last} in {wait:g} s, {start}"

@@ -81,6 +81,8 @@ def _identity_keys(settings: type[Settings]) -> tuple[str, ...]:
 def _group(experiment: Experiment, settings: Stage, group: str) -> Any:
     if group == "data" and isinstance(settings, Prepare):
         return identity_side(experiment.data[settings.dataset]) if settings.dataset else None
+    if group == "reward":
+        return identity_side(experiment.reward.read(settings.compares))
     return identity_side(getattr(experiment, group))
 
 
@@ -96,7 +98,7 @@ def _used(package: str, experiment: Experiment, settings: Stage) -> bool:
         source = experiment.model.source
         return str(getattr(source, "member", getattr(source, "path", ""))).endswith(".gguf")
     if package == "vaderSentiment":
-        return any(term.kind == "sentiment" for term in experiment.reward.terms.values())
+        return any(term.kind == "sentiment" for term in experiment.reward.read(settings.compares).terms.values())
     return True
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from alignment.errors import ConfigError, InputError
 from alignment.files import CHUNK, fsync, remove, require_room
 from alignment.pipeline.store import Store
-from alignment.reporting.gather import MAKES_MODEL, Row, read_run
+from alignment.reporting.gather import MAKES_MODEL, MAKES_REWARD_MODEL, Row, read_run
 from alignment.reporting.targets import run_folder
 
 
@@ -40,7 +40,7 @@ def export(run: str, target: Path, store: Path, stage: str | None = None, adapte
 
 
 def _makers(state: Row) -> list[Row]:
-    return [node for node in state.get("nodes") or [] if node["kind"] in MAKES_MODEL]
+    return [node for node in state.get("nodes") or [] if node["kind"] in (*MAKES_MODEL, *MAKES_REWARD_MODEL)]
 
 
 def _node(state: Row, stage: str | None) -> Row:

@@ -16,6 +16,7 @@ from alignment.reporting.words import DONE, error_text, finite, label
 Row = dict[str, Any]
 TRAINING = tuple(kind for kind, stage in STAGES.items() if issubclass(stage, Train))
 MAKES_MODEL = tuple(kind for kind, stage in STAGES.items() if stage.makes == "a model")
+MAKES_REWARD_MODEL = tuple(kind for kind, stage in STAGES.items() if stage.makes == "a reward model")
 SAMPLES = 10
 LOSSES = 3
 

@@ -10,7 +10,7 @@ from alignment.errors import ConfigError, InputError
 from alignment.files import listed
 from alignment.pipeline.store import Store
 from alignment.pipeline.sweeps import FILE
-from alignment.reporting.gather import MAKES_MODEL, read, read_run
+from alignment.reporting.gather import MAKES_MODEL, MAKES_REWARD_MODEL, read, read_run
 
 VISIBLE = "[!.]*"  # what begins with a dot is nobody's run: .DS_Store, .nfs0001
 
@@ -121,7 +121,11 @@ def models(target: str, store: Path, compare: bool) -> dict[str, Path]:
     folder = run_folder(target, store)
     state = read_run(folder)
     found = model_folders(state, Store(folder.parent.parent))
-    wanted = found if compare else {name: path for name, path in found.items() if name == state.get("final")}
+    final = state.get("final")
+    wanted = found if compare else {name: path for name, path in found.items() if name == final}
+    if not wanted and any(node["name"] == final and node["kind"] in MAKES_REWARD_MODEL for node in state["nodes"]):
+        what = f"`{final}` of {folder.name} is a reward model, which judges and does not talk"
+        raise ConfigError(what, where=target, fix="--compare, for the models of the run that do")
     if not wanted:
         raise InputError(f"the run {folder.name} has no finished model yet", where=str(folder), fix="alignment status")
     return wanted

@@ -1,7 +1,7 @@
 """Many questions to a chat endpoint: each once, several at a time, replies kept for whoever asks the same.
 
-What was answered is kept by digest of what was asked, so that a stage that is tried again, or judges the same answers
-for another purpose, asks only what is new.
+What was answered is kept by digest of what was asked, and at which address, so that a stage that is tried again, or
+judges the same answers for another purpose, asks only what is new: two servers may call their models alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Asker:
         """What `read` makes of the reply to each text, or why there is none. A reply that it raises Failed for is not
         kept: another attempt asks again."""
         asked = {text: self._request(text) for text in texts}
-        names = {text: digest(request) for text, request in asked.items()}
+        names = {text: digest({"url": self.client.url, **request}) for text, request in asked.items()}
         found: dict[str, T | Failed] = {}
         for text, name in names.items():
             if (reply := self.kept.get(name)) is not None and not isinstance(value := _read(reply, read), Failed):
@@ -51,7 +51,7 @@ class Asker:
             self.alive()
 
         unknown = {text: request for text, request in asked.items() if text not in found}
-        ask_all(self.client, unknown, self.settings.concurrency, take)
+        ask_all(self.client, unknown, self.settings.concurrency, take, self.alive)
         return [found[text] for text in texts]
 
     def _request(self, text: str) -> Request:
@@ -81,7 +81,7 @@ def filled(template: str, row: Row, answers: Mapping[str, str]) -> str:
 
 
 class Replies:
-    """Texts by the digest of what was asked. None: nothing is kept."""
+    """Texts by the digest of what was asked, and where. None: nothing is kept."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
@@ -108,8 +108,15 @@ class Replies:
         return folder / key[:2] / f"{key}.json"
 
 
-def ask_all(client: Client, requests: dict[str, Request], concurrency: int, take: Callable[[str, Reply], None]) -> None:
-    """Several at a time; `take` is called here with each reply as it comes. Raises what one of them ends in.
+def ask_all(
+    client: Client,
+    requests: dict[str, Request],
+    concurrency: int,
+    take: Callable[[str, Reply], None],
+    alive: Callable[[], None],
+) -> None:
+    """Several at a time; `take` is called here with each reply as it comes, `alive` after tries that brought none.
+    Raises what one of them ends in.
 
     In threads that nobody waits for if this ends early: a request to stop is not kept waiting for an endpoint.
     """
@@ -135,9 +142,21 @@ def ask_all(client: Client, requests: dict[str, Request], concurrency: int, take
         threading.Thread(target=work, daemon=True).start()
     try:
         for _ in range(len(requests)):
-            key, reply = done.get()
+            key, reply = _next(done, client, alive)
             if isinstance(reply, BaseException) and not isinstance(reply, Failed):
                 raise reply
             take(key, reply)
     finally:
         stop.set()
+
+
+def _next(done: SimpleQueue[T], client: Client, alive: Callable[[], None]) -> T:
+    """Patience with an endpoint that is down for a while is longer than that of who watches over this process."""
+    tries = client.tries
+    while True:
+        try:
+            return done.get(timeout=1.0)
+        except Empty:
+            if client.tries > tries:
+                tries = client.tries
+                alive()

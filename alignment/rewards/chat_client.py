@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import random
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from typing import Any
 
 from alignment.config.reward_terms import ChatEndpoint
@@ -19,6 +22,7 @@ from alignment.rewards.term import Failed
 Request = dict[str, Any]
 LONGEST_WAIT = 60.0  # seconds between two tries
 LARGEST = 4 << 20  # bytes of a reply
+GONE = 64  # questions in a row without an answer, each after all its tries
 TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
 HOPELESS = {  # for every question
     401: "the key is refused",
@@ -34,6 +38,58 @@ class _Refused(Exception):
     def __init__(self, what: str, after: float = 0.0):
         super().__init__(what)
         self.after = after
+
+
+class _Until(io.RawIOBase):
+    """What a connection says, until a point of the monotonic clock: a socket's own time-out begins anew each byte."""
+
+    def __init__(self, connection: socket.socket, until: float):
+        self.connection, self.until = connection, until
+        self.said = connection.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.connection.settimeout(left)
+        return self.said.readinto(buffer)
+
+    def close(self) -> None:
+        self.said.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, connection: socket.socket, until: float, **given: Any):
+        super().__init__(connection, **given)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Until(connection, until))
+
+
+class _Connection(http.client.HTTPConnection):
+    """Its time-out is for all of one question, to the last byte of the reply."""
+
+    def __init__(self, *given: Any, **more: Any):
+        super().__init__(*given, **more)
+        assert self.timeout is not None
+        self.response_class = partial(_Response, until=time.monotonic() + self.timeout)  # type: ignore[assignment]
+
+
+class _SafeConnection(_Connection, http.client.HTTPSConnection):
+    pass
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SafeConnection, request)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -52,8 +108,10 @@ class Client:
         self.headers = {"Content-Type": "application/json", "User-Agent": "alignment"}
         if settings.api_key_env is not None:
             self.headers["Authorization"] = f"Bearer {self._key(settings.api_key_env)}"
-        self.opener = urllib.request.build_opener(_NoRedirect)
+        self.opener = urllib.request.build_opener(_NoRedirect, _Http, _Https)
         self.heard = False  # a completion, ever
+        self.tries = 0  # that have ended, of all questions
+        self.unanswered = 0  # questions in a row
 
     def _key(self, name: str) -> str:
         key = os.environ.get(name, "").strip()
@@ -65,36 +123,39 @@ class Client:
     def ask(self, request: Request, stop: threading.Event) -> str | Failed:
         """The reply's text. Tried again `retries` times, after waits that double, or as long as it is asked to wait.
 
-        Raises MachineError if it is hopeless, or if no question was ever answered.
+        Raises MachineError if it is hopeless, if no question was ever answered, or so many in a row were not that it
+        must be gone.
         """
         body, wait = json.dumps(request).encode(), self.settings.backoff_s
         for left in range(self.settings.retries, -1, -1):
             try:
                 reply = self._once(body)
-                self.heard = True
+                self.heard, self.unanswered = True, 0
                 return reply
             except Failed as failed:
-                self.heard = True
+                self.heard, self.unanswered = True, 0
                 return failed
             except _Refused as refused:
+                self.tries += 1
                 why = str(refused)
                 spread = wait * random.uniform(0.5, 1.0)  # so that many do not come back at once
                 if not left or stop.wait(min(max(spread, refused.after), LONGEST_WAIT)):
                     break
                 wait *= 2
-        if self.heard or stop.is_set():
+        self.unanswered += 1
+        if stop.is_set() or (self.heard and self.unanswered < GONE):
             return Failed(f"the endpoint {why}")
-        error = MachineError(f"the endpoint {why}, and has answered nothing yet", where=self._place(), fix="is it up?")
+        since = f"nothing of the last {self.unanswered} questions" if self.heard else "nothing yet"
+        error = MachineError(f"the endpoint {why}, and has answered {since}", where=self._place(), fix="is it up?")
         error.retry = True
         raise error
 
     def _once(self, body: bytes) -> str:
         """Raises _Refused (worth another try), Failed (this question is refused), MachineError (all will be)."""
         asked = urllib.request.Request(self.url, body, self.headers)
-        until = time.monotonic() + self.settings.timeout_s
         try:
             with self.opener.open(asked, timeout=self.settings.timeout_s) as response:
-                text = _read(response, until)
+                text = _read(response)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error) from None
@@ -111,7 +172,7 @@ class Client:
             raise _Refused("answered with something that is no chat completion") from None
         if not isinstance(reply, str):
             raise _Refused("answered without a text")
-        return reply
+        return reply.encode("utf-8", "replace").decode()  # half a character, as JSON can have it, could not be kept
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
         """By the status alone: what the endpoint writes may have the key in it."""
@@ -129,15 +190,13 @@ class Client:
         return f"{self.where} ({self.settings.url})"
 
 
-def _read(response: http.client.HTTPResponse, until: float) -> bytes:
-    """All of it, in time. Raises TimeoutError, _Refused if it has no end."""
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """All of it. Raises TimeoutError, _Refused if it has no end."""
     parts: list[bytes] = []
     size = 0
     while part := response.read1(1 << 16):
         parts.append(part)
         size += len(part)
-        if time.monotonic() > until:
-            raise TimeoutError
         if size > LARGEST:
             raise _Refused("sent more than a reply can have")
     return b"".join(parts)

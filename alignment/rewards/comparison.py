@@ -14,7 +14,7 @@ from alignment.rewards.asking import Asker, filled
 from alignment.rewards.patterns import last
 from alignment.rewards.term import Failed, Row
 
-Outcome = int | None  # 1: the first is better; -1: the second; 0: neither; None: the comparison has failed
+Verdict = int | Failed  # 1: the first is better; -1: the second; 0: neither
 
 
 class Comparer:
@@ -25,16 +25,18 @@ class Comparer:
         self.asker = Asker(settings, "reward.comparison", alive, shared)
         self.pattern = re.compile(settings.pattern, re.S)
 
-    def __call__(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[Outcome]:
-        """Of first[i] with second[i], both answers to rows[i]. An answer without a word loses, and nobody is asked."""
+    def __call__(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[Verdict]:
+        """Of first[i] with second[i], both answers to rows[i]. Nobody is asked where an answer is without a word, which
+        loses, or where both are the same."""
         worded = [bool(a.strip()) - bool(b.strip()) for a, b in zip(first, second, strict=True)]
-        outcomes: list[Outcome] = [*worded]
-        asked = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a.strip() and b.strip()]
+        verdicts: list[Verdict] = [*worded]
+        both = enumerate(zip(first, second, strict=True))
+        asked = [i for i, (a, b) in both if a.strip() and b.strip() and a != b]
         prompt = self.settings.prompt
         texts = [filled(prompt, rows[i], {"first": first[i], "second": second[i]}) for i in asked]
         for i, verdict in zip(asked, self.asker(texts, self._verdict), strict=True):
-            outcomes[i] = None if isinstance(verdict, Failed) else verdict
-        return outcomes
+            verdicts[i] = verdict
+        return verdicts
 
     def _verdict(self, reply: str) -> int:
         """By the group of the pattern's last match. Raises Failed."""

@@ -47,6 +47,7 @@ class Judge:
     now and then while it scores, so that who watches over the process sees that it gets on. shared: a folder in which
     what was answered by endpoints is kept.
     compare: (rows, first, second) -> which answers are better; None where the reward has no comparison.
+    reward: as much of it as is asked (`Reward.read`).
     """
 
     def __init__(
@@ -82,20 +83,30 @@ class Judge:
         terms = {name: None if isinstance(value, Failed) else value for name, value in values.items()}
         if failed:
             return {"reward": None, "terms": terms, "failed": failed}
-        weighted = (self.reward.terms[name].weight * value for name, value in terms.items() if value is not None)
-        return {"reward": sum(weighted), "terms": terms}
+        weighted = {name: self.reward.terms[name].weight * value for name, value in terms.items() if value is not None}
+        if not math.isfinite(total := sum(weighted.values())):
+            largest = max(weighted, key=lambda name: abs(weighted[name]))
+            return {"reward": None, "terms": terms, "failed": {largest: f"with its weight the reward is {total}"}}
+        return {"reward": total, "terms": terms}
 
     def failures(self, scores: Sequence[Score]) -> int:
         """How many answers have no reward. Raises InputError if their share is above `reward.max_failed_share`."""
         failed = [score["failed"] for score in scores if "failed" in score]
+        return self._held(failed, len(scores), "answers have no reward")
+
+    def failed_comparisons(self, failed: Sequence[Mapping[str, str]], compared: int) -> int:
+        """How many of those that were compared failed, each with {name: why}. Raises InputError as above."""
+        return self._held(failed, compared, "comparisons failed")
+
+    def _held(self, failed: Sequence[Mapping[str, str]], count: int, what: str) -> int:
         limit = self.reward.max_failed_share
-        if len(failed) > limit * len(scores):
+        if len(failed) > limit * count:
             reasons = Counter(reason for one in failed for reason in one.items())
-            ((name, why), count), more = reasons.most_common(1)[0], len(reasons) - 1
+            ((name, why), times), more = reasons.most_common(1)[0], len(reasons) - 1
             others = f", beside {more} other reason{'s' * (more > 1)}" if more else ""
-            what = f"{len(failed)} of {len(scores)} answers have no reward: {why} ({count} times{others})"
-            fix = f"mend the term, or raise reward.max_failed_share, {limit:g}"
-            raise InputError(what, where=f"reward.terms.{name}", fix=fix)
+            told = f"{len(failed)} of {count} {what}: {why} ({times} times{others})"
+            part, where = ("comparison", "reward.comparison") if self.compare else ("term", f"reward.terms.{name}")
+            raise InputError(told, where=where, fix=f"mend the {part}, or raise reward.max_failed_share, {limit:g}")
         return len(failed)
 
 
@@ -110,7 +121,7 @@ MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {
     kinds.Instructions: lambda term, means: instructions(term),
     kinds.Answer: lambda term, means: answer(term),
     kinds.Model: lambda term, means: _model(term, means),
-    kinds.Python: lambda term, means: python(term, means.name),
+    kinds.Python: lambda term, means: python(term, means.name, means.alive),
     kinds.Endpoint: lambda term, means: endpoint(term, means.name, means.alive, means.shared),
 }
 

@@ -6,9 +6,10 @@ costs (Coste et al. 2023, arXiv:2310.02743; there the variance, here its root, w
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from transformers.utils import logging
 
 from alignment.config.reward_terms import Model
 from alignment.errors import InputError
+from alignment.padding import by_budget
 from alignment.rewards.term import Answer, Failed, Term, Value
 
 TOKENS_PER_BATCH = 4096  # padded
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ONLY_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -42,29 +45,36 @@ def _joined(values: Sequence[Value], settings: Model) -> Value:
     known = [value for value in values if not isinstance(value, Failed)]
     if len(known) < len(values):
         return next(value for value in values if isinstance(value, Failed))
+    if odd := [value for value in known if not math.isfinite(value)]:  # the least of such depends on their order
+        return Failed(f"the value of a member is {odd[0]}")
     if settings.combine == "worst":
         return min(known)
     return statistics.fmean(known) - settings.uncertainty * statistics.pstdev(known)
 
 
 class Scorer:
-    """One sequence-classification model with one output, in fp32, and its chat template. end: see the settings."""
+    """One sequence-classification model with one output, on the GPU where there is one, and its chat template.
 
-    def __init__(self, folder: Path, end: str):
+    end: see the settings. precision: fp32 | bf16. Raises InputError if the folder has no such model.
+    """
+
+    def __init__(self, folder: Path, end: str = "end_of_turn", precision: str = "fp32"):
         logging.disable_progress_bar()
         self.end = end
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **ONLY_HERE)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **ONLY_HERE
+                folder, dtype=PRECISIONS[precision], use_safetensors=True, output_loading_info=True, **ONLY_HERE
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             cause = str(error).strip().splitlines()[0]
             raise InputError(f"the reward model does not load: {cause}", where=str(folder)) from error
         self.model, info = loaded
         self._check(info, folder)
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        config = self.model.config.get_text_config()
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        self.pad = config.pad_token_id  # by which the model finds where a row ends: not always the tokenizer's
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(self.device).eval()
         special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -83,22 +93,25 @@ class Scorer:
             raise InputError("the reward model's tokenizer has no chat template", where=where)
         if self.tokenizer.eos_token is None:
             raise InputError("the reward model's tokenizer has no end-of-turn token", where=where)
-        if self.tokenizer.pad_token_id is None:
+        if self.tokenizer.pad_token_id is None and self.model.config.get_text_config().pad_token_id is None:
             raise InputError("the reward model's tokenizer has no padding token", where=where)
 
     def __call__(self, answers: Sequence[Answer], alive: Callable[[], None]) -> list[Value]:
-        values: list[Value] = [0.0] * len(answers)
-        rows: list[tuple[int, list[int]]] = []
-        for i, answer in enumerate(answers):
-            try:
-                rows.append((i, self.encode(answer)))
-            except Failed as failed:
-                values[i] = failed
-        for batch in batches(rows):
-            for (i, _), value in zip(batch, self._forward([ids for _, ids in batch]), strict=True):
-                values[i] = value
+        encoded = [self._encoded(answer) for answer in answers]
+        rows = [ids for ids in encoded if not isinstance(ids, Failed)]
+        found = [0.0] * len(rows)
+        for batch, rewards in self.rewards(rows, by_budget(list(map(len, rows)), TOKENS_PER_BATCH)):
+            for row, reward in zip(batch, rewards, strict=True):
+                found[row] = reward
             alive()
-        return values
+        known = iter(found)
+        return [ids if isinstance(ids, Failed) else next(known) for ids in encoded]
+
+    def _encoded(self, answer: Answer) -> list[int] | Failed:
+        try:
+            return self.encode(answer)
+        except Failed as failed:
+            return failed
 
     def encode(self, answer: Answer) -> list[int]:
         """Token ids of the conversation, the answer in it, through its end-of-turn token or all that the template
@@ -118,22 +131,18 @@ class Scorer:
             raise Failed(f"is longer than the reward model's window of {self.window} tokens")
         return ids
 
+    def rewards(
+        self, rows: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], list[float]]]:
+        """(a batch, rewards of its rows), one after the other. rows: token ids. batches: numbers of rows that go
+        through the model together."""
+        for batch in batches:
+            yield batch, self._forward([rows[row] for row in batch])
+
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[list[int]]) -> list[float]:
+    def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """One value a row; padded on the right, where nothing of the row looks."""
         width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=self.device)
+        ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
         return [float(value) for value in self.model(input_ids=ids, attention_mask=mask).logits[:, 0].cpu()]
-
-
-def batches(rows: Sequence[tuple[int, list[int]]]) -> list[list[tuple[int, list[int]]]]:
-    """(number, ids) of like length together, under TOKENS_PER_BATCH with their padding."""
-    made: list[list[tuple[int, list[int]]]] = []
-    for row in sorted(rows, key=lambda row: (-len(row[1]), row[0])):  # the first of a batch is its longest
-        if made and len(made[-1][0][1]) * (len(made[-1]) + 1) <= TOKENS_PER_BATCH:
-            made[-1].append(row)
-        else:
-            made.append([row])
-    return made

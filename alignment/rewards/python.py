@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -17,42 +17,57 @@ from alignment.config.reward_terms import Python
 from alignment.errors import InputError
 from alignment.rewards.term import Answer, Failed, Term, Value
 
+UNORDERED = (str, bytes, Mapping, Set)  # what can be gone through, but is no list of numbers
+BATCH = 32  # answers that it is given at once
 
-def python(settings: Python, name: str) -> Term:
-    """name: of the term. Raises InputError if the file cannot be run, or does not define the function."""
+
+def python(settings: Python, name: str, alive: Callable[[], None]) -> Term:
+    """name: of the term. alive is called after each batch. Raises InputError if the file cannot be run, or does not
+    define the function."""
     path = Path(settings.source.path)
     function = _load(path, settings.function, name)
 
     def some(answers: Sequence[Answer]) -> list[Value]:
         rows = [deepcopy(answer.row) for answer in answers]  # what it does to them is forgotten
         try:
-            values = function([row["prompt"] for row in rows], [answer.text for answer in answers], rows)
+            given = function([row["prompt"] for row in rows], [answer.text for answer in answers], rows)
+            values = list(given) if isinstance(given, Iterable) and not isinstance(given, UNORDERED) else None
         except MemoryError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if len(answers) == 1:
                 return [Failed(_told(error, path))]
-            return [value for answer in answers for value in some([answer])]  # for whom does it raise?
-        return _values(values, len(answers), f"{path}: {settings.function}")
+            return [value for answer in answers for value in batch([answer])]  # for whom does it raise?
+        where = f"{path}: {settings.function}"
+        if values is None:
+            raise InputError(f"returned {type(given).__name__}, not a list of numbers", where=where)
+        if len(values) != len(answers):
+            raise InputError(f"returned {len(values)} values for {len(answers)} answers", where=where)
+        return [_number(value) for value in values]
 
-    return lambda answers: some(answers) if answers else []
+    def batch(answers: Sequence[Answer]) -> list[Value]:
+        values = some(answers)
+        alive()
+        return values
 
-
-def _values(given: Any, count: int, where: str) -> list[Value]:
-    try:
-        values = list(given)
-    except TypeError:
-        raise InputError(f"returned {type(given).__name__}, not a list of numbers", where=where) from None
-    if len(values) != count:
-        raise InputError(f"returned {len(values)} values for {count} answers", where=where)
-    return [_number(value) for value in values]
+    return lambda answers: [
+        value for start in range(0, len(answers), BATCH) for value in batch(answers[start : start + BATCH])
+    ]
 
 
 def _number(value: Any) -> Value:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        return Failed(f"its value is {value!r}, which is no number")
+        return Failed(f"its value is {value!r}, which is no number") if isinstance(value, str | bytes) else float(value)
+    except Exception:  # of a class of the user's own, too
+        return Failed(f"its value is {_text(repr, value)}, which is no number")
+
+
+def _text(how: Callable[[Any], str], value: Any) -> str:
+    """How it would have itself written, or its class where it cannot even say that."""
+    try:
+        return how(value)
+    except Exception:
+        return type(value).__name__
 
 
 def _load(path: Path, function: str, name: str) -> Callable[..., Any]:
@@ -65,15 +80,15 @@ def _load(path: Path, function: str, name: str) -> Callable[..., Any]:
         made: Callable[..., Any] = getattr(module, function)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"cannot be run: {_told(error, path)}", where=f"reward.terms.{name}") from error
     return made
 
 
-def _told(error: Exception, path: Path) -> str:
+def _told(error: BaseException, path: Path) -> str:
     """File and line, of that file where it is in it, and the error."""
     frames = traceback.extract_tb(error.__traceback__)
     line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
     if isinstance(error, SyntaxError):
         line = error.lineno
-    return f"{path}:{line or '?'}: {type(error).__name__}: {error}"
+    return f"{path}:{line or '?'}: {type(error).__name__}: {_text(str, error)}"

@@ -55,10 +55,15 @@ def is_json(text: str) -> bool:
     """Whether it is one JSON value, alone or in a fenced code block."""
     fenced = re.fullmatch(r"```(?:json)?\n(.*)\n```", text.strip(), re.S)
     try:
-        json.loads(fenced[1] if fenced else text)
+        json.loads(fenced[1] if fenced else text, parse_constant=_no_json)
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _no_json(name: str) -> None:
+    """NaN and Infinity, which Python's reader takes for JSON, are none."""
+    raise ValueError(name)
 
 
 def regex(settings: Regex) -> Term:

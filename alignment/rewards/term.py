@@ -36,7 +36,8 @@ class Failed(Exception):
     """A term has no value for an answer. As a value of a term, or raised by what looks at one answer."""
 
     def __str__(self) -> str:
-        text = " ".join(super().__str__().split()) or type(self).__name__
+        said = super().__str__().encode("utf-8", "backslashreplace").decode()  # half a character could not be written
+        text = " ".join(said.split()) or type(self).__name__
         return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 

@@ -61,7 +61,7 @@ def continuous(
             meter.add(0, ended=_most(rows, settings))
             continue
         drawn = _continuous_part(model, [ids[row] for row in rows], _seed(settings, rows[0]), stop, settings, meter)
-        yield rows, [[_answer(generation.completion(tokenizer, one, 0.0, stop)) for one in few] for few in drawn]
+        yield rows, [[_answer(generation.completion(tokenizer, one, (), stop)) for one in few] for few in drawn]
 
 
 def _continuous_part(
@@ -146,7 +146,7 @@ def vllm(folder: Path, prompts: Prompts, settings: Sample, skip: Collection[int]
         drawn = [[list(one.token_ids) for one in output.outputs] for output in outputs]
         made = sum(len(one) for few in drawn for one in few)
         meter.add(made, ended=_most(rows, settings) - made)
-        yield rows, [[_answer(generation.completion(tokenizer, one, 0.0, stop)) for one in few] for few in drawn]
+        yield rows, [[_answer(generation.completion(tokenizer, one, (), stop)) for one in few] for few in drawn]
 
 
 BACKENDS: dict[str, Backend] = {"loop": loop, "continuous": continuous, "vllm": vllm}

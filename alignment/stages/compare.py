@@ -19,6 +19,9 @@ def run(context: StageContext) -> dict[str, Any]:
     prompts = _check_prompts(answers, settings.baseline)
     columns = {role: signals.columns(rows) for role, rows in answers.items()}
     comparison = Comparison(columns, settings.confidence, settings.resamples, settings.seed)
+    if "reward" not in comparison.metrics:
+        what = "no prompt has an answer with a reward of every model: there is nothing to compare"
+        raise InputError(what, where=context.name, fix="mend the reward: reward_failed of the evaluations counts them")
     context.progress(1, 3, note="intervals")
     table = comparison.table(settings.baseline)
     context.progress(2, 3, note="verdict")

@@ -29,6 +29,7 @@ def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], 
         **arguments,
         disable_dropout=True,
         precompute_ref_log_probs=True,
+        use_weighting=settings.weighting == "wpo",  # padded rows are scored by TRL's head
         router_aux_loss_coef=0.0,
     )
     model = load(start, settings.lora, settings.precision)

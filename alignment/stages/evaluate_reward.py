@@ -6,6 +6,7 @@ Of the rows that were prepared beside those trained on: pairs, or answers with a
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from alignment.config.stages.reward_model import MEMBERS, EvaluateReward
 from alignment.data.chat import Chat
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
-from alignment.evaluation import reward_metrics, reward_scores
+from alignment.evaluation import reward_metrics
 from alignment.files import read_json, write_json, write_jsonl
+from alignment.rewards.model import Scorer
 from alignment.stages.context import StageContext
 from alignment.stages.parts import Parts, rows_of
 from alignment.stages.reward_model import TOLD
@@ -36,14 +38,26 @@ def run(context: StageContext) -> dict[str, Any]:
     parts, found = Parts(context, dict.fromkeys(members, 1.0)), []
     for role, folder in members.items():
         gc.collect()  # the one before is out of scope; its memory must be free
-        model = reward_scores.load(folder / "model", settings.precision)
-        found.append(reward_scores.rewards(model, asked, settings.batch_size, parts(role)))
-        del model
+        found.append(_rewards(folder / "model", asked, settings, parts(role)))
     rewards = np.stack(found).reshape(len(members), len(sides), len(rows))  # [members, sides, rows]
     lengths = np.array([[len(row[f"{side}_ids"]) for row in rows] for side in sides])
     told = _measured(rewards, lengths, rows, loss)
     _publish(context, told, rewards, lengths, sides, ids)
     return dict(told["metrics"])
+
+
+def _rewards(
+    folder: Path, rows: Sequence[Sequence[int]], settings: EvaluateReward, progress: Callable[..., None]
+) -> np.ndarray:
+    """float64 [rows], in their order. Rows of like length go together."""
+    scorer, size = Scorer(folder, precision=settings.precision), settings.batch_size
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    found, done = np.zeros(len(rows)), 0
+    for batch, rewards in scorer.rewards(rows, [order[start : start + size] for start in range(0, len(rows), size)]):
+        found[list(batch)] = rewards
+        done += len(batch)
+        progress(done, len(rows))
+    return found
 
 
 def _heldout(data: Path) -> Any:

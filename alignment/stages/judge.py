@@ -31,9 +31,9 @@ def run(context: StageContext) -> dict[str, Any]:
         judged += look(judge, samples[start : start + BATCH])
         context.log(len(judged), {"reward_mean": _reward_mean(judged)})
         progress(len(judged), len(samples))
-    failed = judge.failures([completion for row in judged for completion in row["completions"]])
+    counts = _failures(judge, judged, settings)
     made = [make(judged, settings) for make in (_pairs, _best, _labelled)]
-    metrics = {**_answers(judged), "reward_failed": float(failed)}
+    metrics = {**_answers(judged), **counts}
     metrics |= {name: count for one in made for name, count in one.counts.items()}
     context.log(len(judged), metrics)
     for one in made:
@@ -56,7 +56,20 @@ def _scored(judge: Rewards, samples: list[Row]) -> list[Row]:
 def _compared(judge: Rewards, samples: list[Row]) -> list[Row]:
     """The same, with the mean outcome of its comparisons as each answer's reward. Who has no judge of pairs compares by
     the reward."""
-    return pairwise.judged(judge.compare or pairwise.by_reward(judge.score), samples)
+    by = pairwise.by_reward(judge.score) if judge.compare is None else pairwise.by_verdict(judge.compare)
+    return pairwise.judged(by, samples)
+
+
+def _failures(judge: Rewards, judged: list[Row], settings: Judge) -> dict[str, float]:
+    """Counts. Raises InputError if too many comparisons failed, or answers have no reward."""
+    counts = {}
+    if settings.judging == "pairwise":
+        compared = sum(map(pairwise.comparisons, judged))
+        failed = [one["failed"] for row in judged for one in row.get("failed_comparisons", ())]
+        counts = {"comparisons": float(compared)}
+        counts |= {"comparisons_failed": float(judge.failed_comparisons(failed, compared))}
+    every = [completion for row in judged for completion in row["completions"]]
+    return {**counts, "reward_failed": float(judge.failures(every))}
 
 
 # --- what is made of the judged answers -------------------------------------------------------------------------------

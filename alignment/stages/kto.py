@@ -10,14 +10,23 @@ import trl
 from alignment.config.stages.preference import Kto
 from alignment.stages.context import StageContext
 from alignment.stages.reference import references_of
-from alignment.stages.train import train
+from alignment.stages.train import tokenised, train
 from alignment.training.model import load, lora_config
 from alignment.training.rows import pair_sizes
 from alignment.training.unpaired import KTO
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    return train(context, pair_sizes, make_trainer)
+    return train(context, pair_sizes, make_trainer, rows_of=_rows)
+
+
+def _rows(context: StageContext, tokenizer: Any) -> Any:
+    """Without the answers to other prompts where the loss does not look at them."""
+    rows, column = tokenised(context, tokenizer), "rejected_ids"
+    if context.settings.has_reference_point:
+        return rows
+    kind = rows.features[column]
+    return rows.remove_columns(column).add_column(column, [[]] * len(rows), feature=kind)
 
 
 def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> KTO:

@@ -34,14 +34,12 @@ def run(context: StageContext, trainer: type) -> dict[str, Any]:
         arguments = {name: value for name, value in arguments.items() if name != "max_length"}
         args = _BaseConfig(**arguments)  # before the model: under ZeRO-3 it is sharded while it is read
         model, tokenizer, rows = load(start), common["processing_class"], common["train_dataset"]
-        kl = getattr(settings, "kl", None)
-        refers = settings.lora is None and (kl is None or kl.coefficient > 0)
         return trainer(
             settings=settings,
             model=model,
             args=args,
             peft_config=lora_config(settings.lora, model),
-            reference=load(start) if refers else None,
+            reference=load(start) if settings.holds_reference else None,
             sample=_sampler(settings, tokenizer),
             judge=_judging(judge, tokenizer, rows),
             max_failed_share=judge.reward.max_failed_share,
@@ -66,10 +64,10 @@ def _prompts(context: StageContext, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _sizes(rows: Sequence[dict[str, Any]], settings: Online) -> Sizes:
-    """As long as the answers to a prompt may become."""
-    prompts = np.array([len(row["prompt_ids"]) for row in rows])
-    answers = settings.completions_per_prompt * settings.max_new_tokens
-    widths = settings.completions_per_prompt * prompts + answers
+    """As long as the answers to a prompt that are trained on may become."""
+    prompts, count = np.array([len(row["prompt_ids"]) for row in rows]), settings.answers_trained_on()
+    answers = count * settings.max_new_tokens
+    widths = count * prompts + answers
     return Sizes(prompts + answers, widths, np.ones(len(rows), dtype=np.int64))
 
 
@@ -81,8 +79,12 @@ def _sampler(settings: Online, tokenizer: Any) -> Any:
             what = f"a prompt of {longest} tokens {room}"
             raise InputError(what, fix="lower max_new_tokens, or max_prompt_length of the prepare stage")
         stop = generation.stop_tokens(model, tokenizer)
-        size = settings.sampling_batch_size
-        every = generation.answers_of(model, prompts, noise, stop=stop, batch_size=size, alive=alive)
+
+        def progress(step: int, total: int, **facts: Any) -> None:
+            alive(step * len(prompts) // total, len(prompts))
+
+        how: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "batch_size": settings.sampling_batch_size}
+        every = generation.in_order(generation.draw(model, prompts, noise, stop=stop, progress=progress, **how))
         return [[Answer(ids, scores, ids[-1] in stop) for ids, scores in few] for few in every]
 
     return sample

@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from alignment.rewards.comparison import Verdict
+from alignment.rewards.term import Failed
+
 Row = dict[str, Any]
-Outcome = int | None  # 1: the first answer is better; -1: the second; 0: neither; None: the comparison has failed
+Answer = dict[str, Any]  # as `sample` has it: {"text", "tokens", ...}
+Why = Mapping[str, str]  # a comparison has failed: what of the reward has, and why
+Outcome = int | Why  # 1: the first answer is better; -1: the second; 0: neither
 # compare(rows, a, b): of a[i] with b[i], both answers to rows[i], for each i
-Comparator = Callable[[Sequence[Row], Sequence[str], Sequence[str]], Sequence[Outcome]]
-Score = Callable[[Sequence[Row], Sequence[str]], list[Row]]  # {"reward": float | None} for each answer
+Comparator = Callable[[Sequence[Row], Sequence[Answer], Sequence[Answer]], Sequence[Outcome]]
+# As of a judge: {"reward": float | None}, with "failed" where it is None, for each text, given its tokens
+Score = Callable[[Sequence[Row], Sequence[str], Sequence[int]], list[Row]]
+
+
+def by_verdict(ask: Callable[[Sequence[Row], Sequence[str], Sequence[str]], Sequence[Verdict]]) -> Comparator:
+    """By who is shown both side by side."""
+
+    def compare(rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> list[Outcome]:
+        verdicts = ask(rows, [answer["text"] for answer in a], [answer["text"] for answer in b])
+        return [{"comparison": str(one)} if isinstance(one, Failed) else one for one in verdicts]
+
+    return compare
 
 
 def by_reward(score: Score) -> Comparator:
     """Who has the higher reward is better; each answer is scored once a call."""
 
-    def compare(rows: Sequence[Row], a: Sequence[str], b: Sequence[str]) -> list[Outcome]:
-        asked = {(id(row), text): row for row, *texts in zip(rows, a, b, strict=True) for text in texts}
-        scored = score(list(asked.values()), [text for _, text in asked])
-        rewards = {key: one["reward"] for key, one in zip(asked, scored, strict=True)}
-        return [
-            _higher(rewards[id(row), one], rewards[id(row), other]) for row, one, other in zip(rows, a, b, strict=True)
-        ]
+    def compare(rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> list[Outcome]:
+        asked = {id(one): (row, one) for row, *both in zip(rows, a, b, strict=True) for one in both}
+        given = [row for row, _ in asked.values()], [one for _, one in asked.values()]
+        scored = score(given[0], [one["text"] for one in given[1]], [one["tokens"] for one in given[1]])
+        scores = dict(zip(asked, scored, strict=True))
+        return [_higher(scores[id(one)], scores[id(other)]) for one, other in zip(a, b, strict=True)]
 
     return compare
 
 
-def _higher(one: float | None, other: float | None) -> Outcome:
-    return None if one is None or other is None else (one > other) - (one < other)
+def _higher(one: Row, other: Row) -> Outcome:
+    for score in (one, other):
+        if score["reward"] is None:
+            return dict(score["failed"])
+    return int(one["reward"] > other["reward"]) - int(one["reward"] < other["reward"])
 
 
-def in_both_orders(compare: Comparator, rows: Sequence[Row], a: Sequence[str], b: Sequence[str]) -> list[Outcome]:
+def in_both_orders(compare: Comparator, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> list[Outcome]:
     """Outcomes that do not depend on which answer is shown first: where the two orders disagree it is a tie (Zheng et
     al. 2023, arXiv:2306.05685, section 3.4)."""
     both = compare([*rows, *rows], [*a, *b], [*b, *a])
@@ -39,28 +57,35 @@ def in_both_orders(compare: Comparator, rows: Sequence[Row], a: Sequence[str], b
 
 
 def _agreed(one: Outcome, turned: Outcome) -> Outcome:
-    if one is None or turned is None:
-        return None
+    if not isinstance(one, int):
+        return one
+    if not isinstance(turned, int):
+        return turned
     return one if one == -turned else 0
 
 
 def judged(compare: Comparator, samples: Sequence[Row]) -> list[Row]:
     """The samples, each answer with its number, `beats` (numbers of those that it won against) and its reward: the mean
-    outcome against the prompt's other answers, in [-1, 1], 0 if there are none; None, and why it `failed`, where no
-    comparison of it succeeded."""
-    games = [(row, a, b) for row in samples for a, b in combinations(range(len(row["completions"])), 2)]
-    sides = [[row["completions"][both[side]]["text"] for row, *both in games] for side in (0, 1)]
-    outcomes = iter(in_both_orders(compare, [row for row, _, _ in games], *sides))
-    return [{**row, "completions": _ranked(row["completions"], outcomes)} for row in samples]
+    outcome against the prompt's other answers, in [-1, 1], 0 if there are none; None, and why its first one `failed`,
+    where no comparison of it succeeded. A row with comparisons that failed has them as `failed_comparisons`: the
+    numbers of both answers, and why."""
+    bare = [{name: value for name, value in row.items() if name != "completions"} for row in samples]
+    games = [(i, a, b) for i, row in enumerate(samples) for a, b in combinations(row["completions"], 2)]
+    sides = [[both[side] for _, *both in games] for side in (0, 1)]
+    outcomes = iter(in_both_orders(compare, [bare[i] for i, _, _ in games], *sides))
+    return [_ranked(row, outcomes) for row in samples]
 
 
-def _ranked(answers: Sequence[Row], outcomes: Any) -> list[Row]:
-    """outcomes: an iterator that goes on with those of these answers."""
+def _ranked(row: Row, outcomes: Iterator[Outcome]) -> Row:
+    """outcomes: goes on with those of its answers."""
+    answers = row["completions"]
     results: list[list[int]] = [[] for _ in answers]
     beats: list[list[int]] = [[] for _ in answers]
+    failed: list[Row] = []
     for a, b in combinations(range(len(answers)), 2):
         outcome = next(outcomes)
-        if outcome is None:
+        if not isinstance(outcome, int):
+            failed.append({"answers": [a, b], "failed": dict(outcome)})
             continue
         results[a].append(outcome)
         results[b].append(-outcome)
@@ -69,8 +94,12 @@ def _ranked(answers: Sequence[Row], outcomes: Any) -> list[Row]:
             beats[winner].append(loser)
     ranked = []
     for number, (answer, own) in enumerate(zip(answers, results, strict=True)):
-        failed = not own and len(answers) > 1
-        told = {"failed": {"comparison": "none of its comparisons succeeded"}} if failed else {}
-        reward = None if failed else sum(own) / max(len(own), 1)
-        ranked.append({**answer, "reward": reward, "terms": {}, **told, "number": number, "beats": beats[number]})
-    return ranked
+        why = [] if own else [one["failed"] for one in failed if number in one["answers"]]
+        told = {"reward": None, "failed": why[0]} if why else {"reward": sum(own) / max(len(own), 1)}
+        ranked.append({**answer, **told, "terms": {}, "number": number, "beats": beats[number]})
+    return {**row, "completions": ranked, **({"failed_comparisons": failed} if failed else {})}
+
+
+def comparisons(row: Row) -> int:
+    """How many there were of a judged row's answers."""
+    return len(row["completions"]) * (len(row["completions"]) - 1) // 2

@@ -42,10 +42,11 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def judge_of(context: StageContext) -> Judge:
-    """The reward of the experiment, its models fetched, or taken from the parents that are reward models."""
+    """What the stage reads of the experiment's reward, its models fetched, or taken from the parents that are reward
+    models."""
     from alignment.data.fetch import fetch
 
-    reward, folders = context.experiment.reward, {}
+    reward, folders = context.experiment.reward.read(context.settings.compares), {}
     for name, term in reward.terms.items():
         trained = [context.inputs[role] / "model" for role in term.reads(context.inputs)]
         folders[name] = [*map(fetch, term.sources()), *trained]

@@ -65,7 +65,7 @@ def train(
     context.rewind(keeper.choose())
 
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
-    rows = (rows_of or _tokenised)(context, tokenizer)
+    rows = (rows_of or tokenised)(context, tokenizer)
     setup = engine.as_before(setup, keeper.layout_before())
     plan = plan_of(context, setup, start, sizes(rows))
     keeper.layout.update(plan.choice.layout())
@@ -76,8 +76,8 @@ def train(
     )
     trainer = make_trainer(context, start, arguments, train_dataset=rows, processing_class=tokenizer, **common)
     written = 4 * sum(map(_size, trainer.model.parameters()))
-    _require_room(context, written, trainer, keeper.checkpoints)  # before training, not after it
     choice = plan.choice
+    _require_room(context, written, trainer, keeper.checkpoints, choice.load.moving)  # before training, not after it
     with advising(setup, choice.load, choice.checkpointing, plan.config, plan.longest, context.tell_next):
         trainer.train()
     if context.is_main:
@@ -156,16 +156,20 @@ def keeper_of(context: StageContext, setup: Engine) -> Keeper:
     )
 
 
-def _require_room(context: StageContext, weights: int, trainer: Any, checkpoints: Checkpoints) -> None:
-    """On the disk. weights: bytes of the model that will be written. Raises MachineError if it does not fit; that
-    checkpoints do not is a warning: a short run saves none, and a failed save costs that save."""
+def _require_room(context: StageContext, weights: int, trainer: Any, checkpoints: Checkpoints, moving: bool) -> None:
+    """On the disk. weights: bytes of the model that will be written. moving: checkpoints have a reference too.
+
+    Raises MachineError if the model does not fit; that checkpoints do not is a warning: a short run saves none, and a
+    failed save costs that save."""
     if not context.is_main:
         return
     room, settings = checkpoints.room(), checkpoints.settings
     require_room(context.folder, weights, room)
     if settings.every_minutes is None and settings.every_steps is None:
         return
-    one = 12 * sum(_size(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
+    one = (
+        4 * (3 + moving) * sum(_size(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
+    )
     count = settings.keep_last + settings.keep_best + 1  # one is written before another goes
     if (free := room + checkpoints.kept_bytes()) < count * one + weights:
         what = f"{count} checkpoints of {size_text(one)} and the model need more disk than the {size_text(free)} free"
@@ -196,7 +200,7 @@ def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _tokenised(context: StageContext, tokenizer: Any) -> Any:
+def tokenised(context: StageContext, tokenizer: Any) -> Any:
     rows = train_rows(context.inputs["data"])
     check_end_of_turn(rows, tokenizer.eos_token_id)
     return rows

@@ -63,11 +63,22 @@ def has_signal(rewards: Tensor, valid: Tensor) -> Tensor:
     """[P] bool: whether the valid answers of a prompt differ in their rewards, so that its advantages are not all 0:
     the constraint of DAPO's dynamic sampling (arXiv:2503.14476, eq. 11), for rewards that are not 0 or 1 too.
 
-    By hand: 1, 2, 6: true; 5, 5, 5: false.
+    What is closer than a reward model's rounding is the same: a prompt's fate may not depend on which answers were
+    scored together.
+
+    By hand: 1, 2, 6: true; 5, 5, 5 + 1e-7: false.
     """
     highest = rewards.masked_fill(~valid, -torch.inf).amax(1)
     lowest = rewards.masked_fill(~valid, torch.inf).amin(1)
-    return highest - lowest > 1e-9  # DAPO (11)
+    return differ(highest, lowest)  # DAPO (11)
+
+
+def differ(one: Tensor, other: Tensor) -> Tensor:
+    """Whether two rewards are apart by more than rounding, 1e-6 of the larger or of 1.
+
+    By hand: 5 and 5 + 1e-7: no; 1e-5 and 0: yes; 1e4 and 1e4 + 1e-3: no.
+    """
+    return (one - other).abs() > 1e-6 * torch.maximum(one.abs(), other.abs()).clamp(min=1)
 
 
 def generalized(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

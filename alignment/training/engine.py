@@ -24,6 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from alignment import imports
 from alignment.config.execution import Engine
+from alignment.config.stages.online import Online, Ppo
+from alignment.config.stages.preference import Dpo
 from alignment.config.stages.training import Reference, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
@@ -263,25 +265,10 @@ def choose(
     start: the model's folder; config: what it says of the model. longest: tokens of the longest record, which may be a
     micro-batch of its own. largest: see `largest_forward`; a budget beyond it takes no more memory.
     """
-    available, parameters = available_bytes(), count_parameters(start)
-    trainable = parameters if isinstance(settings, Train) else 0
-    if isinstance(settings, Train) and settings.lora is not None:
-        lora = settings.lora
-        trainable = adapter_parameters(config, lora.rank, lora.target_modules, lora.dora)
-        trainable += count_parameters(start, lora.modules_to_save) if lora.modules_to_save else 0
-        parameters += trainable
+    available, least = available_bytes(), _load(settings, engine, start, config, world_size, longest)
 
     def choice(tokens: int) -> tuple[Choice, bool, bool]:
-        load = Load(
-            max(min(tokens, largest), longest),
-            settings.precision,
-            parameters,
-            trainable,
-            engine.strategy,
-            world_size,
-            engine.offload,
-            engine.hpz,
-        )
+        load = least._replace(tokens=max(min(tokens, largest), longest))
         on, why, fits = needs_checkpointing(engine.gradient_checkpointing, config, load, available)
         return Choice(tokens, on, f"{tokens} tokens a micro-batch; {why}", load), on, fits
 
@@ -296,6 +283,30 @@ def choose(
     if dist.is_initialized():  # free memory differs from process to process
         dist.broadcast_object_list(answer, src=0)
     return answer[0]
+
+
+def _load(settings: Train | Reference, engine: Engine, start: Path, config: Any, world_size: int, longest: int) -> Load:
+    """What a process has to hold if no micro-batch has more than the longest record."""
+    plain = parameters = count_parameters(start)
+    trainable = parameters if isinstance(settings, Train) else 0
+    if isinstance(settings, Train) and settings.lora is not None:
+        lora = settings.lora
+        trainable = adapter_parameters(config, lora.rank, lora.target_modules, lora.dora)
+        trainable += count_parameters(start, lora.modules_to_save) if lora.modules_to_save else 0
+        parameters += trainable
+    if isinstance(settings, Ppo):  # the value head
+        head = config.get_text_config().hidden_size + 1
+        trainable, parameters = trainable + head, parameters + head
+    how = engine.strategy, world_size, engine.offload, engine.hpz
+    load = Load(longest, settings.precision, parameters, trainable, *how)
+    if isinstance(settings, Dpo):
+        return load._replace(moving=settings.reference_update is not None)
+    if not isinstance(settings, Online):
+        return load
+    copies, prompts = settings.completions_per_prompt, settings.batches_per_rollout * settings.global_batch_size
+    prompts = min(max(1, settings.sampling_batch_size // copies), -(-prompts // world_size))
+    longest -= (settings.answers_trained_on() - 1) * settings.max_new_tokens  # of a prompt with one answer
+    return load._replace(frozen=plain * settings.holds_reference, decoding=(prompts * copies, longest))
 
 
 def deepspeed_config(engine: Engine, settings: Train | Reference, on_gpu: bool) -> dict[str, Any] | None:

@@ -205,7 +205,9 @@ class Load(NamedTuple):
 
     tokens: of a micro-batch, all of them scored. precision: of the stage. parameters: of the model; trainable: those of
     them with gradients. strategy: single, ddp, zero1, zero2 or zero3. offload: none, optimizer or all; it is not on the
-    device then. hpz: of engine.hpz; more than one process share out a second copy of the weights.
+    device then. hpz: of engine.hpz; more than one process share out a second copy of the weights. moving: a reference
+    that follows the policy is kept (moving_reference.py). frozen: parameters of a model of its own that is the
+    reference. decoding: answers that are sampled together, and tokens of the longest with its prompt.
     """
 
     tokens: int
@@ -216,6 +218,9 @@ class Load(NamedTuple):
     world_size: int = 1
     offload: str = "none"
     hpz: int = 1
+    moving: bool = False
+    frozen: int = 0
+    decoding: tuple[int, int] = (0, 0)
 
     @property
     def dtype(self) -> Arithmetic:
@@ -229,17 +234,40 @@ def state_bytes(load: Load) -> int:
     Under ZeRO the weights have the dtype of the arithmetic. Its optimiser moves an fp32 copy of its own, 12 bytes a
     trained weight with the moments, of which each process has a part. Not counted: buckets of what is sent, weights
     that ZeRO-3 has gathered, and a second copy of the own gradients in the step, when the activations are gone (ZeRO-1
-    in fp32: when they are sent).
+    in fp32: when they are sent). With those of a reference; reward models are not counted: they are there before the
+    room is measured.
     """
     whole = FP32 * load.trainable  # gradients, or one moment, or the optimiser's copy of the weights
     if not load.strategy.startswith("zero"):
-        return FP32 * load.parameters + (4 if load.strategy == "ddp" else 3) * whole
+        copies = (4 if load.strategy == "ddp" else 3) + load.moving
+        return FP32 * (load.parameters + load.frozen) + copies * whole
     stage = int(load.strategy.removeprefix("zero"))
     copy = (BF16 if load.dtype == "bf16-weights" else FP32) * load.parameters
     weights = copy // load.world_size if stage >= 3 else copy
     weights += copy // load.hpz if load.hpz > 1 else 0
-    optimiser = 3 * whole // load.world_size if load.offload == "none" else 0
+    weights += _frozen_copy(load, stage)
+    optimiser = (3 + load.moving) * whole // load.world_size if load.offload == "none" else 0
     return (0 if load.offload == "all" else weights) + _sharded_gradients(load, stage) + optimiser
+
+
+def _frozen_copy(load: Load, stage: int) -> int:
+    """Bytes of the reference's weights under ZeRO: in the dtype of the arithmetic, whole but in ZeRO-3."""
+    whole = (BF16 if load.dtype == "bf16-weights" else FP32) * load.frozen
+    return whole // load.world_size if stage >= 3 else whole
+
+
+def decoding_bytes(config: Any, load: Load) -> int:
+    """Most bytes that answering takes beside the state: keys and values of each token and layer, the logits of one step
+    with what a token is drawn by (probabilities, their running sums, which of these are passed: about four times as
+    many), and under ZeRO-3 whole weights. Under autocast rotated keys are fp32, and the weights are kept as they have
+    been cast. Layers with a sliding window keep less than this says."""
+    shape, (answers, tokens) = _shape(config), load.decoding
+    both = {"fp32": 2 * FP32, "bf16-autocast": FP32 + BF16, "bf16-weights": 2 * BF16}[load.dtype]  # a key and a value
+    cache = shape.layers * shape.key * answers * tokens * both
+    gathered = (BF16 if load.dtype == "bf16-weights" else FP32) * load.parameters if load.strategy == "zero3" else 0
+    cast = shape.layers * _cast_weights(shape, load.dtype)
+    cast += BF16 * shape.vocabulary * shape.hidden if load.dtype == "bf16-autocast" else 0
+    return cache + 4 * FP32 * answers * shape.vocabulary + (gathered + cast if answers else 0)
 
 
 def _sharded_gradients(load: Load, stage: int) -> int:
@@ -330,4 +358,7 @@ def needs_checkpointing(
     who = "by itself" if setting == "auto" else "as set"
     line = f"gradient checkpointing {'on' if on else 'off'} ({who}): {figures}"
     fits = state + (few if on else kept) <= room
+    if fits and state + (decoding := decoding_bytes(config, load)) > room:  # a smaller micro-batch is no help
+        answers = f"{load.decoding[0]} answers at once, about {size_text(decoding)}"
+        return on, f"{line}; memory may not suffice to decode {answers}: lower sampling_batch_size", fits
     return on, line if fits else f"{line}; memory may not suffice", fits

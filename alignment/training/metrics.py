@@ -141,7 +141,8 @@ def pair_sums(
     reference: its log-probs, [rows, width - 1] as the policy's; None where a loss has none.
 
     Rewards are the implicit ones of Rafailov et al. 2023 (arXiv:2305.18290, eq. 5), beta log(pi / pi_ref), in nats;
-    without a reference beta log pi, by_token its mean over the answer's tokens (SimPO, ORPO).
+    without a reference beta log pi, by_token its mean over the answer's tokens (SimPO, ORPO). beta is 1 where the loss
+    has none (`Dpo.reward_scale`).
     kl: Schulman's k3 estimator (joschu.net/blog/kl-approx.html) a token, (w - 1) - log w with w = pi / pi_ref: for
     tokens drawn from the reference - what DPO assumes of its pairs - an unbiased estimate of KL(pi_ref || pi), in nats
     a token; of pairs from elsewhere a measure of drift, still >= 0 and 0 only where both agree. The KL of the model's

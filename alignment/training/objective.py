@@ -105,8 +105,10 @@ class Objective:
         By hand: p = 1/4, 1/4 of a chosen answer, sum of squares 1/2 at both: exp(mean of log 1/2) = 1/2; p = 1/2 of a
         rejected answer of one token, sum 1/2: 1. The pair weighs 1/2.
         """
-        if log_sum_squares is None:
+        if not self.weighs:
             return None
+        if log_sum_squares is None:
+            raise RuntimeError("the forward has left out the sums of squares that weights are made of")
         tokens = (labels[:, 1:] != IGNORED).sum(1)
         means = (log_probs.detach() - log_sum_squares.detach()).sum(1) / tokens
         chosen, rejected = means.exp().chunk(2)

@@ -31,8 +31,7 @@ from alignment.training.rollouts import Answer, Group, Rollout, Targets, collate
 from alignment.training.shared_prefix import install
 from alignment.training.trainers import AlignedTrainer
 
-BUDGET = 2  # a pass without gradients takes so many times the tokens of a micro-batch (reference_pass.py)
-NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1)
+NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1, corrected=True)
 
 # (model, prompts' ids, uniform noise [prompts, answers, tokens], alive) -> the answers to each prompt
 Sampler = Callable[[Any, Sequence[Sequence[int]], Tensor, Callable[[int, int], None]], list[list[Answer]]]
@@ -92,15 +91,11 @@ class OnlineTrainer(AlignedTrainer, Policies):
         self._judged = [0, 0]  # answers so far, and those of them that have no reward
         self._trained_on: list[dict[str, float]] = []  # metrics of the rollouts of the steps since the last row
         self._groups: list[list[int]] = []  # of this process's micro-batches
+        self._prompts: list[int] = []  # rows of this step, of all processes
         self.kl: Kl = getattr(settings, "kl", NO_KL)
         self._coefficient = self.kl.coefficient
         super().__init__(**kwargs)
-        self.branches = settings.completions_per_prompt
-
-    @property
-    def _refers(self) -> bool:
-        """Whether the loss compares the policy with the start model."""
-        return self.kl.coefficient > 0
+        self.branches = settings.answers_trained_on()
 
     @property
     def _reuses(self) -> bool:
@@ -133,10 +128,12 @@ class OnlineTrainer(AlignedTrainer, Policies):
         number, within = divmod(step, self.settings.steps_per_rollout())
         if self._rollout is None or self._rollout.number != number:
             left = self.batches.steps - step
-            self._rollout = self._make_rollout(number, min(self.settings.batches_per_rollout, left))
+            enough = -(-left // self.settings.epochs_per_rollout)
+            self._rollout = self._make_rollout(number, min(self.settings.batches_per_rollout, enough))
         rollout, size = self._rollout, self.batches.global_batch_size
-        first = within % self.settings.batches_per_rollout * size
+        first = within * size % len(rollout.groups)
         groups = rollout.groups[first : first + size]
+        self._prompts = [group.number for group in groups]
         self._trained_on.append(rollout.metrics)
         self._groups = self._split(groups, self.batches.tokens_per_micro_batch)[rank()]
         made = [self._collated([groups[at] for at in part], within == 0) for part in self._groups]
@@ -188,6 +185,9 @@ class OnlineTrainer(AlignedTrainer, Policies):
     def _rows_of_micro_batches(self) -> list[list[int]]:
         return self._groups
 
+    def _rows_of_step(self) -> list[int]:
+        return self._prompts
+
     def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
         return self.accelerator.num_processes / self._divisor
 
@@ -198,20 +198,24 @@ class OnlineTrainer(AlignedTrainer, Policies):
         wanted, sampled = batches * self.batches.global_batch_size, 0
         telling: list[Group] = []
         spare: list[Group] = []
+        rewards: list[float] = []
         for _ in range(1 + getattr(self.settings, "resamples", 0)):
             groups = self._sampled(wanted - len(telling))
+            rewards += [answer.reward for group in groups for answer in group.answers if answer.reward is not None]
             sampled += len(groups)
             for group, differs in zip(groups, with_signal(groups), strict=True):
-                (telling if differs else spare).append(group)
+                (telling if differs and any(map(self._trains, group.answers)) else spare).append(group)
             if len(telling) == wanted:
                 break
         groups = sorted([*telling, *spare[: wanted - len(telling)]], key=lambda group: group.place)
         metrics = measured(groups) | {"sampled_prompts": float(sampled), "no_signal": len(spare) / sampled}
         if not any(answer.reward is not None for group in groups for answer in group.answers):
             raise TrainingError(f"no answer of rollout {number + 1} could be judged", fix="look at the reward group")
+        if getattr(self.settings, "resamples", 0):  # then `reward` is of the prompts that were kept
+            metrics["reward_sampled"] = sum(rewards) / len(rewards)
         self._mark(groups)
         rollout = Rollout(number, self._coefficient, groups, metrics)
-        if self._refers:
+        if self.settings.refers:
             self._write(groups, self._by_reference)
             self._control(rollout)
         if self._reuses:
@@ -272,13 +276,16 @@ class OnlineTrainer(AlignedTrainer, Policies):
                 yield plain
             plain.train(training)
             plain.set_attn_implementation(packed)
+        self._output = None  # of the last token, with the cache of all
 
     def _mark(self, groups: Sequence[Group]) -> None:
         """Which answers are trained on."""
         for group in groups:
             for answer in group.answers:
-                cut = self.settings.truncated == "mask" and not answer.finished
-                answer.kept = answer.reward is not None and not cut
+                answer.kept = self._trains(answer)
+
+    def _trains(self, answer: Answer) -> bool:
+        return answer.reward is not None and (answer.finished or self.settings.truncated != "mask")
 
     def _credit(self, rollout: Rollout) -> None:
         """From rewards to what each token is worth. The same on all processes."""
@@ -286,11 +293,12 @@ class OnlineTrainer(AlignedTrainer, Policies):
 
     def _control(self, rollout: Rollout) -> None:
         """Measure the distance from the start model; the coefficient of the next rollout follows its target."""
-        apart = [distance(one, "k1") for group in rollout.groups for one in group.answers if one.trained]
-        per_answer = sum(apart) / max(len(apart), 1)
-        rollout.metrics["kl_answer"] = per_answer
         if self._coefficient:
             rollout.metrics["kl_coefficient"] = self._coefficient
+        apart = [distance(one, "k1") for group in rollout.groups for one in group.answers if one.trained]
+        if not apart:
+            return
+        per_answer = rollout.metrics["kl_answer"] = sum(apart) / len(apart)
         if self.kl.target is not None:
             self._coefficient = losses.adapted(self._coefficient, per_answer, self.kl.target, self.kl.gain)
 
@@ -302,7 +310,7 @@ class OnlineTrainer(AlignedTrainer, Policies):
 
         passes(a micro-batch) -> name -> [rows, width - 1]."""
         found: dict[tuple[int, int, str], list[float]] = {}
-        for part in self._split(groups, BUDGET * self.batches.tokens_per_micro_batch)[rank()]:
+        for part in self._split(groups, self.tokens_without_gradients)[rank()]:
             inputs = self._prepare_inputs(self._collated([groups[at] for at in part], fresh=False))
             mask = inputs["targets"].mask
             for name, values in passes(inputs).items():
@@ -345,7 +353,7 @@ class OnlineTrainer(AlignedTrainer, Policies):
             "taken": self._taken,
             "judged": self._judged,
             "coefficient": self._coefficient,
-            "trained_on": self._trained_on,
+            "trained_on": list(self._trained_on),  # which goes on while this is written
         }
 
     def load_training_state(self, facts: dict[str, Any], *meters: Any) -> None:

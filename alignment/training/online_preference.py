@@ -13,19 +13,14 @@ from alignment.training.losses import policy as losses
 from alignment.training.losses.pairs import Pairs, sigmoid
 from alignment.training.metrics import NO_MARGIN
 from alignment.training.online import OnlineTrainer, mismatch
-from alignment.training.rollouts import Answer, Group, Rollout, Targets
+from alignment.training.rollouts import Answer, Group, Rollout, Targets, best_and_worst
 
 
 class OnlineDPOTrainer(OnlineTrainer):
     """The mean over the pairs of the global batch. A prompt whose answers are no pair weighs nothing."""
 
     settings: OnlineDpo
-    _refers = True
     _reuses = False  # the loss knows no policy but this and the reference
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.branches = 2
 
     def _mark(self, groups: Sequence[Group]) -> None:
         """Of each group two answers stay, the better one first."""
@@ -68,11 +63,9 @@ class OnlineDPOTrainer(OnlineTrainer):
 
 def _pair(answers: Sequence[Answer], min_margin: float) -> list[Answer]:
     """The best and the worst; of answers with one reward the first. Neither is trained on where they are no pair."""
-    usable = [answer for answer in answers if answer.kept]
-    if len(usable) >= 2:
-        best, worst = max(usable, key=_reward), min(usable, key=_reward)
-        if _reward(best) > _reward(worst) and _reward(best) - _reward(worst) >= min_margin:
-            return [best, worst]
+    ends = best_and_worst([answer for answer in answers if answer.kept])
+    if ends is not None and _reward(ends[0]) - _reward(ends[1]) >= min_margin:
+        return list(ends)
     for answer in answers[:2]:
         answer.kept = False
     return list(answers[:2])

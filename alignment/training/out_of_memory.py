@@ -65,7 +65,7 @@ def advice(load: Load, checkpointing: bool, config: Any) -> str:
     if load.strategy.startswith("zero") and load.offload == "none" and torch.cuda.is_available():
         choices.append(("engine.offload=optimizer", _total(load._replace(offload="optimizer"), checkpointing, config)))
     if load.trainable == load.parameters:
-        few = load._replace(trainable=adapter_parameters(config, RANK, "all-linear"))
+        few = load._replace(trainable=adapter_parameters(config, RANK, "all-linear"), frozen=0)
         choices.append((f"LoRA of rank {RANK} (stage.*.lora)", _total(few, checkpointing, config)))
     return "; or ".join(f"{what}: about {size_text(total)}" for what, total in choices)
 

@@ -21,9 +21,11 @@ class ClippedTrainer(OnlineTrainer):
     settings: Clipped
 
     def _weight(self, groups: Sequence[Group]) -> float:
-        lengths = [len(answer.trained) for group in groups for answer in group.answers if answer.trained]
-        longest, how = self.settings.max_new_tokens, self.settings.aggregate
-        return losses.divisor(len(lengths), sum(lengths), longest, how)
+        """Answers count that are only masked: they are part of the estimate, as in TRL, and few that are left do not
+        weigh more for it."""
+        judged = [answer for group in groups for answer in group.answers if answer.reward is not None]
+        tokens, longest = sum(len(answer.trained) for answer in judged), self.settings.max_new_tokens
+        return losses.divisor(len(judged), tokens, longest, self.settings.aggregate)
 
     def _sum(self, output: Any, targets: Targets) -> Tensor:
         loss, self._sums = self._token_losses(output, targets)
@@ -37,8 +39,9 @@ class ClippedTrainer(OnlineTrainer):
         clip = settings.epsilon_low, settings.epsilon_high
         surrogate = losses.clipped_surrogate(log_probs, old, targets.advantages, targets.mask, settings.ratio, *clip)
         loss = surrogate.loss
-        if self._refers and self.kl.place == "loss":
-            loss = loss + targets.coefficient * losses.kl(log_probs, targets.reference, self.kl.estimator)
+        if self.settings.refers and self.kl.place == "loss":
+            pull = losses.kl(log_probs, targets.reference, self.kl.estimator)
+            loss = loss + targets.coefficient * (losses.corrected(pull, surrogate) if self.kl.corrected else pull)
         return loss, self._measured(output, targets, surrogate)
 
     @torch.no_grad()
@@ -51,7 +54,7 @@ class ClippedTrainer(OnlineTrainer):
             "ratio": (surrogate.ratio * mask).sum(),
             "clip_fraction": (surrogate.clipped & mask).sum(),
         }
-        if self._refers:
+        if self.settings.refers:
             sums["kl"] = losses.kl(output.log_probs, targets.reference, self.kl.estimator).sum()
         return {**sums, **mismatch(output.log_probs, targets)}
 
@@ -64,7 +67,7 @@ class PolicyGradientTrainer(ClippedTrainer):
     def _credit(self, rollout: Rollout) -> None:
         settings = self.settings
         rewards, valid = rewards_of(rollout.groups)
-        if self._refers and self.kl.place == "reward":
+        if self.settings.refers and self.kl.place == "reward":
             rewards = rewards - rollout.coefficient * _distances(rollout.groups, self.kl.estimator)
         if isinstance(settings, Grpo):
             worth = advantages.group_relative(rewards, valid, settings.scale_by_std)

@@ -62,7 +62,7 @@ class PPOTrainer(ClippedTrainer):
         """[tokens]: the answer's reward comes with its last token, the KL's with each (Ziegler et al. 2019, eq. 2)."""
         rewards = torch.zeros(len(answer.ids), dtype=torch.float64)
         rewards[-1] = answer.reward or 0.0
-        if self._refers and self.kl.place == "reward":
+        if self.settings.refers and self.kl.place == "reward":
             own, reference = (torch.tensor(x, dtype=torch.float64) for x in (answer.log_probs, answer.reference))
             rewards -= coefficient * losses.kl(own, reference, self.kl.estimator)
         return rewards

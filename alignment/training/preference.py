@@ -255,7 +255,7 @@ class DPO(Referenced):
         if reference is not None:
             self._compare(reference, labels)
         settings = self.objective.settings
-        return pair_sums(self._output, reference, labels, settings.beta, settings.by_token)
+        return pair_sums(self._output, reference, labels, settings.reward_scale, settings.by_token)
 
     def training_state(self) -> dict[str, Any]:
         return {**super().training_state(), **self.objective.state_dict()}

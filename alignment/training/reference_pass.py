@@ -25,10 +25,6 @@ from alignment.training.ranks import all_gather, broadcast
 from alignment.training.reference import ReferenceStore, computing, row_digests
 
 BLOCK = 256  # pairs whose log-probs are stored together: what a killed pass loses at most
-# A forward without gradients may take so many times the tokens of a micro-batch: one layer's activations and a block of
-# logits at a time are less than what autograd keeps of two layers and the head's gradients. Where a step checkpoints it
-# keeps no more than one layer's itself, and the pass takes as many tokens as a step.
-BUDGET = 2
 
 
 class References:
@@ -126,8 +122,7 @@ class References:
     def compute(self, trainer: Any, rows: np.ndarray) -> list[str]:
         """Of these rows. Returns the names of the segments that the processes wrote. A collective."""
         names: list[str] = []
-        times = 1 if trainer.args.activation_checkpointing else BUDGET
-        batches = replace(trainer.batches, tokens_per_micro_batch=times * trainer.batches.tokens_per_micro_batch)
+        batches = replace(trainer.batches, tokens_per_micro_batch=trainer.tokens_without_gradients)
         world = batches.world_size
         began = time.monotonic()
         for first in range(0, len(rows), BLOCK):

@@ -82,6 +82,10 @@ class Resumable(_Trainer):
         """Of this process, in the step that is being computed."""
         return self.batches.micro_batches(self.state.global_step)[self.share]
 
+    def _rows_of_step(self) -> list[int]:
+        """Of all processes, in the same."""
+        return self.batches.rows(self.state.global_step)
+
     def _new_step(self, divisor: float) -> Tensor:
         """Nothing is added up yet. divisor: of the step's loss. Returns it as a tensor on the device."""
         raise NotImplementedError
@@ -175,7 +179,7 @@ class Resumable(_Trainer):
         if self.keeper:
             self.keeper.settle()  # what is being written is good, and may be what training goes back to
         try:
-            self.nonfinite.meet(step + 1, what, sorted(set(rows) or self.batches.rows(step)))
+            self.nonfinite.meet(step + 1, what, sorted(set(rows) or self._rows_of_step()))
         except TrainingError as error:
             if error.retry and self.keeper and self.args.process_index == 0:
                 self.keeper.stage.tell_next(**{ROLLED_BACK: self.nonfinite.rolled_back})

@@ -107,6 +107,15 @@ def with_signal(groups: Sequence[Group]) -> list[bool]:
     return advantages.has_signal(*rewards_of(groups)).tolist() if groups else []
 
 
+def best_and_worst(answers: Sequence[Answer]) -> tuple[Answer, Answer] | None:
+    """By reward; of answers whose rewards differ by rounding only the first. None where all are alike."""
+    rewards = torch.tensor([0.0 if answer.reward is None else answer.reward for answer in answers], dtype=torch.float64)
+    if len(answers) < 2 or not advantages.differ(rewards.max(), rewards.min()):
+        return None
+    best, worst = (int((~advantages.differ(rewards, end)).nonzero()[0]) for end in (rewards.max(), rewards.min()))
+    return answers[best], answers[worst]
+
+
 def measured(groups: Sequence[Group]) -> dict[str, float]:
     """Means over the answers of a rollout, and deviations: reward_std is the mean over prompts of that among a prompt's
     answers, reward_std/<term> that of the term among all."""

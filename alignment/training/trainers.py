@@ -38,6 +38,7 @@ from alignment.training.swapped import labelled_positions_only
 from alignment.training.trial import refusal, trial
 
 KEPT = ("pack", "reference", "targets")  # of a micro-batch: they go to the device, and stay in the precision they have
+BUDGET = 2  # what a pass without gradients takes of the tokens of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ class AlignedTrainer(Resumable):
     def _plain_model(self) -> Any:
         """The transformers model inside adapters."""
         return self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+    @property
+    def tokens_without_gradients(self) -> int:
+        """Of a micro-batch of a pass without gradients: BUDGET times those of a step, since one layer's activations and
+        a block of logits at a time are less than what autograd keeps of two layers and the head's gradients. Where a
+        step checkpoints it keeps no more than one layer's itself."""
+        return (1 if self.args.activation_checkpointing else BUDGET) * self.batches.tokens_per_micro_batch
 
     def _before_training(self) -> None:
         """The engine is ready, no step was made: try whether this model can be packed."""

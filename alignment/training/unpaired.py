@@ -16,7 +16,8 @@ from alignment.training.preference import Referenced
 
 
 class KTO(Referenced):
-    """Rows: prompt_ids, chosen_ids (the answer), rejected_ids (the answer to another prompt), label.
+    """Rows: prompt_ids, chosen_ids (the answer), rejected_ids (the answer to another prompt; empty for a loss without a
+    reference point), label.
 
     The answers to other prompts say how far the policy has moved in general (KTO's z0): of all rows of the global
     batch, without a gradient, before the loss of any, so that the result does not depend on how the batch is split.
@@ -33,7 +34,7 @@ class KTO(Referenced):
         answers = self._half(both, slice(0, len(numbers)))
         rows: Any = self.train_dataset
         answers["desirable"] = torch.tensor([bool(rows[number]["label"]) for number in numbers])
-        if self._how.loss == "kto":
+        if self._how.has_reference_point:
             answers["mismatched"] = self._half(both, slice(len(numbers), None))
         return answers
 
@@ -46,7 +47,7 @@ class KTO(Referenced):
         return self._packed(half, branches=1)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        if self._how.loss == "kto":
+        if self._how.has_reference_point:
             self._kl = self._reference_point(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 

@@ -76,11 +76,26 @@ def gather(store: Path) -> Points:
 
 
 def at(curve: list[tuple[float, float]], kl: float) -> float:
-    """The reward of a method at this KL, between its points, beyond them that of the last. curve: (kl, reward)."""
+    """The reward of a method at this KL: straight along the root of KL between its points, as a small tilt of the start
+    rises; beyond them that of the last. curve: (kl, reward)."""
     for (low, first), (high, second) in pairwise(curve):
         if kl <= high:
-            return first + (second - first) * (kl - low) / max(high - low, 1e-9)
+            return first + (second - first) * (kl**0.5 - low**0.5) / max(high**0.5 - low**0.5, 1e-9)
     return curve[-1][1]
+
+
+def above(points: Points, method: str, other: str) -> list[float]:
+    """By how much a method is above each point of another one of its seed, at that point's KL."""
+    seeds = sorted({row["seed"] for rows in points[other].values() for row in rows})
+    found = []
+    for seed in seeds:
+        own = {
+            name: [row for rows in points[name].values() for row in rows if row["seed"] == seed]
+            for name in (method, other, "start")
+        }
+        curve = [(0.0, own["start"][0]["reward"]), *sorted((row["kl"], row["reward"]) for row in own[method])]
+        found += [at(curve, row["kl"]) - row["reward"] for row in own[other]]
+    return found
 
 
 def curves(points: Points) -> dict[str, list[tuple[float, float]]]:
@@ -100,7 +115,8 @@ def table(points: Points) -> str:
     """Means over seeds, with the standard deviation; and the order at one KL that all reach."""
     seeds = len(points["dpo"][PULLS[0]])
     lines = [
-        f"Means and standard deviations over {seeds} seeds; reward / KL to the start in nats an answer.",
+        f"Means and standard deviations over {seeds} seeds; reward / KL to the start in nats an answer. The reward of "
+        f"the start is {_mean_of(points['start']):.3f}, and the least of all points below {_least(points):.3f}.",
         "",
         "| method | strong pull | medium | weak |",
         "|---|---|---|---|",
@@ -115,7 +131,26 @@ def table(points: Points) -> str:
     common = min(curve[-1][0] for curve in lines_of.values())
     order = sorted(((at(curve, common), METHODS[method]) for method, curve in lines_of.items()), reverse=True)
     told = ", ".join(f"{label} {reward:.3f}" for reward, label in order)
-    return "\n".join([*lines, "", f"At a KL of {common:.2f} nats, which all reach: {told}."])
+    ahead = above(points, "dpo", "sft_chosen")
+    lines += ["", f"At a KL of {common:.2f} nats, which all reach: {told}.", ""]
+    lines.append(
+        f"DPO less SFT at the KL of each of SFT's {len(ahead)} points, seed by seed: {min(ahead):+.3f} to "
+        f"{max(ahead):+.3f}, above it at {sum(one > 0 for one in ahead)}. At its own farthest point SFT's reward is "
+        f"{_farthest(points, 'sft_chosen'):.3f}, DPO's {_farthest(points, 'dpo'):.3f}."
+    )
+    return "\n".join(lines)
+
+
+def _mean_of(pulls: dict[str, list[dict[str, float]]]) -> float:
+    return over_seeds([row for rows in pulls.values() for row in rows], "reward")[0]
+
+
+def _least(points: Points) -> float:
+    return min(row["reward"] for method in METHODS for rows in points[method].values() for row in rows)
+
+
+def _farthest(points: Points, method: str) -> float:
+    return curves(points)[method][-1][1]
 
 
 if __name__ == "__main__":

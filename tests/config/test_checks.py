@@ -127,6 +127,35 @@ def test_what_the_pipeline_does_not_use_and_what_is_possible_is_let_through(over
     compose(overrides.split())
 
 
+SHARERS = "engine=zero2 launcher=torchrun launcher.processes=2 engine.sequence_parallel=2"
+OTHERS = {
+    f"pipeline=kto {SHARERS}": None,
+    "pipeline=dpo loss=simpo stage.dpo.lora.quantize=nf4": None,
+    f"pipeline=sft_ppo {SHARERS}": "`ppo` is a stage of kind ppo (engine.sequence_parallel=1: sft, dpo, kto "
+    "and reference alone share packs)",
+    f"pipeline=sft_reward_model {SHARERS}": "a stage of kind reward_model (engine.sequence_parallel=1",
+    "pipeline=kto stage.kto.desirable_weight=0 stage.kto.undesirable_weight=0": "are both 0: nothing would be learned",
+    "pipeline=kto pipeline.nodes.best_of_n.inputs.model=answers": "names `answers`, which makes rows, not a model",
+    "pipeline=dpo stage.dpo.loss=hinge stage.dpo.label_smoothing=0.1": "is 0.1, and hinge smooths no labels (stage.dpo",
+    "pipeline=dpo stage.dpo.loss=[sigmoid]": "`stage.dpo.loss` is neither a name nor names with weights (loss=sigmoid",
+    "pipeline=sft_rloo loss=simpo": "conf/loss/simpo.yaml:1: `stage.dpo` is set, but the pipeline has no such stage",
+    "experiment=rlhf reward=model": "`reward.terms.sentiment` is set, but nothing that is chosen brings its `kind` (ch",
+    "experiment=rlhf pipeline=sft_grpo": "`pipeline.nodes.rloo` is set, but the pipeline has no such node; 1 more",
+    "experiment=rlhf ~pipeline.nodes.best_of_n.inputs.reward_model": "and `best_of_n` no role `reward_model`",
+}
+
+
+@pytest.mark.parametrize("overrides", OTHERS)
+def test_what_other_pipelines_cannot_be_is_one_line(overrides: str) -> None:
+    """None: it can be."""
+    if (line := OTHERS[overrides]) is None:
+        compose(overrides.split())
+        return
+    with pytest.raises(ConfigError) as told:
+        compose(overrides.split())
+    assert line in str(told.value) and "\n" not in str(told.value)
+
+
 SCORED = "stage.prepare_preference.task=scored data.preferences.format=scored"
 REWARDS = {
     "pipeline.nodes.evaluate_all.inputs.model_2=member_1": "names `member_1`, the same model as",

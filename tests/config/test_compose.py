@@ -11,6 +11,8 @@ import yaml
 from alignment.config.compose import compose
 from alignment.config.launchers import SlurmLauncher
 from alignment.config.paths import CONF
+from alignment.config.stages.answering import Compare, Evaluate
+from alignment.config.stages.training import Lora, Sft
 from alignment.errors import ConfigError
 from alignment.pipeline import graph
 
@@ -49,6 +51,20 @@ def test_every_pipeline_makes_a_graph_whose_parents_come_first(pipeline: str) ->
         assert all(names.index(parent.name) < names.index(node.name) for parent in node.parents.values())
 
 
+def test_every_comparison_shows_the_best_of_several_answers() -> None:
+    """What trains on a reward is held against the simplest use of it; but in the quickstart's (conf/ says why)."""
+    compared, without = set(), set()
+    for choice in [*(f"pipeline={file.stem}" for file in (CONF / "pipeline").glob("*.yaml")), "experiment=rlhf"]:
+        experiment = compose([choice])
+        nodes, stage = experiment.pipeline.nodes, experiment.stage
+        for node in (node for node in nodes.values() if isinstance(stage[node.stage], Compare)):
+            compared.add(choice)
+            shown = [stage[nodes[parent].stage] for parent in node.inputs.values()]
+            if not any(isinstance(one, Evaluate) and one.best_of > 1 for one in shown):
+                without.add(choice)
+    assert without == {"pipeline=sft_sample_dpo"} and len(compared) >= 11
+
+
 # A pipeline's keys are its nodes.
 EXPLAINED = (file for file in CONF.glob("*/*.yaml") if file.parent.name != "pipeline")
 
@@ -67,6 +83,13 @@ REFUSED = [
     (["stage.dpo.beta=-1"], "command line: `stage.dpo.beta` should be greater than 0, got -1"),
     (["stage.sft.lora.rank=1.5"], "command line: `stage.sft.lora.rank` should be a valid integer, got 1.5"),
     (["stage.sft.global_batch_size=true"], "`stage.sft.global_batch_size` should be a valid integer, got True"),
+    (["stage.sft.lora={rnk: 8}"], "line: unknown key `stage.sft.lora.rnk` (did you mean `stage.sft.lora.rank`?)"),
+    (["stage.sft.lora=null", "stage.sft.lora.rank=8"], "`stage.sft.lora` is null (write +stage.sft.lora.rank=...)"),
+    (["stage.sft={lr: 1e-4}"], "command line: unknown key `stage.sft.lr`"),
+    (
+        ["stage.dpo.reference_update={share: 0.5}"],
+        "`stage.dpo.reference_update.every_steps` is missing (it has no value of its own: stage.dpo.reference_up",
+    ),
     (["stage.dpo.loss=sigmoidal"], "names an unknown loss, got 'sigmoidal' (did you mean `sigmoid`?)"),
     (["engine=zero4"], "command line: no engine is called 'zero4' (did you mean engine=zero3?)"),
     (["engin=zero3"], "command line: unknown key `engin` (did you mean `engine`?)"),
@@ -191,6 +214,17 @@ def test_a_wrong_setting_is_one_line(overrides: list[str], line: str) -> None:
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("off", [[], ["stage.sft.lora=null"]], ids=["as it is", "from null"])
+def test_adapters_given_in_part_have_the_other_values_of_conf(off: list[str]) -> None:
+    plain, given = (
+        compose([*off, *overrides]).stage["sft"] for overrides in ([], ["stage.sft.lora={rank: 16, dora: true}"])
+    )
+    conf = {file: yaml.safe_load(file.read_text()).get("lora") for file in (CONF / "stage").glob("*.yaml")}
+    assert all(value == Lora().model_dump() for value in conf.values() if value is not None) and any(conf.values())
+    assert isinstance(plain, Sft) and (plain.lora is None) == bool(off)
+    assert isinstance(given, Sft) and given.lora == Lora(rank=16, dora=True)
 
 
 def test_a_line_that_passes_a_secret_on_by_its_variable_is_let_through() -> None:

@@ -13,13 +13,20 @@ IMPOSSIBLE = {
         "engine.compile=true": "`engine.compile` is true, and `stage.rloo` decodes",
         "launcher=torchrun launcher.processes=2 engine=zero3 engine.hpz=2": "`engine.hpz` is 2, and `stage.rloo`",
         "stage.rloo.kl.coefficient=0.0 stage.rloo.kl.target=6.0": "`stage.rloo.kl.target` is 6, and",
-        "stage.rloo.kl.place=loss": "`stage.rloo.kl.estimator` is k1, and `stage.rloo.kl.place` is loss",
+        "stage.rloo.kl.place=loss stage.rloo.kl.corrected=false": "`stage.rloo.kl.estimator` is k1, and `stage",
+        "stage.rloo.aggregate=token": "`stage.rloo.aggregate` is token, and `stage.rloo.ratio` sequence: an",
         "stage.rloo.lora.quantize=nf4": "`stage.rloo.lora.quantize` is nf4, and decoding was not tried",
         "stage.rloo.completions_per_prompt=1": "`stage.rloo.completions_per_prompt` should be greater than or equal",
         "stage.prepare_sft.splits.prompts=0": "`stage.prepare_sft.splits.prompts` is 0, and `rloo` needs such rows",
     },
     "online_dpo": {"stage.online_dpo.beta=0.0": "`stage.online_dpo.beta` should be greater than 0"},
-    "ppo": {"stage.ppo.lam=1.5": "`stage.ppo.lam` should be less than or equal to 1"},
+    "grpo": {
+        "stage.grpo.ratio=sequence_mean stage.grpo.aggregate=constant": "`stage.grpo.ratio` sequence_mean: an answer's"
+    },
+    "ppo": {
+        "stage.ppo.lam=1.5": "`stage.ppo.lam` should be less than or equal to 1",
+        "stage.ppo.ratio=sequence": "`stage.ppo.aggregate` is token, and `stage.ppo.ratio` sequence",
+    },
 }
 
 
@@ -36,6 +43,7 @@ def test_what_changes_nothing_as_the_others_stand_is_not_in_the_key() -> None:
     assert online.rloo().idle() == {"truncation_penalty", *clip}
     assert online.rloo(truncated="penalty", batches_per_rollout=2).idle() == frozenset()
     assert online.ppo(epochs_per_rollout=1).idle() == online.ppo().idle()
-    assert online.kl(coefficient=0.0).idle() == {"estimator", "place", "target", "gain"}
+    assert online.kl(coefficient=0.0).idle() == {"estimator", "place", "target", "gain", "corrected"}
     assert online.kl(coefficient=0.1, target=None).idle() == {"gain"}
+    assert online.kl(target=6.0, place="reward").idle() == {"corrected"}
     assert online.ppo().idle() == online.online_dpo().idle() == {"truncation_penalty"}

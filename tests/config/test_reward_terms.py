@@ -24,6 +24,10 @@ REFUSED = {
     "reward=language reward.terms.script.scripts=[latn]": "got 'latn' (did you mean 'latin'?)",
     "reward=instructions reward.terms.instructions.checks=[{kind:words,relation:exactly}]": "checks.0.count` is miss",
     "reward=model": "`reward.terms.preference` has no model: it has no members, and `judged` no role `reward_model` (+",
+    # judged, which compares, reads no term
+    "reward=[endpoint_pairwise,model] reward.terms.judge.model=m stage.judge.judging=pairwise": (
+        "`reward.terms.preference` has no model: it has no members, and `evaluate_start` no role"
+    ),
     "reward=model +pipeline.nodes.judged.inputs.reward_model=sft": "which makes a model, not a reward model",
     "+pipeline.nodes.sft.inputs.reward_model=sft": "a stage of this kind has no such role",
 }
@@ -39,7 +43,7 @@ def test_what_cannot_be_is_one_line(overrides: str) -> None:
 def test_a_pipeline_gives_its_reward_model_to_all_that_judge() -> None:
     nodes = compose(["experiment=rlhf"]).pipeline.nodes
     given = {name for name, node in nodes.items() if node.inputs.get("reward_model") == "reward_model"}
-    assert given == {"rloo", "evaluate_start", "evaluate_sft", "evaluate_rloo"}
+    assert given == {"rloo", "evaluate_start", "evaluate_sft", "evaluate_rloo", "best_of_n"}
     with pytest.raises(ConfigError, match="is filled, and no term of the reward reads it"):
         compose(["experiment=rlhf", "reward=sentiment"])
 

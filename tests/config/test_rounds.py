@@ -58,13 +58,24 @@ def test_more_rounds_reuse_those_that_are_there(prompts: str) -> None:
     assert len(set(four.values())) == len(four)
 
 
+def drawn(experiment: Experiment) -> list[tuple[int, int, int | None]]:
+    """Seed, first prompt and number of prompts of each of three rounds."""
+    found: list[Any] = [experiment.stage[experiment.pipeline.nodes[f"samples_{i}"].stage] for i in (1, 2, 3)]
+    return [(settings.seed, settings.first_prompt, settings.prompts) for settings in found]
+
+
 def test_each_round_draws_with_another_seed_and_its_own_prompts_where_that_is_asked() -> None:
-    shared = compose(ROUNDS)
-    stages = [shared.stage[shared.pipeline.nodes[f"samples_{i}"].stage] for i in (1, 2, 3)]
-    assert [(s.seed, s.first_prompt, s.prompts) for s in stages] == [(0, 0, None), (1, 0, None), (2, 0, None)]  # type: ignore[attr-defined]
+    assert drawn(compose(ROUNDS)) == [(0, 0, None), (10**6, 0, None), (2 * 10**6, 0, None)]
     own = compose([*ROUNDS, "pipeline.rounds.prompts=20", "seed=5"])
-    stages = [own.stage[own.pipeline.nodes[f"samples_{i}"].stage] for i in (1, 2, 3)]
-    assert [(s.seed, s.first_prompt, s.prompts) for s in stages] == [(5, 0, 20), (6, 20, 20), (7, 40, 20)]  # type: ignore[attr-defined]
+    assert drawn(own) == [(5, 0, 20), (5 + 10**6, 20, 20), (5 + 2 * 10**6, 40, 20)]
+
+
+def test_seeds_of_a_sweep_have_no_round_in_common() -> None:
+    sweep = [keys(f"seed={seed}", "pipeline.rounds.count=3") for seed in (0, 1, 2)]
+    seeds = [seed for at in (0, 1, 2) for seed, *_ in drawn(compose([*ROUNDS, f"seed={at}"]))]
+    assert len(set(seeds)) == 9
+    drawing = [found[name] for found in sweep for name in found if name.startswith("samples_")]
+    assert len(set(drawing)) == 9
 
 
 # changes of the pipeline's keys -> the first fault, and its key

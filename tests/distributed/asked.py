@@ -65,8 +65,9 @@ class Asked(Keeper):
         super().settle()
 
     def close(self, wait: bool = True) -> None:
+        """The thread is waited for in any case: the next attempt in this process writes files of the same names."""
         self._gate.set()
-        super().close(wait)
+        super().close()
 
 
 def generators() -> list[str]:

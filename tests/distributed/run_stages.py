@@ -5,9 +5,11 @@ may have "padded": nothing is packed. The setting "start" names the start model'
 tests.training.tiny.adapters. A case may have "stops": attempts that are asked to stop, on the last rank, at so many
 steps from their beginning; all but a last null end before the stage does; {"lose": steps} instead breaks an attempt off
 on all ranks. "saving" are settings of its checkpoints; its "behind": see tests.distributed.asked, as for "noise".
-"poison": arguments of tests.training.poison. "no_room": {"rank", "steps"}: there the part of these checkpoints is
-refused by the kernel. "fails": the stage raises; what each rank was told is in error-<rank>.txt. "shared": the folder
-of what the case shares with others.
+"reward_model": the case whose result judges an online stage, which must come before any under ZeRO-3, as in a process
+there is one stage only; without it: tests.training.letters. "front_end": of the compiler alone, what it makes of layers
+is run as it stands. "poison": arguments of tests.training.poison. "no_room": {"rank", "steps"}: there the part of
+these checkpoints is refused by the kernel. "fails": the stage raises; what each rank was told is in error-<rank>.txt.
+"shared": the folder of what the case shares with others.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def main(folder: Path) -> None:
     gc.freeze()  # as alignment.imports.kept
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     train.consolidate, trainers.trial = observed(train.consolidate), watched(trainers.trial)
-    online_stage.judge_of = lambda context: online.letters()
+    judge_of = online_stage.judge_of
     for case in json.loads((folder / "plan.json").read_text()):
         lora = tiny.adapters(case["settings"].pop("lora", False))
         start = case["settings"].pop("start", "start")
@@ -61,12 +63,17 @@ def main(folder: Path) -> None:
         setup = tiny.engine(case["strategy"], **case["engine"])
         data = {"reference": "dpo", **dict.fromkeys(online.KINDS, "prompts")}.get(kind, kind)
         inputs = {"model": folder / start, "data": folder / data}
+        judged_by = case.get("reward_model")
+        online_stage.judge_of = judge_of if judged_by else lambda context: online.letters()
+        if judged_by:
+            inputs["reward_model"] = folder / judged_by
         train.Packing = partial(Packing, on=not padded)
         saving = dict(case.get("saving", {}))
         behind = saving.pop("behind", 0)
         saving = tiny.checkpoint(**saving)
         for stop in case.get("stops", [None]):
-            context = tiny.context(folder / case["name"], inputs, settings, setup, rank, world_size, saving)
+            where = folder / case["name"]
+            context = tiny.context(where, inputs, settings, setup, rank, world_size, saving, online.BY_MODEL)
             # What others computed packed is not read.
             context.shared = None if padded else folder / case.get("shared", "")
             lose = stop["lose"] if isinstance(stop, dict) else None
@@ -77,6 +84,8 @@ def main(folder: Path) -> None:
                     poison.into(patched, **case["poison"])
                 if case.get("noise"):
                     asked.noise(patched)
+                if case.get("front_end"):
+                    patched.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
                 if "no_room" in case and case["no_room"]["rank"] == rank:
                     patched.setattr(tensors, "write", partial(no_room, tensors.write, case["no_room"]["steps"]))
                 summary = attempt(kind, context, stop is None, case.get("fails", False))

@@ -1,4 +1,7 @@
-"""Interrupted equals uninterrupted on several ranks: bit for bit on as many, to 1e-5 on others and other engines."""
+"""Interrupted equals uninterrupted on several ranks: bit for bit on as many, to 1e-5 on others and other engines.
+
+Here is what depends on how and when it is saved; kinds of stages, losses and engines are in test_engines_agree.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launching import STRATEGIES, launch, rows_of, weights_of
+from tests.distributed.launching import launch, rows_of, weights_of
 
 pytestmark = pytest.mark.slow
 
@@ -32,46 +35,23 @@ def bits(folder: Path) -> tuple[Any, bytes]:
     return rows, (folder / "model" / "model.safetensors").read_bytes()
 
 
-MOVES = {"every_steps": 3, "share": 0.6}
-DORA = {"dora": True, "modules_to_save": ["norm"]}  # magnitudes, and a whole module beside them, are trained too
-# Of kinds of stages: SFT and DPO, if nothing is said.
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{strategy: {"strategy": strategy} for strategy in STRATEGIES},
-    "zero3_bf16": {"strategy": "zero3", "settings": {"precision": "bf16"}},
-    "zero2_bf16": {"strategy": "zero2", "settings": {"precision": "bf16"}},
-    "zero3_lora": {"strategy": "zero3", "settings": {"lora": True}},
-    "zero2_lora": {"strategy": "zero2", "settings": {"lora": True}, "kinds": ["sft"]},
-    "ddp_lora": {"strategy": "ddp", "settings": {"lora": True}, "kinds": ["dpo"]},
-    "zero3_dora": {"strategy": "zero3", "settings": {"lora": DORA}, "kinds": ["dpo"]},
-    "zero2_dora": {"strategy": "zero2", "settings": {"lora": DORA}, "kinds": ["sft"]},
-    "zero3_sequence": {"strategy": "zero3", "engine": {"sequence_parallel": 2}, "kinds": ["dpo"]},
-    "zero2_offload": {"strategy": "zero2", "engine": {"offload": "optimizer"}},
-    "zero3_offload": {"strategy": "zero3", "engine": {"offload": "optimizer"}, "kinds": ["sft"]},
-    "zero3_offload_all": {"strategy": "zero3", "engine": {"offload": "all"}, "kinds": ["dpo"]},
-    "zero3_persistent": {"strategy": "zero3", "engine": {"param_persistence_threshold": 100_000}},
-    "zero3_hpz": {"strategy": "zero3", "engine": {"hpz": 2}, "kinds": ["sft"]},
-    "zero3_bf16_persistent": {  # some parameters, not all
+    "sft_ddp": {"strategy": "ddp"},
+    "dpo_zero2": {"strategy": "zero2"},
+    "sft_zero3": {"strategy": "zero3"},
+    "sft_zero2_bf16": {"strategy": "zero2", "settings": {"precision": "bf16"}},
+    "dpo_zero3_bf16": {"strategy": "zero3", "settings": {"precision": "bf16"}},
+    "sft_zero3_offload": {"strategy": "zero3", "engine": {"offload": "optimizer"}},
+    "sft_zero3_persistent": {"strategy": "zero3", "engine": {"param_persistence_threshold": 100_000}},
+    "dpo_zero3_bf16_persistent": {  # some parameters, not all
         "strategy": "zero3", "settings": {"precision": "bf16"}, "engine": {"param_persistence_threshold": 600},
-        "kinds": ["dpo"],
     },
-    "ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}},
-    "zero2_kto": {"strategy": "zero2", "kinds": ["kto"]},
-    "zero3_kto": {"strategy": "zero3", "kinds": ["kto"]},
-    # a reference that moved after the third and the sixth step
-    "zero3_tr_dpo": {"strategy": "zero3", "settings": {"reference_update": MOVES}, "kinds": ["dpo"]},
-    "zero2_tr_dpo": {"strategy": "zero2", "settings": {"reference_update": MOVES, "lora": True}, "kinds": ["dpo"]},
-    # what it carries from batch to batch is in checkpoints too
-    "zero3_beta_dpo": {"strategy": "zero3", "settings": {"loss": "beta_dpo"}, "kinds": ["dpo"]},
-    "ddp_noise": {"strategy": "ddp", "noise": True, "kinds": ["sft"]},
-    "zero3_noise": {"strategy": "zero3", "noise": True, "kinds": ["dpo"]},
+    "sft_zero3_hpz": {"strategy": "zero3", "engine": {"hpz": 2}},
+    "dpo_ddp_logged_seldom": {"strategy": "ddp", "settings": {"log_every": 3}},
+    "sft_ddp_noise": {"strategy": "ddp", "noise": True},
+    "dpo_zero3_noise": {"strategy": "zero3", "noise": True},
 }  # fmt: skip
-CASES = [
-    (kind, name)
-    for kind in (*KINDS, "kto")
-    for name, variant in VARIANTS.items()
-    if kind in variant.get("kinds", KINDS)
-]
-NOISE = [(kind, name) for kind, name in CASES if VARIANTS[name].get("noise")]
+NOISE = [name for name, variant in VARIANTS.items() if variant.get("noise")]
 
 # A part of a checkpoint is written two steps after its copy was made, then comes the next one: those of steps 1 and 3
 # count from the end of 3 and 5 on. The attempt is lost while it computes step 7; the next one is asked to stop in its
@@ -79,45 +59,44 @@ NOISE = [(kind, name) for kind, name in CASES if VARIANTS[name].get("noise")]
 LOST: Any = [{"lose": 7}, 2, None]
 STEPS_OF_LOST = [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
 BEHIND = {"every_steps": 1, "asynchronous": True, "behind": 2}
-WRITTEN_BEHIND = [("sft", "ddp"), ("dpo", "zero2"), ("sft", "zero3"), ("dpo", "zero3_bf16")]
+WRITTEN_BEHIND = ["sft_ddp", "dpo_zero2", "sft_zero3", "dpo_zero3_bf16"]
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resumed")
     plan = []
-    for kind, name in CASES:
-        plan.append(case(f"{kind}_{name}_whole", kind, **VARIANTS[name]))
-        plan.append(case(f"{kind}_{name}_parts", kind, **VARIANTS[name], stops=STOPS))
-        if (kind, name) in WRITTEN_BEHIND:  # at once: DDP rounds otherwise in a process that DeepSpeed was in
-            plan.append(case(f"{kind}_{name}_lost", kind, **VARIANTS[name], stops=LOST, saving=BEHIND))
+    for name, variant in VARIANTS.items():
+        kind = name[:3]
+        plan.append(case(f"{name}_whole", kind, **variant))
+        plan.append(case(f"{name}_parts", kind, **variant, stops=STOPS))
+        if name in WRITTEN_BEHIND:  # at once: DDP rounds otherwise in a process that DeepSpeed was in
+            plan.append(case(f"{name}_lost", kind, **variant, stops=LOST, saving=BEHIND))
     launch(folder, 2, plan)
     return folder
 
 
-@pytest.mark.parametrize(("kind", "variant"), CASES)
-def test_on_as_many_ranks_it_is_the_same_bit_for_bit(kind: str, variant: str, together: Path) -> None:
-    require_each_step_once(together / f"{kind}_{variant}_parts", 2)
-    whole, parts = (bits(together / f"{kind}_{variant}_{arm}") for arm in ("whole", "parts"))
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_as_many_ranks_it_is_the_same_bit_for_bit(name: str, together: Path) -> None:
+    require_each_step_once(together / f"{name}_parts", 2)
+    whole, parts = (bits(together / f"{name}_{arm}") for arm in ("whole", "parts"))
     assert parts[0] == whole[0]
     assert parts[1] == whole[1]
 
 
-@pytest.mark.parametrize(("kind", "variant"), WRITTEN_BEHIND)
-def test_what_is_written_while_training_goes_on_is_gone_on_from_bit_for_bit(
-    kind: str, variant: str, together: Path
-) -> None:
-    whole, lost = (together / f"{kind}_{variant}_{arm}" for arm in ("whole", "lost"))
+@pytest.mark.parametrize("name", WRITTEN_BEHIND)
+def test_what_is_written_while_training_goes_on_is_gone_on_from_bit_for_bit(name: str, together: Path) -> None:
+    whole, lost = (together / f"{name}_{arm}" for arm in ("whole", "lost"))
     for rank in range(2):
-        assert [step for step, *_ in generators(lost, rank)] == STEPS_OF_LOST
+        assert steps_of(lost, rank) == STEPS_OF_LOST
     assert bits(lost) == bits(whole)
 
 
-@pytest.mark.parametrize(("kind", "variant"), NOISE)
-def test_every_rank_goes_on_with_its_random_numbers(kind: str, variant: str, together: Path) -> None:
+@pytest.mark.parametrize("name", NOISE)
+def test_every_rank_goes_on_with_its_random_numbers(name: str, together: Path) -> None:
     seen = []
     for rank in range(2):
-        whole, parts = (generators(together / f"{kind}_{variant}_{arm}", rank) for arm in ("whole", "parts"))
+        whole, parts = (generators(together / f"{name}_{arm}", rank) for arm in ("whole", "parts"))
         assert parts == whole
         seen.append([state for _, *states in whole for state in states])
         assert len(set(seen[rank])) == 3 * 8, "all three are drawn from at every step"
@@ -127,7 +106,12 @@ def test_every_rank_goes_on_with_its_random_numbers(kind: str, variant: str, tog
 def require_each_step_once(folder: Path, ranks: int) -> None:
     """Who was asked to stop has saved its last step, and the next one went on from there: none was computed twice."""
     for rank in range(ranks):
-        assert [step for step, *_ in generators(folder, rank)] == list(range(1, 9))
+        assert steps_of(folder, rank) == list(range(1, 9))
+
+
+def steps_of(folder: Path, rank: int) -> list[int]:
+    """Those that all attempts have computed."""
+    return [step for step, *_ in generators(folder, rank)]
 
 
 def generators(folder: Path, rank: int) -> list[list[Any]]:

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from alignment import worker
+from alignment import generation, worker
 from alignment.pipeline.store import Store
+from alignment.rewards import Judge
 from alignment.signals import ECHO
 from alignment.stages import train
 from alignment.tracking import Tracker
@@ -32,6 +33,8 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "loading": (engine, "start"),
     "trial": (trainers.AlignedTrainer, "_before_training"),
     "reference": (ReferenceStore, "append"),
+    "sampling": (generation, "draw"),
+    "judging": (Judge, "score"),
     "training": (trainers.AlignedTrainer, "training_step"),
     "saving": (tensors, "write"),
     "committing": (Checkpoints, "commit"),

@@ -25,6 +25,9 @@ from tests.faults.driver import Fault, Order, drive
 from tests.forks import FORKING
 
 KINDS = ("sft", "dpo")
+ONLINE = ("rloo", "grpo", "online_dpo", "ppo")
+FURTHER = ("kto", "reward_model", *ONLINE)  # of these a slice, under engines that cut weights or gradients in parts
+CUTTING = ("zero2", "zero3")
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
 STEPS = 6
 PATIENCE = 240  # seconds; whatever takes longer hangs
@@ -37,10 +40,19 @@ def cells(kinds: Sequence[str] = KINDS, engines: Sequence[str] = ENGINES) -> pyt
     return pytest.mark.parametrize(("kind", "engine"), [(kind, engine) for kind in kinds for engine in engines])
 
 
-def faults(of_all: Sequence[str], of_few: Sequence[str], few: set[tuple[str, str]]) -> pytest.MarkDecorator:
-    """`kind`, `engine` and `what`: some things befall every cell, others a few of them, where the difference lies."""
+def faults(
+    of_all: Sequence[str],
+    of_few: Sequence[str],
+    few: set[tuple[str, str]],
+    further: Sequence[str] = (),
+    of_online: Sequence[str] = (),
+) -> pytest.MarkDecorator:
+    """`kind`, `engine` and `what`: some things befall every cell, others a few of them, where the difference lies.
+    further: what befalls the kinds that have a slice. of_online: what befalls those alone that sample."""
     every = [(kind, engine) for kind in KINDS for engine in ENGINES]
     found = [(*cell, what) for cell in every for what in (*of_all, *(of_few if cell in few else ()))]
+    for kind, engine in ((kind, engine) for kind in FURTHER for engine in CUTTING):
+        found += [(kind, engine, what) for what in (*further, *(of_online if kind in ONLINE else ()))]
     return pytest.mark.parametrize(("kind", "engine", "what"), found)
 
 
@@ -261,6 +273,8 @@ def write_inputs(folder: Path) -> list[str]:
         *("model=path", f"model.source.path={write_tiny_model(folder / 'model')}", "data=path"),
         f"data.instructions.source.path={folder / 'rows.jsonl'}",
         f"data.preferences.source.path={folder / 'pairs.jsonl'}",
+        *("reward=length", "reward.terms.length.unit=characters", "reward.terms.length.low=1"),
+        *("reward.terms.length.high=2", "reward.terms.length.fall_off=30"),  # no two answers alike get the same
         *("tracking=none", "min_free_gb=0", "engine.threads=1"),
     ]
 

@@ -78,7 +78,7 @@ FEW = [f"{file} {harm}" for file in FILES for harm in HARMS if f"{file} {harm}" 
 
 @pytest.mark.fault("of the newest checkpoint: {what}")
 @pytest.mark.quick("sft-zero3-part flipped", "dpo-single-part swapped", "dpo-single-manifest truncated")
-@faults(ALL, FEW, {("dpo", "single"), ("dpo", "zero2")})
+@faults(ALL, FEW, {("dpo", "single"), ("dpo", "zero2")}, further=ALL[:1])
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
     kind: str, engine: str, what: str, ground: Ground, going_on: Callable[..., Case]
 ) -> None:

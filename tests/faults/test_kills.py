@@ -17,18 +17,28 @@ from tests.faults.runs import ATTEMPT, STEPS, Case, Driver, cells, faults, until
 
 # moment -> which time it comes
 MOMENTS = {
-    "start": 1, "loading": 1, "trial": 1, "reference": 1, "training": 4, "saving": 3, "committing": 3, "removing": 4,
-    "finishing": 1, "model": 1, "summary": 1, "tracker": 1, "result": 1, "fsync": 7, "rename": 3, "replace": 9,
+    "start": 1, "loading": 1, "trial": 1, "reference": 1, "sampling": 2, "judging": 2, "training": 4, "saving": 3,
+    "committing": 3, "removing": 4, "finishing": 1, "model": 1, "summary": 1, "tracker": 1, "result": 1, "fsync": 7,
+    "rename": 3, "replace": 9,
 }  # fmt: skip
 LATE = {"finishing", "model", "summary", "tracker", "result"}  # training is over
 ONLY_MAIN = {"committing", "removing", "tracker", "result", "fsync", "rename", "replace"}
 EVERYWHERE = ["training", "saving", "model"]
+SAMPLES = ["sampling", "judging"]
 LEAST = {"saving": 2, "committing": 2, "removing": 2}  # checkpoints that count when the moment comes
 
 
 @pytest.mark.fault("kill -9 of a rank: {what}")
-@pytest.mark.quick("sft-zero3-saving", "dpo-single-reference", "dpo-single-removing", "dpo-single-result")
-@faults(EVERYWHERE, [moment for moment in MOMENTS if moment not in EVERYWHERE], {("dpo", "single"), ("dpo", "zero3")})
+@pytest.mark.quick(
+    "sft-zero3-saving", "dpo-single-reference", "dpo-single-removing", "dpo-single-result", "ppo-zero3-sampling"
+)
+@faults(
+    EVERYWHERE,
+    [moment for moment in MOMENTS if moment not in (*EVERYWHERE, *SAMPLES)],
+    {("dpo", "single"), ("dpo", "zero3")},
+    further=["training", "saving"],
+    of_online=SAMPLES,
+)
 def test_a_rank_that_is_killed_costs_an_attempt_and_nothing_else(
     kind: str, engine: str, what: str, make: Callable[..., Case]
 ) -> None:

@@ -26,7 +26,12 @@ FEW = [f"{number.name} {moment}" for number in NUMBERS for moment in (*MOMENTS, 
 
 @pytest.mark.fault("a rank gets {what}")
 @pytest.mark.quick("sft-zero3-SIGTERM training", "dpo-single-SIGINT reference")
-@faults(EVERYWHERE, [what for what in FEW if what not in EVERYWHERE], {("dpo", "single"), ("dpo", "ddp")})
+@faults(
+    EVERYWHERE,
+    [what for what in FEW if what not in EVERYWHERE],
+    {("dpo", "single"), ("dpo", "ddp")},
+    further=EVERYWHERE[:1],
+)
 def test_a_rank_that_is_asked_to_stop_has_all_of_them_save(
     kind: str, engine: str, what: str, make: Callable[..., Case]
 ) -> None:

@@ -21,7 +21,7 @@ from tests.tracking.conftest import WandbServer
 
 @pytest.mark.fault("NaN in the {what}, nonfinite=halt")
 @pytest.mark.quick("sft-single-loss")
-@faults(["loss"], ["gradient"], {("dpo", engine) for engine in ENGINES})
+@faults(["loss"], ["gradient"], {("dpo", engine) for engine in ENGINES}, further=["loss"])
 def test_a_nan_halts_before_it_does_harm(kind: str, engine: str, what: str, make: Callable[..., Case]) -> None:
     """It was a fault of the machine: the same command goes on, and ends as if it had not been."""
     case = make(kind, engine, "checkpoint.asynchronous=false")
@@ -33,15 +33,14 @@ def test_a_nan_halts_before_it_does_harm(kind: str, engine: str, what: str, make
     case.require_same()
 
 
-@pytest.mark.fault("NaN in the {where}, nonfinite=rollback")
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-@cells(kinds=("dpo",))
+@pytest.mark.fault("NaN in the {what}, nonfinite=rollback")
+@faults([], ["loss", "gradient"], {("dpo", engine) for engine in ENGINES}, further=["gradient"])
 def test_a_nan_that_does_not_come_again_leaves_no_trace(
-    kind: str, engine: str, where: str, make: Callable[..., Case]
+    kind: str, engine: str, what: str, make: Callable[..., Case]
 ) -> None:
     back = f"stage.{kind}.nonfinite=rollback"
     case = make(kind, engine, back)
-    case.run(code=0, faults=[Fault("poisoned", {"where": where, "steps": [4]})])
+    case.run(code=0, faults=[Fault("poisoned", {"where": what, "steps": [4]})])
     assert len(case.outcomes()) == 2
     case.require_same(back)
 

@@ -14,6 +14,7 @@ QUESTIONS = ["a", "Who?", "What is the colour of the sky?", "b", "Tell me more a
 PROMPTS = [[{"role": "user", "content": text}] for text in QUESTIONS]
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0}
 SAMPLED: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "seed": 3}
+GIVEN = [[244, 60, 177, 99, 97, 164, 143, 165, 255, 48], [91, 16]]  # to the third prompt, by SAMPLED
 
 
 @torch.inference_mode()
@@ -75,8 +76,9 @@ def test_finished_means_that_a_stop_token_ended_the_answer(loaded: tuple[Any, An
 
 def test_the_end_of_turn_token_is_not_in_the_text(loaded: tuple[Any, Any]) -> None:
     _, tokenizer = loaded
-    completion = generation.completion(tokenizer, [*tokenizer("Hi")["input_ids"], 1], -1.0, [1])
+    completion = generation.completion(tokenizer, [*tokenizer("Hi")["input_ids"], 1], [-1.0, -2.0, -0.5], [1])
     assert (completion.text, completion.tokens, completion.finished) == ("Hi", 3, True)
+    assert completion.log_prob == -3.5
 
 
 def test_the_log_prob_of_an_answer_is_that_of_a_plain_forward(loaded: tuple[Any, Any]) -> None:
@@ -87,6 +89,25 @@ def test_the_log_prob_of_an_answer_is_that_of_a_plain_forward(loaded: tuple[Any,
             table = model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
         expected = sum(float(table[len(ids) + i - 1, token]) for i, token in enumerate(answer))
         assert few[0].log_prob == pytest.approx(expected, abs=1e-4)
+
+
+def test_answers_drawn_from_token_ids_are_those_of_generate_bit_for_bit(loaded: tuple[Any, Any]) -> None:
+    """What trains online draws from ids and noise of its own; an answer's log-prob is the sum of its tokens', one after
+    the other. The ids are those that a seed has given since there are samples."""
+    model, tokenizer = loaded
+    texts = generation.generate(model, tokenizer, PROMPTS, batch_size=4, completions=2, **SAMPLED)
+    ids = [generation.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    noise = torch.rand(len(ids), 2, 12, generator=torch.Generator().manual_seed(SAMPLED["seed"]))
+    how: dict[str, Any] = {"stop": generation.stop_tokens(model, tokenizer), "temperature": 1.0, "top_p": 0.95}
+    drawn = generation.in_order(generation.draw(model, ids, noise, batch_size=4, **how))
+    assert [[one.token_ids for one in few] for few in texts] == [[tokens for tokens, _ in few] for few in drawn]
+    for few, log_probs in zip(texts, ([scores for _, scores in few] for few in drawn), strict=True):
+        for one, scores in zip(few, log_probs, strict=True):
+            total = 0.0
+            for score in scores:
+                total += score
+            assert one.log_prob == total
+    assert [one.token_ids for one in texts[2]] == GIVEN
 
 
 def test_progress_reaches_its_total_and_tells_the_speed(loaded: tuple[Any, Any]) -> None:

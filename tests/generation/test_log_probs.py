@@ -8,6 +8,7 @@ import torch
 
 from alignment import generation
 from alignment.errors import InputError
+from alignment.padding import by_budget
 
 
 def random_rows(count: int) -> list[tuple[list[int], list[int]]]:
@@ -57,7 +58,7 @@ def test_progress_counts_every_token_once(loaded: tuple[Any, Any]) -> None:
 
 def test_batches_hold_like_lengths_within_the_budget() -> None:
     """Budget 12: 6 twice; then 5 with 4 would be 2 x 5 = 10, with 3 as well 15: too much."""
-    assert generation._batches([3, 6, 5, 6, 4, 20], 12) == [[5], [1, 3], [2, 4], [0]]
+    assert by_budget([3, 6, 5, 6, 4, 20], 12) == [[5], [1, 3], [2, 4], [0]]
 
 
 def test_a_row_longer_than_the_window_and_an_empty_prompt_are_refused(loaded: tuple[Any, Any]) -> None:

@@ -170,6 +170,9 @@ def test_what_an_attempt_leaves_to_the_next_starts_the_count_anew(tmp_path: Path
         (tmp_path / "next_attempt.json").write_text(json.dumps({"tokens_per_micro_batch": tokens}))
         assert retries.next(lost) == 100.0
     assert retries.next(lost) is None
+    (tmp_path / "next_attempt.json").write_text(json.dumps({"sampled": 40}))
+    assert retries.next(lost) == 100.0
+    assert retries.says(lost, 2, 1.0).endswith("in 1 s, after the answers to 40 prompts")
 
 
 def test_an_error_of_a_library_may_be_what_came_of_a_dead_rank_and_one_with_a_cause_is_not(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def readers(path: tuple[Any, ...]) -> set[str]:
     reads = {
         "stage": lambda node: node.stage == path[1],
         "data": lambda node: getattr(node.settings, "dataset", None) == path[1],
-        "reward": lambda node: node.kind in ("judge", "evaluate"),
+        "reward": lambda node: node.kind in ("judge", "evaluate") and path[1] != "comparison",  # nobody compares
     }[path[0]]
     return {node.name for node in NODES if reads(node)}
 
@@ -175,6 +175,18 @@ def test_qlora_has_a_key_of_its_own_where_its_package_is(monkeypatch: pytest.Mon
     assert keys(BASE) == before, "nobody else needs it"
     with pytest.raises(MachineError, match="bitsandbytes is not installed"):
         keys(changed)
+
+
+def test_of_a_reward_who_compares_has_the_comparison_in_its_key_and_all_others_the_terms() -> None:
+    compares = ["reward=[sentiment_relevance,endpoint_pairwise]", "stage.judge.judging=pairwise"]
+    chosen = ["experiment=quickstart", *compares, "reward.terms.judge.model=m"]
+    before = keys(compose(chosen))
+    evaluations = {node.name for node in NODES if node.kind == "evaluate"}
+    for setting, asking in {"comparison": {"judged"}, "terms.judge": evaluations}.items():
+        after = keys(compose([*chosen, f"reward.{setting}.temperature=0.5"]))
+        assert {name for name in after if before[name] != after[name]} == with_descendants(asking)
+    (judged,) = (node for node in graph.build(compose(chosen)) if node.name == "judged")
+    assert "vaderSentiment" not in judged.identity["packages"], "a term of sentiment is not asked there"
 
 
 SEES = ("global_batch_size", "epochs", "max_steps", "seed")
@@ -335,3 +347,9 @@ def test_tokenizers_is_in_the_key_of_every_stage_that_makes_token_ids_or_text() 
     assert {name for name in packages if "tokenizers" in packages[name]} == {
         "start", "rows", "samples", "judged", "pairs", "evaluate_start", "evaluate_sft", "evaluate_dpo",
     }  # fmt: skip
+
+
+def test_the_reference_is_left_out_where_the_loss_looks_at_other_rows_than_it_does() -> None:
+    """KTO's needs answers to other prompts; a loss without a reference point would have them scored for nothing."""
+    found = [graph.build(compose(["pipeline=kto", f"stage.kto.loss={loss}"])) for loss in ("kto", "apo_zero_unpaired")]
+    assert [{"reference"} & {node.name for node in nodes} for nodes in found] == [{"reference"}, set()]

@@ -66,6 +66,23 @@ def test_a_stage_that_trains_asks_for_what_the_launcher_says(composed: Any, tmp_
     assert sft["dependency"] == "afterok:<001-rows>"
 
 
+def test_what_trains_online_asks_as_what_trains_and_a_merge_for_one_process(
+    tmp_path: Path, tiny_settings: list[str]
+) -> None:
+    """Jobs wait for their parents' jobs: RLOO for the reward model that judges its answers, a merge for both models."""
+    merge = ["+stage@stage.merge=merge", "+pipeline.nodes.merged={stage: merge, inputs: {model: sft, other: rloo}}"]
+    merge += ["pipeline.final=merged", "+launcher.stages.rloo.processes=4", "+launcher.stages.merge.gpus_per_node=0"]
+    own = [one for one in tiny_settings if "relevance" not in one]
+    found = scripts(Run(compose(["experiment=rlhf", *own, *LAUNCHER[:2], *merge, f"store={tmp_path / 'store'}"]), ""))
+    told = {name: [one[key] for key in ("nodes", "gpus-per-node")] for name, one in found.items()}
+    assert told["reward_model"] == ["1", "8"] and told["rloo"] == ["1", "4"]
+    assert told["merged"] == ["1", "0"] and told["best_of_n"] == told["start"] == ["1", "1"]
+    waits = {name: set(re.findall(r"<\d+-(\w+)>", str(one.get("dependency", "")))) for name, one in found.items()}
+    assert waits["rloo"] == {"reward_model"}, "which waits for SFT itself"
+    assert waits["merged"] == {"rloo"}
+    assert {"best_of_n", "evaluate_rloo"} & waits["verdict"] and waits["best_of_n"] == {"reward_model"}
+
+
 def test_what_a_profile_says_to_sbatch_is_the_default(composed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PARTITION", "ACCOUNT", "QOS", "CONSTRAINT"):
         monkeypatch.setenv(f"SBATCH_{name}", f"my-{name.lower()}")

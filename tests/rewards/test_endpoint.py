@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import pytest
 
 from alignment.config.compose import compose
 from alignment.config.rewards import Reward
-from alignment.errors import ConfigError, MachineError
+from alignment.errors import ConfigError, InputError, MachineError
 from alignment.files import read_jsonl, write_jsonl
 from alignment.pipeline.identity import identity_side
-from alignment.rewards import Judge
+from alignment.rewards import Judge, chat_client
 from alignment.stages import judge
+from alignment.stages.context import StageContext
+from alignment.stages.parts import judge_of
 from tests.rewards.conftest import row
 from tests.stages.conftest import MakeContext, make_context  # noqa: F401
 
@@ -59,17 +61,23 @@ def server() -> Iterator[Server]:
             with made.lock:
                 made.at_once -= 1
             try:
+                if "Drip-Head" in headers:
+                    self._drip(b"HTTP/1.1 200 OK\r\nX: " + text)
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(text)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                for byte in text if "Drip" in headers else ():
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(0.05)
-                if "Drip" not in headers:
+                if "Drip" in headers:
+                    self._drip(text)
+                else:
                     self.wfile.write(text)
             except OSError:  # whoever asked has gone
                 pass
+
+        def _drip(self, text: bytes) -> None:
+            for byte in text:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -194,9 +202,10 @@ def test_an_answer_that_takes_too_long_is_given_up(server: Server) -> None:
     over.set()
 
 
-def test_an_answer_that_comes_in_drops_is_given_up_too(server: Server) -> None:
-    """Twenty bytes a second, each in time: 4 s for what may take 0.5."""
-    drops: Answer = (200, {"Drip": "yes"}, b" " * 80)
+@pytest.mark.parametrize("part", ["Drip", "Drip-Head"])
+def test_an_answer_that_comes_in_drops_is_given_up_too(server: Server, part: str) -> None:
+    """Twenty bytes a second, of its body or of its head, each in time: 4 s for what may take 0.5."""
+    drops: Answer = (200, {part: "yes"}, b" " * 80)
     server.answer = lambda question, before: drops if before else completion("Score: 10")
     slow = judge_at(server.port, timeout_s=0.5, retries=0, concurrency=1)
     assert told(slow.score([row()] * 2, ["fast", "slow"])) == [1.0, "the endpoint took longer than 0.5 s"]
@@ -240,7 +249,40 @@ def test_an_endpoint_that_never_answered_ends_the_stage_for_now(server: Server) 
         judge_at(server.port).score([row()], ["a"])
 
 
-def test_replies_are_kept_by_what_was_asked_and_only_those_with_a_score(server: Server, tmp_path: Path) -> None:
+def test_an_endpoint_that_has_gone_ends_the_stage_for_now(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It answers ten questions and then none; three in a row are enough here. Those ten are not asked again."""
+    monkeypatch.setattr(chat_client, "GONE", 3)
+    server.answer = lambda question, before: completion("Score: 10") if before < 10 else FLAKY["503"]
+    texts = [str(i) for i in range(40)]
+    with pytest.raises(MachineError, match="HTTP 503, and has answered nothing of the last 3 questions") as error:
+        judge_at(server.port, tmp_path, concurrency=1, retries=0).score([row()] * 40, texts)
+    assert error.value.retry
+    assert len(server.asked) == 10 + 3
+    server.answer = lambda question, before: completion("Score: 10")
+    assert told(judge_at(server.port, tmp_path).score([row()] * 40, texts)) == [1.0] * 40
+    assert len(server.asked) == 13 + 30
+
+
+def test_patience_with_an_endpoint_is_a_sign_of_life(server: Server) -> None:
+    """Two tries end without an answer, and two seconds pass before the third."""
+    wait: Answer = (429, {"Retry-After": "1"}, b"")
+    server.answer = lambda question, before: wait if before < 2 else completion("Score: 10")
+    calls: list[int] = []
+    assert told(judge_at(server.port, alive=lambda: calls.append(1)).score([row()], ["a"])) == [1.0]
+    assert len(calls) >= 2, "one is for the reply"
+
+
+def test_half_a_character_in_a_reply_is_no_end_of_the_stage(server: Server, tmp_path: Path) -> None:
+    """JSON can have one; no file can."""
+    server.answer = lambda question, before: completion("\ud800 Score: 10")
+    for _ in range(2):
+        assert told(judge_at(server.port, tmp_path).score([row()], ["a"])) == [1.0]
+    assert len(server.asked) == 1
+
+
+def test_replies_are_kept_by_what_was_asked_where_and_only_those_with_a_score(server: Server, tmp_path: Path) -> None:
     replies = {"a": "Score: 10", "b": "Hm."}
     server.answer = lambda question, before: completion(replies[question["messages"][0]["content"][-1]])
 
@@ -254,11 +296,16 @@ def test_replies_are_kept_by_what_was_asked_and_only_those_with_a_score(server: 
     assert asked(judge_at(server.port, tmp_path, model="another")) == "ab"
     assert asked(judge_at(server.port, tmp_path, cache=False)) == "ab"
     assert asked(judge_at(server.port, None)) == "ab"
+    assert asked(judge_at(server.port, tmp_path, url=f"http://127.0.0.1:{server.port}/v1")) == "b"
+    elsewhere = {"url": f"http://localhost:{server.port}/v1"}
+    assert asked(judge_at(server.port, tmp_path, **elsewhere)) == "ab", "what answers there may be another model"
+    assert asked(judge_at(server.port, tmp_path, **elsewhere)) == "b"
     (kept,) = [file for file in tmp_path.rglob("*.json") if "Score" in file.read_text()][:1]
     kept.write_text('{"reply": "Sco')
     files = list(tmp_path.rglob("*.json"))
-    assert len(files) == 2
-    assert asked(judge_at(server.port, tmp_path)) + asked(judge_at(server.port, tmp_path, model="another")) == "abb"
+    assert len(files) == 3
+    again = [asked(judge_at(server.port, tmp_path, **one)) for one in ({}, {"model": "another"}, elsewhere)]
+    assert sorted(again) == ["ab", "b", "b"]
 
 
 def test_a_request_to_stop_does_not_wait_for_the_endpoint(server: Server) -> None:
@@ -321,9 +368,11 @@ def test_of_two_answers_one_is_better_or_none(server: Server) -> None:
 
     server.answer = answer
     compare = comparer(server.port)
-    games = [("long", "s"), ("s", "long"), ("same", "size"), ("?", "x"), ("", "x"), ("x", " "), ("", "\n")]
+    games = [("long", "s"), ("s", "long"), ("same", "size"), ("?", "x"), ("", "x"), ("x", " "), ("", "\n"), ("a", "a")]
     outcomes = compare([row()] * len(games), *zip(*games, strict=True))
-    assert outcomes == [1, -1, 0, None, -1, 1, 0]
+    assert [one if isinstance(one, int) else str(one) for one in outcomes] == [
+        1, -1, 0, "the judge's reply has no verdict", -1, 1, 0, 0,
+    ]  # fmt: skip
     assert len(server.asked) == 4
     assert server.asked[0][2]["messages"][0]["content"].startswith("Say something: ")
 
@@ -338,16 +387,84 @@ def test_a_stage_asks_about_pairs_in_both_orders(
         return completion(f"Better: {'B' if len(first) < len(second) else 'A'}")
 
     server.answer = answer
-    completions = [{"text": text, "tokens": 1, "finished": True} for text in ("ab", "the longest", "cd")]
-    (tmp_path / "samples").mkdir()
-    write_jsonl(tmp_path / "samples" / "samples.jsonl", [{**row(), "completions": completions}])
-    context = make_context("judge", {"data": tmp_path / "samples"}, judging="pairwise", min_margin=0.0)
-    reward = context.experiment.reward.model_copy(update={"comparison": comparer(server.port).settings})
-    context.experiment = context.experiment.model_copy(update={"reward": reward})
+    context = comparing(make_context, tmp_path, server.port, "ab", "the longest", "cd")
     assert judge.run(context)["pairs"] == 1
     assert len(server.asked) == 6
     (judged,) = read_jsonl(context.folder / "judged.jsonl")
     assert [completion["reward"] for completion in judged["completions"]] == [-0.5, 1.0, -0.5]
+
+
+def test_comparisons_that_fail_are_counted_and_too_many_are_an_error(
+    server: Server, make_context: MakeContext, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """Of a, bb, ccc the judge never understands ccc with a, in one order: one comparison of three fails, and still each
+    answer has a reward. The longer wins: bb against a, ccc against bb."""
+
+    def answer(question: dict[str, Any], before: int) -> Answer:
+        first, second = question["messages"][0]["content"].split(": ")[1][:-1].split(" or ")
+        if (first, second) == ("ccc", "a"):
+            return completion("I cannot say.")
+        return completion(f"Better: {'A' if len(first) > len(second) else 'B'}")
+
+    server.answer = answer
+    context = comparing(make_context, tmp_path, server.port, "a", "bb", "ccc", max_failed_share=0.4)
+    metrics = judge.run(context)
+    assert (metrics["comparisons"], metrics["comparisons_failed"], metrics["reward_failed"]) == (3, 1, 0)
+    (judged,) = read_jsonl(context.folder / "judged.jsonl")
+    assert [completion["reward"] for completion in judged["completions"]] == [-1.0, 0.0, 1.0]
+    why = {"comparison": "the judge's reply has no verdict"}
+    assert judged["failed_comparisons"] == [{"answers": [0, 2], "failed": why}]
+    strict = replace(context, experiment=with_share(context.experiment, 0.3))
+    with pytest.raises(InputError) as told:
+        judge.run(strict)
+    assert str(told.value) == (
+        "reward.comparison: 1 of 3 comparisons failed: the judge's reply has no verdict (1 times) (mend the "
+        "comparison, or raise reward.max_failed_share, 0.3)"
+    )
+
+
+def with_share(experiment: Any, share: float) -> Any:
+    reward = experiment.reward.model_copy(update={"max_failed_share": share})
+    return experiment.model_copy(update={"reward": reward})
+
+
+def comparing(
+    make_context: Any, folder: Path, port: int, *texts: str, max_failed_share: float = 0.05  # noqa: F811
+) -> StageContext:  # fmt: skip
+    """A stage that judges the answers to one prompt by comparisons."""
+    completions = [{"text": text, "tokens": 1, "finished": True} for text in texts]
+    (folder / "samples").mkdir()
+    write_jsonl(folder / "samples" / "samples.jsonl", [{**row(), "completions": completions}])
+    context = make_context("judge", {"data": folder / "samples"}, judging="pairwise", min_margin=0.0)
+    reward = context.experiment.reward.model_copy(update={"comparison": comparer(port).settings})
+    experiment = context.experiment.model_copy(update={"reward": reward})
+    return replace(context, experiment=with_share(experiment, max_failed_share))
+
+
+def test_who_does_not_compare_neither_needs_the_comparison_nor_has_it_in_its_key(
+    make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """A key that is not there; who compares reads no term, so a model that is not there is nobody's."""
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    context = comparing(make_context, tmp_path, 1, "a", "bb")
+    terms = {
+        "gone": {"kind": "relevance", "weight": 1.0, "source": {"kind": "path", "path": str(tmp_path / "gone")}},
+        "size": {"kind": "length", "weight": 1.0, "unit": "words", "low": 1, "high": None, "fall_off": 0},
+    }
+    raw = {"comparison": {**comparer(1).settings.model_dump(), "api_key_env": "JUDGE_KEY"}}
+    both = Reward.model_validate({**raw, "terms": {"size": terms["size"]}})
+    pointwise = context.settings.model_copy(update={"judging": "pointwise"})
+    experiment = context.experiment.model_copy(update={"reward": both})
+    scores = judge_of(replace(context, experiment=experiment, settings=pointwise)).score([row()], ["a"])
+    assert scores[0]["reward"] == 1.0
+    with pytest.raises(MachineError, match="JUDGE_KEY is not set"):
+        judge_of(replace(context, experiment=experiment))
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    every = Reward.model_validate({**raw, "terms": terms})
+    assert judge_of(replace(context, experiment=experiment.model_copy(update={"reward": every}))).compare
+    assert set(identity_side(both.read(compares=True))) == {"terms", "comparison"}
+    assert identity_side(both.read(compares=True))["terms"] == {}
+    assert identity_side(both.read(compares=False)) == {"terms": identity_side(both)["terms"]}
 
 
 def test_who_compares_is_in_the_key_where_somebody_does() -> None:

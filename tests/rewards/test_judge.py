@@ -56,6 +56,13 @@ def test_an_answer_that_a_term_fails_for_has_no_reward_and_says_why() -> None:
     assert json.loads(json.dumps(bad)) == bad
 
 
+def test_a_sum_that_is_no_number_is_a_failure_too() -> None:
+    sizes = {name: {**WORDS, "weight": 1e308} for name in ("size", "again")}
+    large, small = Judge(Reward.model_validate({"terms": sizes}), {}).score([row()] * 2, ["two words", ""])
+    assert large["failed"] == {"size": "with its weight the reward is inf"}
+    assert (large["reward"], small["reward"]) == (None, 1e308)
+
+
 def test_too_many_failures_are_an_error_with_the_commonest_reason() -> None:
     def judge(limit: float) -> Judge:
         terms = {"right": {**CORRECT, "weight": 1.0}}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from alignment.config.reward_terms import Model
 from alignment.config.rewards import Reward
@@ -73,10 +76,15 @@ def test_a_value_is_that_of_the_conversation_alone(folders: list[Path], monkeypa
         assert [score["reward"] for score in scores] == pytest.approx(expected, abs=1e-5)
 
 
-def test_batches_hold_rows_of_like_length_under_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_models, "TOKENS_PER_BATCH", 12)
-    rows = [(i, [0] * length) for i, length in enumerate((3, 9, 4, 4, 20, 1))]
-    assert [[len(ids) for _, ids in batch] for batch in reward_models.batches(rows)] == [[20], [9], [4, 4, 3], [1]]
+def test_rows_end_where_the_model_finds_their_end(folders: list[Path], tmp_path: Path) -> None:
+    """It takes the last token that is not its own padding token, which need not be the tokenizer's."""
+    shutil.copytree(folders[0], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "pad_token_id": 3}))
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").pad_token_id == 0
+    scores = judge_with([tmp_path / "model"]).score([row()] * len(ANSWERS), ANSWERS)
+    expected = judge_with(folders[:1]).score([row()] * len(ANSWERS), ANSWERS)
+    assert [score["reward"] for score in scores] == pytest.approx([score["reward"] for score in expected], abs=1e-5)
 
 
 def test_an_ensemble_is_careful(folders: list[Path]) -> None:
@@ -92,6 +100,24 @@ def test_an_ensemble_is_careful(folders: list[Path]) -> None:
     for (combine, uncertainty), value in expected.items():
         (score,) = judge_with(folders, combine=combine, uncertainty=uncertainty).score([row()], ["Yes."])
         assert score["reward"] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), 3e38])
+def test_a_member_that_says_no_number_is_a_failure_whatever_the_others_say(
+    weight: float, folders: list[Path], tmp_path: Path
+) -> None:
+    """A head of 3e38 has an infinite product with the last state."""
+    from transformers import AutoModelForSequenceClassification
+
+    shutil.copytree(folders[1], tmp_path / "odd")
+    odd = AutoModelForSequenceClassification.from_pretrained(folders[1])
+    with torch.no_grad():
+        odd.score.weight.fill_(weight)
+    odd.save_pretrained(tmp_path / "odd")
+    for members in ([folders[0], tmp_path / "odd"], [tmp_path / "odd", folders[0]]):
+        for combine in ("mean", "worst"):
+            (score,) = judge_with(members, combine=combine, uncertainty=1.0).score([row()], ["Yes."])
+            assert re.fullmatch("the value of a member is (nan|-?inf)", score["failed"]["term"])
 
 
 def test_the_text_ends_where_training_had_it_or_where_the_template_leaves_it(tmp_path: Path) -> None:

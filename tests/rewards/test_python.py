@@ -11,6 +11,7 @@ from alignment.config.compose import compose
 from alignment.config.rewards import Reward
 from alignment.errors import ConfigError, InputError
 from alignment.pipeline.identity import identity_side
+from alignment.rewards import Judge
 from tests.rewards.conftest import judge_by, row
 
 OWN = Path(__file__).with_name("own_reward.py")
@@ -41,9 +42,33 @@ def test_only_answers_that_it_raises_for_fail_with_file_and_line() -> None:
     ]
 
 
+def test_whatever_it_says_of_an_answer_costs_that_answer_alone() -> None:
+    """A generator is asked inside, and may even try to end the process."""
+    scores = judge_by(**own(function="one_by_one")).score([row()] * 5, ["half", "stop", "text", "huge", "own"])
+    assert [score["reward"] for score in scores] == [0.5, None, None, None, None]
+    told = [score["failed"]["term"] for score in scores[1:]]
+    assert told[0] == f"{OWN}:{line('raise SystemExit')}: SystemExit: enough"
+    assert told[1] == "its value is '1.0', which is no number"
+    assert told[2].startswith("its value is 1000000000")
+    assert told[3] == "its value is Own, which is no number"
+
+
+def test_it_is_given_some_answers_at_a_time_and_shows_life_between() -> None:
+    calls: list[int] = []
+    reward = Reward.model_validate({"terms": {"term": {"weight": 1.0, **own()}}})
+    scores = Judge(reward, {}, lambda: calls.append(1)).score([row()] * 70, ["yes"] * 70)
+    assert [score["reward"] for score in scores] == [1.0] * 70
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("too_few", "returned 1 values for 2 answers"), ("one_number", "returned float, not a list of numbers")],
+    [
+        ("too_few", "returned 1 values for 2 answers"),
+        ("one_number", "returned float, not a list of numbers"),
+        ("a_text", "returned str, not a list of numbers"),
+        ("a_set", "returned set, not a list of numbers"),
+    ],
 )
 def test_what_is_no_list_of_values_is_an_error(function: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as told:

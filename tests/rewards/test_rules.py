@@ -40,7 +40,7 @@ def form(**rules: Any) -> dict[str, Any]:
         ({"starts_with": "Sure"}, ["Sure, why not", "  Sure"], ["sure", "", "Not Sure"]),
         ({"ends_with": "Bye!"}, ["So long. Bye!\n"], ["Bye! So long", ""]),
         ({"max_lines": 2}, ["", "one", "one\ntwo\n"], ["one\n\ntwo"]),
-        ({"is_json": True}, ['{"a": [1]}', "3", '```json\n{"a": 1}\n```'], ["{a: 1}", "", "3 4", "[" * 100000]),
+        ({"is_json": True}, ['{"a": [1]}', "3", '```json\n{"a": 1}\n```'], ["{a: 1}", "", "3 4", "NaN", "[" * 100000]),
         ({"whole_sentences": True}, ["Yes.", 'He said "Yes."', "好。", "**Done!**"], ["Yes", "", "No. And then", "a,"]),
     ],
 )

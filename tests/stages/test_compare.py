@@ -89,3 +89,14 @@ def test_models_that_answered_other_prompts_are_not_compared(
     evaluations["dpo"] = write_answers(tmp_path / "others", [0.0] * 10, ids=list(range(1, 11)))
     with pytest.raises(InputError, match="dpo and start did not answer the same prompts"):
         compare.run(make_context("compare", evaluations))
+
+
+def test_without_rewards_to_compare_it_is_one_line(make_context: MakeContext, evaluations: Any, tmp_path: Path) -> None:
+    """The last prompt alone has a reward of dpo, and no reward of start."""
+    for role, known in (("dpo", 9), ("start", 0)):
+        answers = evaluations[role] / "answers.jsonl"
+        rows = [{**row, "terms": {"sentiment": None}} for row in read_jsonl(answers)]
+        rows = [row if i == known else {**row, "reward": None} for i, row in enumerate(rows)]
+        write_jsonl(answers, rows)
+    with pytest.raises(InputError, match="no prompt has an answer with a reward of every model"):
+        compare.run(make_context("compare", evaluations, resamples=100))

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment.config.rewards import Reward
 from alignment.errors import InputError
 from alignment.files import read_jsonl, write_jsonl
 from alignment.stages import judge
+from alignment.stages.context import StageContext
 from tests.stages.conftest import MakeContext
 
 GOOD, GREAT, FLAT, SAD = "That is good.", "I love it, wonderful!", "It is a table.", "This is terrible."
@@ -121,3 +124,39 @@ def test_comparing_by_the_reward_gives_the_pairs_of_the_reward(make_context: Mak
     assert [c["reward"] for c in judged[0]["completions"]] == pytest.approx([-1 / 3, -1, 1, 1 / 3])
     assert [c["beats"] for c in judged[0]["completions"]] == [[1], [], [0, 1, 3], [0, 1]]
     assert metrics["reward_mean"] == pytest.approx(0)
+    assert (metrics["comparisons"], metrics["comparisons_failed"]) == (6 + 1 + 3 + 3, 0)
+
+
+def by(context: StageContext, reward: dict[str, Any]) -> StageContext:
+    """The same, with another reward."""
+    return replace(context, experiment=context.experiment.model_copy(update={"reward": Reward.model_validate(reward)}))
+
+
+def test_comparing_by_a_reward_has_what_the_reward_needs(make_context: MakeContext, tmp_path: Path) -> None:
+    """Lengths in tokens of 4, 9 and 2 against a range that ends at 3: of these 2 is best, and 9 worst."""
+    row = sample("sizes", "ab", "abc", "abcd")
+    for completion, tokens in zip(row["completions"], (4, 9, 2), strict=True):
+        completion["tokens"] = tokens
+    write_jsonl(tmp_path / "samples.jsonl", [row])
+    length = {"kind": "length", "weight": 1.0, "unit": "tokens", "low": 0, "high": 3, "fall_off": 20}
+    context = by(make_context("judge", {"data": tmp_path}, judging="pairwise"), {"terms": {"size": length}})
+    assert judge.run(context)["comparisons_failed"] == 0
+    (judged,) = read_jsonl(context.folder / "judged.jsonl")
+    assert [c["reward"] for c in judged["completions"]] == [0, -1, 1]
+
+
+def test_a_comparison_by_a_reward_that_fails_says_which_term_and_why(make_context: MakeContext, tmp_path: Path) -> None:
+    """The second row expects nothing: its one comparison fails, of two."""
+    rows = [{**sample("known", "1", "2"), "expected": 2}, sample("unknown", "1", "2")]
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    right = {"kind": "answer", "weight": 1.0, "find": "auto", "compare": "number", "tolerance": 0.0}
+    context = make_context("judge", {"data": tmp_path}, judging="pairwise")
+    metrics = judge.run(by(context, {"terms": {"right": right}, "max_failed_share": 0.5}))
+    assert (metrics["comparisons"], metrics["comparisons_failed"], metrics["reward_failed"]) == (2, 1, 2)
+    why = "its row expects nothing: it has neither `expected` nor `reference`"
+    judged = list(read_jsonl(context.folder / "judged.jsonl"))
+    assert "failed_comparisons" not in judged[0]
+    assert judged[1]["failed_comparisons"] == [{"answers": [0, 1], "failed": {"right": why}}]
+    assert [c["failed"] for c in judged[1]["completions"]] == [{"right": why}] * 2
+    with pytest.raises(InputError, match=r"^reward\.terms\.right: 1 of 2 comparisons failed: its row expects nothing"):
+        judge.run(by(context, {"terms": {"right": right}, "max_failed_share": 0.49}))

@@ -150,8 +150,9 @@ def test_a_pair_must_have_been_won_itself() -> None:
     of the others ab and ac (1/3) come first, then bd and cd."""
     wins = {"ab", "ac", "bd", "cd", "da"}
 
-    def compare(rows: Sequence[Row], a: Sequence[str], b: Sequence[str]) -> list[int]:
-        return [1 if x + y in wins else -1 if y + x in wins else 0 for x, y in zip(a, b, strict=True)]
+    def compare(rows: Sequence[Row], a: Sequence[Row], b: Sequence[Row]) -> list[int]:
+        games = [(x["text"], y["text"]) for x, y in zip(a, b, strict=True)]
+        return [1 if x + y in wins else -1 if y + x in wins else 0 for x, y in games]
 
     (row,) = pairwise.judged(compare, [judged(0, 0, 0, 0)])
     assert [c["reward"] for c in row["completions"]] == pytest.approx([1 / 3, 0, 0, -1 / 3])
@@ -162,7 +163,7 @@ def test_a_pair_must_have_been_won_itself() -> None:
 def test_each_answer_is_scored_once_for_all_its_comparisons() -> None:
     asked: list[str] = []
 
-    def score(rows: Sequence[Row], answers: Sequence[str]) -> list[Row]:
+    def score(rows: Sequence[Row], answers: Sequence[str], tokens: Sequence[int]) -> list[Row]:
         asked.extend(answers)
         return [{"reward": "abcd".index(answer)} for answer in answers]
 
@@ -172,12 +173,21 @@ def test_each_answer_is_scored_once_for_all_its_comparisons() -> None:
 
 
 def test_an_answer_whose_comparisons_all_failed_is_used_for_nothing() -> None:
-    """c cannot be compared; a beats b."""
+    """c cannot be compared, with a in the second order only; a beats b."""
 
-    def compare(rows: Sequence[Row], a: Sequence[str], b: Sequence[str]) -> list[int | None]:
-        return [None if "c" in (x, y) else (x < y) - (x > y) for x, y in zip(a, b, strict=True)]
+    def outcome(x: str, y: str) -> pairwise.Outcome:
+        failed = "c" in (x, y) and x + y != "ac"
+        return {"comparison": f"{x}{y}?"} if failed else int(x < y) - int(x > y)
+
+    def compare(rows: Sequence[Row], a: Sequence[Row], b: Sequence[Row]) -> list[pairwise.Outcome]:
+        assert all("completions" not in row for row in rows)
+        return [outcome(x["text"], y["text"]) for x, y in zip(a, b, strict=True)]
 
     (row,) = pairwise.judged(compare, [judged(0, 0, 0)])
     assert [c["reward"] for c in row["completions"]] == [1, -1, None]
-    assert ["failed" in c for c in row["completions"]] == [False, False, True]
+    assert [c.get("failed") for c in row["completions"]] == [None, None, {"comparison": "ca?"}]
+    assert row["failed_comparisons"] == [
+        {"answers": [0, 2], "failed": {"comparison": "ca?"}},
+        {"answers": [1, 2], "failed": {"comparison": "bc?"}},
+    ]
     assert named(row, pairs="all_margin", max_pairs_per_prompt=9) == ["ab"]

@@ -25,7 +25,18 @@ from tests.conftest import write_tiny_model
 from tests.training import tiny
 
 KINDS = ("rloo", "grpo", "online_dpo", "ppo")
-NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1)
+# The reward of a stage whose judge is the parent in the role reward_model.
+BY_MODEL = Reward.model_validate(
+    {
+        "terms": {
+            "model": {
+                "kind": "model", "weight": 1.0, "members": {}, "roles": "reward_model", "combine": "mean",
+                "uncertainty": 0.0, "end": "end_of_turn",
+            }
+        }
+    }
+)  # fmt: skip
+NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1, corrected=True)
 COMMON: dict[str, Any] = {
     **tiny.COMMON, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "global_batch_size": 4,
     "completions_per_prompt": 4, "max_new_tokens": 8, "sampling_batch_size": 16, "batches_per_rollout": 1,
@@ -83,8 +94,17 @@ def given(number: int, branch: int) -> tuple[list[int], float]:
     return [*random.integers(5, tiny.VOCABULARY, random.integers(2, 7)).tolist(), tiny.EOS], float(random.normal())
 
 
-def trainer(folder: Path, settings: Any, steps: int, budget: int = 120, kind: Any = PolicyGradientTrainer, **more: Any):  # type: ignore[no-untyped-def]
-    """One of ours on answers that are `given`, prompts of random tokens."""
+def trainer(
+    folder: Path,
+    settings: Any,
+    steps: int,
+    budget: int = 120,
+    kind: Any = PolicyGradientTrainer,
+    finished: bool | None = None,
+    **more: Any,
+):  # type: ignore[no-untyped-def]
+    """One of ours on answers that are `given`, prompts of random tokens. finished: of all answers; None: where answers
+    are masked, of all but the prompts' first."""
     random = np.random.default_rng(5)
     rows = [{"prompt_ids": random.integers(5, tiny.VOCABULARY, 3 + 2 * i % 11).tolist()} for i in range(9)]
     number_of = {tuple(row["prompt_ids"]): number for number, row in enumerate(rows)}
@@ -93,7 +113,10 @@ def trainer(folder: Path, settings: Any, steps: int, budget: int = 120, kind: An
     def sample(model: Any, prompts: Any, noise: Any, alive: Any) -> list[list[Answer]]:
         every = range(settings.completions_per_prompt)
         answers = [[given(number_of[tuple(prompt)], branch)[0] for branch in every] for prompt in prompts]
-        return [[Answer(ids, [0.0] * len(ids), True) for ids in few] for few in answers]
+        ended = [(finished is None and (branch or settings.truncated != "mask")) or bool(finished) for branch in every]
+        return [
+            [Answer(ids, [0.0] * len(ids), bool(end)) for ids, end in zip(few, ended, strict=True)] for few in answers
+        ]
 
     def judge(numbers: Any, answers: Any, alive: Any) -> None:
         for at, (number, answer) in enumerate(zip(numbers, answers, strict=True)):
@@ -101,7 +124,7 @@ def trainer(folder: Path, settings: Any, steps: int, budget: int = 120, kind: An
 
     arguments = engine.training_arguments(settings, tiny.engine(), steps, folder)
     arguments.pop("max_length")
-    model, count = AutoModelForCausalLM.from_pretrained(start), settings.completions_per_prompt
+    model, count = AutoModelForCausalLM.from_pretrained(start), settings.answers_trained_on()
     lengths = [len(row["prompt_ids"]) + count * settings.max_new_tokens for row in rows]
     batches = GlobalBatches(
         lengths, [1] * len(rows), settings.global_batch_size, steps, settings.seed, tokens_per_micro_batch=budget

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignment.training import preference, trainers
+from alignment.training import online, preference, reward_model, trainers
 
 
 class _Poison(torch.autograd.Function):
@@ -24,7 +24,7 @@ class _Poison(torch.autograd.Function):
 def into(monkeypatch: Any, where: str, steps: Sequence[int], rank: int | None = None) -> None:
     """where: loss | gradient. steps: from 1. rank: of several; None: on all. In a step the first micro-batch has it."""
     mine = rank is None or rank == int(os.environ.get("RANK", 0))
-    for kind in (trainers.SFT, preference.Referenced):
+    for kind in (trainers.SFT, preference.Referenced, reward_model._Rewards, online.OnlineTrainer):
         monkeypatch.setattr(kind, "_scale", _poisoned(kind._scale, where, steps if mine else ()))
 
 

@@ -14,6 +14,7 @@ import torch
 
 from alignment.errors import MachineError, PreemptedError, TrainingError
 from alignment.stages import sft
+from alignment.stages import train as train_stage
 from alignment.training import preference, trainers
 from alignment.training.health import NonFinite, SpikeAlarm
 from tests.conftest import fill
@@ -267,3 +268,19 @@ def test_checkpoints_that_will_not_fit_are_said_before_training(
     attempt(tmp_path / "run", "sft", saving=saving, lora=None)
     told = tmp_path / "run" / "warnings.txt"
     assert ("saves will fail unless some is freed" in told.read_text()) if saves else not told.exists()
+
+
+def test_a_reference_that_moves_makes_checkpoints_a_third_larger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, two moments, and the reference's weights: what is told beforehand is what is written."""
+    model = tiny.write_inputs(tmp_path, "dpo")["model"] / "model" / "model.safetensors"
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * model.stat().st_size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(train_stage, "size_text", str)
+    found = {}
+    for name, update in (("dpo", None), ("tr_dpo", {"every_steps": 1, "share": 0.5})):
+        saving = tiny.checkpoint(every_steps=1, keep_last=1, asynchronous=False)
+        attempt(tmp_path / name, "dpo", saving=saving, reference_update=update, max_steps=2)
+        found[name] = int(re.findall(r"checkpoints of (\d+)", (tmp_path / name / "warnings.txt").read_text())[0])
+    assert found["tr_dpo"] == found["dpo"] * 4 // 3

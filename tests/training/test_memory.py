@@ -9,9 +9,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
 
+from alignment import generation
 from alignment.training import engine, head, memory, reference
 from alignment.training.memory import (
     Arithmetic,
@@ -22,12 +24,19 @@ from alignment.training.memory import (
     attention_share,
     available_bytes,
     checkpointed_bytes,
+    decoding_bytes,
     host_bytes,
     needs_checkpointing,
     state_bytes,
 )
-from alignment.training.reference_pass import BUDGET
-from tests.training import held, tiny
+from alignment.training.objective import Objective
+from alignment.training.online_preference import OnlineDPOTrainer
+from alignment.training.policy_gradient import PolicyGradientTrainer
+from alignment.training.ppo import PPOTrainer
+from alignment.training.preference import DPO
+from alignment.training.reference_pass import References
+from alignment.training.trainers import BUDGET, Packing
+from tests.training import held, online, tiny, trainers
 from tests.training.held import Alive, Kept
 
 GB = 10**9
@@ -193,6 +202,95 @@ def test_the_state_is_shared_as_the_strategy_says(precision: Any) -> None:
         assert state("zero3", hpz=2) == 160 // 4 + 320 * 4 // 4 + 160 // 2
         assert state("zero2", trainable=10) == 160 + 40 * 4 // 4, "frozen weights have neither copy nor gradient"
     assert state("zero3", "all") == 0
+
+
+def test_a_reference_counts_that_is_kept_beside_the_policy() -> None:
+    """80 weights, 4 processes. A frozen model: its weights, whole but in ZeRO-3. One that moves: as a third moment."""
+
+    def more(strategy: str, precision: Any = "fp32", offload: str = "none", **reference: Any) -> int:
+        load = Load(1, precision, 80, 80, strategy, 4, offload)
+        return state_bytes(load._replace(**reference)) - state_bytes(load)
+
+    assert [more(one, frozen=80) for one in ("single", "ddp", "zero1", "zero2", "zero3")] == [320] * 4 + [80]
+    assert [more(one, "bf16", frozen=80) for one in ("ddp", "zero2", "zero3")] == [320, 160, 40]
+    assert more("zero3", offload="optimizer", frozen=80) == 80 and more("zero3", offload="all", frozen=80) == 0
+    assert [more(one, moving=True) for one in ("single", "ddp", "zero1", "zero2", "zero3")] == [320] * 2 + [80] * 3
+    assert more("zero2", "bf16", moving=True) == 80 and more("zero2", offload="optimizer", moving=True) == 0
+
+
+@pytest.mark.parametrize("kind", ["grpo", "grpo_lora", "online_dpo", "ppo", "no_kl", "tr_dpo", "dpo"])
+def test_what_trainers_keep_beside_the_policy_is_what_is_estimated(kind: str, tmp_path: Path) -> None:
+    """Weights that a trainer has, and those of its reference, against what the engine was chosen for."""
+    settings: dict[str, Any] = {
+        "grpo": online.grpo(), "grpo_lora": online.grpo(lora=tiny.LORA), "online_dpo": online.online_dpo(),
+        "ppo": online.ppo(), "no_kl": online.rloo(kl=online.NO_KL), "dpo": tiny.dpo(),
+        "tr_dpo": tiny.dpo(reference_update={"every_steps": 1, "share": 0.5}),
+    }  # fmt: skip
+    start = online.write_inputs(tmp_path)["model"] / "model"
+    model = AutoModelForCausalLM.from_pretrained(start)
+    load = engine.choose(settings[kind], tiny.engine(), start, model.config, 1, 30, 100).load
+    classes = {"ppo": PPOTrainer, "online_dpo": OnlineDPOTrainer}
+    if "dpo" in kind and kind != "online_dpo":
+        rows = Dataset.from_list(tiny.pair_rows())
+        given = {"objective": Objective(settings[kind]), "references": References(None), "train_dataset": rows}
+        sizes = {"batches": trainers.batches_of("dpo", rows, 1, 120), "widths": [60] * len(rows)}
+        args = trainers.configuration("dpo", 1, tmp_path, precompute_ref_log_probs=True)
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        common = {"on_step": lambda *given: None, "packing": Packing(), "processing_class": tokenizer}
+        made: Any = DPO(model=model, args=args, **given, **sizes, **common)
+        made.train()
+        kept = sum(weight.numel() for weight in made.anchor.values())
+        assert kept == load.moving * load.trainable
+    else:
+        made = online.trainer(tmp_path, settings[kind], 1, kind=classes.get(kind, PolicyGradientTrainer))
+        kept = 0 if made._reference is None else sum(one.numel() for one in made._reference.parameters())
+        assert kept == load.frozen
+    assert (kept > 0) == (kind not in ("grpo_lora", "no_kl", "dpo"))
+    assert load.parameters == sum(one.numel() for one in made.model.parameters())
+    assert load.trainable == sum(one.numel() for one in made.model.parameters() if one.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_takes_its_cache_and_its_logits(dtype: Arithmetic) -> None:
+    """Most bytes alive while 8 prompts of 200 tokens get 4 answers of 20 each."""
+    config, precision = llama(3), "fp32" if dtype == "fp32" else "bf16"
+    model = made(config, dtype).eval()
+    strategy = "zero2" if dtype == "bf16-weights" else "single"
+    noise = torch.rand(8, 4, 20, generator=torch.Generator().manual_seed(0))
+    with Alive() as alive, casting(dtype):
+        generation.answers_of(
+            model, [[5] * 200] * 8, noise, stop=[299], batch_size=32, alive=lambda *how_far: None
+        )  # fmt: skip
+    estimated = decoding_bytes(config, Load(1, precision, 0, 0, strategy, decoding=(32, 220)))  # type: ignore[arg-type]
+    assert 0.7 < estimated / alive.most < 1.5, (estimated, alive.most)
+
+
+def test_answers_are_decoded_as_many_at_once_as_a_process_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 together 4 prompts with 4 answers each; of a rollout of 4 prompts on 2 processes each has 2. A record is a
+    prompt of 10 tokens and 4 answers of 8."""
+    monkeypatch.setattr(engine, "count_parameters", lambda *folder: 1000)
+    load = [
+        engine.choose(settings, tiny.engine("ddp"), tmp_path, llama(1), processes, 42, 100).load.decoding
+        for settings, processes in (
+            (online.grpo(), 1),
+            (online.grpo(), 2),
+            (online.grpo(sampling_batch_size=2), 1),
+            (online.grpo(batches_per_rollout=2), 1),
+        )
+    ]
+    assert load == [(16, 18), (8, 18), (4, 18), (16, 18)]
+    assert engine.choose(online.online_dpo(), tiny.engine(), tmp_path, llama(1), 1, 26, 100).load.decoding == (16, 18)
+
+
+def test_too_many_answers_at_once_are_told() -> None:
+    """16 layers with keys and values of 2048 numbers each: 262,144 bytes a token in fp32; 64 answers of 1000 tokens."""
+    line = decide("auto", 100 * GB, decoding=(64, 1000))[1]
+    assert "not suffice" not in line, line
+    on, line, fits = decide("auto", 40 * GB, tokens=100, decoding=(64, 1000))
+    assert line.endswith(
+        "memory may not suffice to decode 64 answers at once, about 16.8 GB: lower sampling_batch_size"
+    ), line
+    assert fits and not on
 
 
 ZERO: tuple[dict[str, Any], ...] = (

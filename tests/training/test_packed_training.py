@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alignment.training.trainers import Packing
-from tests.training import models, trainers
+from tests.training import models, tiny, trainers
 from tests.training.test_trial import ROTARY, UNPACKABLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,6 +32,27 @@ def test_losses_are_those_of_stock_trl(name: str, kind: str, tmp_path: Path, tin
     assert len(ours) == len(stock) == 20 and abs(ours[0] - ours[-1]) > 0.05, "it learns"
     assert ours == pytest.approx(stock, abs=1e-4)
     assert ("rows are padded, not packed" in said[0]) == (name == "gpt_neo")
+
+
+def test_weights_of_pairs_are_those_of_packs_where_rows_are_padded(tmp_path: Path, tiny_model: Path) -> None:
+    """WPO's, for which TRL's head has to be asked, as the stage asks it; and they are not 1."""
+    from alignment.stages import dpo
+
+    weighs, found = tiny.dpo(weighting="wpo", max_steps=3), []
+    for on in (True, False):
+        inputs = tiny.write_inputs(tmp_path / str(on), "dpo")
+        context = tiny.context(tmp_path / str(on), inputs, weighs, tiny.engine())
+        made = dpo.make_trainer
+
+        def unpacked(*given: Any, packing: Packing, made: Any = made, on: bool = on, **more: Any) -> Any:
+            return made(*given, packing=replace(packing, on=packing.on and on), **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dpo, "make_trainer", unpacked)
+            dpo.run(context)
+        lines = (context.folder / "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["loss"] for line in lines])
+    assert found[0] == pytest.approx(found[1], abs=1e-5) and abs(found[0][0] - math.log(2)) > 1e-3
 
 
 def test_losses_of_a_reward_model_are_those_of_stock_trl(tmp_path: Path, tiny_model: Path) -> None:

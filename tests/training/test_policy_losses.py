@@ -80,6 +80,34 @@ def test_k1_and_k3_are_unbiased_and_k2_nearly_so() -> None:
     assert found["k2"] == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_corrected_its_gradient_is_that_of_the_kl(estimator: policy.Estimator) -> None:
+    """By the logits (log 3/2, 0), p = (0.6, 0.4), of the expectation over tokens of p; k3 alone: p - q."""
+    logits, q = tensor([math.log(1.5), 0.0])[0].requires_grad_(), tensor([0.5, 0.5])
+    now = logits.log_softmax(0)[None]
+    sampled = policy.clipped_surrogate(now, now.detach(), ONES, ONES, "token", 0.2, 0.2)
+    weigh = now.detach().exp()
+    pull = policy.kl(now, q.log(), estimator)
+    (alone,) = torch.autograd.grad((weigh * pull).sum(), logits, retain_graph=True)
+    (whole,) = torch.autograd.grad((weigh * policy.corrected(pull, sampled)).sum(), logits, retain_graph=True)
+    (exact,) = torch.autograd.grad((now.exp() * (now - q.log())).sum(), logits)
+    assert exact[0].item() == pytest.approx(0.097312, abs=1e-6) and whole.tolist() == pytest.approx(exact.tolist())
+    assert alone[0].item() == pytest.approx(0.1 if estimator == "k3" else 0.0)
+
+
+@pytest.mark.parametrize("worth", [0.0, 1.0, -1.0])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_policy_that_ran_away_has_finite_losses_and_slopes(level: policy.Ratio, worth: float) -> None:
+    """Log-ratios of 90: exp of them is infinite in float32."""
+    now = torch.full((1, 2), 90.0, requires_grad=True)
+    found = policy.clipped_surrogate(
+        now, torch.zeros(1, 2), torch.full((1, 2), worth), torch.ones(1, 2), level, 0.2, 0.2
+    )
+    found.loss.sum().backward()
+    assert now.grad is not None and now.grad.isfinite().all() and found.loss.isfinite().all()
+    assert worth or found.loss.abs().sum() == 0
+
+
 def test_the_value_may_not_run_away_from_what_it_was() -> None:
     """V = 2 from V_old = 0, clip 0.5. Return 3: (2-3)^2 = 1 but clipped (0.5-3)^2 = 6.25. Return 0: 4 against 0.25."""
     found = policy.value_loss(tensor([2.0, 2.0]), tensor([0.0, 0.0]), tensor([3.0, 0.0]), clip=0.5)

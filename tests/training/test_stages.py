@@ -16,6 +16,7 @@ import pytest
 import torch
 import trl
 from datasets import load_from_disk
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alignment.stages.dpo as dpo_stage
@@ -129,6 +130,28 @@ def test_a_loss_without_a_reference_computes_none_and_trains(loss: Any, tmp_path
     rows = metrics(tmp_path)
     assert "reference_computed" not in summary and not any("kl" in row for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
+    scale = 0.1 if isinstance(loss, str) else 1.0  # without a beta in the loss, and so in the key, metrics have none
+    if loss in ("cpo", {"sft": 1.0, "nll": 0.5}):  # whose rewards are sums over tokens
+        for row in rows:
+            assert row["rewards/chosen"] == pytest.approx(scale * row["logps/chosen"])
+
+
+def test_a_loss_of_answers_without_a_reference_point_looks_at_no_other_prompts_answer(tmp_path: Path) -> None:
+    """Of the reference the log-probs of the answers' own tokens are kept, and no more; any budget is one result."""
+    found = []
+    for budget in (10_000, 1):
+        settings, folder = tiny.kto(loss="apo_zero_unpaired", max_steps=7), tmp_path / str(budget)
+        context = tiny.context(
+            folder / "out", tiny.write_inputs(folder, "kto"), settings, tiny.engine(tokens_per_micro_batch=budget)
+        )
+        context.shared = folder
+        assert kto_stage.run(context)["first_loss"] == pytest.approx(0.5, abs=1e-6)
+        kept = [load_file(file)["log_probs"] for file in (folder / "reference").rglob("*.safetensors")]
+        assert sum(map(len, kept)) == sum(len(row["completion_ids"]) for row in tiny.unpaired_rows())
+        found.append(metrics(folder))
+    assert all(row["reference_point"] == 0 for row in found[0])
+    assert [row["loss"] for row in found[0]] == pytest.approx([row["loss"] for row in found[1]], abs=1e-5)
+    assert found[0][-1]["loss"] < 0.499
 
 
 def test_the_first_loss_in_the_summary_is_that_of_the_first_step_whatever_is_logged(tmp_path: Path) -> None:

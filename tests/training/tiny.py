@@ -9,6 +9,7 @@ import numpy as np
 
 from alignment.config.execution import Checkpoint, Engine
 from alignment.config.launchers import LocalLauncher
+from alignment.config.rewards import Reward
 from alignment.config.schema import Experiment
 from alignment.config.stages.preference import Dpo, Kto
 from alignment.config.stages.reward_model import RewardModel
@@ -159,13 +160,15 @@ def context(
     rank: int = 0,
     world_size: int = 1,
     saving: Checkpoint | None = None,
+    reward: Reward | None = None,
 ) -> StageContext:
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     return StageContext(
         name=settings.kind, run="test", key="0" * 64, folder=folder, settings=settings,
         experiment=Experiment.model_construct(
-            engine=setup, checkpoint=saving or checkpoint(), launcher=LocalLauncher(kind="local", time_limit=None)
+            engine=setup, checkpoint=saving or checkpoint(), reward=reward,
+            launcher=LocalLauncher(kind="local", time_limit=None),
         ),
         inputs=inputs, rank=rank, world_size=world_size,
     )  # fmt: skip

@@ -59,6 +59,10 @@ class Judge(Stage):
     label_threshold: float | None = identity()
     seed: int = identity(ge=0)
 
+    @property
+    def compares(self) -> bool:
+        return self.judging == "pairwise"
+
     def idle(self) -> frozenset[str]:
         idle = {
             *as_ever(self, judging="pointwise", length="none", min_reward=None, pairs="best_worst"),

@@ -28,6 +28,11 @@ class Stage(Settings):
     distributed: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def compares(self) -> bool:
+        """Whether it asks its reward which of two answers is better, not what each is worth."""
+        return False
+
     def takes(self, role: str) -> str | None:
         """What a parent in this role must make; None: a stage of this kind has no such role."""
         if "reward" in self.groups and role.startswith(REWARD_MODEL):

@@ -17,11 +17,13 @@ class Kl(Settings):
     place: Literal["reward", "loss"] = identity()
     target: float | None = identity(gt=0)
     gain: float = identity(gt=0, le=1)
+    corrected: bool = identity()
 
     def idle(self) -> frozenset[str]:
         if self.coefficient == 0:
-            return frozenset({"estimator", "place", "target", "gain"})
-        return frozenset({"gain"} if self.target is None else ())
+            return frozenset({"estimator", "place", "target", "gain", "corrected"})
+        unread = {"gain": self.target is None, "corrected": self.place == "reward"}
+        return frozenset(name for name, is_so in unread.items() if is_so)
 
 
 class Online(Train):
@@ -40,6 +42,20 @@ class Online(Train):
     truncated: Literal["keep", "mask", "penalty"] = identity()
     truncation_penalty: float = identity(ge=0)
 
+    @property
+    def refers(self) -> bool:
+        """Whether the loss compares the policy with the start model."""
+        return True
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether the start model is kept beside the policy: where there is no adapter that can be switched off."""
+        return self.refers and self.lora is None
+
+    def answers_trained_on(self) -> int:
+        """To each prompt, at most."""
+        return self.completions_per_prompt
+
     def steps_per_rollout(self) -> int:
         return self.batches_per_rollout * self.epochs_per_rollout
 
@@ -54,6 +70,9 @@ class OnlineDpo(Online):
     beta: float = identity(gt=0)
     min_margin: float = identity(ge=0)
 
+    def answers_trained_on(self) -> int:
+        return 2
+
 
 class Clipped(Online):
     """The clipped surrogate of an answer's or a token's ratio, weighed by the advantage."""
@@ -64,6 +83,10 @@ class Clipped(Online):
     epsilon_high: float = identity(gt=0)
     aggregate: Literal["sequence", "token", "constant"] = identity()
     whiten: bool = identity()
+
+    @property
+    def refers(self) -> bool:
+        return self.kl.coefficient > 0
 
     def idle(self) -> frozenset[str]:
         """Of a rollout that is trained on once the ratio is 1, to the bit."""

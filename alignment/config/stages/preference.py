@@ -58,6 +58,8 @@ class Dpo(Referenced):
     @classmethod
     def _known(cls, value: object) -> object:
         """A name, or names with weights above 0."""
+        if not isinstance(value, str | dict):
+            raise _fault("is neither a name nor names with weights", "loss=sigmoid, or loss={sigmoid: 1.0, nll: 0.5}")
         if isinstance(value, dict) and not value:
             raise _fault("names no loss", f"one of: {', '.join(PAIR_LOSSES)}")
         for name in value if isinstance(value, dict) else [value]:
@@ -90,6 +92,11 @@ class Dpo(Referenced):
         """Whether what it raises is a mean over tokens, not a sum (SimPO, ORPO)."""
         return any(traits.means for traits in self.traits)
 
+    @property
+    def reward_scale(self) -> float:
+        """What metrics multiply log-ratios by: nats where no loss has a beta, which is in no key then."""
+        return 1.0 if "beta" in self.idle() else self.beta
+
     def needless(self) -> frozenset[str]:
         """A reference that moves is computed as training gets on."""
         return frozenset(() if self.compares and self.reference_update is None else {"reference"})
@@ -115,3 +122,12 @@ class Kto(Referenced):
     beta: float = identity(gt=0)
     desirable_weight: float = identity(ge=0)
     undesirable_weight: float = identity(ge=0)
+
+    @property
+    def has_reference_point(self) -> bool:
+        """Whether it looks at answers to other prompts."""
+        return self.loss == "kto"
+
+    def needless(self) -> frozenset[str]:
+        """The stage would compute the reference's log-probs of answers to other prompts, too."""
+        return frozenset(() if self.has_reference_point else {"reference"})

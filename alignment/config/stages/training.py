@@ -29,17 +29,19 @@ class Lora(Settings):
     each row of W + s B A is trained by itself (Liu et al. 2024, arXiv:2402.09353, equation 5). init: of A and B; B A is
     zero before the first update. modules_to_save: names of modules that are trained whole. quantize: what W is kept
     as while adapters are trained (QLoRA: Dettmers et al. 2023, arXiv:2305.14314), with its constants quantised too.
+
+    Values of its own, those of conf/stage/, for who turns adapters on where they were null: lora={rank: 16}.
     """
 
-    rank: int = identity(gt=0)
-    alpha: float = identity(gt=0)
-    dropout: float = identity()
-    target_modules: str | list[str] = identity()
-    rslora: bool = identity()
-    dora: bool = identity()
-    init: Literal["kaiming", "gaussian", "orthogonal"] = identity()
-    modules_to_save: list[str] = identity()
-    quantize: Literal["nf4"] | None = identity()
+    rank: int = identity(default=8, gt=0)
+    alpha: float = identity(default=16.0, gt=0)
+    dropout: float = identity(default=0.0)
+    target_modules: str | list[str] = identity(default="all-linear")
+    rslora: bool = identity(default=False)
+    dora: bool = identity(default=False)
+    init: Literal["kaiming", "gaussian", "orthogonal"] = identity(default="kaiming")
+    modules_to_save: list[str] = identity(default=[])
+    quantize: Literal["nf4"] | None = identity(default=None)
 
     @field_validator("dropout")
     @classmethod

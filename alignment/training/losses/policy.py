@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from alignment.training.losses.divergence import EXPONENT
+
 Ratio = Literal["token", "sequence", "sequence_mean"]
 Estimator = Literal["k1", "k2", "k3"]
 Aggregate = Literal["sequence", "token", "constant"]
@@ -28,16 +30,19 @@ class Surrogate(NamedTuple):
 def log_ratio(log_probs: Tensor, old: Tensor, mask: Tensor, level: Ratio) -> Tensor:
     """log(pi / pi_old): [R, T] of each token, or [R, 1] of each answer.
 
+    Beyond EXPONENT, where the ratio would be infinite and its gradient 0 times that, it stays there, and has no slope.
+
     sequence: the sum over its tokens (REINFORCE and RLOO take an answer for one action; Ahmadian et al. 2024,
     arXiv:2402.14740, sec. 3). sequence_mean: that by its tokens (GSPO, Zheng et al. 2025, arXiv:2507.18071, eq. 7).
 
     By hand: log-ratios 0.3 and 0.1 of an answer's two tokens: 0.3, 0.1; sequence 0.4; sequence_mean 0.2.
     """
     apart = (log_probs - old) * mask
-    if level == "token":
-        return apart
-    total = apart.sum(1, keepdim=True)
-    return total if level == "sequence" else total / mask.sum(1, keepdim=True).clamp(min=1)  # GSPO (7), its log
+    if level != "token":
+        apart = apart.sum(1, keepdim=True)
+    if level == "sequence_mean":
+        apart = apart / mask.sum(1, keepdim=True).clamp(min=1)  # GSPO (7), its log
+    return apart.clamp(-EXPONENT, EXPONENT)
 
 
 def clipped_surrogate(
@@ -85,6 +90,18 @@ def kl(log_probs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
     if estimator == "k1":
         return apart
     return apart.square() / 2 if estimator == "k2" else torch.expm1(-apart) + apart  # k3: GRPO (4)
+
+
+def corrected(estimates: Tensor, surrogate: Surrogate) -> Tensor:
+    """An estimate times its token's ratio to the policy that was sampled (DeepSeek-V3.2, arXiv:2512.02556, sec. 3.1).
+
+    The ratio has a slope where it is 1, too: of k3 alone the gradient is that of KL(pi_ref || pi), of the product that
+    of KL(pi || pi_ref), also for answers of an older policy; so it is with k1, whose gradient is 0 in expectation.
+
+    By hand, pi (0.6, 0.4), pi_ref (0.5, 0.5), k3, as one token drawn from pi, the gradient by pi's first logit: without
+    0.6 (0.4 (1 - 5/6)) + 0.4 (-0.6 (1 - 5/4)) = 0.1; with 0.24 (ln 1.2 - ln 0.8) = 0.097312, that of the KL.
+    """
+    return estimates * surrogate.ratio  # sec. 3.1
 
 
 def adapted(coefficient: float, measured: float, target: float, gain: float) -> float:

@@ -18,6 +18,7 @@ FORMULAS = {
 }
 UNNUMBERED = {  # no paper numbers them: a mean of TRL, common losses, a usage
     "pairs.sft", "reward.squared_error", "reward.binary_cross_entropy", "advantages.whiten",
+    "advantages.differ",
 }  # fmt: skip
 
 
