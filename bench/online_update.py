@@ -1,10 +1,10 @@
 """The update of GRPO and RLOO, ours against TRL's: the same answers with the same advantages, G to a prompt.
 
-    python -m bench.online_update [--answers 8] [--tokens 128,256,512] [--repeats 5] [--out FILE]
+    python -m bench.online_update [--answers 8] [--tokens 128,256] [--repeats 5] [--docs docs]
 
 Sampling and judging are left out on both sides: what is timed is from the answers to the moved weights. Prompts and
 answers are random tokens, as long as each other; the arms take turns, each repeat a new trainer from the same weights.
-The losses of all steps must be equal to 1e-4.
+The losses of all steps must be equal to 1e-4. Writes online_update.json and the table of online.md.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ from alignment.training.memory import attention_share
 from alignment.training.policy_gradient import PolicyGradientTrainer
 from alignment.training.rollouts import Answer
 from bench.arms import tokenizer
+from bench.pages import fill
 from bench.workloads import EOS, FIRST_WORD, PAD, SIZES
 
 TOLERANCE = 1e-4
+AS_IT_COMES = "TRL as it comes, 8 rows"
 RATE = 1e-4
 
 
@@ -230,7 +232,7 @@ def measure(work: Work, repeats: int) -> dict[str, Any]:
         arms: dict[str, Any] = {"ours": lambda ticks: ours(work, folder, ticks)}
         for rows in sorted({8, 16, whole} & set(range(1, whole + 1))):
             arms[f"TRL, {rows} rows"] = lambda ticks, rows=rows: theirs(work, folder, ticks, given, rows, False)
-        arms["TRL as it comes, 8 rows"] = lambda ticks: theirs(work, folder, ticks, given, 8, True)
+        arms[AS_IT_COMES] = lambda ticks: theirs(work, folder, ticks, given, 8, True)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         apart = dict.fromkeys(arms, 0.0)
         for _ in range(repeats):
@@ -246,39 +248,48 @@ def measure(work: Work, repeats: int) -> dict[str, Any]:
         arm: {"median": statistics.median(taken), "low": min(taken), "high": max(taken), "apart": apart[arm]}
         for arm, taken in seconds.items()
     }
-    best = min((row["median"], arm) for arm, row in rows.items() if arm != "ours" and "comes" not in arm)[1]
+    best = min((row["median"], arm) for arm, row in rows.items() if arm not in ("ours", AS_IT_COMES))[1]
     turns = [slow / fast for slow, fast in zip(seconds[best], seconds["ours"], strict=True)]
     return {"work": vars(work), "arms": rows, "best": best, "times": statistics.median(turns),
             "times_low": min(turns), "times_high": max(turns)}  # fmt: skip
 
 
+def table(results: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| update | tokens | ours | TRL, the fastest of its settings | TRL as it comes | times | losses apart |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in results:
+        work, arms = one["work"], one["arms"]
+        first, best, default = (arms[name] for name in ("ours", one["best"], AS_IT_COMES))
+        cells = [work["kind"].upper(), f"{work['tokens']} + {work['tokens']}"]
+        cells += [f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})" for row in (first, best, default)]
+        cells += [f"{one['times']:.2f} ({one['times_low']:.2f} to {one['times_high']:.2f})"]
+        lines.append(f"| {' | '.join(cells)} | {max(row['apart'] for row in arms.values()):.0e} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--kinds", default="grpo,rloo")
+    options.add_argument("--kinds", default="rloo,grpo")
     options.add_argument("--tokens", default="128,256")
     options.add_argument("--answers", type=int, default=8)
-    options.add_argument("--prompts", type=int, default=2)
-    options.add_argument("--steps", type=int, default=3)
+    options.add_argument("--prompts", type=int, default=1, help="a step")
+    options.add_argument("--steps", type=int, default=3, help="a run, of which the first is the warm-up")
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--size", default="cpu", choices=sorted(SIZES))
-    options.add_argument("--out", type=Path, default=None)
+    options.add_argument("--docs", type=Path, default=None, help="folder of online.md; without it nothing is written")
     asked, results = options.parse_args(), []
     torch.set_num_threads(asked.threads)
     for kind in asked.kinds.split(","):
         for tokens in map(int, asked.tokens.split(",")):
             work = Work(kind, tokens, asked.answers, asked.prompts, asked.steps, asked.size)
-            found = measure(work, asked.repeats)
-            results.append(found)
-            print(f"{kind}, {asked.answers} answers, {tokens} + {tokens} tokens, {asked.prompts} prompts a step")
-            for arm, row in found["arms"].items():
-                spread = f"{row['median']:.2f} s of CPU a step ({row['low']:.2f} to {row['high']:.2f})"
-                print(f"  {arm:24} {spread}, losses {row['apart']:.0e} apart")
-            print(
-                f"  {found['times']:.2f} times ({found['times_low']:.2f} to {found['times_high']:.2f}) {found['best']}"
-            )
-            if asked.out is not None:
-                asked.out.write_text(json.dumps(results, indent=1) + "\n")
+            results.append(measure(work, asked.repeats))
+            print(table(results[-1:]), flush=True)
+    if asked.docs is not None:
+        (asked.docs / "online_update.json").write_text(json.dumps(results, indent=1) + "\n")
+        fill(asked.docs / "online.md", "online_update", table(results))
     return 0 if all(row["apart"] <= TOLERANCE for one in results for row in one["arms"].values()) else 1
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import startup
+from bench.pages import between_markers
 from bench.plan import ARMS, CURVE_STEPS
 from bench.plot import svg
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARKED = "bench"
 NOT_MEASURED = "Not measured yet."
 PLOT = "performance.svg"
 
@@ -25,21 +26,13 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 def write_docs(folder: Path, results: dict[str, Any]) -> None:
     """folder: with performance.md, whose text between the markers is replaced, or without."""
-    (folder / "performance.md").write_text(between_markers(page_of(folder), tables(results)))
+    (folder / "performance.md").write_text(between_markers(page_of(folder), MARKED, tables(results)))
     (folder / PLOT).write_text(svg(results["groups"]))
 
 
 def page_of(folder: Path) -> str:
     page = folder / "performance.md"
-    return page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
-
-
-def between_markers(page: str, inside: str) -> str:
-    """Raises ValueError if the page has not got the markers."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"the page must have {BEGIN} and after it {END}, once each")
-    before, after = page[: page.index(BEGIN)], page[page.index(END) + len(END) :]
-    return f"{before}{BEGIN}\n{inside.strip()}\n{END}{after}"
+    return page.read_text() if page.exists() else "<!-- bench:begin -->\n<!-- bench:end -->\n"
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 from bench import startup
 from bench.group import Session, measure
+from bench.pages import between_markers
 from bench.plan import ARMS, Clock, Group, groups
 from bench.pool import ROOT, Pool
-from bench.report import between_markers, page_of, text_table, write_docs, write_results
+from bench.report import MARKED, page_of, text_table, write_docs, write_results
 from bench.workloads import SHAPES, SIZES, TASKS
 
 # What matters most first. A group for which the time left is too short is left out; a smaller one after it may fit.
@@ -224,7 +225,7 @@ def _check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace)
             parser.error(f"--{name}: {folder} cannot be written to: {error.strerror}")
     if options.docs is not None:
         try:
-            between_markers(page_of(options.docs), "")
+            between_markers(page_of(options.docs), MARKED, "")
         except (OSError, ValueError) as error:
             parser.error(f"--docs: {options.docs / 'performance.md'}: {error}")
 

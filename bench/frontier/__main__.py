@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,16 +20,16 @@ from typing import Any
 from alignment.files import read_json, write_json, write_text
 from bench.frontier import task
 from bench.frontier.plot import svg
+from bench.pages import fill, over_seeds
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 PULLS = ("strong", "medium", "weak")
 METHODS = {
     "best_of": "best-of-n of the start (n = 2, 4, 16)",
-    "sft_chosen": "SFT on the best of four answers",
+    "sft_chosen": "SFT on the chosen answers",
     "dpo": "DPO", "ipo": "IPO (`ipo_mean`)", "kto": "KTO", "simpo": "SimPO", "rloo": "RLOO", "grpo": "GRPO",
 }  # fmt: skip
-BEGIN, END = "<!-- frontier -->", "<!-- end of frontier -->"
 Points = dict[str, dict[str, list[dict[str, float]]]]  # method -> pull -> a measurement a seed
 
 
@@ -44,17 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
     points = gather(work / "store")
     write_json(DOCS / "frontier.json", points)
     write_text(DOCS / "frontier.svg", svg(points, METHODS))
-    page = (DOCS / "algorithms.md").read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_text(DOCS / "algorithms.md", f"{before}{BEGIN}\n{table(points)}\n{END}{after}")
+    fill(DOCS / "algorithms.md", "frontier", table(points))
 
 
 def run(work: Path, seeds: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "model").exists():
         task.write_model(work / "model")
-    task.write_rows(work / "rows.jsonl", 3200)
+    task.write_rows(work / "rows.jsonl", 7600)
     sources = {
         "model.source.path": work / "model", "data.instructions.source.path": work / "rows.jsonl",
         "reward.terms.own.source.path": HERE / "reward.py", "store": work / "store",
@@ -79,28 +75,37 @@ def gather(store: Path) -> Points:
     return json.loads(json.dumps(found))
 
 
-def spread(rows: list[dict[str, float]], name: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds."""
-    values = [row[name] for row in rows]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def at(curve: list[tuple[float, float]], kl: float) -> float:
-    """The reward of a method at this KL, between its points, beyond them that of the last. curve: (kl, reward)."""
+    """The reward of a method at this KL: straight along the root of KL between its points, as a small tilt of the start
+    rises; beyond them that of the last. curve: (kl, reward)."""
     for (low, first), (high, second) in pairwise(curve):
         if kl <= high:
-            return first + (second - first) * (kl - low) / max(high - low, 1e-9)
+            return first + (second - first) * (kl**0.5 - low**0.5) / max(high**0.5 - low**0.5, 1e-9)
     return curve[-1][1]
+
+
+def above(points: Points, method: str, other: str) -> list[float]:
+    """By how much a method is above each point of another one of its seed, at that point's KL."""
+    seeds = sorted({row["seed"] for rows in points[other].values() for row in rows})
+    found = []
+    for seed in seeds:
+        own = {
+            name: [row for rows in points[name].values() for row in rows if row["seed"] == seed]
+            for name in (method, other, "start")
+        }
+        curve = [(0.0, own["start"][0]["reward"]), *sorted((row["kl"], row["reward"]) for row in own[method])]
+        found += [at(curve, row["kl"]) - row["reward"] for row in own[other]]
+    return found
 
 
 def curves(points: Points) -> dict[str, list[tuple[float, float]]]:
     """method -> (mean KL, mean reward) from the start on, by rising KL."""
     start = [row for rows in points["start"].values() for row in rows]
-    origin = (0.0, spread(start, "reward")[0])
+    origin = (0.0, over_seeds(start, "reward")[0])
     return {
         method: [
             origin,
-            *sorted((spread(rows, "kl")[0], spread(rows, "reward")[0]) for rows in points[method].values()),
+            *sorted((over_seeds(rows, "kl")[0], over_seeds(rows, "reward")[0]) for rows in points[method].values()),
         ]
         for method in METHODS
     }
@@ -110,7 +115,8 @@ def table(points: Points) -> str:
     """Means over seeds, with the standard deviation; and the order at one KL that all reach."""
     seeds = len(points["dpo"][PULLS[0]])
     lines = [
-        f"Means and standard deviations over {seeds} seeds; reward / KL to the start in nats an answer.",
+        f"Means and standard deviations over {seeds} seeds; reward / KL to the start in nats an answer. The reward of "
+        f"the start is {_mean_of(points['start']):.3f}, and the least of all points below {_least(points):.3f}.",
         "",
         "| method | strong pull | medium | weak |",
         "|---|---|---|---|",
@@ -118,14 +124,33 @@ def table(points: Points) -> str:
     for method, label in METHODS.items():
         cells = []
         for pull in PULLS:
-            (reward, off), (kl, apart) = (spread(points[method][pull], name) for name in ("reward", "kl"))
+            (reward, off), (kl, apart) = (over_seeds(points[method][pull], name) for name in ("reward", "kl"))
             cells.append(f"{reward:.3f} ± {off:.3f} / {kl:.2f} ± {apart:.2f}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines_of = curves(points)
     common = min(curve[-1][0] for curve in lines_of.values())
     order = sorted(((at(curve, common), METHODS[method]) for method, curve in lines_of.items()), reverse=True)
     told = ", ".join(f"{label} {reward:.3f}" for reward, label in order)
-    return "\n".join([*lines, "", f"At a KL of {common:.2f} nats, which all reach: {told}."])
+    ahead = above(points, "dpo", "sft_chosen")
+    lines += ["", f"At a KL of {common:.2f} nats, which all reach: {told}.", ""]
+    lines.append(
+        f"DPO less SFT at the KL of each of SFT's {len(ahead)} points, seed by seed: {min(ahead):+.3f} to "
+        f"{max(ahead):+.3f}, above it at {sum(one > 0 for one in ahead)}. At its own farthest point SFT's reward is "
+        f"{_farthest(points, 'sft_chosen'):.3f}, DPO's {_farthest(points, 'dpo'):.3f}."
+    )
+    return "\n".join(lines)
+
+
+def _mean_of(pulls: dict[str, list[dict[str, float]]]) -> float:
+    return over_seeds([row for rows in pulls.values() for row in rows], "reward")[0]
+
+
+def _least(points: Points) -> float:
+    return min(row["reward"] for method in METHODS for rows in points[method].values() for row in rows)
+
+
+def _farthest(points: Points, method: str) -> float:
+    return curves(points)[method][-1][1]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 from bench import plan, report, run, startup, summary
 from bench.group import Session, find_best
 from bench.group import measure as measure_group
+from bench.pages import between_markers
 from bench.plot import svg
 from bench.pool import ROOT
 from bench.workloads import Workload, pairs, totals
@@ -375,7 +376,7 @@ def test_the_tables_replace_what_is_between_the_markers_only(tmp_path: Path) -> 
     report.write_docs(tmp_path, measured())
     assert page.read_text() == once and (tmp_path / report.PLOT).exists()
     with pytest.raises(ValueError, match="once each"):
-        report.between_markers("no markers", "x")
+        between_markers("no markers", report.MARKED, "x")
 
 
 def test_every_line_of_a_table_has_as_many_cells_as_its_head() -> None:
@@ -385,7 +386,7 @@ def test_every_line_of_a_table_has_as_many_cells_as_its_head() -> None:
 
 
 def test_the_repositorys_page_has_the_markers() -> None:
-    report.between_markers((ROOT / "docs" / "performance.md").read_text(), report.NOT_MEASURED)
+    between_markers((ROOT / "docs" / "performance.md").read_text(), report.MARKED, report.NOT_MEASURED)
 
 
 # --- all together -----------------------------------------------------------------------------------------------------
