@@ -230,7 +230,7 @@ def measure(work: Work, repeats: int) -> dict[str, Any]:
         folder = Path(scratch)
         given, wanted = as_given(work, folder)
         arms: dict[str, Any] = {"ours": lambda ticks: ours(work, folder, ticks)}
-        for rows in sorted({8, 16, whole} & set(range(1, whole + 1))):
+        for rows in sorted({1, 2, 4, 8, 16, whole} & set(range(1, whole + 1))):
             arms[f"TRL, {rows} rows"] = lambda ticks, rows=rows: theirs(work, folder, ticks, given, rows, False)
         arms[AS_IT_COMES] = lambda ticks: theirs(work, folder, ticks, given, 8, True)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}

@@ -62,6 +62,9 @@ def _sequence(experiment: Experiment, processes: int) -> Iterator[Fault]:
         yield Fault(what, (key, "launcher.processes"), f"{key}=1, or so many processes that it does")
     if experiment.engine.compile:
         yield Fault(f"{told}, and `engine.compile` is true", (key, "engine.compile"), "leave one of them out")
+    if experiment.engine.hpz > 1:
+        what = f"{told}, and `engine.hpz` {experiment.engine.hpz}: the two were not tried together"
+        yield Fault(what, (key, "engine.hpz"), "leave one of them out")
     for name, node in experiment.pipeline.nodes.items():
         settings = experiment.stage[node.stage]
         if settings.distributed and not isinstance(settings, Sft | Referenced | Reference):
@@ -100,6 +103,14 @@ def four_bit_faults(use: Use) -> Iterator[Fault]:
             f"`{key}` is {lora.quantize}, and `engine.strategy` {strategy}, which would cast or cut weights of 4 bits"
         )
         yield Fault(what, (key, "engine.strategy"), "engine=ddp or single")
+    engine = use.experiment.engine
+    for name, is_on, off in (
+        ("sequence_parallel", engine.sequence_parallel > 1, 1),
+        ("compile", engine.compile, "false"),
+    ):
+        if is_on:
+            what = f"`{key}` is {lora.quantize}, and `engine.{name}` was not tried with weights of 4 bits"
+            yield Fault(what, (key, f"engine.{name}"), f"engine.{name}={off}")
     if "reference" in use.inputs and "reference" not in use.settings.needless():
         role = use.role("reference")
         what = f"`{key}` is {lora.quantize}, and `{role}` computes with all bits: `{use.node}` would use none of it"

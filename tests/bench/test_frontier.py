@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alignment.config.compose import compose
-from alignment.files import write_json, write_jsonl
+from alignment.files import read_json, write_json, write_jsonl
 from alignment.pipeline import graph
 from bench.frontier import __main__ as frontier
 from bench.frontier import reward, task
@@ -103,16 +103,27 @@ def test_what_is_gathered_is_parted_by_demand(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_shown_holds_what_the_page_says_of_it() -> None:
+    """Three seeds; every method above the start of its seed at every point, and DPO above SFT on the chosen answers."""
+    shown: frontier.Points = read_json(frontier.DOCS / "frontier.json")
+    start = {row["seed"]: row["reward"] for rows in shown["start"].values() for row in rows}
+    assert len(start) >= 3 and set(shown) == {"start", *frontier.METHODS}
+    for method in frontier.METHODS:
+        points = [row for pull in frontier.PULLS for row in shown[method][pull]]
+        assert len(points) == 3 * len(start) and all(row["reward"] > start[row["seed"]] for row in points)
+    assert min(frontier.above(shown, "dpo", "sft_chosen")) > 0
+
+
 @pytest.mark.slow
 def test_dpo_raises_a_reward_that_is_known(tmp_path: Path, forked: Command) -> None:
     """The controlled task, a tenth of its size; the whole of it is python -m bench.frontier."""
     task.write_model(tmp_path / "model")
     task.write_rows(tmp_path / "rows.jsonl", 1200)
     others = ("ipo", "kto", "simpo", "rloo", "grpo", "sft_chosen")
-    left_out = [*others, *(f"at_{name}" for name in others), "labelled", "best", "at_best_of"]
+    left_out = [*others, *(f"at_{name}" for name in others), "labelled", "at_best_of"]
     settings = {
         "model.source.path": tmp_path / "model", "data.instructions.source.path": tmp_path / "rows.jsonl",
-        "reward.terms.own.source.path": reward.__file__, "+pull": "weak", "stage.judge.best": "false",
+        "reward.terms.own.source.path": reward.__file__, "+pull": "weak",
         "stage.prepare_sft.splits": "{heldout: 200, prompts: 400, train: 600}", "stage.sft.epochs": 8.0,
         "stage.dpo.learning_rate": 1.0e-3, "stage.dpo.epochs": 3.0, "stage.dpo.global_batch_size": 16,
         "engine.threads": 1,

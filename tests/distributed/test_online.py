@@ -21,15 +21,23 @@ REUSED = {"max_steps": 4, "batches_per_rollout": 1, "epochs_per_rollout": 2}
 OF_KIND: dict[str, dict[str, Any]] = {
     "rloo": {"max_steps": 3}, "grpo": REUSED, "online_dpo": {"max_steps": 3}, "ppo": {"max_steps": 4},
 }  # fmt: skip
+DYNAMIC = {
+    "resamples": 2, "completions_per_prompt": 2,
+    "kl": {"coefficient": 0.05, "estimator": "k3", "place": "loss", "target": 0.1, "gain": 0.1, "corrected": True},
+}  # fmt: skip
 JUDGE = "reward_model"
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "judged": ("rloo", "zero3", {"max_steps": 2}),
     **{f"{kind}_{strategy}": (kind, strategy, of_kind) for strategy in STRATEGIES for kind, of_kind in OF_KIND.items()},
     "grpo_zero3_lora": ("grpo", "zero3", {**REUSED, "lora": True}),
     "grpo_zero3_offload": ("grpo", "zero3", REUSED),
+    "ppo_zero3_offload": ("ppo", "zero3", OF_KIND["ppo"]),
+    # Prompts without signal are replaced, at times fewer than there are processes; the coefficient follows its target.
+    **{f"grpo_{strategy}_dynamic": ("grpo", strategy, {**REUSED, **DYNAMIC}) for strategy in ("zero2", "zero3")},
 }
 STOPS = {"rloo": 1, "grpo": 3, "online_dpo": 1, "ppo": 3}  # between two rollouts, or in the midst of the second one
 RESUMED = {f"{kind}_{strategy}": [stop, None] for kind, stop in STOPS.items() for strategy in ("zero2", "zero3")}
+RESUMED["grpo_zero2_dynamic"] = [3, None]
 NAMES = ("loss", "grad_norm", "reward", "answer_tokens", "kl", "ratio", "mismatch_k3", "entropy")
 
 
@@ -81,6 +89,8 @@ def test_two_ranks_do_what_one_process_does(name: str, together: Path, alone: An
     for row, other in zip(one, two, strict=True):
         found = {key: other[key] for key in NAMES if key in row}
         assert found == pytest.approx({key: row[key] for key in found}, abs=1e-5, rel=1e-4)
+    if "resamples" in changes:
+        assert any(row["sampled_prompts"] % 2 for row in two), "one of the processes has once had nothing to sample"
     mine, theirs = weights_of(single / "model"), weights_of(together / name / "model")
     for key, value in mine.items():
         torch.testing.assert_close(theirs[key], value, atol=1e-4, rtol=1e-4)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from alignment.stages import rloo as rloo_stage
 from alignment.training.online_preference import OnlineDPOTrainer
 from alignment.training.policy_gradient import PolicyGradientTrainer
 from alignment.training.ppo import PPOTrainer
-from alignment.training.rollouts import Answer, Group, Rollout, best_and_worst, measured, with_signal
+from alignment.training.rollouts import Answer, Group, Rollout, Targets, best_and_worst, measured, with_signal
 from alignment.training.trainers import Packing
 from tests.training import online, tiny, trainers
 from tests.training.test_resume import After, rows, weights
@@ -156,6 +157,56 @@ def test_losses_gradients_and_weights_equal_those_of_trl_on_the_same_answers(nam
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+LN2 = math.log(2)
+
+
+def one_prompt(*reference: list[float]) -> Rollout:
+    """Answers of two tokens, each of log-prob -1; the first has a reward of 1, the others of 0. Coefficient 1/2."""
+    answers = [Answer([5, 6], [-1.0, -1.0], True, reward=float(not at), reference=r) for at, r in enumerate(reference)]
+    return Rollout(0, 0.5, [Group(0, 0, answers)], {})
+
+
+@pytest.mark.parametrize(("estimator", "far"), [("k1", LN2), ("k2", LN2**2 / 2), ("k3", LN2 - 0.5)])
+def test_the_pull_is_taken_off_the_reward(estimator: Any, far: float, tmp_path: Path) -> None:
+    """By hand: of the first answer one token is twice as likely as under the start model. Of an answer in RLOO: 1 -
+    far / 2 against 0. Of each token in PPO: -far / 2 with the first, the reward with the last."""
+    pull = online.kl(coefficient=0.5, estimator=estimator, place="reward")
+    rollout = one_prompt([-1.0 - LN2, -1.0], [-1.0, -1.0])
+    online.trainer(tmp_path, online.rloo(completions_per_prompt=2, kl=pull), 1)._credit(rollout)
+    first, second = rollout.groups[0].answers
+    assert first.advantages == pytest.approx([1 - far / 2] * 2) and second.advantages == pytest.approx(
+        [far / 2 - 1] * 2
+    )
+    ppo = online.trainer(tmp_path, online.ppo(completions_per_prompt=2, kl=pull), 1, kind=PPOTrainer)
+    assert ppo._rewards(first, 0.5).tolist() == pytest.approx([-far / 2, 1.0])
+
+
+@pytest.mark.parametrize(("target", "factor"), [(0.2, 1.02), (0.3, 1.0155245), (99.0, 0.98)])
+def test_the_coefficient_follows_the_distance_of_an_answer(target: float, factor: float, tmp_path: Path) -> None:
+    """ln 2 nats and 0: a mean of 0.346574 an answer, which is 0.155245 above 0.3."""
+    trainer = online.trainer(tmp_path, online.rloo(kl=online.kl(target=target, estimator="k3", place="reward")), 1)
+    rollout = one_prompt([-1.0 - LN2, -1.0], [-1.0, -1.0])
+    trainer._control(rollout)
+    assert rollout.metrics["kl_answer"] == pytest.approx(LN2 / 2)
+    assert trainer._coefficient == pytest.approx(0.05 * factor)
+
+
+def test_the_loss_of_ppo_is_that_of_the_policy_and_a_tenth_of_that_of_the_values(tmp_path: Path) -> None:
+    """By hand: advantages 1 and -1 at a ratio of 1: -1 + 1; a value 1 below its return, and one that is right: 1/2. The
+    third token is none of the answer's."""
+    trainer = online.trainer(tmp_path, online.ppo(kl=online.NO_KL), 1, kind=PPOTrainer)
+    logs, values = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[0.5, 0.0, 9.0]])
+    nothing = torch.zeros(1, 3)
+    targets = Targets(
+        mask=torch.tensor([[True, True, False]]), advantages=torch.tensor([[1.0, -1.0, 0.0]]), rollout=logs, old=logs,
+        reference=nothing, values=values, returns=torch.tensor([[1.5, 0.0, 0.0]]), fresh=False, coefficient=0.0,
+    )  # fmt: skip
+    output = SimpleNamespace(log_probs=logs, entropy=nothing, state_values=values)
+    assert float(trainer._sum(output, targets)) == pytest.approx(0.1 * 0.5)
+    groups = [Group(0, 0, [Answer([5, 6], [-1.0, -2.0], True, reward=0.0)])]
+    assert trainer._weight(groups) == 2
+
+
 def test_rounding_of_rewards_is_no_preference(tmp_path: Path) -> None:
     """Where answers are scored together with others, as with another number of processes, they may differ so much."""
     answers = [Answer([1], [0.0], True, reward=reward) for reward in (0.5, 0.7, 0.7 + 1e-8, 0.5 - 1e-8)]
@@ -249,7 +300,7 @@ def test_ppo_credits_tokens_by_its_values_which_begin_at_zero(tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_neither_micro_batches_nor_padding_nor_sharing_change_anything(kind: str, tmp_path: Path) -> None:
-    changes = {} if kind == "online_dpo" else {"aggregate": "token"}
+    changes = {} if kind == "online_dpo" else {"aggregate": "token", "whiten": kind == "ppo"}
     settings, found = getattr(online, kind)(epochs_per_rollout=2, **changes), []
     arms = ({"budget": 10_000}, {"budget": 60}, {"packing": Packing(share=False)}, {"packing": Packing(on=False)})
     for more in arms[:3] if kind == "ppo" else arms:
@@ -436,17 +487,20 @@ def test_answers_without_a_reward_end_it_above_the_share_that_is_allowed(
         run(tmp_path / "run", online.rloo(max_steps=2))
 
 
-@pytest.mark.parametrize("kind", ["rloo", "online_dpo"])
+@pytest.mark.parametrize("kind", STAGES)
 def test_it_learns(kind: str, tmp_path: Path, judged: None, one_thread: None) -> None:
-    """The share of letters a to m in an answer, of random bytes 0.06, is more than trebled in 16 steps."""
-    how = {"kl": online.NO_KL} if kind == "rloo" else {}
+    """The share of letters a to m in an answer, of random bytes 0.06, is more than trebled in 16 steps, or 40 of PPO,
+    which learns what answers are worth meanwhile."""
+    how: dict[str, Any] = {} if kind == "online_dpo" else {"kl": online.NO_KL}
+    how |= {"lam": 1.0} if kind == "ppo" else {}
+    steps = 40 if kind == "ppo" else 16
     settings = getattr(online, kind)(
-        max_steps=16, learning_rate=1e-2, completions_per_prompt=8, global_batch_size=8, **how
+        max_steps=steps, learning_rate=1e-2, completions_per_prompt=8, global_batch_size=8, **how
     )
     run(tmp_path / "run", settings, setup=tiny.engine(tokens_per_micro_batch=1000))
     told = [row["reward"] for row in rows(tmp_path / "run")]
     first, last = sum(told[:3]) / 3, sum(told[-3:]) / 3
-    assert len(told) == 16 and last > 3 * first, (first, last)
+    assert len(told) == steps and last > 3 * first, (first, last)
 
 
 @pytest.mark.parametrize("kind", ["online_dpo", "ppo"])
