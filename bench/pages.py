@@ -21,6 +21,13 @@ def fill(path: Path, name: str, inside: str) -> None:
     path.write_text(between_markers(path.read_text(), name, inside))
 
 
+def once_a_seed(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Raises SystemExit where runs of other settings lie in the same store."""
+    seeds = [row["seed"] for row in rows]
+    if len(set(seeds)) < len(seeds):
+        raise SystemExit(f"{folder} has runs of other settings too: give --work another folder")
+
+
 def over_seeds(rows: Sequence[dict[str, Any]], name: str) -> tuple[float, float]:
     """Mean and standard deviation of a number of each seed; the latter is 0 of one seed."""
     values = [row[name] for row in rows]

@@ -20,7 +20,7 @@ from typing import Any
 from alignment.files import read_json, write_json, write_text
 from bench.frontier import task
 from bench.frontier.plot import svg
-from bench.pages import fill, over_seeds
+from bench.pages import fill, once_a_seed, over_seeds
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
@@ -72,12 +72,15 @@ def gather(store: Path) -> Points:
                 metrics = read_json(measured)["metrics"]
                 kept = {name: metrics[name] for name in ("reward", "kl", "tokens")}
                 found[node["name"].removeprefix("at_")][pull].append({"seed": told["config"]["seed"], **kept})
+    for rows in (rows for name, pulls in found.items() if name != "start" for rows in pulls.values()):
+        once_a_seed(rows, store)
     return json.loads(json.dumps(found))
 
 
 def at(curve: list[tuple[float, float]], kl: float) -> float:
     """The reward of a method at this KL: straight along the root of KL between its points, as a small tilt of the start
     rises; beyond them that of the last. curve: (kl, reward)."""
+    kl = max(kl, 0.0)  # which is estimated from samples
     for (low, first), (high, second) in pairwise(curve):
         if kl <= high:
             return first + (second - first) * (kl**0.5 - low**0.5) / max(high**0.5 - low**0.5, 1e-9)
@@ -93,7 +96,7 @@ def above(points: Points, method: str, other: str) -> list[float]:
             name: [row for rows in points[name].values() for row in rows if row["seed"] == seed]
             for name in (method, other, "start")
         }
-        curve = [(0.0, own["start"][0]["reward"]), *sorted((row["kl"], row["reward"]) for row in own[method])]
+        curve = [(0.0, own["start"][0]["reward"]), *sorted((max(row["kl"], 0.0), row["reward"]) for row in own[method])]
         found += [at(curve, row["kl"]) - row["reward"] for row in own[other]]
     return found
 
@@ -105,7 +108,9 @@ def curves(points: Points) -> dict[str, list[tuple[float, float]]]:
     return {
         method: [
             origin,
-            *sorted((over_seeds(rows, "kl")[0], over_seeds(rows, "reward")[0]) for rows in points[method].values()),
+            *sorted(
+                (max(over_seeds(rows, "kl")[0], 0.0), over_seeds(rows, "reward")[0]) for rows in points[method].values()
+            ),
         ]
         for method in METHODS
     }

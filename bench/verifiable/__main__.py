@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.files import read_json, read_jsonl, write_json, write_jsonl
-from bench.pages import fill, over_seeds
+from bench.pages import fill, once_a_seed, over_seeds
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
@@ -101,6 +101,8 @@ def gather(store: Path) -> dict[str, list[dict[str, float]]]:
             row = {"seed": told["config"]["seed"], "met": metrics["reward"], "prompts": sum(map(len, met.values()))}
             row |= {kind: sum(values) / len(values) for kind, values in met.items()}
             found[node["name"]].append(row | {name: metrics[name] for name in ("tokens", "kl", "repetition")})
+    for rows in found.values():
+        once_a_seed(rows, store)
     return found
 
 
