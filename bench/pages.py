@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
 def between_markers(page: str, name: str, inside: str) -> str:
     """The page with this text between the markers of that name. Raises ValueError if it has not got them."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    begin, end = markers(name)
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise ValueError(f"the page must have {begin} and after it {end}, once each")
     before, after = page[: page.index(begin)], page[page.index(end) + len(end) :]

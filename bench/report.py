@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import startup
-from bench.pages import between_markers
+from bench.pages import between_markers, markers
 from bench.plan import ARMS, CURVE_STEPS
 from bench.plot import svg
 
 MARKED = "bench"
+BEGIN, END = markers(MARKED)
 NOT_MEASURED = "Not measured yet."
 PLOT = "performance.svg"
 
@@ -32,7 +33,7 @@ def write_docs(folder: Path, results: dict[str, Any]) -> None:
 
 def page_of(folder: Path) -> str:
     page = folder / "performance.md"
-    return page.read_text() if page.exists() else "<!-- bench:begin -->\n<!-- bench:end -->\n"
+    return page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
 
 
 def tables(results: dict[str, Any]) -> str:

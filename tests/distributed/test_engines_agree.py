@@ -278,7 +278,7 @@ def test_each_machine_has_a_second_copy_of_the_weights_with_hpz_alone(four: Path
 def test_all_ranks_write_reference_log_probs_and_a_second_run_reads_them(together: Path) -> None:
     """dpo_zero2 follows dpo_ddp over the same pairs, in the same process group."""
     written = sorted(len(list(folder.glob("*.safetensors"))) for folder in together.glob("reference/*"))
-    assert written == [2, 2, 4], "one a rank: bf16; another model; fp32, of pairs and of KTO's rows"
+    assert written == [2, 2, 6], "one a rank: bf16; another model; fp32, of pairs, of KTO's rows and of APO-zero's"
     for name, computed in (
         ("dpo_ddp", 40),
         ("kto_ddp_checkpointing", 40),
