@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from alignment.config.faults import Fault, Use
 from alignment.config.nearest import closest
-from alignment.config.reward_terms import ChatEndpoint, Clip, Endpoint, Format, Length, Model, Python, Regex
+from alignment.config.reward_terms import LOCAL, ChatEndpoint, Clip, Endpoint, Format, Length, Model, Python, Regex
 from alignment.config.stages.answering import Judge
 from alignment.config.stages.base import REWARD_MODEL
 
@@ -103,7 +103,7 @@ def _chat(term: ChatEndpoint, key: str, answers: tuple[str, ...]) -> Iterator[Fa
     where = urlsplit(term.url)
     if where.scheme not in ("http", "https") or not where.hostname:
         yield Fault(f"`{key}.url` is no address", (f"{key}.url",), "such as http://localhost:8000/v1")
-    local = where.hostname in ("localhost", "127.0.0.1", "::1")
+    local = where.hostname in LOCAL
     if where.scheme == "http" and term.api_key_env is not None and not local:
         what = f"`{key}.url` is http, and `{key}.api_key_env` sends a key: anybody on the way could read it"
         yield Fault(what, (f"{key}.url", f"{key}.api_key_env"), f"https, or {key}.api_key_env=null")

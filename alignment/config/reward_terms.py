@@ -179,6 +179,9 @@ class Python(Term):
     function: str = identity(pattern=IDENTIFIER)
 
 
+LOCAL = ("localhost", "127.0.0.1", "::1")  # hosts that are this machine: a key may go there over http
+
+
 class ChatEndpoint(Settings):
     """A model behind an OpenAI-compatible chat endpoint, and what it is asked.
 
