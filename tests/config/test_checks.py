@@ -51,6 +51,7 @@ IMPOSSIBLE = {
     "+reward.terms.kl={kind:sentiment,weight:1.0,source:null}": "`reward.terms.kl` has the name of another metric",
     "stage.prepare_sft.dataset=null": "`stage.prepare_sft.dataset` is null, and `task` is sft (name one of: instr",
     "~pipeline.nodes.pairs.inputs.data": "`stage.prepare_preference.dataset` is null, and `pairs` is given no pairs",
+    "stage.prepare_preference.dataset=preferences": "`pipeline.nodes.pairs.inputs.data` names `judged`: rows have one",
     "stage.prepare_sft.dataset=instruction": "names `instruction`, which the data group lacks (did you mean `instruc",
     "stage.prepare_sft.task=preference": "`stage.prepare_sft.task` is preference, and `data.instructions.format` is",
     "stage.prepare_sft.max_prompt_length=81": "`stage.prepare_sft.max_prompt_length` is 81, more than the whole row's",
