@@ -86,9 +86,16 @@ def test_best_of_n_is_shown_and_does_not_decide(make_context: MakeContext, evalu
 def test_models_that_answered_other_prompts_are_not_compared(
     make_context: MakeContext, evaluations: Any, tmp_path: Path
 ) -> None:
+    """Of other ids, or of other prompts with the same ids."""
     evaluations["dpo"] = write_answers(tmp_path / "others", [0.0] * 10, ids=list(range(1, 11)))
     with pytest.raises(InputError, match="dpo and start did not answer the same prompts"):
         compare.run(make_context("compare", evaluations))
+    evaluations["dpo"] = write_answers(tmp_path / "namesakes", [0.0] * 10)
+    answers = evaluations["dpo"] / "answers.jsonl"
+    other = [{"role": "user", "content": "Another question"}]
+    write_jsonl(answers, [{**row, "prompt": other} for row in list(read_jsonl(answers))])
+    with pytest.raises(InputError, match="dpo and start did not answer the same prompts"):
+        compare.run(make_context("compare", evaluations, name="again"))
 
 
 def test_without_rewards_to_compare_it_is_one_line(make_context: MakeContext, evaluations: Any, tmp_path: Path) -> None:
