@@ -494,7 +494,10 @@ def test_who_compares_is_in_the_key_where_somebody_does() -> None:
 REFUSED = {
     "api_key_env=sk-0123456789012345678901": "api_key_env` must be the name of an environment variable (export the key",
     "url=http://me:pw@localhost/v1": "`reward.terms.judge.url` has more than an address in it",
-    "url=localhost:8000": "`reward.terms.judge.url` is no address (such as http://localhost:8000/v1)",
+    "url=localhost:8000": "`reward.terms.judge.url` is no address (such as http://localhost:8000/v1, in ASCII)",
+    "url='http://[::1/v1'": "`reward.terms.judge.url` is no address (such as",
+    "url=http://localhost:80000/v1": "`reward.terms.judge.url` is no address (such as",
+    "url='http://localhost/é'": "`reward.terms.judge.url` is no address (such as",
     "pattern='\\d+'": "`reward.terms.judge.pattern` has no group",
     "prompt='{anwser}'": "has the placeholder {anwser}, which is none (did you mean `answer`?)",
     "prompt='{prompt}'": "`reward.terms.judge.prompt` lacks {answer}",
