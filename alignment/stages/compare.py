@@ -33,7 +33,7 @@ def run(context: StageContext) -> dict[str, Any]:
         baseline=settings.baseline,
         limits=gates.Limits(settings.max_relevance_drop, settings.min_stop_rate),
         relevance=[name for name in comparison.metrics if name in terms and terms[name].kind == "relevance"],
-        prompts=prompts,
+        prompts=comparison.prompts("reward"),  # its interval is of these: an answer may have no reward
         shown=best_of,
     )
     models = sorted(answers, key=lambda role: role != settings.baseline)  # first the baseline, the others as declared
