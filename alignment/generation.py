@@ -139,7 +139,8 @@ def batches(
     A batch holds whole prompts, at least one, and at most batch_size answers if they fit; longest prompts first, so
     that memory is known early. The result depends on seed, and on batch_size only as rounding does. A batch whose rows
     are all in `skip` is left out, and changes no bit of the others. progress counts tokens, max_new_tokens an answer.
-    Raises InputError for a prompt that leaves no room for its answer in the window.
+    Raises InputError for a prompt that leaves no room for its answer in the window, and for a model whose log-probs are
+    not finite.
     """
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_window(ids, max_new_tokens, window(model))
@@ -165,7 +166,7 @@ def draw(
     """(rows of prompts, the answers to each), a batch at a time, as `batches` has them.
 
     prompts: token ids. noise: [prompts, answers, tokens], uniform in [0, 1): what an answer is depends on its own
-    numbers alone.
+    numbers alone. Raises InputError for log-probs that are not finite.
     """
     _, copies, most = noise.shape
     per_batch, meter = max(1, batch_size // copies), Meter(noise.numel(), progress)
@@ -234,7 +235,7 @@ def sequence_log_probs(
 
     Returns one fp32 CPU tensor [answer tokens] a row, in the order of the rows. Batches of like length under a budget
     of padded tokens; left padding puts all answers at the end, where alone the head is computed. Raises InputError for
-    an empty prompt and for a row longer than the window.
+    an empty prompt, for a row longer than the window, and for log-probs that are not finite.
     """
     limit = window(model)
     for number, (prompt, answer) in enumerate(rows, start=1):
@@ -247,6 +248,7 @@ def sequence_log_probs(
     for batch in by_budget([len(p) + len(a) for p, a in rows], tokens_per_batch):
         scores = _score(model, [rows[i] for i in batch])
         for i, score in zip(batch, scores, strict=True):
+            _check_finite(score)
             result[i] = score
         meter.add(sum(len(rows[i][0]) + len(rows[i][1]) for i in batch))
     return result
@@ -300,7 +302,7 @@ def _decode(
     """Yields, a step at a time, (rows, their next tokens, the tokens' log-probs at temperature 1) of open answers.
 
     noise [B * copies, steps]: uniform in [0, 1), one number a token. Row r answers prompt r // copies. A row is not
-    seen again after a stop token.
+    seen again after a stop token. Raises InputError for log-probs that are not finite.
     """
     from transformers import DynamicCache
 
@@ -317,9 +319,10 @@ def _decode(
             cache.batch_repeat_interleave(copies)
             logits, mask, positions = (t.repeat_interleave(copies, 0) for t in (logits, mask, positions))
         chosen = choose(logits, noise[rows.to(noise.device), step], temperature=temperature, top_p=top_p)
-        scores = logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+        scores = (logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)).cpu()[is_open]
+        _check_finite(scores)
         tokens = chosen.cpu()
-        yield rows[is_open].tolist(), tokens[is_open].tolist(), scores.cpu()[is_open].tolist()
+        yield rows[is_open].tolist(), tokens[is_open].tolist(), scores.tolist()
         is_open = is_open & ~torch.isin(tokens, stops)
         if not is_open.any():
             return
@@ -331,6 +334,12 @@ def _decode(
             cache.batch_select_indices(here)
             chosen, mask, positions = chosen[here], mask[here], positions[here]
         ids = chosen[:, None]
+
+
+def _check_finite(log_probs: Tensor) -> None:
+    """Raises InputError. A token drawn from a distribution of NaN would look like any other."""
+    if not log_probs.isfinite().all():
+        raise InputError("the model gives log-probs that are NaN or infinite", fix="look at its weights, or take fp32")
 
 
 def choose(logits: Tensor, noise: Tensor, *, temperature: float, top_p: float) -> Tensor:

@@ -19,8 +19,13 @@ def faults(use: Use) -> Iterator[Fault]:
         keys = (f"{key}.temperature", f"{key}.best_of")
         what = f"`{keys[1]}` is {settings.best_of}, and `{keys[0]}` {settings.temperature:g}"
         yield Fault(f"{what}: the bound of its KL is that of answers as the model draws them", keys, f"{keys[0]}=1.0")
-    if isinstance(settings, Prepare) and settings.dataset is None and "data" in parents:
-        yield from _judged_rows(settings, key, parents["data"])
+    if isinstance(settings, Prepare) and "data" in parents:
+        if settings.dataset is None:
+            yield from _judged_rows(settings, key, parents["data"])
+        else:
+            both = (f"{key}.dataset", use.role("data"))
+            what = f"`{both[0]}` is {settings.dataset}, and `{both[1]}` names `{use.inputs['data']}`"
+            yield Fault(f"{what}: rows have one source", both, f"{both[0]}=null, or ~{both[1]}")
 
 
 def _judge(settings: Judge, key: str, samples: Use) -> Iterator[Fault]:

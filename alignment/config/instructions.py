@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from alignment.config.patterns import VISIBLE
 from alignment.config.settings import Settings, identity
 from alignment.errors import ConfigError
 
@@ -44,10 +45,11 @@ class Words(Settings):
 
 
 class Edge(Settings):
-    """Text that the answer begins or ends with; for a postscript, what it is marked by."""
+    """Text that the answer begins or ends with, white space before or after it left out of both; for a postscript, what
+    it is marked by."""
 
     kind: Literal["starts_with", "ends_with", "postscript"] = identity()
-    text: str = identity(min_length=1)
+    text: str = identity(min_length=1, pattern=VISIBLE)
 
 
 class OneOf(Settings):

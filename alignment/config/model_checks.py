@@ -56,8 +56,8 @@ def _members(use: Any, of: Any) -> Iterator[Fault]:
 
 def _rows(use: Any, of: Any) -> Iterator[Fault]:
     rows = of(use.inputs["data"])
-    if isinstance(rows.settings, Prepare) and rows.settings.task == "sft":
-        what = f"`{rows.key}.task` is sft, and `{use.node}` needs pairs or answers with a score"
+    if isinstance(rows.settings, Prepare) and rows.settings.task in ("sft", "unpaired"):
+        what = f"`{rows.key}.task` is {rows.settings.task}, and `{use.node}` needs pairs or answers with a score"
         yield Fault(
             what, (f"{rows.key}.task", use.role("data")), f"{rows.key}.task=preference or scored, or other rows"
         )

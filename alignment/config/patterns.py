@@ -11,6 +11,7 @@ MEMORY = r"^[0-9]+[KMGT]?$"
 OPTION = r"^[a-z][a-z-]*$"
 IDENTIFIER = r"^[A-Za-z_][A-Za-z0-9_]*$"
 WORD = r"^[^\n\r\"'\\`$]+$"  # it stands on a line of its own in a script
+VISIBLE = r"\S"
 
 IN_WORDS = {
     SHA256: "64 hexadecimal digits, in small letters",
@@ -21,5 +22,6 @@ IN_WORDS = {
     MEMORY: "a whole number, of MB or with K, M, G or T: 64G; 0 is all of a node",
     IDENTIFIER: "letters, digits and _, no digit first",
     OPTION: "a long option of sbatch, without the --",
+    VISIBLE: "more than white space",
     WORD: "one line without quotes, $, ` and \\",
 }

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from alignment.config.faults import Fault, Use
 from alignment.config.nearest import closest
-from alignment.config.reward_terms import ChatEndpoint, Clip, Endpoint, Format, Length, Model, Python, Regex
+from alignment.config.reward_terms import LOCAL, ChatEndpoint, Clip, Endpoint, Format, Length, Model, Python, Regex
 from alignment.config.stages.answering import Judge
 from alignment.config.stages.base import REWARD_MODEL
 
@@ -100,16 +100,27 @@ def _chat(term: ChatEndpoint, key: str, answers: tuple[str, ...]) -> Iterator[Fa
     for name in answers:
         if f"{{{name}}}" not in term.prompt:
             yield Fault(f"`{at}` lacks {{{name}}}", (at,), "the judge must see what it judges")
-    where = urlsplit(term.url)
-    if where.scheme not in ("http", "https") or not where.hostname:
-        yield Fault(f"`{key}.url` is no address", (f"{key}.url",), "such as http://localhost:8000/v1")
-    local = where.hostname in ("localhost", "127.0.0.1", "::1")
+    where = _address(term.url)
+    if where is None:
+        yield Fault(f"`{key}.url` is no address", (f"{key}.url",), "such as http://localhost:8000/v1, in ASCII")
+        return
+    local = where.hostname in LOCAL
     if where.scheme == "http" and term.api_key_env is not None and not local:
         what = f"`{key}.url` is http, and `{key}.api_key_env` sends a key: anybody on the way could read it"
         yield Fault(what, (f"{key}.url", f"{key}.api_key_env"), f"https, or {key}.api_key_env=null")
     if where.username or where.password or where.query:
         what = f"`{key}.url` has more than an address in it"
         yield Fault(what, (f"{key}.url",), f"export the key, and name the variable: {key}.api_key_env=NAME")
+
+
+def _address(url: str) -> SplitResult | None:
+    """Its parts, None if HTTP could not send anything there."""
+    try:
+        where = urlsplit(url)
+        is_one = where.scheme in ("http", "https") and where.hostname and where.port != 0
+    except ValueError:  # brackets or a port that are none
+        return None
+    return where if is_one and url.isascii() and url.isprintable() and " " not in url else None
 
 
 def pattern_faults(pattern: str, key: str, groups: int = 0) -> Iterator[Fault]:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from alignment.config.instructions import Check
-from alignment.config.patterns import IDENTIFIER, NAME
+from alignment.config.patterns import IDENTIFIER, NAME, VISIBLE
 from alignment.config.settings import Settings, execution, identity
 from alignment.config.sources import PathSource, Source
 
@@ -87,8 +87,8 @@ class Format(Term):
     """The share of those rules that are set which the answer keeps."""
 
     kind: Literal["format"] = identity()
-    starts_with: str | None = identity()
-    ends_with: str | None = identity()
+    starts_with: str | None = identity(pattern=VISIBLE)
+    ends_with: str | None = identity(pattern=VISIBLE)
     max_lines: int | None = identity(ge=1)
     is_json: bool = identity()
     whole_sentences: bool = identity()
@@ -177,6 +177,9 @@ class Python(Term):
     kind: Literal["python"] = identity()
     source: PathSource = identity()
     function: str = identity(pattern=IDENTIFIER)
+
+
+LOCAL = ("localhost", "127.0.0.1", "::1")  # hosts that are this machine: a key may go there over http
 
 
 class ChatEndpoint(Settings):

@@ -47,7 +47,8 @@ def verdict(
     shown: Collection[str] = (),
 ) -> dict[str, Any]:
     """{"verdict", "sentence", "reasons"} as in verdict.json. relevance: the metrics that the relevance gate watches.
-    shown: models that are there to be seen, and do not decide."""
+    prompts: how many the reward is compared on. shown: models that are there to be seen, and do not
+    decide."""
     broken = [_stop_rate(comparison, candidate, limits)]
     broken += [_relevance(comparison, name, candidate, baseline, limits) for name in relevance]
     lowest = {name: comparison.difference(name, candidate, baseline).low for name in relevance}

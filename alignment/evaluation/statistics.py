@@ -66,6 +66,10 @@ class Comparison:
         first = next(iter(self.values.values()))
         return [name for name in first if all(name in m for m in self.values.values()) and self._shared(name)]
 
+    def prompts(self, metric: str) -> int:
+        """How many have a value of every model: those that its means and intervals are of."""
+        return len(self._shared(metric))
+
     def mean(self, metric: str, model: str) -> Interval:
         return bootstrap_mean(self._of(metric, model), **self._how())
 

@@ -9,9 +9,14 @@ import unicodedata
 from alignment.config.reward_terms import Answer as Settings
 from alignment.rewards.term import Answer, Failed, Term, each
 
-NUMBER = r"[-+−]?[$€£]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
-FRACTION = re.compile(rf"(?<![\w.])({NUMBER})(?:\s*/\s*({NUMBER}))?")
+GAP = r"[ \u00a0\u2009\u202f]"  # no-break, thin and narrow no-break spaces, too
+WHOLE = rf"(?:[1-9]\d{{0,2}}(?:{GAP}\d{{3}})+(?!\d)|\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)"
+BEFORE = r"[-+−]?[$€£]?"
+NUMBER = rf"{BEFORE}(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?"
+MIXED = rf"({BEFORE}{WHOLE}){GAP}+(?=\d{{1,2}}\s*/\s*\d)"  # 4 of 4 1/2; of three digits they are thousands
+FRACTION = re.compile(rf"(?<![\w.])(?:{MIXED})?({NUMBER})(?:\s*/\s*({NUMBER}))?")
 LATEX = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+AFTER_DIGIT = re.compile(r"(?<=\d) *(?=\\[dt]?frac\{)")  # 4\frac{1}{2} is 4 1/2
 MARK = re.compile(r"####\s*(\S.*)")  # of GSM8K (Cobbe et al. 2021, arXiv:2110.14168)
 BOXED = r"\boxed{"  # of MATH (Hendrycks et al. 2021, arXiv:2103.03874)
 
@@ -64,10 +69,15 @@ def plain(text: str) -> str:
 
 
 def number(text: str) -> float | None:
-    """The last number or fraction of a text, 1,234.5 read as in English; None if there is none that is finite."""
-    written = FRACTION.findall(LATEX.sub(r"\1/\2", text))
+    """The last number, fraction or mixed number of a text; None if there is none that is finite.
+
+    1,234.5 and 1 234.5 are one number, as in English, and so is 4 1/2, if the fraction is below 1.
+    """
+    written = FRACTION.findall(LATEX.sub(r"\1/\2", AFTER_DIGIT.sub(" ", text)))
     if not written:
         return None
-    above, below = (float(re.sub(r"[,$€£+]", "", part).replace("−", "-") or 1) for part in written[-1])
-    value = above / below if below else math.inf
-    return value if math.isfinite(value) else None
+    whole, above, below = (re.sub(r"[,$€£+\s]", "", part).replace("−", "-") for part in written[-1])
+    share = float(above) / float(below or 1) if float(below or 1) else math.inf
+    if whole and share < 1:
+        share = float(whole) + math.copysign(share, -1 if whole.startswith("-") else 1)
+    return share if math.isfinite(share) else None

@@ -14,8 +14,9 @@ import urllib.error
 import urllib.request
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
-from alignment.config.reward_terms import ChatEndpoint
+from alignment.config.reward_terms import LOCAL, ChatEndpoint
 from alignment.errors import MachineError
 from alignment.rewards.term import Failed
 
@@ -108,7 +109,9 @@ class Client:
         self.headers = {"Content-Type": "application/json", "User-Agent": "alignment"}
         if settings.api_key_env is not None:
             self.headers["Authorization"] = f"Bearer {self._key(settings.api_key_env)}"
-        self.opener = urllib.request.build_opener(_NoRedirect, _Http, _Https)
+        # Through no proxy to this machine itself: a key goes there over http, and a proxy on the way would read it.
+        direct = [urllib.request.ProxyHandler({})] if urlsplit(self.url).hostname in LOCAL else []
+        self.opener = urllib.request.build_opener(_NoRedirect, _Http, _Https, *direct)
         self.heard = False  # a completion, ever
         self.tries = 0  # that have ended, of all questions
         self.unanswered = 0  # questions in a row

@@ -101,10 +101,10 @@ COUNTS: dict[str, Callable[[str], int]] = {
     "capital_words": _capitals,
 }
 EDGES: dict[str, Callable[[str, str], bool]] = {
-    "starts_with": lambda text, edge: text.lstrip().startswith(edge),
-    "ends_with": lambda text, edge: text.rstrip().endswith(edge),
+    "starts_with": lambda text, edge: text.lstrip().startswith(edge.lstrip()),
+    "ends_with": lambda text, edge: text.rstrip().endswith(edge.rstrip()),
     # A line that begins with the mark and goes on, such as "P.S. I love you"; not the first one.
-    "postscript": lambda text, mark: bool(re.search(rf"\n\s*{re.escape(mark)}[ \t]*\S", text.strip())),
+    "postscript": lambda text, mark: bool(re.search(rf"\n\s*{re.escape(mark.strip())}[ \t]*\S", text.strip())),
 }
 WHOLES: dict[str, Callable[[str, str], bool]] = {
     "lowercase": lambda text, asked: text.islower(),  # it has letters, and none of them is a capital

@@ -112,7 +112,8 @@ class Judge:
 
 MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {
     kinds.Sentiment: lambda term, means: sentiment(means.name),
-    kinds.Relevance: lambda term, means: relevance(means.folders[0]),  # config/checks.py refuses one without a source
+    # config/checks.py refuses one without a source
+    kinds.Relevance: lambda term, means: relevance(means.folders[0], means.alive),
     kinds.Length: lambda term, means: rules.length(term),
     kinds.Format: lambda term, means: rules.form(term),
     kinds.Regex: lambda term, means: rules.regex(term),

@@ -6,7 +6,7 @@ A text's vector is the mean of its tokens' vectors, at unit length (Reimers & Gu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from alignment.rewards.term import Answer, Term, Value, worded
 BATCH = 32  # texts encoded together
 
 
-def relevance(folder: Path) -> Term:
-    """folder: of the encoder. Raises InputError if it does not load."""
+def relevance(folder: Path, alive: Callable[[], None]) -> Term:
+    """folder: of the encoder. alive is called after each batch. Raises InputError if it does not load."""
     encoder = Encoder(folder)
 
     def values(answers: Sequence[Answer]) -> list[Value]:
         both = [(answer.asked, answer.text) for answer in answers]
         texts = sorted({text for pair in both for text in pair}, key=lambda text: (len(text), text))  # a prompt once
-        vectors = dict(zip(texts, encoder(texts), strict=True))
+        vectors = dict(zip(texts, encoder(texts, alive), strict=True))
         return [float(vectors[asked] @ vectors[text]) for asked, text in both]
 
     return worded(values)
@@ -47,7 +47,7 @@ class Encoder:
             raise InputError(f"the sentence encoder does not load: {cause}", where=str(folder)) from error
         self.limit = _trained_length(folder, self.model.config.max_position_embeddings)
 
-    def __call__(self, texts: Sequence[str]) -> list[Any]:
+    def __call__(self, texts: Sequence[str], alive: Callable[[], None] = lambda: None) -> list[Any]:
         """One unit vector [D] (torch, fp32) a text."""
         import torch
 
@@ -60,6 +60,7 @@ class Encoder:
                 real = given["attention_mask"][..., None].to(hidden)
                 mean = (hidden * real).sum(1) / real.sum(1)
                 vectors.extend(torch.nn.functional.normalize(mean, dim=-1))
+                alive()
         return vectors
 
 

@@ -39,9 +39,9 @@ def form(settings: Format) -> Term:
     """Share of the rules that are kept."""
     rules: list[Callable[[str], bool]] = []
     if settings.starts_with is not None:
-        rules.append(lambda text: text.lstrip().startswith(str(settings.starts_with)))
+        rules.append(lambda text: text.lstrip().startswith(str(settings.starts_with).lstrip()))
     if settings.ends_with is not None:
-        rules.append(lambda text: text.rstrip().endswith(str(settings.ends_with)))
+        rules.append(lambda text: text.rstrip().endswith(str(settings.ends_with).rstrip()))
     if (most := settings.max_lines) is not None:
         rules.append(lambda text: len(text.strip().splitlines()) <= most)
     if settings.is_json:

@@ -33,7 +33,7 @@ def run(context: StageContext) -> dict[str, Any]:
         baseline=settings.baseline,
         limits=gates.Limits(settings.max_relevance_drop, settings.min_stop_rate),
         relevance=[name for name in comparison.metrics if name in terms and terms[name].kind == "relevance"],
-        prompts=prompts,
+        prompts=comparison.prompts("reward"),  # its interval is of these: an answer may have no reward
         shown=best_of,
     )
     models = sorted(answers, key=lambda role: role != settings.baseline)  # first the baseline, the others as declared
@@ -47,9 +47,9 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _check_prompts(answers: dict[str, list[dict[str, Any]]], baseline: str) -> int:
     """Their number. Raises InputError unless all models answered the same prompts in the same order."""
-    asked = [row["id"] for row in answers[baseline]]
+    asked = [(row["id"], row["prompt"]) for row in answers[baseline]]
     for role, rows in answers.items():
-        if [row["id"] for row in rows] != asked:
+        if [(row["id"], row["prompt"]) for row in rows] != asked:  # ids may be row numbers, equal in every data set
             what = f"{role} and {baseline} did not answer the same prompts"
             raise InputError(what, fix="evaluate both on one data set")
     return len(asked)

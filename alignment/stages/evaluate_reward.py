@@ -49,7 +49,7 @@ def run(context: StageContext) -> dict[str, Any]:
 def _rewards(
     folder: Path, rows: Sequence[Sequence[int]], settings: EvaluateReward, progress: Callable[..., None]
 ) -> np.ndarray:
-    """float64 [rows], in their order. Rows of like length go together."""
+    """float64 [rows], in their order. Rows of like length go together. Raises InputError for one that is not finite."""
     scorer, size = Scorer(folder, precision=settings.precision), settings.batch_size
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     found, done = np.zeros(len(rows)), 0
@@ -57,6 +57,9 @@ def _rewards(
         found[list(batch)] = rewards
         done += len(batch)
         progress(done, len(rows))
+    if wrong := int((~np.isfinite(found)).sum()):  # as NaN is above nothing, it would count as a wrong answer
+        what = f"{wrong} of {len(rows)} rewards are NaN or infinite"
+        raise InputError(what, where=str(folder), fix="train the reward model with a lower learning rate, or in fp32")
     return found
 
 

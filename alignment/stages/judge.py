@@ -95,7 +95,7 @@ def _pairs(judged: list[Row], settings: Judge) -> Made:
     found = [pairing.pairs_of(row, settings) for row in judged]
     pairs = [pair for one in found for pair in one.pairs]
     reasons = Counter(one.reason for one in found if one.reason is not None)
-    margins = [pair["chosen_reward"] - pair["rejected_reward"] for pair in pairs]
+    margins = [pair["margin"] for pair in pairs]
     counts = {
         "pairs": float(len(pairs)),
         "margin_mean": sum(margins) / len(margins) if margins else 0.0,

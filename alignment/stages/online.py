@@ -12,7 +12,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from alignment import generation
 from alignment.config.stages.online import Online
-from alignment.errors import InputError
+from alignment.errors import InputError, TrainingError
 from alignment.stages.context import StageContext
 from alignment.stages.parts import judge_of, rows_of
 from alignment.stages.train import train
@@ -84,7 +84,10 @@ def _sampler(settings: Online, tokenizer: Any) -> Any:
             alive(step * len(prompts) // total, len(prompts))
 
         how: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "batch_size": settings.sampling_batch_size}
-        every = generation.in_order(generation.draw(model, prompts, noise, stop=stop, progress=progress, **how))
+        try:
+            every = generation.in_order(generation.draw(model, prompts, noise, stop=stop, progress=progress, **how))
+        except InputError as error:  # here the model is what training has made of it
+            raise TrainingError(f"the policy cannot answer: {error.what}", fix="lower the learning rate") from error
         return [[Answer(ids, scores, ids[-1] in stop) for ids, scores in few] for few in every]
 
     return sample

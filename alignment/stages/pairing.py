@@ -178,6 +178,7 @@ def _pair(row: Row, candidate: Candidate) -> Row:
         "rejected": _said(candidate.worse),
         "chosen_reward": candidate.better["reward"],
         "rejected_reward": candidate.worse["reward"],
+        "margin": candidate.margin,
     }
 
 

@@ -51,6 +51,7 @@ IMPOSSIBLE = {
     "+reward.terms.kl={kind:sentiment,weight:1.0,source:null}": "`reward.terms.kl` has the name of another metric",
     "stage.prepare_sft.dataset=null": "`stage.prepare_sft.dataset` is null, and `task` is sft (name one of: instr",
     "~pipeline.nodes.pairs.inputs.data": "`stage.prepare_preference.dataset` is null, and `pairs` is given no pairs",
+    "stage.prepare_preference.dataset=preferences": "`pipeline.nodes.pairs.inputs.data` names `judged`: rows have one",
     "stage.prepare_sft.dataset=instruction": "names `instruction`, which the data group lacks (did you mean `instruc",
     "stage.prepare_sft.task=preference": "`stage.prepare_sft.task` is preference, and `data.instructions.format` is",
     "stage.prepare_sft.max_prompt_length=81": "`stage.prepare_sft.max_prompt_length` is 81, more than the whole row's",
@@ -160,6 +161,8 @@ def test_what_other_pipelines_cannot_be_is_one_line(overrides: str) -> None:
 
 
 SCORED = "stage.prepare_preference.task=scored data.preferences.format=scored"
+LABELS = "+stage@stage.labels=prepare_preference stage.labels.task=unpaired stage.labels.dataset=preferences"
+LABELS += " stage.labels.splits.heldout=9 +pipeline.nodes.labels={stage:labels,inputs:{model:sft}}"
 REWARDS = {
     "pipeline.nodes.evaluate_all.inputs.model_2=member_1": "names `member_1`, the same model as",
     "stage.reward_model_2.seed=1001": "names `member_2`, the same model as",
@@ -172,6 +175,7 @@ REWARDS = {
     "stage.prepare_preference.splits.heldout=0": "is 0, and `evaluate_one` needs such rows",
     "stage.reward_model.label_smoothing=0.5": "`stage.reward_model.label_smoothing` should be less than 0.5",
     "pipeline.nodes.evaluate_one.inputs.data=rows": "`stage.prepare_sft.task` is sft, and `evaluate_one` nee",
+    f"{LABELS} pipeline.nodes.evaluate_one.inputs.data=labels": "`stage.labels.task` is unpaired, and `evaluate_one`",
 }
 
 

@@ -19,6 +19,7 @@ REFUSED = {
     "reward=length reward.terms.length.normalise={kind:clip,low:1.0,high:0.0}": "`reward.terms.length.normalise.low`",
     "reward=length reward.terms.length.normalise={kind:log}": "`reward.terms.length.normalise.kind` should be one of",
     "reward=length reward.terms.length.unit=word": "got 'word' (did you mean 'words'?)",
+    "reward=format reward.terms.form.ends_with=''": "is not written as it should be, got '' (more than white space)",
     "reward=format reward.terms.form.whole_sentences=false": "`reward.terms.form` sets no rule",
     "reward=regex reward.terms.pattern.pattern='('": "pattern` is no regular expression: missing ), unterminated",
     "reward=language reward.terms.script.scripts=[latn]": "got 'latn' (did you mean 'latin'?)",

@@ -128,6 +128,17 @@ def test_a_prompt_without_room_for_its_answer_is_refused(loaded: tuple[Any, Any]
         generation.generate(*loaded, [PROMPTS[0], long], batch_size=2, **GREEDY)
 
 
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED])
+def test_log_probs_that_are_not_finite_are_an_error_and_no_answer(loaded: tuple[Any, Any], how: dict[str, Any]) -> None:
+    model, tokenizer = loaded
+    with torch.no_grad():
+        model.get_output_embeddings().weight[70] = torch.nan
+    with pytest.raises(InputError, match="log-probs that are NaN or infinite"):
+        generation.generate(model, tokenizer, PROMPTS, batch_size=4, **how)
+    with pytest.raises(InputError, match="log-probs that are NaN or infinite"):
+        generation.sequence_log_probs(model, [([1, 2], [3])])
+
+
 def test_no_prompts_give_no_answers(loaded: tuple[Any, Any]) -> None:
     assert generation.generate(*loaded, [], batch_size=2, **GREEDY) == []
 

@@ -227,6 +227,17 @@ def test_what_is_hopeless_ends_at_once_and_tells_no_key(
     assert (path, headers["Authorization"]) == ("/v1/chat/completions", f"Bearer {KEY}")
 
 
+def test_no_proxy_sees_what_is_asked_on_this_machine(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy would read the key. It is this server, too: of a question through it, the path is a whole address."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    assert told(judge_at(server.port, api_key_env="JUDGE_KEY").score([row()], ["a"])) == [1.0]
+    assert [path for path, _, _ in server.asked] == ["/v1/chat/completions"]
+
+
 @pytest.mark.parametrize("value", [None, "", "a\nb", "clé"])
 def test_a_key_that_is_not_there_or_is_none_is_told_by_the_name_of_its_variable(
     value: str | None, monkeypatch: pytest.MonkeyPatch
@@ -483,7 +494,10 @@ def test_who_compares_is_in_the_key_where_somebody_does() -> None:
 REFUSED = {
     "api_key_env=sk-0123456789012345678901": "api_key_env` must be the name of an environment variable (export the key",
     "url=http://me:pw@localhost/v1": "`reward.terms.judge.url` has more than an address in it",
-    "url=localhost:8000": "`reward.terms.judge.url` is no address (such as http://localhost:8000/v1)",
+    "url=localhost:8000": "`reward.terms.judge.url` is no address (such as http://localhost:8000/v1, in ASCII)",
+    "url='http://[::1/v1'": "`reward.terms.judge.url` is no address (such as",
+    "url=http://localhost:80000/v1": "`reward.terms.judge.url` is no address (such as",
+    "url='http://localhost/é'": "`reward.terms.judge.url` is no address (such as",
     "pattern='\\d+'": "`reward.terms.judge.pattern` has no group",
     "prompt='{anwser}'": "has the placeholder {anwser}, which is none (did you mean `answer`?)",
     "prompt='{prompt}'": "`reward.terms.judge.prompt` lacks {answer}",

@@ -48,6 +48,8 @@ CHECKS: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"kind": "include", "words": ["blue", "sky"]}, ["The sky is BLUE."], ["blue skies", "blue", ""]),
     ({"kind": "forbid", "words": ["blue", "sky"]}, ["green", "", "skyline"], ["no blue", "a sky"]),
     ({"kind": "starts_with", "text": "Dear"}, ["Dear me", " Dear"], ["dear", "My Dear", ""]),
+    ({"kind": "starts_with", "text": " Dear "}, ["Dear me", " Dear me"], ["Dearest", ""]),
+    ({"kind": "ends_with", "text": " end.\n"}, ["the end.", "the end.\n"], ["weekend.", ""]),
     ({"kind": "ends_with", "text": "end."}, ["the end.\n"], ["the end", ""]),
     ({"kind": "postscript", "text": "P.S."}, ["Hi\nP.S. bye", "Hi\n\nP.S.: bye"], ["P.S. bye", "Hi P.S. x", "a\nP.S."]),
     ({"kind": "one_of", "options": ["Yes", "I do not know."]}, ["yes.", " I do NOT know"], ["Yes, sir", "", "No"]),

@@ -61,6 +61,14 @@ def test_a_reward_is_the_weighted_sum_of_its_terms(encoder_folder: Path) -> None
     assert score["reward"] == pytest.approx(2 * 0.8316 + 0.5 * score["terms"]["topic"], abs=1e-6)
 
 
+def test_each_batch_of_the_encoder_is_a_sign_of_life(encoder_folder: Path) -> None:
+    """33 answers and the one prompt are 34 texts, 32 of which are a batch."""
+    calls: list[int] = []
+    judge = Judge(reward(topic=("relevance", 1.0)), {"topic": [encoder_folder]}, lambda: calls.append(1))
+    judge.score(ask("cats") * 33, [f"purr {number}" for number in range(33)])
+    assert len(calls) == 2
+
+
 def test_an_empty_answer_is_worth_nothing_and_costs_nothing(encoder_folder: Path) -> None:
     judge = Judge(reward(mood=("sentiment", 1.0), topic=("relevance", 1.0)), {"topic": [encoder_folder]})
     empty, blank, word = judge.score(ask("cats", "cats", "cats"), ["", " \n", "cats"])

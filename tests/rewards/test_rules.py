@@ -38,6 +38,8 @@ def form(**rules: Any) -> dict[str, Any]:
     ("rule", "kept", "broken"),
     [
         ({"starts_with": "Sure"}, ["Sure, why not", "  Sure"], ["sure", "", "Not Sure"]),
+        ({"starts_with": "\nSure"}, ["Sure, why not", "  Sure"], ["sure"]),
+        ({"ends_with": "Bye! "}, ["So long. Bye!\n"], ["Bye! So long"]),
         ({"ends_with": "Bye!"}, ["So long. Bye!\n"], ["Bye! So long", ""]),
         ({"max_lines": 2}, ["", "one", "one\ntwo\n"], ["one\n\ntwo"]),
         ({"is_json": True}, ['{"a": [1]}', "3", '```json\n{"a": 1}\n```'], ["{a: 1}", "", "3 4", "NaN", "[" * 100000]),

@@ -86,9 +86,30 @@ def test_best_of_n_is_shown_and_does_not_decide(make_context: MakeContext, evalu
 def test_models_that_answered_other_prompts_are_not_compared(
     make_context: MakeContext, evaluations: Any, tmp_path: Path
 ) -> None:
+    """Of other ids, or of other prompts with the same ids."""
     evaluations["dpo"] = write_answers(tmp_path / "others", [0.0] * 10, ids=list(range(1, 11)))
     with pytest.raises(InputError, match="dpo and start did not answer the same prompts"):
         compare.run(make_context("compare", evaluations))
+    evaluations["dpo"] = write_answers(tmp_path / "namesakes", [0.0] * 10)
+    answers = evaluations["dpo"] / "answers.jsonl"
+    other = [{"role": "user", "content": "Another question"}]
+    write_jsonl(answers, [{**row, "prompt": other} for row in list(read_jsonl(answers))])
+    with pytest.raises(InputError, match="dpo and start did not answer the same prompts"):
+        compare.run(make_context("compare", evaluations, name="again"))
+
+
+def test_the_verdict_says_on_how_many_prompts_rewards_were_compared(
+    make_context: MakeContext, evaluations: Any
+) -> None:
+    """Two of dpo's ten answers have no reward, and one of start's, the second of these."""
+    for role, unknown in (("dpo", (3, 4)), ("start", (4,))):
+        answers = evaluations[role] / "answers.jsonl"
+        rows = [{**row, "reward": None if i in unknown else row["reward"]} for i, row in enumerate(read_jsonl(answers))]
+        write_jsonl(answers, rows)
+    context = make_context("compare", evaluations, resamples=100)
+    assert compare.run(context)["prompts"] == 10
+    verdict = read_json(context.folder / "verdict.json")
+    assert " on 8 held-out prompts: " in verdict["sentence"] and verdict["prompts"] == 10
 
 
 def test_without_rewards_to_compare_it_is_one_line(make_context: MakeContext, evaluations: Any, tmp_path: Path) -> None:

@@ -120,6 +120,16 @@ def test_scores_are_compared_as_the_loss_meant_them(folder: Path, tmp_path: Path
         assert ("mse" in metrics) == (loss != "bradley_terry") and -1 <= metrics["spearman"] <= 1
 
 
+def test_a_model_that_gives_nan_is_not_measured(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "member-1", tmp_path / "broken")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "broken" / "model")
+    with torch.no_grad():
+        model.score.weight[:, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken" / "model")
+    with pytest.raises(InputError, match="20 of 20 rewards are NaN or infinite"):
+        measure(folder, tmp_path / "out", "preference", folder / "member-1", tmp_path / "broken")
+
+
 def test_what_cannot_be_measured_is_one_line(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "member-2", tmp_path / "other")
     write_json(tmp_path / "other" / "reward_model.json", {"loss": "mse"})

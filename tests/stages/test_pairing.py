@@ -102,11 +102,18 @@ def test_matched_lengths_take_the_widest_pair_of_like_answers() -> None:
 
 
 def test_the_length_penalty_is_relative_to_the_prompts_mean_length() -> None:
-    """Mean 20 tokens; off each reward 0.5 (tokens / 20 - 1): a 1.0 - 0.5 = 0.5, b 0.8 + 0.25 = 1.05, c 0 + 0.25."""
+    """Mean 20 tokens; off each reward 0.5 (tokens / 20 - 1): a 1.0 - 0.5 = 0.5, b 0.8 + 0.25 = 1.05, c 0 + 0.25.
+
+    The margin is of scores: of rewards 0.5 and 0.45 with 30 and 10 tokens, off which are 0.25 and -0.25, it is 0.45.
+    """
     row = judged(1.0, 0.8, 0.0, tokens=[40, 10, 10])
     assert named(row) == ["ac"]
     assert pairing.scores(row["completions"], settings(length="penalty")) == pytest.approx([0.5, 1.05, 0.25])
     assert named(row, length="penalty") == ["bc"]
+    (pair,) = pairing.pairs_of(row, settings(length="penalty")).pairs
+    assert (pair["chosen_reward"], pair["rejected_reward"], pair["margin"]) == (0.8, 0.0, pytest.approx(0.8))
+    (pair,) = pairing.pairs_of(judged(0.5, 0.45, tokens=[30, 10]), settings(length="penalty")).pairs
+    assert (pair["chosen_reward"], pair["rejected_reward"], pair["margin"]) == (0.45, 0.5, pytest.approx(0.45))
     best = pairing.best_of(row, settings(length="penalty"))
     assert best is not None and best["completion"][0]["content"] == "b" and best["reward"] == 0.8
 

@@ -487,6 +487,16 @@ def test_answers_without_a_reward_end_it_above_the_share_that_is_allowed(
         run(tmp_path / "run", online.rloo(max_steps=2))
 
 
+def test_a_policy_that_gives_nan_ends_its_training(tmp_path: Path, judged: None) -> None:
+    start = online.write_inputs(tmp_path)["model"] / "model"
+    model = AutoModelForCausalLM.from_pretrained(start)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = torch.nan
+    model.save_pretrained(start)
+    with pytest.raises(TrainingError, match="the policy cannot answer: the model gives log-probs that are NaN"):
+        run(tmp_path / "run", online.rloo(max_steps=2))
+
+
 @pytest.mark.parametrize("kind", STAGES)
 def test_it_learns(kind: str, tmp_path: Path, judged: None, one_thread: None) -> None:
     """The share of letters a to m in an answer, of random bytes 0.06, is more than trebled in 16 steps, or 40 of PPO,
