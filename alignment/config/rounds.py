@@ -211,6 +211,11 @@ def _prompts(experiment: Experiment, rounds: Rounds) -> Iterator[Fault]:
     own = _own_stages(experiment, rounds)
     if not own:
         yield Fault(f"`{key}` is {rounds.prompts}, and no node of the rounds samples", (key,), f"{key}=null")
+    for stage in dict.fromkeys(stage for stage, _ in own.values()):
+        its, settings = f"stage.{stage}.prompts", experiment.stage[stage]
+        if isinstance(settings, Sample) and settings.prompts is not None:
+            what = f"`{its}` is {settings.prompts}, and `{key}` {rounds.prompts}, which each round would take instead"
+            yield Fault(what, (its, key), f"{its}=null, or {key}=null")
     for node in rounds.nodes.values():
         rows = experiment.pipeline.nodes.get(node.inputs.get("data", ""))
         prepare = experiment.stage.get(rows.stage) if rows else None
