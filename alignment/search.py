@@ -7,17 +7,17 @@ folder of Hydra's for its results. Settings, samplers and the way in which a sea
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from alignment.config.redact import setting_without_secrets
-from alignment.config.rewards import HIGHER_IS_BETTER
+from alignment.config.rewards import HIGHER_IS_BETTER, better_of_terms
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare, Evaluate
 from alignment.config.stages.reward_model import OF_REWARD_MODELS, EvaluateReward
@@ -52,7 +52,8 @@ def objective(master: DictConfig, experiment: Experiment) -> Objective:
         raise ConfigError(what, where="command line", fix="choose a pipeline with an evaluation of pipeline.final")
     if master.hydra.sweeper.get("_target_") == OPTUNA:
         return _paired(experiment.objective, directions(master.hydra.sweeper.direction))
-    own = [DIRECTIONS[bool(BETTER.get(metric, True))] for metric in experiment.objective]
+    better = {**BETTER, **experiment.reward.better}
+    own = [DIRECTIONS[bool(better.get(metric, True))] for metric in experiment.objective]
     return _paired(experiment.objective, own)
 
 
@@ -76,16 +77,18 @@ def directions(given: Any) -> list[str]:
     return [str(getattr(one, "name", one)) for one in (given if several else [given])]
 
 
-def check_directions(metrics: Sequence[str], ways: Sequence[str]) -> None:
-    """Raises ConfigError where they do not fit the metrics; says which of them look for the worst."""
+def check_directions(metrics: Sequence[str], ways: Sequence[str], weights: Mapping[str, float]) -> None:
+    """Raises ConfigError where they do not fit the metrics; says which of them look for the worst. weights: of those
+    that are terms of the reward."""
     if wrong := next((way for way in ways if way not in DIRECTIONS), None):
         raise ConfigError(f"`{KEY}` is {wrong}", where=KEY, fix=f"one of: {', '.join(DIRECTIONS)}")
     if len(ways) != len(metrics):
         what = f"`{KEY}` has {len(ways)} of them, and `objective` names {len(metrics)}: {', '.join(metrics)}"
         fix = "one for each, in the same order: objective=[reward,kl] hydra.sweeper.direction=[maximize,minimize]"
         raise ConfigError(what, where=KEY, fix=fix)
+    known = {**BETTER, **better_of_terms(weights)}
     for metric, way in zip(metrics, ways, strict=True):
-        better = BETTER.get(metric, True)
+        better = known.get(metric, True)
         if better is not None and DIRECTIONS[better] != way:
             queue.say(f"warning: {KEY} is {way} for {metric}, of which {'more' if better else 'less'} is better")
 
@@ -124,7 +127,9 @@ class Search(Sweeper):
             what = f"max_failure_rate is {self._rate}"
             raise ConfigError(what, where="hydra.sweeper.max_failure_rate", fix="from 0 to 1")
         self._metrics = [str(name) for name in theirs.config.objective]
-        check_directions(self._metrics, ways)
+        asked = {name: OmegaConf.select(theirs.config, f"reward.terms.{name}.weight") for name in self._metrics}
+        weights = {name: weight for name, weight in asked.items() if isinstance(weight, int | float)}
+        check_directions(self._metrics, ways, weights)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, fixed = self._space(arguments)
         if not space:

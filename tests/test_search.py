@@ -8,10 +8,11 @@ from typing import Any
 
 import optuna
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
 from alignment import hydra_app, search
+from alignment.config.compose import compose
 from alignment.config.schema import Experiment
 from alignment.config.stages.preference import Dpo
 from alignment.errors import ConfigError, LostError, MachineError
@@ -247,6 +248,17 @@ def test_a_direction_that_looks_for_the_worst_is_worth_a_warning(
     sweep(of_beta, f"objective=[{metric}]", f"hydra.sweeper.direction={way}", "hydra.sweeper.n_trials=1")
     out = capfd.readouterr().out
     assert (f"warning: hydra.sweeper.direction is {line}" in out) if line else ("warning" not in out)
+
+
+def test_of_a_term_that_the_reward_subtracts_a_sweep_looks_for_the_least(
+    sweep: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    negative = "reward.terms.sentiment.weight=-1"
+    plain = OmegaConf.create({"hydra": {"sweeper": {"_target_": search.LEARNS_NOTHING}}})
+    experiment = compose(["experiment=quickstart", negative, "objective=[sentiment,reward]"])
+    assert [one["direction"] for one in search.objective(plain, experiment)] == ["minimize", "maximize"]
+    sweep(of_beta, "objective=[sentiment]", negative, "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=1")
+    assert "is maximize for sentiment, of which less is better" in capfd.readouterr().out
 
 
 def test_the_shipped_search_is_chosen_by_its_name(sweep: Any, capfd: pytest.CaptureFixture[str]) -> None:

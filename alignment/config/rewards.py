@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from alignment.config.reward_terms import AnyTerm, Comparison
 from alignment.config.settings import Settings, execution, identity
 
@@ -17,6 +19,11 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
 }
 
 
+def better_of_terms(weights: Mapping[str, float]) -> dict[str, bool | None]:
+    """Term -> whether more of it is better, by the sign of its weight; None: it weighs nothing, and is watched."""
+    return {name: weight > 0 if weight else None for name, weight in weights.items()}
+
+
 class Reward(Settings):
     """A reward is the weighted sum of its terms. comparison: who says which of two answers is better, where stages ask.
 
@@ -30,6 +37,11 @@ class Reward(Settings):
 
     def idle(self) -> frozenset[str]:
         return frozenset({"comparison"} if self.comparison is None else ())
+
+    @property
+    def better(self) -> dict[str, bool | None]:
+        """Of its terms, as `better_of_terms`, and of all else that is measured of an answer."""
+        return {**better_of_terms({name: term.weight for name, term in self.terms.items()}), **HIGHER_IS_BETTER}
 
     def read(self, compares: bool) -> Reward:
         """What of it a stage asks: one that compares answers the comparison, where there is one; else the terms."""

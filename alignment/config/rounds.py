@@ -42,7 +42,7 @@ def expand(experiment: Experiment) -> Experiment:
     nodes = {**before, **made, **{name: outside[name] for name in outside if name in after}}
     final = _last(experiment.pipeline.final, rounds)
     changes: dict[str, Any] = {
-        "stage": {**experiment.stage, **stages},
+        "stage": {**stages, **experiment.stage},
         "pipeline": experiment.pipeline.model_copy(update={"nodes": nodes, "final": final}),
         "launcher": _launcher(experiment, rounds),
     }
@@ -57,8 +57,9 @@ def written(experiment: Experiment, key: str) -> str:
     if parts[:2] == ["pipeline", "nodes"] and len(parts) > 2:
         of_round, name = parts[2] in _names(rounds), parts[2].rpartition("_")[0]
         return ".".join(["pipeline", "rounds", "nodes", name, *parts[3:]]) if of_round else key
-    if parts[0] == "stage" and len(parts) > 1 and parts[1] in (own := _own_stages(experiment, rounds)):
-        return ".".join(["stage", own[parts[1]][0], *parts[2:]])
+    if parts[0] == "stage" and len(parts) > 1:
+        old, settings = _own_stages(experiment, rounds).get(parts[1], (parts[1], None))
+        return key if experiment.stage.get(parts[1]) != settings else ".".join(["stage", old, *parts[2:]])
     return key
 
 
@@ -74,6 +75,10 @@ def faults(experiment: Experiment) -> Iterator[Fault]:
         if name in outer or any(experiment.pipeline.nodes[other] != its for other, its in made.items()):
             key = f"pipeline.rounds.nodes.{name}"
             yield Fault(f"`{key}` has the name of a node outside of the rounds", (key,), "name one of them differently")
+    for new, (old, settings) in _own_stages(experiment, rounds).items():
+        if experiment.stage[new] != settings:
+            what = f"`stage.{new}` has the name of what the rounds make of `stage.{old}`"
+            yield Fault(what, (f"stage.{new}",), "name it differently")
     for name, start in rounds.first.items():
         key = f"pipeline.rounds.first.{name}"
         if name not in rounds.nodes:
@@ -206,6 +211,11 @@ def _prompts(experiment: Experiment, rounds: Rounds) -> Iterator[Fault]:
     own = _own_stages(experiment, rounds)
     if not own:
         yield Fault(f"`{key}` is {rounds.prompts}, and no node of the rounds samples", (key,), f"{key}=null")
+    for stage in dict.fromkeys(stage for stage, _ in own.values()):
+        its, settings = f"stage.{stage}.prompts", experiment.stage[stage]
+        if isinstance(settings, Sample) and settings.prompts is not None:
+            what = f"`{its}` is {settings.prompts}, and `{key}` {rounds.prompts}, which each round would take instead"
+            yield Fault(what, (its, key), f"{its}=null, or {key}=null")
     for node in rounds.nodes.values():
         rows = experiment.pipeline.nodes.get(node.inputs.get("data", ""))
         prepare = experiment.stage.get(rows.stage) if rows else None

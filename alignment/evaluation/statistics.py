@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from alignment.config.rewards import HIGHER_IS_BETTER
 from alignment.evaluation.signals import Column
 
 BLOCK = 1 << 20  # values drawn at once: 16 MB
@@ -53,9 +52,11 @@ def paired_difference(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on the same prompts. values: model -> metric -> one value a prompt, prompts in one order for all."""
+    """Models on the same prompts. values: model -> metric -> one value a prompt, prompts in one order for all.
+    better: metric -> whether more of it is better, None: neither; what it lacks is better high."""
 
     values: Mapping[str, Mapping[str, Column]]
+    better: Mapping[str, bool | None]
     confidence: float
     resamples: int
     seed: int
@@ -81,7 +82,7 @@ class Comparison:
         return [
             {
                 "metric": metric,
-                "higher_is_better": HIGHER_IS_BETTER.get(metric, True),
+                "higher_is_better": self.better.get(metric, True),
                 "values": {model: asdict(self.mean(metric, model)) for model in self.values},
                 "difference": {m: asdict(self.difference(metric, m, baseline)) for m in self.values if m != baseline},
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from alignment.config.rewards import HIGHER_IS_BETTER
+from alignment.config.rewards import HIGHER_IS_BETTER, better_of_terms
 from alignment.config.stages.reward_model import OF_REWARD_MODELS
 from alignment.config.varied import level_of, varied
 from alignment.errors import ConfigError
@@ -31,7 +31,7 @@ def compare(sweep: Row, points: list[Row], metric: str | None = None) -> Row:
     "importance"}. sweep, points: of `sweeps`. metric: another objective, NAME or NAME:minimize. Raises ConfigError.
     """
     known = _metrics(points)
-    objective = _objective(sweep, known, metric)
+    objective = _objective(sweep, points, known, metric)
     placed = [point for point in points if point["settings"] or point["state"] != "unreadable"]
     keys = varied(placed)
     names = short_names([key for key in keys if not is_seed(key)])
@@ -76,14 +76,14 @@ def _metrics(points: list[Row]) -> list[str]:
     return list(dict.fromkeys(name for point in points for name in point["metrics"]))
 
 
-def _objective(sweep: Row, known: list[str], asked: str | None) -> Row:
+def _objective(sweep: Row, points: list[Row], known: list[str], asked: str | None) -> Row:
     own = {one["metric"]: one.get("direction") for one in sweep["objective"]}
     name, _, direction = (asked or next(iter(own))).partition(":")
     if asked and known and name not in known:
         raise ConfigError(f"no point has a metric {name!r}", where="--metric", fix=f"known: {', '.join(known)}")
     if not direction and own.get(name) in DIRECTIONS:
         direction = own[name]
-    better = {**OF_REWARD_MODELS, **HIGHER_IS_BETTER}.get(name, True)
+    better = _better(name, points)
     if not direction and better is None:
         fix = f"--metric {name}:minimize or --metric {name}:maximize"
         raise ConfigError(f"{name} is neither better high nor low by itself", where="--metric", fix=fix)
@@ -91,6 +91,15 @@ def _objective(sweep: Row, known: list[str], asked: str | None) -> Row:
     if direction not in DIRECTIONS:
         raise ConfigError(f"no direction {direction!r}", where="--metric", fix=f"one of: {', '.join(DIRECTIONS)}")
     return {"metric": name, "direction": direction}
+
+
+def _better(metric: str, points: list[Row]) -> bool | None:
+    """Whether more of it is better; None: neither, or a term of the reward that some points want and some do not."""
+    weights = [point["weights"] for point in points if metric in point["weights"]]
+    found = {better_of_terms(one)[metric] for one in weights} or {
+        {**OF_REWARD_MODELS, **HIGHER_IS_BETTER}.get(metric, True)
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def _groups(points: list[Row], names: Row) -> list[Row]:

@@ -196,11 +196,15 @@ def collect(run: Row, store: Path) -> Report:
 
 
 def _roles(stages: list[Stage], compare: Stage | None) -> dict[str, Stage]:
-    """Role in the comparison -> its evaluate stage; without a comparison each evaluated model under its own name."""
+    """Role in the comparison -> its evaluate stage; without a comparison each evaluated model under its own name, one
+    that is evaluated in several ways under those of its evaluate stages."""
     by_name = {stage.name: stage for stage in stages}
     if compare:
         return {role: by_name[node] for role, node in compare.inputs.items() if node in by_name}
-    return {stage.inputs.get("model", stage.name): stage for stage in stages if stage.kind == "evaluate"}
+    evaluated = [stage for stage in stages if stage.kind == "evaluate"]
+    models = [stage.inputs.get("model", stage.name) for stage in evaluated]
+    named = zip(models, evaluated, strict=True)
+    return {model if models.count(model) == 1 else stage.name: stage for model, stage in named}
 
 
 def _colours(stages: list[Stage], roles: dict[str, Stage]) -> dict[str, int]:

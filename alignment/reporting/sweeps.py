@@ -25,7 +25,7 @@ SAYS_NOTHING = tuple(n for n, f in Experiment.model_fields.items() if side(f) ==
 
 NOTHING_KNOWN: Row = {
     "state": "unreadable", "note": None, "measured": False, "metrics": {}, "verdict": None, "evaluation": None,
-    "training": None, "report": False,
+    "training": None, "report": False, "weights": {},
 }  # fmt: skip
 EVALUATES = ("evaluate", "evaluate_reward")
 COUNTS = ("prompts", "heldout_nll_missing", "kl_bound", "pairs", "rows", "members")  # no metrics of the model
@@ -164,7 +164,7 @@ def read_points(
     jobs_of: Callable[[list[str]], dict[str, Row]] = lambda keys: {},
 ) -> list[Row]:
     """Every point of the sweep, in its order: {"number", "run", "settings", "state", "note", "measured", "metrics",
-    "verdict", "evaluation", "training", "report"}.
+    "verdict", "evaluation", "training", "report", "weights": of the reward's terms}.
 
     state: of its run as `status.read_runs` knows it, or pruned, missing (no run.json), unreadable.
     measured: the evaluation of its final model is in the store, and it was not pruned. Then metrics holds each metric
@@ -197,6 +197,7 @@ def _read_point(point: Row, results: Results, is_held: Callable[[str], bool], jo
         return {"note": "its run.json cannot be read"}
     told: Row = {"state": run["state"], "note": _note(run), "report": (file.parent / "report.html").is_file()}
     stages = [read_stage(node, results.root, _config(run)) for node in run["nodes"]]
+    told["weights"] = _weights(_config(run))
     told["training"] = _training(stages, str(run.get("final") or ""))
     if point["pruned"]:
         return {**told, "state": "pruned", "note": run.get("pruned")}
@@ -209,6 +210,13 @@ def _read_point(point: Row, results: Results, is_held: Callable[[str], bool], jo
 def _config(run: Row) -> Row:
     config = run.get("config")
     return config if isinstance(config, dict) else {}
+
+
+def _weights(config: Row) -> dict[str, float]:
+    """Of the terms of its reward."""
+    terms = (config.get("reward") or {}).get("terms") or {}
+    known = {name: finite(term.get("weight")) for name, term in terms.items()}
+    return {name: weight for name, weight in known.items() if weight is not None}
 
 
 def _note(run: Row) -> str | None:

@@ -18,7 +18,9 @@ def run(context: StageContext) -> dict[str, Any]:
     answers = {role: rows_of(folder, "answers.jsonl") for role, folder in context.inputs.items()}
     prompts = _check_prompts(answers, settings.baseline)
     columns = {role: signals.columns(rows) for role, rows in answers.items()}
-    comparison = Comparison(columns, settings.confidence, settings.resamples, settings.seed)
+    comparison = Comparison(
+        columns, context.experiment.reward.better, settings.confidence, settings.resamples, settings.seed
+    )
     if "reward" not in comparison.metrics:
         what = "no prompt has an answer with a reward of every model: there is nothing to compare"
         raise InputError(what, where=context.name, fix="mend the reward: reward_failed of the evaluations counts them")

@@ -128,6 +128,23 @@ def test_a_mistake_is_one_line_with_its_place_and_the_fix() -> None:
         assert str(told.value) == line
 
 
+def test_a_stage_with_the_name_of_a_made_one_is_refused_not_replaced() -> None:
+    """Where all rounds have the same prompts the first one's stage is `sample` itself, and sample_1 is free."""
+    own = "+stage.sample_{}=${{stage.sample}}"
+    with pytest.raises(ConfigError) as told:
+        compose([*ROUNDS, own.format(2)])
+    assert str(told.value).startswith(
+        "command line: `stage.sample_2` has the name of what the rounds make of `stage.sample`"
+    )
+    assert "sample_1" in compose([*ROUNDS, own.format(1)]).stage
+
+
+def test_prompts_of_the_stage_and_of_the_rounds_are_not_both_set() -> None:
+    with pytest.raises(ConfigError, match=r"`stage\.sample\.prompts` is 7, and `pipeline\.rounds\.prompts` 20"):
+        compose([*ROUNDS, "stage.sample.prompts=7", "pipeline.rounds.prompts=20"])
+    assert drawn(compose([*ROUNDS, "stage.sample.prompts=7"])) == [(0, 0, 7), (10**6, 0, 7), (2 * 10**6, 0, 7)]
+
+
 def test_a_fault_of_a_made_node_names_the_line_of_the_rounds(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     text = (CONF / "pipeline" / "iterative_dpo.yaml").read_text()

@@ -29,7 +29,7 @@ def decide(
             "stop_rate": [float(i < stops) for i in range(10)],
         },
     }
-    comparison = Comparison(values, 0.95, 500, 0)
+    comparison = Comparison(values, {}, 0.95, 500, 0)
     return gates.verdict(comparison, candidate="dpo", baseline="start", limits=LIMITS, relevance=watched, prompts=10)
 
 

@@ -77,7 +77,7 @@ def comparison() -> Comparison:
         "start": {"reward": [0.0, 0.0, 0.0], "heldout_nll": [1.0, None, 3.0], "odd": [None, 1.0, None]},
         "dpo": {"reward": [1.0, 1.0, 1.0], "heldout_nll": [2.0, 5.0, 4.0], "odd": [1.0, None, 1.0]},
     }
-    return Comparison(values, 0.95, 100, 0)
+    return Comparison(values, {"heldout_nll": False}, 0.95, 100, 0)
 
 
 def test_the_table_has_a_row_a_metric_with_differences_from_the_baseline() -> None:

@@ -168,6 +168,20 @@ def test_another_metric_has_its_own_order(tmp_path: Path) -> None:
     assert told["groups"][1]["difference"]["mean"] > 0, "more KL than the best"
 
 
+def test_a_term_is_looked_at_as_the_runs_weigh_it(tmp_path: Path) -> None:
+    """Toxicity of 0.1 is better than of 0.5 where its weight is -1; runs of both signs do not say which way."""
+    weight, points = "reward.terms.toxicity.weight", []
+    for run, toxicity, weighs in (("a", 0.5, -1.0), ("b", 0.1, -2.0), ("c", 0.3, 1.0)):
+        settings = {BETA: toxicity, weight: weighs}
+        write_run(tmp_path, run, settings, {"reward": 0.0, "toxicity": toxicity})
+        points.append({"run": run, "settings": settings})
+    told = content(tmp_path, points[:2], "toxicity")
+    assert told["objective"] == {"metric": "toxicity", "direction": "minimize"}
+    assert [group["values"]["toxicity"]["mean"] for group in told["groups"]] == [0.1, 0.5]
+    with pytest.raises(ConfigError, match="toxicity is neither better high nor low by itself"):
+        content(tmp_path, points, "toxicity")
+
+
 @pytest.mark.parametrize(
     ("metric", "said"),
     [

@@ -52,6 +52,20 @@ def test_without_a_comparison_the_evaluated_models_are_found_by_what_they_evalua
     assert [m.name for m in report.models] == ["start", "sft"]
 
 
+def test_a_model_evaluated_in_two_ways_without_a_comparison_is_shown_in_both(make_run: MakeRun) -> None:
+    """The second evaluation is of the first one's model too, as best-of-n is."""
+    folder, store = make_run(["start", "rows", "sft", "evaluate_start", "evaluate_sft"])
+    run = json.loads((folder / "run.json").read_text())
+    next(node for node in run["nodes"] if node["name"] == "evaluate_sft")["inputs"]["model"] = "start"
+    (folder / "run.json").write_text(json.dumps(run))
+    report = gather(folder, store)
+    assert [(m.name, m.node, m.colour) for m in report.models] == [
+        ("evaluate_start", "start", 0),
+        ("evaluate_sft", "start", 1),
+    ]
+    assert report.models[0].answers != report.models[1].answers
+
+
 def test_a_step_written_twice_counts_as_it_was_last_and_a_half_written_line_is_left_out(make_run: MakeRun) -> None:
     folder, store = make_run()
     stage = gather(folder, store).stage("sft")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment.config.compose import compose
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl, write_jsonl
 from alignment.stages import compare
@@ -121,3 +123,14 @@ def test_without_rewards_to_compare_it_is_one_line(make_context: MakeContext, ev
         write_jsonl(answers, rows)
     with pytest.raises(InputError, match="no prompt has an answer with a reward of every model"):
         compare.run(make_context("compare", evaluations, resamples=100))
+
+
+@pytest.mark.parametrize(("weight", "better"), [(2.0, True), (-1.0, False), (0.0, None)])
+def test_of_a_term_that_the_reward_subtracts_less_is_better(
+    weight: float, better: bool | None, make_context: MakeContext, evaluations: Any
+) -> None:
+    experiment = compose(["pipeline=sft_sample_dpo", "reward=sentiment", f"reward.terms.sentiment.weight={weight}"])
+    context = replace(make_context("compare", evaluations, resamples=100), experiment=experiment)
+    compare.run(context)
+    table = {row["metric"]: row for row in read_json(context.folder / "verdict.json")["table"]}
+    assert (table["sentiment"]["higher_is_better"], table["reward"]["higher_is_better"]) == (better, True)
