@@ -127,8 +127,8 @@ class Search(Sweeper):
             what = f"max_failure_rate is {self._rate}"
             raise ConfigError(what, where="hydra.sweeper.max_failure_rate", fix="from 0 to 1")
         self._metrics = [str(name) for name in theirs.config.objective]
-        asked = {name: OmegaConf.select(theirs.config, f"reward.terms.{name}.weight") for name in self._metrics}
-        weights = {name: weight for name, weight in asked.items() if isinstance(weight, int | float)}
+        every = {name: OmegaConf.select(theirs.config, f"reward.terms.{name}.weight") for name in self._metrics}
+        weights = {name: weight for name, weight in every.items() if isinstance(weight, int | float)}
         check_directions(self._metrics, ways, weights)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, fixed = self._space(arguments)

@@ -212,9 +212,9 @@ def _prompts(experiment: Experiment, rounds: Rounds) -> Iterator[Fault]:
     if not own:
         yield Fault(f"`{key}` is {rounds.prompts}, and no node of the rounds samples", (key,), f"{key}=null")
     for stage in dict.fromkeys(stage for stage, _ in own.values()):
-        its, settings = f"stage.{stage}.prompts", experiment.stage[stage]
-        if isinstance(settings, Sample) and settings.prompts is not None:
-            what = f"`{its}` is {settings.prompts}, and `{key}` {rounds.prompts}, which each round would take instead"
+        its, samples = f"stage.{stage}.prompts", experiment.stage[stage]
+        if isinstance(samples, Sample) and samples.prompts is not None:
+            what = f"`{its}` is {samples.prompts}, and `{key}` {rounds.prompts}, which each round would take instead"
             yield Fault(what, (its, key), f"{its}=null, or {key}=null")
     for node in rounds.nodes.values():
         rows = experiment.pipeline.nodes.get(node.inputs.get("data", ""))
