@@ -23,9 +23,6 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
     if settings.lora is not None and settings.lora.quantize is not None:
         what = f"`{key}.lora.quantize` is {settings.lora.quantize}, and decoding was not tried with weights of 4 bits"
         yield Fault(what, (f"{key}.lora.quantize",), f"{key}.lora.quantize=null")
-    if getattr(settings, "resamples", 0) and engine.strategy == "zero3":
-        what = f"`{key}.resamples` is above 0, and under ZeRO-3 two processes were seen to wait for each other with it"
-        yield Fault(what, (f"{key}.resamples", "engine.strategy"), f"engine=zero2, or {key}.resamples=0")
     kl = getattr(settings, "kl", None)
     if isinstance(kl, Kl):
         yield from _kl(kl, f"{key}.kl")

@@ -11,8 +11,8 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -343,3 +343,22 @@ def deepspeed_config(engine: Engine, settings: Train | Reference, on_gpu: bool) 
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
     }
+
+
+@contextmanager
+def uncounted(engine: Any) -> Iterator[None]:
+    """Forwards of DeepSpeed's module that are no steps of its engine.
+
+    Under ZeRO-3 a hook before a forward begins a step, and compares steps between processes until it has seen a whole
+    one. TRL leaves it on in decoding, where one process may make fewer forwards than another, or none."""
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is None:
+        yield
+        return
+    hooks, number = offload.module._forward_pre_hooks, offload.fwd_pre_hook.id
+    hook = hooks.pop(number)
+    try:
+        yield
+    finally:
+        hooks[number] = hook
+        hooks.move_to_end(number, last=False)  # before those of the layers, where it was

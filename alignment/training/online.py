@@ -25,6 +25,7 @@ from alignment.config.stages.online import Kl, Online
 from alignment.errors import InputError, TrainingError
 from alignment.training.attention import PACKED
 from alignment.training.batching import GlobalBatches
+from alignment.training.engine import uncounted
 from alignment.training.losses import policy as losses
 from alignment.training.ranks import all_gather, rank, world_size
 from alignment.training.rollouts import Answer, Group, Rollout, Targets, collated, measured, with_signal
@@ -266,8 +267,10 @@ class OnlineTrainer(AlignedTrainer, Policies):
         """The plain model with whole weights, answering token by token. Under ZeRO-3 a collective."""
         plain, packed = self._plain_model(), self._plain_model().config._attn_implementation
         checkpointing: Any = self.args.activation_checkpointing_kwargs
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
+        engine = self.model_wrapped
+        with (
+            unwrap_model_for_generation(engine, self.accelerator, gradient_checkpointing_kwargs=checkpointing),
+            uncounted(engine),
         ):
             plain.set_attn_implementation(self._decodes_with)
             training = plain.training

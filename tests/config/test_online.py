@@ -21,7 +21,6 @@ IMPOSSIBLE = {
     },
     "online_dpo": {"stage.online_dpo.beta=0.0": "`stage.online_dpo.beta` should be greater than 0"},
     "grpo": {
-        "stage.grpo.resamples=2 launcher=torchrun engine=zero3": "`stage.grpo.resamples` is above 0, and under ZeRO-3",
         "stage.grpo.ratio=sequence_mean stage.grpo.aggregate=constant": "`stage.grpo.ratio` sequence_mean: an answer's",
     },
     "ppo": {

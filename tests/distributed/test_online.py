@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grpo_zero3_offload": ("grpo", "zero3", REUSED),
     "ppo_zero3_offload": ("ppo", "zero3", OF_KIND["ppo"]),
     # Prompts without signal are replaced, at times fewer than there are processes; the coefficient follows its target.
-    "grpo_zero2_dynamic": ("grpo", "zero2", {**REUSED, **DYNAMIC}),
+    **{f"grpo_{strategy}_dynamic": ("grpo", strategy, {**REUSED, **DYNAMIC}) for strategy in ("zero2", "zero3")},
 }
 STOPS = {"rloo": 1, "grpo": 3, "online_dpo": 1, "ppo": 3}  # between two rollouts, or in the midst of the second one
 RESUMED = {f"{kind}_{strategy}": [stop, None] for kind, stop in STOPS.items() for strategy in ("zero2", "zero3")}
