@@ -20,7 +20,7 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
         f"{key}.{name}" for name in ("loss", "label_smoothing", "weighting", "divergence", "divergence_alpha")
     )
     update = f"{key}.reference_update"
-    if settings.reference_update is not None and not settings.compares:
+    if settings.reference_update is not None and not settings.refers:
         what = f"`{update}` is set, and {next(iter(settings.losses))} compares with no reference"
         yield Fault(what, (update, loss), f"{update}=null")
     moves, last = settings.reference_update, settings.max_steps

@@ -38,6 +38,6 @@ def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], 
         args=args,
         peft_config=lora_config(settings.lora, model),
         objective=Objective(settings),
-        references=references_of(context, start) if settings.compares else None,
+        references=references_of(context, start) if settings.refers else None,
         **common,
     )

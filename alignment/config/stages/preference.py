@@ -83,7 +83,7 @@ class Dpo(Referenced):
         return [PAIR_LOSSES[name] for name in self.losses]
 
     @property
-    def compares(self) -> bool:
+    def refers(self) -> bool:
         """Whether there is a reference model at all."""
         return any(traits.reference for traits in self.traits)
 
@@ -99,7 +99,7 @@ class Dpo(Referenced):
 
     def needless(self) -> frozenset[str]:
         """A reference that moves is computed as training gets on."""
-        return frozenset(() if self.compares and self.reference_update is None else {"reference"})
+        return frozenset(() if self.refers and self.reference_update is None else {"reference"})
 
     def idle(self) -> frozenset[str]:
         """What none of the losses reads."""

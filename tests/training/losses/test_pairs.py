@@ -200,7 +200,7 @@ def test_where_both_answers_are_as_likely_the_others_are_known_too(
     """Answers of 9 and 4 tokens, of 1 nat each; for CPO, which takes sums, of 9 nats each."""
     objective = Objective(settings_of(name, **changes))
     sums = torch.tensor([-9.0, -9.0 if name == "cpo" else -4.0], dtype=torch.float64)
-    theirs = sums if objective.settings.compares else torch.zeros(2)
+    theirs = sums if objective.settings.refers else torch.zeros(2)
     pairs = objective.pairs_of(sums, theirs, -sums[:1], torch.tensor([9, 4]), 4.0)
     assert objective(pairs).tolist() == pytest.approx([expected], rel=1e-12)
 
