@@ -148,7 +148,7 @@ def main(arguments: list[str], execute: Execute) -> int:
         return None
 
     try:
-        with _hydra_as_ours(arguments, execute, places), _many_objects():
+        with _hydra_as_ours(arguments, execute, places), many_objects():
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
     except Aside as passed:
         raise passed.error from passed.error.__cause__
@@ -165,7 +165,7 @@ def main(arguments: list[str], execute: Execute) -> int:
 
 
 @contextmanager
-def _many_objects() -> Iterator[None]:
+def many_objects() -> Iterator[None]:
     """The points of a sweep are millions of objects that stay: looking at them for garbage is a fifth of planning."""
     usual = gc.get_threshold()
     gc.set_threshold(200_000, *usual[1:])
