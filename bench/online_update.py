@@ -2,7 +2,8 @@
 
     python -m bench.online_update [--answers 8] [--tokens 128,256] [--repeats 5] [--docs docs]
 
-Sampling and judging are left out on both sides: what is timed is from the answers to the moved weights. Prompts and
+Sampling and judging are left out on both sides: what is timed is from the answers to the moved weights, with the pass
+over the answers that TRL's RLOO makes before each update, for the log-probs that its ratio starts from. Prompts and
 answers are random tokens, as long as each other; the arms take turns, each repeat a new trainer from the same weights.
 Losses of all steps must be equal to 1e-4, and gradients' norms to 1e-4 of them: where nothing has moved yet, losses
 are about 0 whatever the model. Writes online_update.json and the table of online.md.
@@ -27,6 +28,7 @@ import transformers
 import trl
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.base_config import _BaseConfig
 
 from alignment.config.execution import Engine
@@ -151,17 +153,20 @@ class _Given:
     def _prepare_inputs(self: Any, batch: Any) -> dict[str, Any]:
         step, part = divmod(self.seen, self.args.gradient_accumulation_steps)
         self.seen += 1
-        whole, size = self.given[step], self.args.per_device_train_batch_size
-        if isinstance(self, trl.RLOOTrainer) and "old_logps" not in whole:
-            whole["old_logps"] = self._whole_logps(whole)
-        return {name: value[part * size : (part + 1) * size] for name, value in whole.items()}
+        size = self.args.per_device_train_batch_size
+        if part == 0:
+            self.whole = dict(self.given[step])
+            if isinstance(self, trl.RLOOTrainer):
+                self.whole["old_logps"] = self._whole_logps(self.whole, size)
+        return {name: value[part * size : (part + 1) * size] for name, value in self.whole.items()}
 
     @torch.no_grad()
-    def _whole_logps(self: Any, whole: dict[str, Any]) -> Any:
-        """Of each answer under the policy as it is."""
+    def _whole_logps(self: Any, whole: dict[str, Any], size: int) -> Any:
+        """Of each answer under the policy as it is, as TRL computes them between sampling and the update."""
         ids, masks = (torch.cat([whole[f"prompt_{part}"], whole[f"completion_{part}"]], 1) for part in ("ids", "mask"))
         kept = whole["completion_ids"].shape[1]
-        return self._get_per_token_logps_and_entropies(self.model, ids, masks, kept)[0].sum(1)
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return self._get_per_token_logps_and_entropies(self.model, ids, masks, kept, size)[0].sum(1)
 
 
 class TrlGRPO(_Given, trl.GRPOTrainer):
@@ -216,8 +221,6 @@ def as_given(work: Work, folder: Path) -> tuple[list[dict[str, Any]], list[tuple
                 "completion_mask": torch.ones_like(ids), "advantages": worth,
             }
         )  # fmt: skip
-    if work.kind == "rloo":  # its ratio starts from log-probs that TRL has computed with the answers
-        theirs(work, folder, Ticks(), made, work.prompts * work.answers, False).train()
     return made, told(trainer)
 
 
@@ -248,36 +251,38 @@ def measure(work: Work, repeats: int) -> dict[str, Any]:
                     norms[arm] = max(norms[arm], abs(norm / wanted_norm - 1))
                 del trainer
                 gc.collect()
-    rows = {
-        arm: {
-            "median": statistics.median(taken),
-            "low": min(taken),
-            "high": max(taken),
-            "apart": apart[arm],
-            "norms": norms[arm],
-        }
-        for arm, taken in seconds.items()
-    }
+    rows = {arm: spread(taken) | {"apart": apart[arm], "norms": norms[arm]} for arm, taken in seconds.items()}
     best = min((row["median"], arm) for arm, row in rows.items() if arm not in ("ours", AS_IT_COMES))[1]
-    turns = [slow / fast for slow, fast in zip(seconds[best], seconds["ours"], strict=True)]
-    return {"work": vars(work), "arms": rows, "best": best, "times": statistics.median(turns),
-            "times_low": min(turns), "times_high": max(turns)}  # fmt: skip
+    times = {
+        arm: spread([slow / fast for slow, fast in zip(seconds[arm], seconds["ours"], strict=True)])
+        for arm in seconds
+        if arm != "ours"
+    }
+    return {"work": vars(work), "arms": rows, "best": best, "times": times}
+
+
+def spread(taken: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(taken), "low": min(taken), "high": max(taken)}
+
+
+def cell(row: dict[str, float], unit: str = "") -> str:
+    return f"{row['median']:.2f}{unit} ({row['low']:.2f} to {row['high']:.2f})"
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| update | tokens | ours | TRL at its fastest | TRL as it comes | times | losses apart, norms of gradients |",
-        "|---|---|---|---|---|---|---|",
+        "| update | tokens | ours | TRL as it comes | times | TRL at its fastest | times | losses, gradients apart |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for one in results:
         work, arms = one["work"], one["arms"]
-        first, best, default = (arms[name] for name in ("ours", one["best"], AS_IT_COMES))
-        cells = [work["kind"].upper(), f"{work['tokens']} + {work['tokens']}"]
-        cells += [f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})" for row in (first, best, default)]
-        cells += [f"{one['times']:.2f} ({one['times_low']:.2f} to {one['times_high']:.2f})"]
-        cells[3] += f", {one['best'].removeprefix('TRL, ')}"
+        first, default, best = (cell(arms[name]) for name in ("ours", AS_IT_COMES, one["best"]))
+        times = [cell(one["times"][name], "x") for name in (AS_IT_COMES, one["best"])]
+        rows = one["best"].removeprefix("TRL, ")
         apart, norms = (max(row[name] for row in arms.values()) for name in ("apart", "norms"))
-        lines.append(f"| {' | '.join(cells)} | {apart:.0e}, {norms:.0e} |")
+        cells = [work["kind"].upper(), f"{work['tokens']} + {work['tokens']}", first, default, times[0]]
+        cells += [f"{best}, {rows}", times[1], f"{apart:.0e}, {norms:.0e}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -300,6 +305,7 @@ def main() -> int:
             results.append(measure(work, asked.repeats))
             print(table(results[-1:]), flush=True)
     if asked.docs is not None:
+        asked.docs.mkdir(exist_ok=True)
         (asked.docs / "online_update.json").write_text(json.dumps(results, indent=1) + "\n")
         fill(asked.docs / "online.md", "online_update", table(results))
     every = [row for one in results for row in one["arms"].values()]
