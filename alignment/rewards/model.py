@@ -75,7 +75,9 @@ class Scorer:
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
         self.pad = config.pad_token_id  # by which the model finds where a row ends: not always the tokenizer's
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        on_gpu = torch.cuda.is_available()
+        # Which it is by then: the current one may become another.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.model.to(self.device).eval()
         special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")

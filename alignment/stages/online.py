@@ -16,6 +16,7 @@ from alignment.errors import InputError, TrainingError
 from alignment.stages.context import StageContext
 from alignment.stages.parts import judge_of, rows_of
 from alignment.stages.train import train
+from alignment.training import engine
 from alignment.training.model import load, lora_config
 from alignment.training.rollouts import Answer
 from alignment.training.rows import Sizes
@@ -26,9 +27,9 @@ Alive = Callable[[int, int], None]
 
 def run(context: StageContext, trainer: type) -> dict[str, Any]:
     settings: Online = context.settings
-    judge = judge_of(
-        context
-    )  # before the engine: under ZeRO-3 its models would be sharded as they are read, and stay so
+    engine.take_device(context.world_size)
+    # Before the engine: under ZeRO-3 the judge's models would be sharded as they are read, and stay so.
+    judge = judge_of(context)
 
     def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> Any:
         arguments = {name: value for name, value in arguments.items() if name != "max_length"}

@@ -59,8 +59,7 @@ def start(engine: Engine, world_size: int) -> None:
             where="engine.sequence_parallel",
             fix="a number that divides them, or 1",
         )
-    if world_size == 1:  # Trainer would spread one process over all GPUs it sees (nn.DataParallel)
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    take_device(world_size)
     on_gpu = torch.cuda.is_available()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if not on_gpu:
@@ -68,8 +67,6 @@ def start(engine: Engine, world_size: int) -> None:
         torch.set_num_threads(engine.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     elif engine.threads:
         torch.set_num_threads(engine.threads)
-    if on_gpu and world_size > 1:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     disable_progress_bar()  # of loading and writing weights: the stage has its own progress
     for library in ("torch", "transformers"):  # at every step; the versions are pinned
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
@@ -82,6 +79,15 @@ def start(engine: Engine, world_size: int) -> None:
     elif world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_patience(engine))
     sequence.form(engine.sequence_parallel, _patience(engine))
+
+
+def take_device(world_size: int) -> None:
+    """The GPU that is this process's own becomes the current one. Call before a model is loaded to be held beside the
+    one that is trained; `start` does it itself."""
+    if world_size == 1:  # Trainer would spread one process over all GPUs it sees (nn.DataParallel)
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    elif torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _join_process_group() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,27 @@ def test_layers_computed_twice_and_bf16_decode_and_train_the_same_policy(tmp_pat
     assert rows(tmp_path / "twice") == rows(tmp_path / "plain")
     assert all(row["mismatch"] < 1e-5 for row in rows(tmp_path / "plain"))
     assert all(0 < row["mismatch"] < 2e-2 for row in rows(tmp_path / "bf16"))
+
+
+@pytest.mark.parametrize(("processes", "visible", "chosen"), [(4, "0,1,2,3", [2]), (1, "0", [])])
+def test_a_process_has_its_gpu_before_the_judge_has_its_models(
+    processes: int, visible: str, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 2 of a machine with four: else all judges are loaded to the first GPU. One process sees one GPU."""
+    taken: list[int] = []
+
+    def judge_of(context: Any) -> Any:
+        assert taken == chosen and os.environ["CUDA_VISIBLE_DEVICES"] == visible
+        raise InputError("here the judge is asked for")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(online_stage, "judge_of", judge_of)
+    context = tiny.context(tmp_path / "run", online.write_inputs(tmp_path), online.rloo(), tiny.engine("ddp"))
+    with pytest.raises(InputError, match="here the judge is asked for"):
+        rloo_stage.run(replace(context, world_size=processes))
 
 
 def test_answers_without_a_reward_end_it_above_the_share_that_is_allowed(
