@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from alignment.errors import InputError
+from alignment.errors import InputError, MachineError, is_out_of_memory
 from alignment.padding import by_budget
 
 Message = dict[str, str]
@@ -162,11 +163,13 @@ def draw(
     batch_size: int,
     skip: Collection[int] = (),
     progress: Progress = quiet,
+    size_key: str = "batch_size",
 ) -> Iterator[tuple[list[int], list[list[Drawn]]]]:
     """(rows of prompts, the answers to each), a batch at a time, as `batches` has them.
 
     prompts: token ids. noise: [prompts, answers, tokens], uniform in [0, 1): what an answer is depends on its own
-    numbers alone. Raises InputError for log-probs that are not finite.
+    numbers alone. size_key: the setting that batch_size comes from. Raises InputError for log-probs that are not
+    finite, MachineError where memory does not suffice.
     """
     _, copies, most = noise.shape
     per_batch, meter = max(1, batch_size // copies), Meter(noise.numel(), progress)
@@ -177,13 +180,28 @@ def draw(
             continue
         answers: list[Drawn] = [([], []) for _ in range(len(batch) * copies)]
         given = [prompts[i] for i in batch], noise[batch].flatten(0, 1)
-        for rows, tokens, scores in _decode(model, *given, stop=stop, temperature=temperature, top_p=top_p):
-            for row, token, score in zip(rows, tokens, scores, strict=True):
-                answers[row][0].append(token)
-                answers[row][1].append(score)
-            ended = [row for row, token in zip(rows, tokens, strict=True) if token in stop]
-            meter.add(len(rows), ended=sum(most - len(answers[row][0]) for row in ended))
+        with _advising(len(batch), copies, most, size_key):
+            for rows, tokens, scores in _decode(model, *given, stop=stop, temperature=temperature, top_p=top_p):
+                for row, token, score in zip(rows, tokens, scores, strict=True):
+                    answers[row][0].append(token)
+                    answers[row][1].append(score)
+                ended = [row for row, token in zip(rows, tokens, strict=True) if token in stop]
+                meter.add(len(rows), ended=sum(most - len(answers[row][0]) for row in ended))
         yield batch, [answers[slot * copies : (slot + 1) * copies] for slot in range(len(batch))]
+
+
+@contextmanager
+def _advising(prompts: int, copies: int, most: int, size_key: str) -> Iterator[None]:
+    """Raises MachineError for memory that does not suffice inside, where smaller micro-batches are no help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = f"out of memory: {prompts * copies} answers of up to {most} tokens are decoded at once"
+        fewer = f"stage.*.{size_key}={prompts // 2 * copies}, or a lower max_new_tokens"
+        alone = "lower max_new_tokens, or how many answers a prompt gets: those to one prompt are decoded together"
+        raise MachineError(what, fix=fewer if prompts > 1 else alone) from error
 
 
 def in_order(made: Iterable[tuple[list[int], list[Few]]]) -> list[Few]:

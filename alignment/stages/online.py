@@ -85,6 +85,7 @@ def _sampler(settings: Online, tokenizer: Any) -> Any:
             alive(step * len(prompts) // total, len(prompts))
 
         how: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "batch_size": settings.sampling_batch_size}
+        how["size_key"] = "sampling_batch_size"
         try:
             every = generation.in_order(generation.draw(model, prompts, noise, stop=stop, progress=progress, **how))
         except InputError as error:  # here the model is what training has made of it

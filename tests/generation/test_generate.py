@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alignment import generation
-from alignment.errors import InputError
+from alignment.errors import InputError, MachineError
 from tests.generation.conftest import STOPS
 
 QUESTIONS = ["a", "Who?", "What is the colour of the sky?", "b", "Tell me more about it, please", "zz", "1 + 1 = "]
@@ -137,6 +137,23 @@ def test_log_probs_that_are_not_finite_are_an_error_and_no_answer(loaded: tuple[
         generation.generate(model, tokenizer, PROMPTS, batch_size=4, **how)
     with pytest.raises(InputError, match="log-probs that are NaN or infinite"):
         generation.sequence_log_probs(model, [([1, 2], [3])])
+
+
+@pytest.mark.parametrize(
+    ("size", "fix"),
+    [(14, r"stage\.\*\.batch_size=6"), (2, "lower max_new_tokens, or how many answers a prompt gets")],
+)
+def test_memory_that_does_not_suffice_says_how_many_answers_to_decode_at_once(
+    size: int, fix: str, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7 prompts with 2 answers each, of which half are 3 prompts; or one prompt alone."""
+
+    def refuse(*given: Any, **how: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 107374182400 bytes.")
+
+    monkeypatch.setattr(loaded[0], "forward", refuse)
+    with pytest.raises(MachineError, match=f"out of memory: {size} answers of up to 12 tokens .*{fix}"):
+        generation.generate(*loaded, PROMPTS, batch_size=size, completions=2, **SAMPLED)
 
 
 def test_no_prompts_give_no_answers(loaded: tuple[Any, Any]) -> None:

@@ -15,9 +15,10 @@ import torch
 import trl
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from alignment.errors import InputError, PreemptedError, TrainingError
+from alignment.errors import InputError, MachineError, PreemptedError, TrainingError
+from alignment.pipeline.store import NEXT
 from alignment.stages import grpo as grpo_stage
 from alignment.stages import online as online_stage
 from alignment.stages import online_dpo as online_dpo_stage
@@ -331,6 +332,23 @@ def test_a_policy_that_gives_nan_ends_its_training(tmp_path: Path, judged: None)
     model.save_pretrained(start)
     with pytest.raises(TrainingError, match="the policy cannot answer: the model gives log-probs that are NaN"):
         run(tmp_path / "run", online.rloo(max_steps=2))
+
+
+def test_too_many_answers_at_once_are_no_reason_to_try_again_with_smaller_micro_batches(
+    tmp_path: Path, judged: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 prompts with 4 answers each, of which half are 8."""
+
+    def refuse(self: Any, *given: Any, logits_to_keep: int = 0, **how: Any) -> Any:
+        if logits_to_keep:  # decoding
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 100.00 GiB.")
+        return forward(self, *given, **how)
+
+    forward = LlamaForCausalLM.forward
+    monkeypatch.setattr(LlamaForCausalLM, "forward", refuse)
+    with pytest.raises(MachineError, match=r"out of memory: 16 answers .*stage\.\*\.sampling_batch_size=8") as caught:
+        run(tmp_path / "run", online.rloo(max_steps=2), setup=tiny.engine(adapt=True))
+    assert not caught.value.retry and not (tmp_path / "run" / NEXT).exists()
 
 
 @pytest.mark.parametrize("kind", STAGES)
