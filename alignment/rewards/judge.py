@@ -60,6 +60,7 @@ class Judge:
         self.reward = reward
         self.compare = Comparer(reward.comparison, alive, shared) if reward.comparison is not None else None
         means = {name: Means(name, folders.get(name, ()), alive, shared) for name in reward.terms}
+        self._watched = {name for name, term in reward.terms.items() if not term.weight}
         self.terms = {name: MAKERS[type(term)](term, means[name]) for name, term in reward.terms.items()}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str], tokens: Sequence[int] | None = None) -> list[Score]:
@@ -67,7 +68,8 @@ class Judge:
 
         answers[i] answers rows[i], which has `prompt` (messages) and what else its terms read: `reference`, `checks`.
         tokens: lengths of the answers, end-of-turn token included. terms: normalised, before their weights.
-        Where a term fails its value and the reward are None, and "failed": {name: why} stands beside them.
+        Where a term fails its value is None, the reward too if the term weighs anything, and "failed": {name: why}
+        stands beside them.
         """
         lengths: Sequence[int | None] = tokens if tokens is not None else [None] * len(answers)
         given = [Answer(row, text, length) for row, text, length in zip(rows, answers, lengths, strict=True)]
@@ -81,17 +83,19 @@ class Judge:
     def _sum(self, values: Mapping[str, Value]) -> Score:
         failed = {name: str(value) for name, value in values.items() if isinstance(value, Failed)}
         terms = {name: None if isinstance(value, Failed) else value for name, value in values.items()}
-        if failed:
-            return {"reward": None, "terms": terms, "failed": failed}
+        told: Score = {"reward": None, "terms": terms, **({"failed": failed} if failed else {})}
+        if not failed.keys() <= self._watched:
+            return told
         weighted = {name: self.reward.terms[name].weight * value for name, value in terms.items() if value is not None}
-        if not math.isfinite(total := sum(weighted.values())):
+        if not math.isfinite(total := sum(weighted.values(), 0.0)):
             largest = max(weighted, key=lambda name: abs(weighted[name]))
-            return {"reward": None, "terms": terms, "failed": {largest: f"with its weight the reward is {total}"}}
-        return {"reward": total, "terms": terms}
+            return {**told, "failed": {**failed, largest: f"with its weight the reward is {total}"}}
+        return {**told, "reward": total}
 
     def failures(self, scores: Sequence[Score]) -> int:
         """How many answers have no reward. Raises InputError if their share is above `reward.max_failed_share`."""
-        failed = [score["failed"] for score in scores if "failed" in score]
+        without = [score["failed"] for score in scores if score["reward"] is None]
+        failed = [{name: why for name, why in one.items() if name not in self._watched} for one in without]
         return self._held(failed, len(scores), "answers have no reward")
 
     def failed_comparisons(self, failed: Sequence[Mapping[str, str]], compared: int) -> int:

@@ -107,7 +107,8 @@ def _judging(judge: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
             alive(first, len(answers))
         for answer, score in zip(answers, scores, strict=True):
             if score["reward"] is not None:
-                answer.reward, answer.terms = score["reward"], score["terms"]
+                answer.reward = score["reward"]  # a term that is only watched may have failed
+                answer.terms = {name: value for name, value in score["terms"].items() if value is not None}
             else:
                 answer.failed = "; ".join(f"{name}: {why}" for name, why in score["failed"].items())
 

@@ -56,6 +56,19 @@ def test_an_answer_that_a_term_fails_for_has_no_reward_and_says_why() -> None:
     assert json.loads(json.dumps(bad)) == bad
 
 
+def test_a_term_that_is_only_watched_fails_without_taking_the_reward() -> None:
+    """Nor is it the reason where another term has failed, too."""
+    judge = Judge(Reward.model_validate({"max_failed_share": 0.5, "terms": {
+        "size": {**WORDS, "weight": 2.0}, "seen": {**CORRECT, "weight": 0.0},
+    }}), {})  # fmt: skip
+    score, *_ = scores = judge.score([row()] * 3, ["It is 4"] * 3)
+    assert (score["reward"], score["terms"]) == (2.0, {"size": 1.0, "seen": None})
+    assert list(score["failed"]) == ["seen"] and judge.failures(scores) == 0
+    none = {"reward": None, "terms": {}, "failed": {"seen": "it is blind", "size": "it has none"}}
+    with pytest.raises(InputError, match=r"reward.terms.size: 1 of 1 answers have no reward: it has none \(1 times\)"):
+        judge.failures([none])
+
+
 def test_a_sum_that_is_no_number_is_a_failure_too() -> None:
     sizes = {name: {**WORDS, "weight": 1e308} for name in ("size", "again")}
     large, small = Judge(Reward.model_validate({"terms": sizes}), {}).score([row()] * 2, ["two words", ""])

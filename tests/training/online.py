@@ -81,11 +81,14 @@ def write_inputs(folder: Path, count: int = 12) -> dict[str, Path]:
     return {"model": folder / "start", "data": folder / "prompts"}
 
 
-def letters(function: str = "letters") -> Judge:
-    """The share of a's to m's among the characters of an answer, or another function of that file."""
+def letters(function: str = "letters", watched: str | None = None) -> Judge:
+    """The share of a's to m's among the characters of an answer, or another function of that file; and one more of
+    weight 0."""
     source = PathSource(kind="path", path=str(Path(__file__).with_name("letters.py")))
-    term = Python(kind="python", source=source, function=function, weight=1.0)
-    return Judge(Reward(terms={"letters": term}), {"letters": [Path(source.path)]})
+    terms = {"letters": Python(kind="python", source=source, function=function, weight=1.0)}
+    if watched is not None:
+        terms[watched] = Python(kind="python", source=source, function=watched, weight=0.0)
+    return Judge(Reward(terms=terms), {name: [Path(source.path)] for name in terms})
 
 
 def given(number: int, branch: int) -> tuple[list[int], float]:

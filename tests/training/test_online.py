@@ -324,6 +324,16 @@ def test_answers_without_a_reward_end_it_above_the_share_that_is_allowed(
         run(tmp_path / "run", online.rloo(max_steps=2))
 
 
+def test_a_term_that_is_only_watched_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For about half of all answers; what it is for the others, 1 each, is told, and training is as without it."""
+    for watched in (None, "moody"):
+        judge = online.letters("letters", watched)
+        monkeypatch.setattr(online_stage, "judge_of", lambda context, judge=judge: judge)
+        run(tmp_path / str(watched), online.rloo(max_steps=2))
+    assert weights(tmp_path / "moody") == weights(tmp_path / "None")
+    assert all((row["reward_failed"], row["reward/moody"]) == (0, 1) for row in rows(tmp_path / "moody"))
+
+
 def test_a_policy_that_gives_nan_ends_its_training(tmp_path: Path, judged: None) -> None:
     start = online.write_inputs(tmp_path)["model"] / "model"
     model = AutoModelForCausalLM.from_pretrained(start)
