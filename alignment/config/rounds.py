@@ -118,8 +118,9 @@ def _outside(node: Node, rounds: Rounds) -> Node:
     inputs: dict[str, str] = {}
     for role, name in node.inputs.items():
         of_each = name.removeprefix(EACH)
-        if name.startswith(EACH) and of_each in rounds.nodes:
-            inputs |= {f"{role}_{number}": f"{of_each}_{number}" for number in range(1, rounds.count + 1)}
+        each = {f"{role}_{number}": f"{of_each}_{number}" for number in range(1, rounds.count + 1)}
+        if name.startswith(EACH) and of_each in rounds.nodes and each.keys().isdisjoint(node.inputs):
+            inputs |= each
         else:
             inputs[role] = _last(name, rounds)
     return Node(stage=node.stage, inputs=inputs)
@@ -132,7 +133,7 @@ def _last(name: str, rounds: Rounds) -> str:
 
 def _outer_names(experiment: Experiment, rounds: Rounds | None) -> Iterator[Fault]:
     """Names from outside into the rounds that mean nothing, or of a round's node without saying which."""
-    known, inside = rounds.nodes if rounds else {}, _names(rounds) if rounds else set()
+    known, inside, count = (rounds.nodes, _names(rounds), rounds.count) if rounds else ({}, set(), 0)
     named = {
         f"pipeline.nodes.{node}.inputs.{role}": name
         for node, settings in experiment.pipeline.nodes.items()
@@ -145,6 +146,10 @@ def _outer_names(experiment: Experiment, rounds: Rounds | None) -> Iterator[Faul
             yield Fault(f"`{key}` names `{name}`, and the pipeline has no rounds", (key,), "name a node")
         elif word == PREVIOUS or (word == EACH and key == "pipeline.final"):
             yield Fault(f"`{key}` names `{name}`", (key,), f"from here say {LAST}{name.removeprefix(word)}")
+        elif word and name.removeprefix(word) in known:  # what `_outside` has left
+            twice = next(at for number in range(1, count + 1) if (at := f"{key}_{number}") in named)
+            what = f"`{key}` names `{name}`, which makes an input of the name of `{twice}`"
+            yield Fault(what, (key, twice), "name one of them differently")
         elif word:
             what = f"`{key}` names `{name}`, and the rounds have no such node"
             yield Fault(what, (key,), closest(name.removeprefix(word), known, word))

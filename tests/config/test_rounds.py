@@ -90,6 +90,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such last": ({"final": "last.dop"}, "names `last.dop`, and the rounds have no such node"),
     "each of one": ({"final": "each.dpo"}, "`pipeline.final` names `each.dpo`"),
     "previous outside": ({"nodes.best_of_n.inputs.model": "previous.dpo"}, "names `previous.dpo`"),
+    "a role twice": (
+        {"nodes.verdict.inputs.dpo_1": "evaluate_sft"},
+        "makes an input of the name of `pipeline.nodes.verdict.inputs.dpo_1`",
+    ),
     "a name twice": ({"nodes.dpo": {"stage": "sft", "inputs": {}}}, "has the name of a node outside of the rounds"),
     "a made name": ({"nodes.dpo_2": {"stage": "sft", "inputs": {}}}, "has the name of a node outside of the rounds"),
 }
