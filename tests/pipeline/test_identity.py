@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from alignment.config import shape
 from alignment.config.compose import compose
-from alignment.config.schema import Experiment
+from alignment.config.schema import STAGES, Experiment
 from alignment.config.settings import Settings
 from alignment.data.fetch import fetch
 from alignment.errors import InputError, MachineError
@@ -64,6 +64,7 @@ COMPARISON = {
     "temperature": 0.0, "max_tokens": 1, "url": "http://a", "api_key_env": None, "timeout_s": 1.0, "retries": 0,
     "backoff_s": 1.0, "concurrency": 1, "cache": False,
 }  # fmt: skip
+CHECK = {"kind": "words", "relation": "at_most", "count": 20}
 # names must be names of something
 NAMES = {"sigmoid": ["ipo_mean"], "instruction": ["chatml"], "instructions": ["preferences"]}
 
@@ -79,7 +80,7 @@ def other(field: Any, value: Any) -> list[Any]:
     if isinstance(value, float):
         return [*found, value * 0.5 + 0.01, value * 0.9]
     if isinstance(value, list):
-        return [*found, [*value, "another"], 7]
+        return [*found, [*value, "another"], [*value, "greek"], [CHECK], 7]
     if isinstance(value, str):
         return [*found, *NAMES.get(value, []), "f" * 64, value + "x", True, 7]
     return [
@@ -87,6 +88,7 @@ def other(field: Any, value: Any) -> list[Any]:
         7,
         0.5,
         "preferences",
+        "A_SECRET",
         {"kind": "sigmoid"},
         {"every_steps": 2, "share": 0.5},
         COMPARISON,
@@ -121,38 +123,98 @@ LEAVES = [
 ]
 
 
-def readers(path: tuple[Any, ...]) -> set[str]:
+JUDGING = ("judge", "evaluate", "rloo", "grpo", "online_dpo", "ppo")
+
+
+def readers(path: tuple[Any, ...], nodes: Sequence[graph.Node] = NODES) -> set[str]:
     """Names of the nodes that read an identity-side setting themselves, where it may change something."""
     if path == ("seed",):
-        return {node.name for node in NODES if "seed" in type(node.settings).model_fields}
+        return {node.name for node in nodes if "seed" in type(node.settings).model_fields}
     if path[0] == "model":
-        return {node.name for node in NODES}
+        return {node.name for node in nodes}
     reads = {
         "stage": lambda node: node.stage == path[1],
         "data": lambda node: getattr(node.settings, "dataset", None) == path[1],
-        "reward": lambda node: node.kind in ("judge", "evaluate") and path[1] != "comparison",  # nobody compares
+        "reward": lambda node: node.kind in JUDGING and path[1] != "comparison",  # nobody compares
     }[path[0]]
-    return {node.name for node in NODES if reads(node)}
+    return {node.name for node in nodes if reads(node)}
 
 
-def with_descendants(names: set[str]) -> set[str]:
-    for node in NODES:  # parents come first
+def with_descendants(names: set[str], nodes: Sequence[graph.Node] = NODES) -> set[str]:
+    for node in nodes:  # parents come first
         if names & {parent.name for role, parent in node.parents.items() if role not in node.settings.ordering}:
             names = names | {node.name}
     return names
 
 
+def idle(experiment: Experiment, path: tuple[Any, ...]) -> bool:
+    """Whether a setting, or one that it is a part of, changes nothing as the others stand."""
+    place: Any = experiment
+    for part in path:
+        if isinstance(place, Settings) and part in place.idle():
+            return True
+        place = place[part] if isinstance(place, dict) else getattr(place, part)
+    return False
+
+
+def expected(base: Experiment, changed: Experiment, leaf: Any, nodes: Sequence[graph.Node]) -> set[str]:
+    """Names of the nodes whose keys another value of this leaf changes."""
+    path, _, _, sides = leaf
+    if set(sides) != {"identity"} or (idle(base, path) and idle(changed, path)):
+        return set()
+    return with_descendants(readers(path, nodes), nodes)
+
+
+def differing(base: Experiment, changed: Experiment) -> set[str]:
+    before, after = keys(base), keys(changed)
+    return {name for name in after if before[name] != after[name]}  # a node without a use any more is left out
+
+
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: ".".join(map(str, leaf[0])))
 def test_a_perturbed_setting_changes_the_keys_of_those_that_read_it_and_of_what_follows_alone(leaf: Any) -> None:
-    path, field, value, sides = leaf
+    path, field, value, _ = leaf
     changed = perturbed(BASE, path, other(field, value))
     assert changed is not None, f"no other value of {path} is allowed"
     if path == ("seed",):  # stages take it by interpolation, which a validated experiment has behind it
         changed = compose(["experiment=quickstart", "seed=1"])
-    before, after = keys(BASE), keys(changed)
-    differ = {name for name in after if before[name] != after[name]}  # a node without a use any more is left out
-    idle = path[0] == "stage" and path[2] in BASE.stage[path[1]].idle() & changed.stage[path[1]].idle()
-    assert differ == (with_descendants(readers(path)) if set(sides) == {"identity"} and not idle else set())
+    assert differing(BASE, changed) == expected(BASE, changed, leaf, NODES)
+
+
+# What the quickstart does not have: where it is, and its keys.
+FILES = "reward=[sentiment,answer,endpoint,format,instructions,language,length,model,regex,repetition]"
+TERMS = ("correct", "judge", "form", "instructions", "script", "length", "preference", "pattern", "repeats")
+ELSEWHERE: dict[str, tuple[list[str], list[str]]] = {
+    "rloo": (["pipeline=sft_rloo"], ["stage.rloo"]),
+    "grpo": (["pipeline=sft_grpo"], ["stage.grpo"]),
+    "online_dpo": (["pipeline=sft_online_dpo"], ["stage.online_dpo"]),
+    "ppo": (["pipeline=sft_ppo", "stage.ppo.kl.target=1.0"], ["stage.ppo"]),
+    "kto": (["pipeline=kto"], ["stage.kto"]),
+    "reward_model": (["pipeline=sft_reward_model"], ["stage.reward_model", "stage.evaluate_reward"]),
+    "merge": (["pipeline=sft_dpo_merge"], ["stage.merge"]),
+    "tr_dpo": (["pipeline=dpo", "stage.dpo.reference_update={every_steps: 2, share: 0.5}"], ["stage.dpo"]),
+    "terms": (["experiment=rlhf", FILES, "reward.terms.judge.model=m"], [f"reward.terms.{name}" for name in TERMS]),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_so_do_the_settings_that_the_quickstart_does_not_have(name: str) -> None:
+    base = compose(ELSEWHERE[name][0])
+    nodes, asked = graph.build(base), tuple(f"{key}." for key in ELSEWHERE[name][1])
+    looked_at = 0
+    for leaf in leaves(base):
+        path, field, value, _ = leaf
+        if path[-1] in ONE_VALUE or not ".".join(map(str, path)).startswith(asked):
+            continue
+        changed = perturbed(base, path, other(field, value))
+        assert changed is not None, f"no other value of {path} is allowed"
+        assert differing(base, changed) == expected(base, changed, leaf, nodes), path
+        looked_at += bool(expected(base, changed, leaf, nodes))
+    assert looked_at
+
+
+def test_no_stage_is_forgotten_here() -> None:
+    there = {settings.kind for settings in BASE.stage.values()}
+    assert there | ELSEWHERE.keys() | {"evaluate_reward"} >= STAGES.keys()
 
 
 def test_qlora_has_a_key_of_its_own_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
