@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from alignment.drawing import Noise, choose
 from alignment.errors import InputError, MachineError, is_out_of_memory
 from alignment.padding import by_budget
 
@@ -30,7 +31,6 @@ Progress = Callable[..., None]  # progress(step, total, **facts)
 Drawn = tuple[list[int], list[float]]  # an answer's token ids, and the log-probs of these at temperature 1, in nats
 Few = TypeVar("Few")  # the answers to a prompt
 
-NUCLEUS = 1024  # most probable tokens looked at first: sorting 64 rows of 50k takes 150 ms on two cores, this 18 ms
 TOKENS_PER_BATCH = 2048  # padded tokens of one scoring forward; bounds the logits at 2048 x V floats
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPACT = 8  # ended answers leave the batch when they are an eighth of it: leaving copies the whole cache
@@ -145,7 +145,7 @@ def batches(
     """
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_window(ids, max_new_tokens, window(model))
-    noise = torch.rand(len(ids), completions, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    noise = Noise(len(ids), completions, max_new_tokens, seed)
     stop = stop_tokens(model, tokenizer)
     how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "batch_size": batch_size}
     for rows, drawn in draw(model, ids, noise, stop=stop, skip=skip, progress=progress, **how):
@@ -155,7 +155,7 @@ def batches(
 def draw(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    noise: Tensor,
+    noise: Tensor | Noise,
     *,
     stop: Sequence[int],
     temperature: float,
@@ -171,8 +171,8 @@ def draw(
     numbers alone. size_key: the setting that batch_size comes from. Raises InputError for log-probs that are not
     finite, MachineError where memory does not suffice.
     """
-    _, copies, most = noise.shape
-    per_batch, meter = max(1, batch_size // copies), Meter(noise.numel(), progress)
+    count, copies, most = noise.shape
+    per_batch, meter = max(1, batch_size // copies), Meter(count * copies * most, progress)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     for batch in (order[start : start + per_batch] for start in range(0, len(order), per_batch)):
         if all(row in skip for row in batch):
@@ -358,41 +358,6 @@ def _check_finite(log_probs: Tensor) -> None:
     """Raises InputError. A token drawn from a distribution of NaN would look like any other."""
     if not log_probs.isfinite().all():
         raise InputError("the model gives log-probs that are NaN or infinite", fix="look at its weights, or take fp32")
-
-
-def choose(logits: Tensor, noise: Tensor, *, temperature: float, top_p: float) -> Tensor:
-    """Next tokens [B] from logits [B, V] and uniform noise [B]: the arg max, or a draw by inverting the distribution.
-
-    top_p: only the fewest most probable tokens whose probabilities reach it are drawn (Holtzman et al. 2020,
-    arXiv:1904.09751).
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = torch.softmax(logits / temperature, -1)
-    if top_p >= 1:
-        return _invert(probs, noise)
-    best, ids = probs.topk(min(NUCLEUS, probs.shape[-1]))
-    tokens = _nucleus(best, ids, noise, top_p)
-    flat = best.sum(-1) < top_p  # rows whose nucleus is wider than that: only they are sorted whole
-    if best.shape[-1] < probs.shape[-1] and flat.any():
-        best, ids = probs[flat].sort(-1, descending=True)
-        tokens[flat] = _nucleus(best, ids, noise[flat], top_p)
-    return tokens
-
-
-def _nucleus(best: Tensor, ids: Tensor, noise: Tensor, top_p: float) -> Tensor:
-    """best [B, K]: probabilities, falling; ids [B, K]: whose they are."""
-    before = best.cumsum(-1) - best
-    chosen = _invert(best * (before < top_p), noise)
-    return ids.gather(-1, chosen[:, None])[:, 0]
-
-
-def _invert(weights: Tensor, noise: Tensor) -> Tensor:
-    """Index [B] where the running sum of weights [B, K] passes noise times their total."""
-    running = weights.cumsum(-1)
-    total = running[:, -1:]
-    index = torch.searchsorted(running, noise.to(running)[:, None] * total, right=True)[:, 0]
-    return torch.minimum(index, (running < total).sum(-1))  # rounding must not reach beyond the last weight
 
 
 def completion(tokenizer: Any, ids: list[int], log_probs: Sequence[float], stop: Sequence[int]) -> Completion:

@@ -189,45 +189,6 @@ def test_a_stream_stops_at_the_end_of_the_window_and_says_when_it_is_full(loaded
         list(generation.stream(model, tokenizer, [{"role": "user", "content": "x" * 510}], **how))
 
 
-def test_draws_invert_the_distribution() -> None:
-    """p = (.5, .3, .2): the running sum passes u at token 0 below .5, 1 below .8, 2 above."""
-    logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(6, 1)
-    noise = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.9999999])
-    assert generation.choose(logits, noise, temperature=1.0, top_p=1.0).tolist() == [0, 0, 1, 1, 2, 2]
-
-
-def test_top_p_keeps_the_fewest_most_probable_tokens() -> None:
-    """p = (.2, .5, .3), top_p .6: tokens 1 and 2 are kept (.5 alone is short), renormalised 5/8 and 3/8."""
-    logits = torch.tensor([0.2, 0.5, 0.3]).log().repeat(4, 1)
-    noise = torch.tensor([0.0, 0.62, 0.63, 0.999])
-    assert generation.choose(logits, noise, temperature=1.0, top_p=0.6).tolist() == [1, 1, 2, 2]
-    assert generation.choose(logits, noise, temperature=1.0, top_p=0.4).tolist() == [1, 1, 1, 1]
-
-
-def test_temperature_sharpens_before_the_draw() -> None:
-    """p = (.5, .3, .2) at temperature 0.5 is p squared: (.25, .09, .04) / .38 = (.658, .237, .105)."""
-    logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(4, 1)
-    noise = torch.tensor([0.65, 0.67, 0.89, 0.90])
-    assert generation.choose(logits, noise, temperature=0.5, top_p=1.0).tolist() == [0, 1, 1, 2]
-
-
-def test_a_nucleus_wider_than_the_first_look_is_sorted_whole() -> None:
-    """Of 4096 tokens, all alike in row 0 and one of probability near 1 in row 1, only row 0 needs the sort."""
-    logits = torch.zeros(2, 4096)
-    logits[1, 7] = 30.0
-    tokens = generation.choose(logits, torch.tensor([0.999, 0.5]), temperature=1.0, top_p=0.95)
-    everywhere = generation.choose(logits[:1].repeat(400, 1), torch.rand(400), temperature=1.0, top_p=0.95)
-    assert tokens[1] == 7
-    assert len(set(everywhere.tolist())) > 300, "draws reach far beyond the 1024 tokens looked at first"
-
-
-def test_frequencies_of_many_draws_match_the_probabilities() -> None:
-    probs = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    noise = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    drawn = generation.choose(probs.log().repeat(20000, 1), noise, temperature=1.0, top_p=1.0)
-    assert torch.bincount(drawn) / 20000 == pytest.approx(probs.numpy(), abs=0.01)
-
-
 @pytest.mark.parametrize(("missing", "what"), [("config.json", "no config.json"), ("model.safetensors", "no weights")])
 def test_a_folder_that_is_no_model_is_refused(sharp_model: Path, tmp_path: Path, missing: str, what: str) -> None:
     for file in sharp_model.iterdir():
