@@ -137,7 +137,7 @@ class Checkpoints:
     def commit(self, step: int, files: dict[str, dict[str, Any]], state: dict[str, Any], score: float | None) -> None:
         """Give the checkpoint its name. files: the parts, durable already: name -> bytes, sha256. Raises OSError."""
         aside = self.aside(step)
-        write_json(aside / STATE, state)
+        write_json(aside / STATE, state, indent=None)  # training waits, and there may be a rollout in it
         size = (aside / STATE).stat().st_size
         files = {**files, STATE: {"bytes": size, "sha256": sha256(aside / STATE)}}
         manifest = {"format": FORMAT, "key": self.key, "step": step, "score": score, "files": files}

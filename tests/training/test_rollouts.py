@@ -187,6 +187,15 @@ def test_the_coefficient_follows_its_target_from_rollout_to_rollout(tmp_path: Pa
     assert told == pytest.approx([0.05, 0.05 * 0.9, 0.05 * 0.81])
 
 
+def test_what_is_saved_of_a_rollout_is_what_it_was_and_copies_no_tokens() -> None:
+    """Of tens of thousands of tokens a copy takes half a second, in which training waits."""
+    rollout = one_prompt([-1.0, -2.0])
+    answer, told = rollout.groups[0].answers[0], rollout.to_json()
+    assert told["groups"][0]["answers"][0]["ids"] is answer.ids
+    answer.reference, answer.old, rollout.metrics["pairs"] = [0.0, 0.0], [1.0, 1.0], 1.0
+    assert Rollout.from_json(json.loads(json.dumps(told))) == one_prompt([-1.0, -2.0])
+
+
 def test_metrics_of_a_rollout() -> None:
     """Rewards 1, 3 and 2, none: mean 2, deviations 1 and 0; of four answers one was cut, one could not be judged."""
     groups = [
