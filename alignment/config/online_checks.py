@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from alignment.config.execution import Engine
 from alignment.config.faults import Fault
 from alignment.config.stages.base import Stage
-from alignment.config.stages.online import Clipped, Kl, Online
+from alignment.config.stages.online import Clipped, Kl, Online, PolicyGradient
 
 
 def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
@@ -26,6 +26,8 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
     kl = getattr(settings, "kl", None)
     if isinstance(kl, Kl):
         yield from _kl(kl, f"{key}.kl")
+    if isinstance(settings, PolicyGradient) and settings.refers and settings.truncated == "mask":
+        yield from _masked(settings, key)
     if isinstance(settings, Clipped) and settings.ratio != "token" and settings.aggregate != "sequence":
         keys = f"{key}.aggregate", f"{key}.ratio"
         what = f"`{keys[0]}` is {settings.aggregate}, and `{keys[1]}` {settings.ratio}: an answer's one ratio would"
@@ -33,6 +35,17 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
             f"{what} count once for each of its tokens, so long answers more",
             keys,
             f"{keys[0]}=sequence, as in GSPO's equation 5 (arXiv:2507.18071); or {keys[1]}=token",
+        )
+
+
+def _masked(settings: PolicyGradient, key: str) -> Iterator[Fault]:
+    if settings.kl.place == "reward":
+        keys = f"{key}.truncated", f"{key}.kl.place"
+        what = f"`{keys[0]}` is mask, and `{keys[1]}` reward: answers that are cut would be measured without a KL, so"
+        yield Fault(
+            f"{what} those that end would look worse than they, and be trained away",
+            keys,
+            f"{keys[0]}=penalty or keep, or {keys[1]}=loss with {key}.kl.estimator=k3",
         )
 
 

@@ -110,7 +110,7 @@ WHOLES: dict[str, Callable[[str, str], bool]] = {
     "lowercase": lambda text, asked: text.islower(),  # it has letters, and none of them is a capital
     "uppercase": lambda text, asked: text.isupper(),
     "json": lambda text, asked: is_json(text),
-    "title": lambda text, asked: bool(re.search(r"<<[^<>\n]*\S[^<>\n]*>>", text)),
+    "title": lambda text, asked: bool(re.search(r"<<[^<>\n]*[^<>\s][^<>\n]*>>", text)),
     "quotation": lambda text, asked: len(text.strip()) > 2 and text.strip()[0] in '"“' and text.strip()[-1] in '"”',
     "no_commas": lambda text, asked: bool(text.strip()) and not set(text) & set(",，、"),
     "repeat_prompt": lambda text, asked: _plain(text).startswith(_plain(asked)) and _plain(text) != _plain(asked),

@@ -74,11 +74,6 @@ def _sizes(rows: Sequence[dict[str, Any]], settings: Online) -> Sizes:
 
 def _sampler(settings: Online, tokenizer: Any) -> Any:
     def sample(model: Any, prompts: Sequence[Sequence[int]], noise: Any, alive: Alive) -> list[list[Answer]]:
-        longest, window = max(map(len, prompts)), generation.window(model)
-        if longest + settings.max_new_tokens > window:
-            room = f"leaves no room for {settings.max_new_tokens} more in a window of {window}"
-            what = f"a prompt of {longest} tokens {room}"
-            raise InputError(what, fix="lower max_new_tokens, or max_prompt_length of the prepare stage")
         stop = generation.stop_tokens(model, tokenizer)
 
         def progress(step: int, total: int, **facts: Any) -> None:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from alignment.training.losses.policy import kl
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -112,13 +114,14 @@ class Meter:
 
 
 def combine(names: Iterable[str], values: Tensor) -> dict[str, float]:
-    """values: [processes, names], each column put together as METRICS says."""
+    """values: [processes, names], each column put together as METRICS says. The mean of nothing is left out."""
     columns = dict(zip(names, values.unbind(1), strict=True))
     total: dict[str, float] = {}
     for name, column in columns.items():
         total[name] = float({"max": column.max, "min": column.min}.get(METRICS[name].how, column.sum)())
     divisors = {name: metric.by for name, metric in METRICS.items() if metric.how == "mean" and metric.by}
-    return {name: value / max(total[divisors[name]], 1) if name in divisors else value for name, value in total.items()}
+    told = {name: value for name, value in total.items() if name not in divisors}
+    return told | {name: total[name] / total[by] for name, by in divisors.items() if name in total and total[by]}
 
 
 def token_sums(output: Any, labels: Tensor) -> dict[str, Tensor | float]:
@@ -156,7 +159,7 @@ def pair_sums(
     return {
         "rows": len(labels) // 2,
         **token_sums(policy, labels),
-        **({} if reference is None else {"kl": (torch.expm1(log_ratios) - log_ratios).sum()}),
+        **({} if reference is None else {"kl": kl(reference, log_probs, "k3").sum()}),
         "rewards/chosen": chosen_reward.sum(),
         "rewards/rejected": rejected_reward.sum(),
         "rewards/margins": (chosen_reward - rejected_reward).sum(),
@@ -178,7 +181,7 @@ def answer_sums(
     return {
         "rows": len(labels),
         **token_sums(policy, labels),
-        "kl": (torch.expm1(log_ratios) - log_ratios).sum(),
+        "kl": kl(reference, policy.log_probs.double(), "k3").sum(),
         "desirable": desirable.sum(),
         "undesirable": unwanted.sum(),
         "rewards/desirable": (rewards * desirable).sum(),

@@ -41,7 +41,9 @@ class ClippedTrainer(OnlineTrainer):
         loss = surrogate.loss
         if self.settings.refers and self.kl.place == "loss":
             pull = losses.kl(log_probs, targets.reference, self.kl.estimator)
-            loss = loss + targets.coefficient * (losses.corrected(pull, surrogate) if self.kl.corrected else pull)
+            if self.kl.corrected:
+                pull = losses.corrected(pull, log_probs, old, targets.mask)
+            loss = loss + targets.coefficient * pull
         return loss, self._measured(output, targets, surrogate)
 
     @torch.no_grad()

@@ -136,7 +136,6 @@ def measured(groups: Sequence[Group]) -> dict[str, float]:
         "reward_failed": float(len(answers) - len(known)),
         "answer_tokens": _mean([len(answer.ids) for answer in answers]),
         "stop_rate": _mean([answer.finished for answer in answers]),
-        "no_signal": 1 - _mean(with_signal(groups)),
     }
 
 

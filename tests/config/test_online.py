@@ -14,6 +14,7 @@ IMPOSSIBLE = {
         "launcher=torchrun launcher.processes=2 engine=zero3 engine.hpz=2": "`engine.hpz` is 2, and `stage.rloo`",
         "stage.rloo.kl.coefficient=0.0 stage.rloo.kl.target=6.0": "`stage.rloo.kl.target` is 6, and",
         "stage.rloo.kl.place=loss stage.rloo.kl.corrected=false": "`stage.rloo.kl.estimator` is k1, and `stage",
+        "stage.rloo.truncated=mask": "`stage.rloo.truncated` is mask, and `stage.rloo.kl.place` reward: answers that",
         "stage.rloo.aggregate=token": "`stage.rloo.aggregate` is token, and `stage.rloo.ratio` sequence: an",
         "stage.rloo.lora.quantize=nf4": "`stage.rloo.lora.quantize` is nf4, and decoding was not tried",
         "stage.rloo.completions_per_prompt=1": "`stage.rloo.completions_per_prompt` should be greater than or equal",

@@ -38,7 +38,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 STOPS = {"rloo": 1, "grpo": 3, "online_dpo": 1, "ppo": 3}  # between two rollouts, or in the midst of the second one
 RESUMED = {f"{kind}_{strategy}": [stop, None] for kind, stop in STOPS.items() for strategy in ("zero2", "zero3")}
 RESUMED["grpo_zero2_dynamic"] = [3, None]
-NAMES = ("loss", "grad_norm", "reward", "answer_tokens", "kl", "ratio", "mismatch_k3", "entropy")
+NAMES = ("loss", "grad_norm", "reward", "answer_tokens", "kl", "ratio", "mismatch_k3", "entropy", "value", "value_loss")
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ CHECKS: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"kind": "lowercase"}, ["all low 1!"], ["One", "123", ""]),
     ({"kind": "uppercase"}, ["ALL UP 1!"], ["ONe", "123", ""]),
     ({"kind": "json"}, ['{"a": null}'], ["{a}", ""]),
-    ({"kind": "title"}, ["<<A day>>\nIt was"], ["<< >>", "<<a\nb>>", "A day", ""]),
+    ({"kind": "title"}, ["<<A day>>\nIt was"], ["<< >>", "<<>>>", "<<a\nb>>", "A day", ""]),
     ({"kind": "quotation"}, ['"To be"\n', "“To be”"], ['"To be', "'To be'", '""', '"', ""]),
     ({"kind": "no_commas"}, ["a b"], ["a, b", "", "一，二"]),
     ({"kind": "repeat_prompt"}, ["Say  something. Well, hello"], ["Say something", "Well, say something", ""]),

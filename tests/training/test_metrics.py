@@ -93,8 +93,9 @@ def test_every_mean_names_a_unit_that_is_summed() -> None:
     assert all(METRICS[metric.by].how == "sum" for metric in METRICS.values() if metric.how == "mean" and metric.by)
 
 
-def test_a_step_without_units_gives_zero_not_nan() -> None:
-    assert combine(["entropy", "tokens"], torch.zeros(2, 2)) == {"entropy": 0, "tokens": 0}
+def test_the_mean_of_nothing_is_left_out() -> None:
+    """An entropy of 0 would be a policy that repeats itself."""
+    assert combine(["entropy", "tokens"], torch.zeros(2, 2)) == {"tokens": 0}
 
 
 def test_token_sums_count_trained_positions_only() -> None:

@@ -85,11 +85,12 @@ def test_corrected_its_gradient_is_that_of_the_kl(estimator: policy.Estimator) -
     """By the logits (log 3/2, 0), p = (0.6, 0.4), of the expectation over tokens of p; k3 alone: p - q."""
     logits, q = tensor([math.log(1.5), 0.0])[0].requires_grad_(), tensor([0.5, 0.5])
     now = logits.log_softmax(0)[None]
-    sampled = policy.clipped_surrogate(now, now.detach(), ONES, ONES, "token", 0.2, 0.2)
     weigh = now.detach().exp()
     pull = policy.kl(now, q.log(), estimator)
     (alone,) = torch.autograd.grad((weigh * pull).sum(), logits, retain_graph=True)
-    (whole,) = torch.autograd.grad((weigh * policy.corrected(pull, sampled)).sum(), logits, retain_graph=True)
+    (whole,) = torch.autograd.grad(
+        (weigh * policy.corrected(pull, now, now.detach(), ONES)).sum(), logits, retain_graph=True
+    )
     (exact,) = torch.autograd.grad((now.exp() * (now - q.log())).sum(), logits)
     assert exact[0].item() == pytest.approx(0.097312, abs=1e-6) and whole.tolist() == pytest.approx(exact.tolist())
     assert alone[0].item() == pytest.approx(0.1 if estimator == "k3" else 0.0)
@@ -106,6 +107,16 @@ def test_a_policy_that_ran_away_has_finite_losses_and_slopes(level: policy.Ratio
     found.loss.sum().backward()
     assert now.grad is not None and now.grad.isfinite().all() and found.loss.isfinite().all()
     assert worth or found.loss.abs().sum() == 0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("far", [90.0, -90.0])
+def test_a_policy_that_ran_away_has_a_finite_kl_and_slope(estimator: policy.Estimator, far: float) -> None:
+    now = torch.full((1, 2), far, requires_grad=True)
+    nothing, ones = torch.zeros(1, 2), torch.ones(1, 2)
+    policy.corrected(policy.kl(now, nothing, estimator), now, nothing, ones).sum().backward()
+    assert now.grad is not None and now.grad.isfinite().all()
+    assert policy.kl(now, nothing, estimator).sum().isfinite()
 
 
 def test_the_value_may_not_run_away_from_what_it_was() -> None:

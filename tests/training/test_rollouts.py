@@ -67,6 +67,23 @@ def test_the_loss_of_ppo_is_that_of_the_policy_and_a_tenth_of_that_of_the_values
     assert trainer._weight(groups) == 2
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_the_pull_in_the_loss_is_as_strong_whichever_ratio_the_surrogate_takes(estimator: Any, tmp_path: Path) -> None:
+    """Without advantages the loss is the pull alone, here of an answer that an older policy has given."""
+    now, found = torch.tensor([[-1.0, -2.0, -1.5]]), {}
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for ratio in ("token", "sequence", "sequence_mean"):
+        settings = online.grpo(ratio=ratio, kl=online.kl(coefficient=1.0, estimator=estimator), epochs_per_rollout=2)
+        trainer, logs = online.trainer(tmp_path, settings, 1), now.clone().requires_grad_()
+        nothing = torch.zeros(1, 3)
+        targets = Targets(mask, nothing, now, now + 0.1, now - 0.3, nothing, nothing, fresh=False, coefficient=1.0)
+        trainer._sum(SimpleNamespace(log_probs=logs, entropy=nothing), targets).backward()
+        found[ratio] = logs.grad
+    assert found["token"].abs().min() > 1e-3
+    for other in found.values():
+        torch.testing.assert_close(other, found["token"])
+
+
 def test_rounding_of_rewards_is_no_preference(tmp_path: Path) -> None:
     """Where answers are scored together with others, as with another number of processes, they may differ so much."""
     answers = [Answer([1], [0.0], True, reward=reward) for reward in (0.5, 0.7, 0.7 + 1e-8, 0.5 - 1e-8)]
@@ -205,7 +222,7 @@ def test_metrics_of_a_rollout() -> None:
     assert measured(groups) == pytest.approx(
         {
             "reward": 2.0, "reward_std": 0.5, "reward/x": 1.0, "reward_std/x": math.sqrt(2 / 3), "reward_failed": 1.0,
-            "answer_tokens": 2.0, "stop_rate": 0.75, "no_signal": 0.5,
+            "answer_tokens": 2.0, "stop_rate": 0.75,
         }
     )  # fmt: skip
     rollout = Rollout(3, 0.1, groups, {"reward": 2.0})

@@ -82,18 +82,25 @@ def kl(log_probs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
     """Of KL(pi || pi_ref), a token drawn from pi: Schulman's estimators (joschu.net/blog/kl-approx.html).
 
     With d = log(pi / pi_ref): k1 = d, unbiased, of either sign; k2 = d^2 / 2, biased, never negative; k3 =
-    exp(-d) - 1 + d, unbiased and never negative (GRPO's, arXiv:2402.03300, eq. 4).
+    exp(-d) - 1 + d, unbiased and never negative (GRPO's, arXiv:2402.03300, eq. 4), which below d = -EXPONENT, where it
+    would be infinite, stays as it is, and has no slope.
 
     By hand, d = ln 2: 0.693147; 0.240227; 1/2 - 1 + ln 2 = 0.193147.
     """
     apart = log_probs - reference
     if estimator == "k1":
         return apart
-    return apart.square() / 2 if estimator == "k2" else torch.expm1(-apart) + apart  # k3: GRPO (4)
+    if estimator == "k2":
+        return apart.square() / 2
+    apart = apart.clamp(min=-EXPONENT)
+    return torch.expm1(-apart) + apart  # k3: GRPO (4)
 
 
-def corrected(estimates: Tensor, surrogate: Surrogate) -> Tensor:
+def corrected(estimates: Tensor, log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
     """An estimate times its token's ratio to the policy that was sampled (DeepSeek-V3.2, arXiv:2512.02556, sec. 3.1).
+
+    That of the token also where the surrogate takes the answer's: the slope of a ratio that is a mean over T tokens is
+    T times less, and so would be the pull. All: [R, T].
 
     The ratio has a slope where it is 1, too: of k3 alone the gradient is that of KL(pi_ref || pi), of the product that
     of KL(pi || pi_ref), also for answers of an older policy; so it is with k1, whose gradient is 0 in expectation.
@@ -101,7 +108,7 @@ def corrected(estimates: Tensor, surrogate: Surrogate) -> Tensor:
     By hand, pi (0.6, 0.4), pi_ref (0.5, 0.5), k3, as one token drawn from pi, the gradient by pi's first logit: without
     0.6 (0.4 (1 - 5/6)) + 0.4 (-0.6 (1 - 5/4)) = 0.1; with 0.24 (ln 1.2 - ln 0.8) = 0.097312, that of the KL.
     """
-    return estimates * surrogate.ratio  # sec. 3.1
+    return estimates * torch.exp(log_ratio(log_probs, old, mask, "token"))  # sec. 3.1
 
 
 def adapted(coefficient: float, measured: float, target: float, gain: float) -> float:
