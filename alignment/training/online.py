@@ -60,12 +60,6 @@ class Policies(_BaseTrainer):
         super().__init__(model=model, args=args, data_collator=identity, **kwargs)
         self._metrics: dict[str, Any] = {"train": defaultdict(list)}
 
-    def _forward(self, model: Any, inputs: dict[str, Any], measure: bool = True) -> Any:
-        """Log-probs (and entropy) of the answers' tokens, [rows, width - 1]."""
-        how = {"pack": inputs["pack"], "measure": measure} if "pack" in inputs else {}
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-        return model(**given, use_cache=False, fused_lm_head=True, **how)
-
 
 class OnlineTrainer(AlignedTrainer, Policies):
     """train_dataset: rows {"prompt_ids"}. What becomes of rewards, and the loss, is in classes below."""
@@ -325,23 +319,12 @@ class OnlineTrainer(AlignedTrainer, Policies):
                 setattr(groups[at].answers[branch], name, some)
 
     def _by_policy(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        return {"old": self._policy_pass(inputs).log_probs}
-
-    def _policy_pass(self, inputs: dict[str, Any]) -> Any:
-        """By the policy as it is."""
-        engine = self.model_wrapped
-        training = engine.training
-        engine.eval()
-        with self.accelerator.autocast():
-            output = self._forward(engine, inputs, measure=False)
-        engine.train(training)
-        self._output = None  # kept for a loss that is not to come
-        return output
+        return {"old": self._look(inputs).log_probs}
 
     def _by_reference(self: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if self._reference is None:
             with self.model.disable_adapter():
-                return {"reference": self._policy_pass(inputs).log_probs}
+                return {"reference": self._look(inputs).log_probs}
         with self.accelerator.autocast():
             return {"reference": self._forward(self._reference, inputs, measure=False).log_probs}
 

@@ -37,7 +37,7 @@ class PPOTrainer(ClippedTrainer):
             raise TrainingError(what, fix="RLOO or GRPO, which need no values")
 
     def _by_policy(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        output = self._policy_pass(inputs)
+        output = self._look(inputs)
         return {"old": output.log_probs, "values": output.state_values}
 
     def _credit(self, rollout: Rollout) -> None:

@@ -75,30 +75,10 @@ class Referenced(AlignedTrainer, trl.DPOTrainer):
         labels = self._labels(inputs)
         plain = self.model
         with plain.disable_adapter() if is_peft_model(plain) and not self._moved else nullcontext():
-            output = self._look(inputs, labels)
+            output = self._look(inputs)
         scored = labels[:, 1:] != IGNORED
         rows = output.log_probs[scored].float().cpu().split(scored.sum(1).tolist())
         return [torch.cat(both).numpy() for both in zip(rows[: len(numbers)], rows[len(numbers) :], strict=True)]
-
-    @torch.no_grad()
-    def _look(self, inputs: dict[str, Any], labels: Tensor, **how: Any) -> Any:
-        """A forward for its log-probs alone."""
-        engine = self.model_wrapped
-        was_training = engine.training
-        engine.eval()
-        with self.accelerator.autocast():
-            output = self._forward(engine, inputs, labels, **{"measure": False, **how})
-        engine.train(was_training)
-        self._output = None  # kept for a loss that is not to come
-        return output
-
-    def _forward(self, model: Any, inputs: dict[str, Any], labels: Tensor, **how: Any) -> Any:
-        """Per-token log-probs and what else of them is asked for; how: of packs only (shared_prefix.py)."""
-        packed = {"pack": inputs["pack"], **how} if "pack" in inputs else {}
-        return model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, use_cache=False,
-            fused_lm_head=True, **packed,
-        )  # fmt: skip
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
         rows = super().collate(numbers)
@@ -215,7 +195,7 @@ class DPO(Referenced):
 
     def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
         labels = self._labels(inputs)
-        output = self._forward(model, inputs, labels, squares=self.objective.weighs)
+        output = self._forward(model, inputs, squares=self.objective.weighs)
         pairs, weights = self._pairs(output, inputs.get("reference"), labels)
         if not self.objective.whole:
             return self.objective(pairs, weights).sum()
@@ -241,7 +221,7 @@ class DPO(Referenced):
         for numbers, micro_batch in zip(own, micro_batches, strict=True):
             inputs = self._prepare_inputs(micro_batch)
             labels = self._labels(inputs)
-            output = self._look(inputs, labels, squares=self.objective.weighs)
+            output = self._look(inputs, squares=self.objective.weighs)
             pairs, weights = self._pairs(output, inputs.get("reference"), labels)
             told.append(list(zip(numbers, columns(pairs, weights).tolist(), strict=True)))
         each = all_gather(told)[:: sequence.size()]  # sharers of a sequence say the same

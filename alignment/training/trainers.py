@@ -239,6 +239,25 @@ class AlignedTrainer(Resumable):
         """Of a micro-batch: TRL's, where a trainer has none of its own."""
         return super().compute_loss(model, inputs, num_items_in_batch=divisor)
 
+    def _forward(self, model: Any, inputs: dict[str, Any], **how: Any) -> Any:
+        """Log-probs of the labelled tokens, [rows, width - 1], and what else of them is asked for; how: of packs only
+        (shared_prefix.py)."""
+        packed = {"pack": inputs["pack"], **how} if "pack" in inputs else {}
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return model(**given, labels=self._labels(inputs), use_cache=False, fused_lm_head=True, **packed)
+
+    @torch.no_grad()
+    def _look(self, inputs: dict[str, Any], **how: Any) -> Any:
+        """The same by the policy as it is, for its log-probs alone."""
+        engine = self.model_wrapped
+        training = engine.training
+        engine.eval()
+        with self.accelerator.autocast():
+            output = self._forward(engine, inputs, **{"measure": False, **how})
+        engine.train(training)
+        self._output = None  # kept for a loss that is not to come
+        return output
+
     def _scale(self, inputs: dict[str, Any], divisor: Tensor) -> float:
         """From what `_loss` returns to (this micro-batch's sum) * processes / (divisor of the global batch)."""
         raise NotImplementedError

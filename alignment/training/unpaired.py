@@ -57,13 +57,13 @@ class KTO(Referenced):
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for micro_batch in inputs["micro_batches"]:
             rows = self._prepare_inputs(micro_batch.pop("mismatched"))
-            output = self._look(rows, self._labels(rows))
+            output = self._look(rows)
             total += (output.log_probs - rows["reference"]).sum(dtype=torch.float64)
         total = self.accelerator.reduce(total, reduction="sum") / sequence.size()  # sharers of a sequence say the same
         return (total / inputs["weight"]).clamp(min=0).float()
 
     def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
-        output = self._forward(model, inputs, self._labels(inputs))
+        output = self._forward(model, inputs)
         ratio = output.log_probs.sum(1) - inputs["reference"].sum(1)
         how = {name: getattr(self._how, name) for name in ("beta", "desirable_weight", "undesirable_weight")}
         return UNPAIRED_LOSSES[self._how.loss](ratio, inputs["desirable"], self._kl, **how).sum()
