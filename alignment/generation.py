@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM
 
+from alignment import loading
 from alignment.drawing import Noise, choose
 from alignment.errors import InputError, MachineError, is_out_of_memory
 from alignment.padding import by_budget
@@ -32,7 +31,6 @@ Drawn = tuple[list[int], list[float]]  # an answer's token ids, and the log-prob
 Few = TypeVar("Few")  # the answers to a prompt
 
 TOKENS_PER_BATCH = 2048  # padded tokens of one scoring forward; bounds the logits at 2048 x V floats
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPACT = 8  # ended answers leave the batch when they are an eighth of it: leaving copies the whole cache
 
 
@@ -63,23 +61,13 @@ def load(folder: Path, precision: str) -> tuple[Any, Any]:
         raise InputError("not a model folder: it has no config.json", where=str(folder))
     if not any(folder.glob("*.safetensors")):
         raise InputError("the model folder has no weights (*.safetensors)", where=str(folder))
-    logging.disable_progress_bar()
-    cuda = torch.cuda.is_available()
-    only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
-        dtype = PRECISIONS[precision]
-        only_here |= {"use_safetensors": True, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **only_here)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"the model does not load: {str(error).strip().splitlines()[0]}", where=str(folder)) from error
-    model, info = loaded
-    if info["missing_keys"]:  # transformers would fill them with random numbers
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise InputError(f"the weights lack {len(info['missing_keys'])} tensors, such as {some}", where=str(folder))
+    model, tokenizer, lost = loading.load(AutoModelForCausalLM, folder, "model", precision)
+    if lost:
+        what = f"the weights lack {len(lost)} tensors, such as {', '.join(lost[:3])}"
+        raise InputError(what, where=str(folder))
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template", where=str(folder), fix="set model.chat_template")
-    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def window(model: Any) -> int:

@@ -11,22 +11,18 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
-from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoModelForSequenceClassification
 
+from alignment import loading
 from alignment.config.reward_terms import Model
 from alignment.errors import InputError
 from alignment.padding import by_budget
 from alignment.rewards.term import Answer, Failed, Term, Value
 
 TOKENS_PER_BATCH = 4096  # padded
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ONLY_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def model(settings: Model, folders: Sequence[Path], alive: Callable[[], None]) -> Term:
@@ -59,18 +55,10 @@ class Scorer:
     """
 
     def __init__(self, folder: Path, end: str = "end_of_turn", precision: str = "fp32"):
-        logging.disable_progress_bar()
         self.end = end
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **ONLY_HERE)
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=PRECISIONS[precision], use_safetensors=True, output_loading_info=True, **ONLY_HERE
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            cause = str(error).strip().splitlines()[0]
-            raise InputError(f"the reward model does not load: {cause}", where=str(folder)) from error
-        self.model, info = loaded
-        self._check(info, folder)
+        found = loading.load(AutoModelForSequenceClassification, folder, "reward model", precision)
+        self.model, self.tokenizer, lost = found
+        self._check(lost, folder)
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
@@ -83,11 +71,10 @@ class Scorer:
         self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self.window = getattr(self.model.config, "max_position_embeddings", None)
 
-    def _check(self, info: dict[str, Any], folder: Path) -> None:
+    def _check(self, lost: Sequence[str], folder: Path) -> None:
         where, trained = str(folder), "give the result of a stage that trains one"
-        if info["missing_keys"]:  # transformers would fill them with random numbers
-            some = ", ".join(sorted(info["missing_keys"])[:3])
-            raise InputError(f"is no reward model: its weights lack {some}", where=where, fix=trained)
+        if lost:
+            raise InputError(f"is no reward model: its weights lack {', '.join(lost[:3])}", where=where, fix=trained)
         if self.model.config.num_labels != 1:
             what = f"has {self.model.config.num_labels} outputs, a reward model one"
             raise InputError(what, where=where, fix=trained)

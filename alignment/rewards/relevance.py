@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import InputError
 from alignment.rewards.term import Answer, Term, Value, worded
 
 BATCH = 32  # texts encoded together
@@ -33,18 +32,12 @@ class Encoder:
     """A sentence encoder of a local Hugging Face folder. It reads the first `limit` tokens of a text."""
 
     def __init__(self, folder: Path):
-        from safetensors import SafetensorError
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
+        from transformers import AutoModel
 
-        logging.disable_progress_bar()
-        only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
-            self.model = AutoModel.from_pretrained(folder, use_safetensors=True, **only_here).eval()
-        except (OSError, ValueError, SafetensorError) as error:
-            cause = str(error).strip().splitlines()[0]
-            raise InputError(f"the sentence encoder does not load: {cause}", where=str(folder)) from error
+        from alignment import loading
+
+        model, self.tokenizer, _ = loading.load(AutoModel, folder, "sentence encoder")  # it may lack what is not used
+        self.model = model.eval()
         self.limit = _trained_length(folder, self.model.config.max_position_embeddings)
 
     def __call__(self, texts: Sequence[str], alive: Callable[[], None] = lambda: None) -> list[Any]:
