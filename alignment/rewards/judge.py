@@ -94,24 +94,32 @@ class Judge:
 
     def failures(self, scores: Sequence[Score]) -> int:
         """How many answers have no reward. Raises InputError if their share is above `reward.max_failed_share`."""
-        without = [score["failed"] for score in scores if score["reward"] is None]
-        failed = [{name: why for name, why in one.items() if name not in self._watched} for one in without]
-        return self._held(failed, len(scores), "answers have no reward")
+        failed = [score["failed"] for score in scores if score["reward"] is None]
+        self.check_share(failed, len(failed), len(scores))
+        return len(failed)
 
     def failed_comparisons(self, failed: Sequence[Mapping[str, str]], compared: int) -> int:
         """How many of those that were compared failed, each with {name: why}. Raises InputError as above."""
-        return self._held(failed, compared, "comparisons failed")
-
-    def _held(self, failed: Sequence[Mapping[str, str]], count: int, what: str) -> int:
-        limit = self.reward.max_failed_share
-        if len(failed) > limit * count:
-            reasons = Counter(reason for one in failed for reason in one.items())
-            ((name, why), times), more = reasons.most_common(1)[0], len(reasons) - 1
-            others = f", beside {more} other reason{'s' * (more > 1)}" if more else ""
-            told = f"{len(failed)} of {count} {what}: {why} ({times} times{others})"
-            part, where = ("comparison", "reward.comparison") if self.compare else ("term", f"reward.terms.{name}")
-            raise InputError(told, where=where, fix=f"mend the {part}, or raise reward.max_failed_share, {limit:g}")
+        self.check_share(failed, len(failed), compared, "comparisons failed")
         return len(failed)
+
+    def check_share(
+        self, failed: Sequence[Mapping[str, str]], without: int, count: int, what: str = "answers have no reward"
+    ) -> None:
+        """Raises InputError if so many of `count` are more than `reward.max_failed_share`, and some of them are new.
+
+        failed: of these why, {name of a term: why}; `without` may be more, from earlier on.
+        """
+        limit = self.reward.max_failed_share
+        if not failed or without <= limit * count:
+            return
+        reasons = Counter(reason for one in failed for reason in one.items() if reason[0] not in self._watched)
+        ((name, why), times), more = reasons.most_common(1)[0], len(reasons) - 1
+        others = f", beside {more} other reason{'s' * (more > 1)}" if more else ""
+        of_late = " of late" if len(failed) < without else ""
+        told = f"{without} of {count} {what}: {why} ({times} times{of_late}{others})"
+        part, where = ("comparison", "reward.comparison") if self.compare else ("term", f"reward.terms.{name}")
+        raise InputError(told, where=where, fix=f"mend the {part}, or raise reward.max_failed_share, {limit:g}")
 
 
 MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {

@@ -43,7 +43,7 @@ def run(context: StageContext, trainer: type) -> dict[str, Any]:
             reference=load(start) if settings.holds_reference else None,
             sample=_sampler(settings, tokenizer),
             judge=_judging(judge, tokenizer, rows),
-            max_failed_share=judge.reward.max_failed_share,
+            check_share=judge.check_share,
             tell=lambda what, done, total: context.note(f"{what} {done}/{total}" if total else what, force=False),
             **common,
         )
@@ -105,6 +105,6 @@ def _judging(judge: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
                 answer.reward = score["reward"]  # a term that is only watched may have failed
                 answer.terms = {name: value for name, value in score["terms"].items() if value is not None}
             else:
-                answer.failed = "; ".join(f"{name}: {why}" for name, why in score["failed"].items())
+                answer.failed = score["failed"]
 
     return judging

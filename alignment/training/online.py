@@ -7,8 +7,8 @@ answers, so each computes the same split into micro-batches, and nothing depends
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import add_fused_lm_head, identity
 
 from alignment.config.stages.online import Kl, Online
-from alignment.errors import InputError, TrainingError
+from alignment.errors import TrainingError
 from alignment.training.attention import PACKED
 from alignment.training.batching import GlobalBatches
 from alignment.training.engine import uncounted
@@ -38,6 +38,8 @@ NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1,
 Sampler = Callable[[Any, Sequence[Sequence[int]], Tensor, Callable[[int, int], None]], list[list[Answer]]]
 # (numbers of prompts' rows, their answers, alive): writes reward and terms into each answer
 Judging = Callable[[Sequence[int], Sequence[Answer], Callable[[int, int], None]], None]
+# (why answers of late have no reward, how many have none, of how many so far): raises where these are too many
+ShareCheck = Callable[[Sequence[Mapping[str, str]], int, int], None]
 
 
 class Policies(_BaseTrainer):
@@ -71,18 +73,18 @@ class OnlineTrainer(AlignedTrainer, Policies):
         sample: Sampler,
         judge: Judging,
         reference: Any = None,
-        max_failed_share: float = 1.0,
+        check_share: ShareCheck = lambda failed, without, count: None,
         tell: Callable[[str, int, int], None] = lambda what, done, total: None,
         **kwargs: Any,
     ) -> None:
         """reference: a copy of the start model, where the KL wants one and no adapter can be switched off.
-        max_failed_share: of all answers so far that may have no reward. tell(what is
-        done, how far, of how much): called often, as a sign of life too."""
+        check_share: called after each rollout's answers. tell(what is done, how far, of how much): called often, as a
+        sign of life too."""
         self.settings, self._sample_answers, self._judge, self._tell = settings, sample, judge, tell
         self._reference = reference
         self._rollout: Rollout | None = None
         self._taken = 0  # prompts of the stream
-        self._max_failed_share = max_failed_share
+        self._check_share = check_share
         self._judged = [0, 0]  # answers so far, and those of them that have no reward
         self._trained_on: list[dict[str, float]] = []  # metrics of the rollouts of the steps since the last row
         self._groups: list[list[int]] = []  # of this process's micro-batches
@@ -247,14 +249,10 @@ class OnlineTrainer(AlignedTrainer, Policies):
 
     def _count_failures(self, answers: Sequence[Answer]) -> None:
         """Raises InputError on all processes alike where too many answers have no reward."""
-        failed = [answer.failed or "it is no number" for answer in answers if answer.reward is None]
+        failed = [answer.failed or {} for answer in answers if answer.reward is None]
         self._judged = [self._judged[0] + len(answers), self._judged[1] + len(failed)]
         judged, without = self._judged
-        if failed and without > self._max_failed_share * judged:
-            why, times = Counter(failed).most_common(1)[0]
-            what = f"{without} of {judged} answers have no reward: {why} ({times} times of late)"
-            fix = f"mend the term, or raise reward.max_failed_share, {self._max_failed_share:g}"
-            raise InputError(what, where="reward.terms", fix=fix)
+        self._check_share(failed, without, judged)
 
     @contextmanager
     def _decoding(self) -> Iterator[Any]:

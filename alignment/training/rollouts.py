@@ -22,14 +22,14 @@ class Answer:
     """ids: tokens, with the one that ended it if one did (finished). Nats of each token under the policy that gave it:
     log_probs as decoding knew them; old as training's forward does, where it was asked. reference: under the start
     model. values: of the state before each token, by a value head, and returns, what they should have been. reward:
-    None where it could not be judged, and failed says why. advantages: of each token. kept: it is trained on."""
+    None where it could not be judged; failed: why, by terms. advantages: of each token. kept: it is trained on."""
 
     ids: list[int]
     log_probs: list[float]
     finished: bool
     reward: float | None = None
     terms: dict[str, float] = field(default_factory=dict)
-    failed: str | None = None
+    failed: dict[str, str] | None = None
     kept: bool = True
     advantages: list[float] | None = None
     old: list[float] | None = None

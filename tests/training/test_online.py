@@ -319,7 +319,7 @@ def test_answers_without_a_reward_end_it_above_the_share_that_is_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(online_stage, "judge_of", lambda context: online.letters("moody"))
-    with pytest.raises(InputError, match=r"\d+ of \d+ answers have no reward: letters: its value is nan"):
+    with pytest.raises(InputError, match=r"terms.letters: \d+ of \d+ answers have no reward: its value is nan"):
         run(tmp_path / "run", online.rloo(max_steps=2))
 
 
