@@ -12,17 +12,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from alignment.config.stages.answering import Judge
+from alignment.config.stages.answering import CLOSE, FEW, LOW, UNLIKE, Judge
 
 Row = dict[str, Any]
 Answer = dict[str, Any]
-FEW, LOW, UNLIKE, CLOSE = (
-    "fewer_than_two_usable_answers",
-    "chosen_below_min_reward",
-    "lengths_too_unlike",
-    "rewards_too_close",
-)
-REASONS = (FEW, LOW, UNLIKE, CLOSE)  # why a prompt gives no pair: what left none, in this order
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,7 @@ class Candidate:
 
 @dataclass
 class Found:
-    """What one prompt gives. reason: why no pair. beyond: pairs left out by max_pairs_per_prompt."""
+    """What one prompt gives. reason: why no pair, of NO_PAIR. beyond: pairs left out by max_pairs_per_prompt."""
 
     pairs: list[Row] = field(default_factory=list)
     ties: list[Row] = field(default_factory=list)
