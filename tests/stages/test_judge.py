@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.rewards import Reward
+from alignment.config.rewards import RESERVED, Reward
 from alignment.errors import InputError
 from alignment.files import read_jsonl, write_jsonl
 from alignment.stages import judge
@@ -99,6 +99,8 @@ def test_one_judge_makes_pairs_best_answers_and_labels_for_three_trainings(
     assert (len(unpaired), bad) == (4 + 2 + 2 + 1, [SAD, SAD, SAD])
     assert (metrics["labelled_good"], metrics["labelled_bad"]) == (6, 3)
     assert metrics["pairs"] == 2
+    means = {name.removesuffix("_mean") for name in metrics if name.endswith("_mean")}
+    assert means - {"sentiment"} == {"reward", "margin"} < RESERVED, "no term's names"
 
 
 def test_ties_are_kept_apart_from_the_pairs(make_context: MakeContext, samples: Path) -> None:
