@@ -8,10 +8,11 @@ from alignment.config.settings import Settings, identity
 from alignment.config.stages.base import Reads, Stage
 
 # Why a prompt gives no pair: what left none, in this order. A judge counts its prompts as `dropped_<reason>`.
-NO_PAIR = FEW, LOW, UNLIKE, CLOSE = (
+NO_PAIR = FEW, LOW, UNLIKE, LOST, CLOSE = (
     "fewer_than_two_usable_answers",
     "chosen_below_min_reward",
     "lengths_too_unlike",
+    "comparison_lost_or_failed",
     "rewards_too_close",
 )
 
