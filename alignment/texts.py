@@ -18,10 +18,16 @@ SCRIPTS = {  # script -> the word that stands in the Unicode name of each of its
 }
 
 
+def words(text: str) -> int:
+    """How many: what stands between white space and has a letter or a digit. A dash by itself is none."""
+    return sum(any(letter.isalnum() for letter in piece) for piece in text.split())
+
+
 def repetition(text: str, words: int = 3) -> float:
     """Share of sequences of `words` words that were there before: 1 - distinct / all.
 
-    Words by white space, without regard to case; 0 for a text of fewer.
+    All that stands between white space is one here, or a row of dashes would repeat nothing; without regard to case; 0
+    for a text of fewer.
     """
     said = text.casefold().split()
     runs = list(zip(*(said[i:] for i in range(words)), strict=False))

@@ -17,7 +17,7 @@ from alignment.config.online_checks import online_faults
 from alignment.config.preference_checks import loss_faults
 from alignment.config.provenance import Origin
 from alignment.config.reward_term_checks import term_faults
-from alignment.config.rewards import HIGHER_IS_BETTER
+from alignment.config.rewards import HIGHER_IS_BETTER, RESERVED
 from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare
 from alignment.config.stages.preference import Referenced
@@ -278,8 +278,9 @@ def _reward(use: Use) -> Iterator[Fault]:
     yield from _missing(use.experiment.reward, "reward")
     for name, term in use.experiment.reward.terms.items():
         key = f"reward.terms.{name}"
-        if name in HIGHER_IS_BETTER or name == "margin":  # whose mean a judged stage has, too
-            yield Fault(f"`{key}` has the name of another metric", (key,), "name the term differently")
+        if name in RESERVED:
+            what = f"`{key}` has the name of another number that stages write"
+            yield Fault(what, (key,), "name the term differently")
         if term.kind == "relevance" and term.source is None:
             what = f"`{key}.source` is null, and a relevance term needs a sentence encoder"
             yield Fault(what, (f"{key}.source",), "conf/reward/sentiment_relevance.yaml names one")

@@ -18,11 +18,12 @@ from pydantic import ValidationError
 
 from alignment.config import shape
 from alignment.config.launchers import Resources
-from alignment.config.nearest import closest
+from alignment.config.nearest import by_words, closest
 from alignment.config.paths import CONF
 from alignment.config.patterns import IN_WORDS
 from alignment.config.provenance import COMMAND_LINE, Origin, quoted
 from alignment.config.schema import Experiment
+from alignment.config.stages.preference import meant_by
 from alignment.errors import ConfigError
 
 MISSING = "???"  # a value that conf/ leaves to the command
@@ -162,11 +163,27 @@ def _unknown_choice(text: str, error: Exception, origin: Origin) -> Explained:
         return ConfigError(
             f"unknown group `{group}`", where=_chosen(group, choice, origin), fix=_nearest(group, GROUPS)
         )
-    near = difflib.get_close_matches(choice, options[1].split(), 1, 0.5)
-    fix = f"did you mean {group}={near[0]}?" if near else f"choose one of: {', '.join(options[1].split())}"
+    fix = _other_choice(group, choice, options[1].split())
     if (group, choice) == ("hydra/sweeper", "optuna"):
         fix = "pip install 'alignment[optuna]'"
     return ConfigError(f"no {group} is called {choice!r}", where=_chosen(group, choice, origin), fix=fix)
+
+
+METHODS = ("loss", "pipeline", "experiment")  # where a method has its name: one may look for it in another of these
+
+
+def _other_choice(group: str, choice: str, options: list[str]) -> str:
+    """The fix for a choice that the group lacks: a method of that very name in another group; choices that have the
+    name as a part, in the group or another; the nearest; else all."""
+    if group == "loss" and (fix := meant_by(choice)):
+        return fix
+    others = [other for other in METHODS if group in METHODS and other != group]
+    known = {group: options, **{other: sorted(file.stem for file in (CONF / other).glob("*.yaml")) for other in others}}
+    found = [f"{other}={choice}" for other in others if choice in known[other]][:1]
+    parts = ([f"{one}={name}" for name in by_words(choice, names)] for one, names in known.items())
+    found = found or next((few for few in parts if few), [])
+    found = found or [f"{group}={near}" for near in difflib.get_close_matches(choice, options, 1, 0.5)]
+    return f"did you mean {' or '.join(found)}?" if found else f"choose one of: {', '.join(options)}"
 
 
 def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:

@@ -12,6 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 from alignment.config.faults import Fault, Use
 from alignment.config.nearest import closest
 from alignment.config.reward_terms import LOCAL, ChatEndpoint, Clip, Endpoint, Format, Length, Model, Python, Regex
+from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Judge
 from alignment.config.stages.base import REWARD_MODEL
 
@@ -21,15 +22,27 @@ def term_faults(use: Use) -> Iterator[Fault]:
     yield from _reward_models(use)
     if (comparison := use.experiment.reward.comparison) is not None:
         yield from _chat(comparison, "reward.comparison", ("first", "second"))
-        if isinstance(use.settings, Judge) and use.settings.judging == "pointwise":
-            what = f"`reward.comparison` is set, and `{use.key}.judging` is pointwise"
-            yield Fault(what, (f"{use.key}.judging", "reward.comparison"), f"{use.key}.judging=pairwise")
+        yield from _unasked(use.experiment)
     for name, term in use.experiment.reward.terms.items():
         key = f"reward.terms.{name}"
         if isinstance(term.normalise, Clip) and term.normalise.low >= term.normalise.high:
             yield _turned(f"{key}.normalise.low", term.normalise.low, f"{key}.normalise.high", term.normalise.high)
         if look := LOOKS.get(type(term)):
             yield from look(term, key)
+
+
+def _unasked(experiment: Experiment) -> Iterator[Fault]:
+    """A comparison that no stage of the pipeline asks."""
+    uses = [Use(experiment, node) for node in experiment.pipeline.nodes]
+    if any(use.settings.compares for use in uses):
+        return
+    if judge := next((use for use in uses if isinstance(use.settings, Judge)), None):
+        key = f"{judge.key}.judging"
+        what = f"`reward.comparison` is set, and `{key}` is pointwise"
+        yield Fault(what, (key, "reward.comparison"), f"{key}=pairwise")
+    else:
+        what = "`reward.comparison` is set, and no stage of the pipeline asks which of two answers is better"
+        yield Fault(what, ("reward.comparison",), "choose a reward without one, such as reward=endpoint")
 
 
 def _turned(low: str, least: float, high: str, most: float) -> Fault:

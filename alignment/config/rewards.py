@@ -8,7 +8,6 @@ from alignment.config.reward_terms import AnyTerm, Comparison
 from alignment.config.settings import Settings, execution, identity
 
 # What is measured of every answer -> whether more of it is better; None: neither, it is there to be watched.
-# A reward's terms stand beside these in every table, so they bear other names (config/checks.py).
 HIGHER_IS_BETTER: dict[str, bool | None] = {
     "reward": True,
     "stop_rate": True,  # share of answers that ended by themselves
@@ -17,6 +16,11 @@ HIGHER_IS_BETTER: dict[str, bool | None] = {
     "kl": None,  # nats an answer away from the reference model
     "heldout_nll": False,  # nats per token of the reference answer
 }
+# What else stands in the summary of an evaluation, of answers or of reward models: no metrics of the model.
+COUNTS = ("prompts", "heldout_nll_missing", "reward_failed", "kl_bound", "pairs", "rows", "members")
+# Names that no term of a reward can have (config/checks.py): terms stand beside all these, beside `step` and `time` in
+# rows of metrics.jsonl, and their means beside that of a judge's margins.
+RESERVED = frozenset({*HIGHER_IS_BETTER, *COUNTS, "step", "time", "margin"})
 
 
 def better_of_terms(weights: Mapping[str, float]) -> dict[str, bool | None]:

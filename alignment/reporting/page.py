@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from alignment.config.stages.answering import NO_PAIR
 from alignment.files import write_text
 from alignment.reporting import charts, lineage, words
 from alignment.reporting.gather import TRAINING, Model, Report, Row, Stage, changes, choose, collect, gather, read
@@ -259,21 +260,36 @@ def _source(source: Any) -> str:
 
 
 def _judged(stage: Stage) -> Row | None:
-    if "pairs" not in stage.metrics:
+    told = {name: value for name, value in stage.metrics.items() if words.finite(value) is not None}
+    unit, kept, drops = _made(told)
+    if unit not in told:
         return None
-    prefix = "dropped_"
-    drops = {name.removeprefix(prefix): v for name, v in stage.metrics.items() if name.startswith(prefix)}
-    kept = {"pairs": stage.metrics["pairs"]}
-    others = {name: v for name, v in stage.metrics.items() if name != "pairs" and not name.startswith(prefix)}
+    in_the_bar = {*kept, *(f"dropped_{reason}" for reason in drops)}
     return {
-        "unit": "prompts",
+        "unit": unit,
         "source": f"answers of {words.label(stage.inputs.get('data', 'the model'))}",
-        "rows": words.count(stage.metrics.get("prompts") or kept["pairs"] + sum(drops.values())),
+        "rows": words.count(told[unit]),
         "parts": _parts(kept, drops),
         "drops": [{"reason": reason, "count": words.count(count), "examples": []} for reason, count in _sorted(drops)],
         "lengths": None,
-        "facts": _flat(others),
+        "facts": _flat({name: value for name, value in told.items() if name not in in_the_bar}),
     }
+
+
+def _made(told: Row) -> tuple[str, Row, Row]:
+    """(what is counted, how many of them were kept for what, and dropped why), by a judge's metrics.
+
+    Prompts, whether they gave pairs, of which one may give several; where no pairs were asked for whether they have a
+    best answer; where neither was answers, by their labels.
+    """
+    prompts, answers = told.get("prompts", 0), told.get("answers", 0)
+    if "pairs" in told:
+        drops = {reason: told.get(f"dropped_{reason}", 0) for reason in NO_PAIR}
+        return "prompts", {"with_pairs": prompts - sum(drops.values())}, drops
+    if "best" in told:
+        return "prompts", {"with_a_best_answer": told["best"]}, {"prompts_without_best": prompts - told["best"]}
+    labelled = {name: told.get(name, 0) for name in ("labelled_good", "labelled_bad")}
+    return "answers", labelled, {"not_usable": answers - sum(labelled.values())}
 
 
 def _sorted(counts: Row) -> list[tuple[str, Any]]:

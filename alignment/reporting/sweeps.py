@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.config.rewards import COUNTS
 from alignment.config.schema import STAGES, Experiment
 from alignment.config.shape import side
 from alignment.errors import ConfigError, InputError
@@ -28,7 +29,6 @@ NOTHING_KNOWN: Row = {
     "training": None, "report": False, "weights": {},
 }  # fmt: skip
 EVALUATES = ("evaluate", "evaluate_reward")
-COUNTS = ("prompts", "heldout_nll_missing", "kl_bound", "pairs", "rows", "members")  # no metrics of the model
 
 # --- which sweep -----------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ class Comparer:
         self.pattern = re.compile(settings.pattern, re.S)
 
     def __call__(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[Verdict]:
-        """Of first[i] with second[i], both answers to rows[i]. Nobody is asked where an answer is without a word, which
-        loses, or where both are the same."""
+        """Of first[i] with second[i], both answers to rows[i]. Nobody is asked where an answer is white space alone,
+        which loses, or where both are the same."""
         worded = [bool(a.strip()) - bool(b.strip()) for a, b in zip(first, second, strict=True)]
         verdicts: list[Verdict] = [*worded]
         both = enumerate(zip(first, second, strict=True))

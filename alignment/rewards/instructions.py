@@ -10,7 +10,7 @@ from alignment.config.reward_terms import Instructions
 from alignment.errors import ConfigError
 from alignment.rewards.rules import is_json
 from alignment.rewards.term import Answer, Failed, Term, each
-from alignment.texts import ENDS, sentences
+from alignment.texts import ENDS, sentences, words
 
 LETTERS = r"[^\W\d_]"
 
@@ -66,11 +66,6 @@ def occurrences(phrase: str, text: str) -> int:
 
 def letters(letter: str, text: str) -> int:
     return text.casefold().count(letter.casefold())
-
-
-def words(text: str) -> int:
-    """What stands between white space and has a letter or a digit: a dash by itself is no word."""
-    return sum(any(letter.isalnum() for letter in word) for word in text.split())
 
 
 def _lines(pattern: str) -> Callable[[str], int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from alignment.config.reward_terms import Format, Language, Length, Regex, Repetition
 from alignment.rewards.patterns import find
 from alignment.rewards.term import Answer, Failed, Term, each
-from alignment.texts import ends_whole, foreign_share
+from alignment.texts import ends_whole, foreign_share, words
 from alignment.texts import repetition as repeated
 
 
@@ -29,7 +29,7 @@ def _size(answer: Answer, unit: str) -> int:
     if unit == "characters":
         return len(answer.text)
     if unit == "words":
-        return len(answer.text.split())
+        return words(answer.text)
     if answer.tokens is None:
         raise Failed("its length in tokens is not known here")
     return answer.tokens

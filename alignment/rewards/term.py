@@ -58,7 +58,7 @@ def each(function: Callable[[Answer], float]) -> Term:
 
 
 def worded(term: Term) -> Term:
-    """An answer without a word is worth 0: neither liked nor disliked, and about nothing."""
+    """An answer of white space alone is worth 0: neither liked nor disliked, and about nothing."""
 
     def values(answers: Sequence[Answer]) -> list[Value]:
         found = iter(term([answer for answer in answers if not answer.is_blank]))

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.config.stages.answering import Judge
+from alignment.config.stages.answering import NO_PAIR, Judge
 from alignment.errors import InputError
 from alignment.files import write_jsonl
 from alignment.rewards import Judge as Rewards
@@ -99,7 +99,7 @@ def _pairs(judged: list[Row], settings: Judge) -> Made:
     counts = {
         "pairs": float(len(pairs)),
         "margin_mean": sum(margins) / len(margins) if margins else 0.0,
-        **{f"dropped_{reason}": float(reasons[reason]) for reason in pairing.REASONS},
+        **{f"dropped_{reason}": float(reasons[reason]) for reason in NO_PAIR},
         "left_out_pairs": float(sum(one.beyond for one in found)),
         "ties": float(sum(len(one.ties) for one in found)),
     }

@@ -12,17 +12,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from alignment.config.stages.answering import Judge
+from alignment.config.stages.answering import CLOSE, FEW, LOST, LOW, UNLIKE, Judge
 
 Row = dict[str, Any]
 Answer = dict[str, Any]
-FEW, LOW, UNLIKE, CLOSE = (
-    "fewer_than_two_usable_answers",
-    "chosen_below_min_reward",
-    "lengths_too_unlike",
-    "rewards_too_close",
-)
-REASONS = (FEW, LOW, UNLIKE, CLOSE)  # why a prompt gives no pair: what left none, in this order
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,8 @@ class Candidate:
 
 @dataclass
 class Found:
-    """What one prompt gives. reason: why no pair. beyond: pairs left out by max_pairs_per_prompt."""
+    """What one prompt gives. ties: two answers of which neither is shown to be better. reason: why no pair, of NO_PAIR.
+    beyond: pairs left out by max_pairs_per_prompt."""
 
     pairs: list[Row] = field(default_factory=list)
     ties: list[Row] = field(default_factory=list)
@@ -69,14 +63,13 @@ def pairs_of(row: Row, settings: Judge) -> Found:
     if len(answers) < 2:
         return Found(reason=FEW)
     left = _candidates(answers, scores(answers, settings))
-    for reason, keeps in _limits(settings):
+    for reason, keeps in _limits(settings, row):
         if not (left := [candidate for candidate in left if keeps(candidate)]):
             return Found(reason=reason)
     apart = [candidate for candidate in left if _is_apart(candidate, settings.min_margin)]
     found = Found(reason=None if apart else CLOSE)
-    if settings.ties == "keep":
-        close = [candidate for candidate in left if not _is_apart(candidate, settings.min_margin)]
-        found.ties = [_tie(row, candidate) for candidate in close if _differ(candidate)]
+    close = [candidate for candidate in left if not _is_apart(candidate, settings.min_margin)]
+    found.ties = [_tie(row, candidate) for candidate in close if _differ(candidate)]
     chosen = _choose(apart, settings, str(row["id"]))
     found.pairs = [_pair(row, candidate) for candidate in chosen[: settings.max_pairs_per_prompt]]
     found.beyond = max(0, len(chosen) - settings.max_pairs_per_prompt)
@@ -119,11 +112,14 @@ def _candidates(answers: list[Answer], values: list[float]) -> list[Candidate]:
     return [Candidate(answers[better], answers[worse], -margin) for margin, better, worse in sorted(found)]
 
 
-def _limits(settings: Judge) -> list[tuple[str, Callable[[Candidate], bool]]]:
+def _limits(settings: Judge, row: Row) -> list[tuple[str, Callable[[Candidate], bool]]]:
     """(why a candidate is no pair, whether it may be one)."""
     limits: list[tuple[str, Callable[[Candidate], bool]]] = [(LOW, lambda c: _is_good(c.better, settings))]
     if settings.length == "match":
         limits.append((UNLIKE, lambda c: _ratio(c) <= settings.length_ratio))
+    if "beats" in row["completions"][0]:  # they were compared
+        failed = [set(one["answers"]) for one in row.get("failed_comparisons", ())]
+        limits.append((LOST, lambda c: not _has_lost(c) and {c.better["number"], c.worse["number"]} not in failed))
     return limits
 
 
@@ -135,6 +131,11 @@ def _ratio(candidate: Candidate) -> float:
     """Of the tokens of the longer answer to those of the shorter."""
     lengths = candidate.better["tokens"], candidate.worse["tokens"]
     return max(lengths) / min(lengths)
+
+
+def _has_lost(candidate: Candidate) -> bool:
+    """Whether the better answer has lost against the other one itself. Of equal scores neither is the better one."""
+    return candidate.margin > 0 and candidate.better["number"] in candidate.worse["beats"]
 
 
 def _is_apart(candidate: Candidate, min_margin: float) -> bool:

@@ -48,7 +48,7 @@ IMPOSSIBLE = {
     "stage.sft.lora.dropout=0.1": "`stage.sft.lora.dropout` must be 0.0, got 0.1 (its masks would make results depend",
     "stage.dpo.lora.dropout=0.1": "`stage.dpo.lora.dropout` must be 0.0, got 0.1 (its masks would make results depend",
     "reward.terms.relevance.source=null": "`reward.terms.relevance.source` is null, and a relevance term needs",
-    "+reward.terms.kl={kind:sentiment,weight:1.0,source:null}": "`reward.terms.kl` has the name of another metric",
+    "+reward.terms.kl={kind:sentiment,weight:1.0,source:null}": "`reward.terms.kl` has the name of another number",
     "stage.prepare_sft.dataset=null": "`stage.prepare_sft.dataset` is null, and `task` is sft (name one of: instr",
     "~pipeline.nodes.pairs.inputs.data": "`stage.prepare_preference.dataset` is null, and `pairs` is given no pairs",
     "stage.prepare_preference.dataset=preferences": "`pipeline.nodes.pairs.inputs.data` names `judged`: rows have one",

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
+from alignment.config.checks import check
 from alignment.config.compose import compose
 from alignment.config.paths import CONF
-from alignment.config.rewards import Reward
+from alignment.config.provenance import Origin
+from alignment.config.rewards import RESERVED, Reward
 from alignment.errors import ConfigError
 from alignment.pipeline.identity import identity_side
 from tests.pipeline.test_identity import leaves, other
@@ -47,6 +49,16 @@ def test_a_pipeline_gives_its_reward_model_to_all_that_judge() -> None:
     assert given == {"rloo", "evaluate_start", "evaluate_sft", "evaluate_rloo", "best_of_n"}
     with pytest.raises(ConfigError, match="is filled, and no term of the reward reads it"):
         compose(["experiment=rlhf", "reward=sentiment"])
+
+
+def test_a_term_has_no_name_that_stages_write_beside_it() -> None:
+    """That these are all of them is held by the tests of the stages."""
+    base = compose(["experiment=quickstart"])
+    for name in sorted(RESERVED):
+        terms = {**base.reward.terms, name: base.reward.terms["sentiment"]}
+        reward = base.reward.model_copy(update={"terms": terms})
+        with pytest.raises(ConfigError, match=rf"`reward\.terms\.{name}` has the name of another number that stages"):
+            check(base.model_copy(update={"reward": reward}), Origin((f"+reward.terms.{name}.kind=sentiment",)))
 
 
 def test_several_choices_are_one_reward() -> None:

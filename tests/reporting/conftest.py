@@ -253,8 +253,8 @@ JUDGED = {
     "pairs": 51.0,
     "answers": 240.0,
     "answers_unfinished": 11.0,
-    "dropped_margin_too_small": 6.0,
-    "dropped_unfinished": 3.0,
+    "dropped_rewards_too_close": 6.0,
+    "dropped_fewer_than_two_usable_answers": 3.0,
 }
 PAIRS_REPORT = {
     "source": "the judge's pairs",

@@ -80,8 +80,38 @@ def test_data_are_accounted_for_to_the_last_row(make_run: MakeRun) -> None:
         ("longer_than_max_length", "471", 5), ("prompt_longer_than_max", "30", 0), ("duplicate_prompt", "14", 2),
     ]  # fmt: skip
     assert judged["rows"] == "60"
-    assert [(d["reason"], d["count"]) for d in judged["drops"]] == [("margin_too_small", "6"), ("unfinished", "3")]
+    assert [(d["reason"], d["count"]) for d in judged["drops"]] == [
+        ("rewards_too_close", "6"), ("fewer_than_two_usable_answers", "3"),
+    ]  # fmt: skip
     assert pairs["drops"] == []
+
+
+def test_a_judge_accounts_for_what_it_was_asked_for(make_run: MakeRun) -> None:
+    """100 prompts, 400 answers. Pairs, two of a prompt at most, and best answers, which 20 prompts have not: the bar is
+    of the prompts that gave pairs. Best answers alone; labels alone, of all answers but 40."""
+
+    report = gather(*make_run())
+    (judge,) = report.of("judge")
+
+    def account(told: dict[str, float]) -> tuple[str, dict[str, str], dict[str, str], dict[str, str]]:
+        judge.record["metrics"] = {"prompts": 100.0, "answers": 400.0, **told}
+        flow = next(item["flow"] for item in flows(report) if item["stage"] is judge)
+        parts = {part["name"]: part["count"] for part in flow["parts"]}
+        drops = {drop["reason"]: drop["count"] for drop in flow["drops"]}
+        return f"{flow['rows']} {flow['unit']}", parts, drops, dict(flow["facts"])
+
+    best = {"best": 80.0, "dropped_prompts_without_best": 20.0}
+    labels = {"labelled_good": 250.0, "labelled_bad": 110.0}
+    rows, parts, drops, facts = account({"pairs": 160.0, "dropped_rewards_too_close": 15.0, **best, **labels})
+    assert (rows, parts, drops) == ("100 prompts", {"with pairs": "85", "dropped": "15"}, {"rewards_too_close": "15"})
+    assert (facts["pairs"], facts["best"], facts["dropped prompts without best"]) == ("160", "80", "20")
+    assert "dropped rewards too close" not in facts, "it is in the bar"
+    rows, parts, drops, facts = account({**best, **labels})
+    assert (rows, parts) == ("100 prompts", {"with a best answer": "80", "dropped": "20"})
+    assert (drops, facts["labelled bad"]) == ({"prompts_without_best": "20"}, "110")
+    rows, parts, drops, _ = account(labels)
+    assert (rows, parts) == ("400 answers", {"labelled good": "250", "labelled bad": "110", "dropped": "40"})
+    assert drops == {"not_usable": "40"}
 
 
 def test_the_verdict_s_claim_stands_large_and_its_reasons_below(make_run: MakeRun) -> None:

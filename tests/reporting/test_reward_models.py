@@ -15,7 +15,7 @@ from alignment.reporting.terminal import main_facts, next_steps
 FOUND = {
     "metrics": {
         "pairs": 200.0, "accuracy": 0.715, "accuracy_low": 0.648, "accuracy_high": 0.773, "margin": 0.62, "ece": 0.041,
-        "members": 3.0, "uncertainty_auroc": 0.66,
+        "members": 3.0, "uncertainty_auroc": 0.66, "length_correlation": -0.214,
     },
     "calibration": [{"low": 0.5, "high": 0.55, "pairs": 41, "confidence": 0.524, "accuracy": 0.561}],
 }  # fmt: skip
@@ -47,9 +47,12 @@ def test_a_report_tells_how_right_and_how_sure_reward_models_are(tmp_path: Path)
     assert (part["told"]["rows"], part["told"]["members"]) == ("200", "3")
     table = {row["title"]: row["value"] for row in part["told"]["table"]}
     assert table["Accuracy"] == "71.5 %" and table["Calibration error"] == "4.1 %" and table["Margin"] == "0.620"
+    assert table["Correlation of reward and length"] == "\N{MINUS SIGN}0.214"
     assert part["told"]["table"][0]["interval"] == "[64.8 % to 77.3 %]"
     page = render(report)
     assert '<section id="reward-models"' in page and "3 models together" in page and "56.1 %" in page
+    for title in ("Accuracy", "Calibration error", "Correlation of reward and length"):
+        assert title in page and table[title] in page
 
 
 def test_what_has_not_been_found_is_said(tmp_path: Path) -> None:

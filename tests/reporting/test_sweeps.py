@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignment import cli
+from alignment.config.rewards import COUNTS
 from alignment.config.varied import level, varied
 from alignment.errors import ConfigError, InputError
 from alignment.reporting import sweeps
@@ -46,7 +47,7 @@ def test_a_finished_point_has_its_metrics_with_the_verdict_s_intervals(tmp_path:
 
 
 def test_without_a_comparison_means_come_from_the_evaluation(tmp_path: Path) -> None:
-    write_run(tmp_path, "run", {}, {"reward": 0.3}, interval=None)
+    write_run(tmp_path, "run", {}, {"reward": 0.3, **dict.fromkeys(COUNTS, 1.0)}, interval=None)
     assert one(tmp_path)["metrics"] == {"reward": {"mean": 0.3, "low": None, "high": None, "confidence": None}}
 
 

@@ -489,6 +489,12 @@ def test_who_compares_is_in_the_key_where_somebody_does() -> None:
         compose([*chosen, "reward.comparison.prompt='{first}'"])
     with pytest.raises(ConfigError, match=r"`reward\.comparison` is set, and `stage\.judge\.judging` is pointwise"):
         compose(chosen)
+    alone = r"`reward\.comparison` is set, and no stage of the pipeline asks which of two answers is better \(choose a"
+    for pipeline in ("sft_online_dpo", "sft"):
+        with pytest.raises(ConfigError, match=alone):
+            compose([*chosen, f"pipeline={pipeline}"])
+    other = ["+stage@stage.other=judge", "+pipeline.nodes.other={stage:other,inputs:{data:samples}}"]
+    assert not compose([*chosen, *other, "stage.other.judging=pairwise"]).stage["judge"].compares, "another node does"
 
 
 REFUSED = {

@@ -20,6 +20,14 @@ def test_length_is_one_in_its_range_and_falls_to_zero_outside_of_it() -> None:
     assert values(judge_by(**{**settings, "high": None}, fall_off=4), "w " * 1000) == [1.0]
 
 
+def test_a_word_is_the_same_for_a_length_and_for_an_instruction() -> None:
+    """`- one - two, 3` has three: a dash by itself is none."""
+    exactly = {"kind": "length", "unit": "words", "low": 3, "high": 3, "fall_off": 0}
+    checked = {"kind": "instructions", "strict": True, "checks": [{"kind": "words", "relation": "exactly", "count": 3}]}
+    for settings in (exactly, checked):
+        assert values(judge_by(**settings), "- one - two, 3", "- - -", "a - b") == [1.0, 0.0, 0.0]
+
+
 def test_length_in_characters_and_tokens() -> None:
     settings = {"kind": "length", "low": 4, "high": 4, "fall_off": 0}
     assert values(judge_by(**settings, unit="characters"), "four", "three") == [1.0, 0.0]

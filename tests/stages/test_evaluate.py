@@ -7,6 +7,7 @@ import torch
 
 from alignment import generation
 from alignment.config.compose import compose
+from alignment.config.rewards import RESERVED
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl, write_jsonl
 from alignment.stages import evaluate
@@ -51,6 +52,7 @@ def test_answers_carry_every_signal_and_kl_is_the_log_ratio_on_the_models_own_an
     assert metrics["kl"] > 1.0
     assert read_json(context.folder / "evaluation.json")["metrics"] == {name: metrics[name] for name in METRICS}
     assert (metrics["prompts"], metrics["heldout_nll_missing"]) == (5, 0)
+    assert set(metrics) - METRICS == {"prompts", "heldout_nll_missing", "reward_failed"} < RESERVED, "no term's names"
 
 
 def test_running_means_are_logged_and_end_at_the_result(
@@ -63,6 +65,7 @@ def test_running_means_are_logged_and_end_at_the_result(
     logged = list(read_jsonl(context.folder / "metrics.jsonl"))
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5]
     assert {name: logged[-1][name] for name in METRICS} == {name: metrics[name] for name in METRICS}
+    assert set(logged[-1]) - METRICS == {"step", "time"} < RESERVED, "no term's names"
     answers = list(read_jsonl(context.folder / "answers.jsonl"))
     assert logged[1]["heldout_nll"] == pytest.approx((answers[0]["heldout_nll"] + answers[1]["heldout_nll"]) / 2)
     progress = read_json(context.folder / "progress.json")
@@ -155,3 +158,4 @@ def test_the_best_of_several_answers_counts_and_its_kl_has_the_bound_of_that(
         ours, theirs = (sum(log_probs(models[name], ids, chosen.token_ids)) for name in ("sft", reference))
         assert row["kl"] == pytest.approx(ours - theirs + 0.636294, abs=1e-3)
     assert metrics["kl_bound"] == pytest.approx(0.636294, abs=1e-6)
+    assert set(metrics) - {*context.experiment.reward.terms} <= RESERVED

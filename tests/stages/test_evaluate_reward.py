@@ -18,8 +18,8 @@ from alignment.data.chat import Chat
 from alignment.data.preparation import prepare, write
 from alignment.data.sources import Row
 from alignment.errors import InputError
-from alignment.evaluation import reward_metrics
 from alignment.files import read_json, read_jsonl, write_json
+from alignment.reporting.reward_models import SHOWN
 from alignment.rewards.model import Scorer
 from alignment.rewards.term import Answer
 from alignment.stages import evaluate_reward
@@ -84,11 +84,18 @@ def test_the_rewards_are_those_of_each_answer_alone(folder: Path, tmp_path: Path
         assert by_id[asked["id"]]["chosen"] == [pytest.approx(alone(folder / "member-1" / "model", ids), abs=1e-5)]
     margins = np.array([row["chosen"][0] - row["rejected"][0] for row in rows])
     assert metrics["accuracy"] == (margins > 0).mean() and metrics["pairs"] == 10
-    assert metrics["ece"] == pytest.approx(reward_metrics.calibration(margins)[0])
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    bins = np.floor((confidence - 0.5) * 20)  # each of width 0.05
+    gaps = [np.sum(bins == one) * abs(np.mean((right - confidence)[bins == one])) for one in np.unique(bins)]
+    assert metrics["ece"] == pytest.approx(sum(gaps) / 10)
+    rewards, tokens = [row["chosen"] + row["rejected"] for row in rows], [row["tokens"] for row in rows]
+    both = np.corrcoef(np.ravel(rewards), np.ravel(tokens))[0, 1]
+    assert metrics["length_correlation"] == pytest.approx(both) and abs(both) > 0.01
     told = read_json(tmp_path / "out" / "evaluation.json")
     assert told["metrics"] == metrics and sum(row["pairs"] for row in told["calibration"]) == 10
     (logged,) = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert logged["accuracy"] == metrics["accuracy"]
+    assert {name: value for name, value in logged.items() if name not in ("step", "time")} == metrics
+    assert {"accuracy", "ece", "length_correlation"} <= {*metrics} & {*SHOWN}, "logged, and in the report"
 
 
 def test_what_is_measured_is_what_the_reward_term_gives(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.rewards import Reward
+from alignment.config.rewards import RESERVED, Reward
 from alignment.errors import InputError
 from alignment.files import read_jsonl, write_jsonl
 from alignment.stages import judge
@@ -99,13 +99,27 @@ def test_one_judge_makes_pairs_best_answers_and_labels_for_three_trainings(
     assert (len(unpaired), bad) == (4 + 2 + 2 + 1, [SAD, SAD, SAD])
     assert (metrics["labelled_good"], metrics["labelled_bad"]) == (6, 3)
     assert metrics["pairs"] == 2
+    means = {name.removesuffix("_mean") for name in metrics if name.endswith("_mean")}
+    assert means - {"sentiment"} == {"reward", "margin"} < RESERVED, "no term's names"
 
 
-def test_ties_are_kept_apart_from_the_pairs(make_context: MakeContext, samples: Path) -> None:
-    context = make_context("judge", {"data": samples}, ties="keep")
-    assert judge.run(context)["ties"] == 1
-    (tie,) = read_jsonl(context.folder / "ties.jsonl")
-    assert (tie["id"], [answer["text"] for answer in tie["answers"]]) == ("close", [FLAT, "It is a chair."])
+def test_ties_of_comparing_are_written_and_counted_as_those_of_the_reward(
+    make_context: MakeContext, samples: Path
+) -> None:
+    """`close` has two answers of one reward, in the others all usable ones differ. Counted without a file, too."""
+    told = {"ties": 1, "dropped_rewards_too_close": 1, "dropped_comparison_lost_or_failed": 0}
+    for judging in ("pointwise", "pairwise"):
+        for ties in ("keep", "drop"):
+            how = {"judging": judging, "ties": ties, "min_margin": 0.0}
+            context = make_context("judge", {"data": samples}, name=f"{judging}-{ties}", **how)
+            metrics = judge.run(context)
+            assert {name: metrics[name] for name in told} == told
+            path = context.folder / "ties.jsonl"
+            rows = list(read_jsonl(path)) if path.exists() else None
+            reward = {"reward": 0.0}
+            answers = [{"text": FLAT, **reward}, {"text": "It is a chair.", **reward}]
+            expected = [{"id": "close", "prompt": [{"role": "user", "content": "Say something"}], "answers": answers}]
+            assert rows == (expected if ties == "keep" else None)
 
 
 def test_comparing_by_the_reward_gives_the_pairs_of_the_reward(make_context: MakeContext, samples: Path) -> None:

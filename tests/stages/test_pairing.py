@@ -141,6 +141,19 @@ def test_answers_cut_off_are_used_for_nothing_unless_asked_for() -> None:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
+def compared(row: Row, wins: set[str], unknown: frozenset[str] = frozenset()) -> Row:
+    """As the judge leaves it: of answers x and y the first wins if xy is in `wins`; `unknown` cannot be compared."""
+
+    def outcome(x: str, y: str) -> pairwise.Outcome:
+        return {"comparison": "?"} if unknown == {x, y} else int(x + y in wins) - int(y + x in wins)
+
+    def compare(rows: Sequence[Row], a: Sequence[Row], b: Sequence[Row]) -> list[pairwise.Outcome]:
+        return [outcome(x["text"], y["text"]) for x, y in zip(a, b, strict=True)]
+
+    (judged_row,) = pairwise.judged(compare, [row])
+    return judged_row
+
+
 def always_first(rows: Sequence[Row], a: Sequence[str], b: Sequence[str]) -> list[int]:
     return [1] * len(a)
 
@@ -155,16 +168,31 @@ def test_a_comparator_that_likes_what_is_shown_first_has_no_opinion() -> None:
 def test_a_pair_must_have_been_won_itself() -> None:
     """a beats b and c, b beats d, c beats d, d beats a: means a 1/3, b 0, c 0, d -1/3. The widest margin, ad, was lost;
     of the others ab and ac (1/3) come first, then bd and cd."""
-    wins = {"ab", "ac", "bd", "cd", "da"}
-
-    def compare(rows: Sequence[Row], a: Sequence[Row], b: Sequence[Row]) -> list[int]:
-        games = [(x["text"], y["text"]) for x, y in zip(a, b, strict=True)]
-        return [1 if x + y in wins else -1 if y + x in wins else 0 for x, y in games]
-
-    (row,) = pairwise.judged(compare, [judged(0, 0, 0, 0)])
+    row = compared(judged(0, 0, 0, 0), {"ab", "ac", "bd", "cd", "da"})
     assert [c["reward"] for c in row["completions"]] == pytest.approx([1 / 3, 0, 0, -1 / 3])
     assert named(row, pairs="all_margin", max_pairs_per_prompt=9) == ["ab", "ac", "bd", "cd"]
     assert named(row, max_pairs_per_prompt=9) == ["ab", "cd"]
+
+
+def ties(row: Row, **changes: Any) -> list[str]:
+    return [
+        "".join(answer["text"] for answer in tie["answers"]) for tie in pairing.pairs_of(row, settings(**changes)).ties
+    ]
+
+
+def test_ties_of_a_comparison_are_neither_what_was_lost_nor_what_failed() -> None:
+    """As in the test above a 1/3, b 0, c 0, d -1/3: b and c are even, and d, the worse one, beats a: if only these two
+    end by themselves, that is why there is no pair. With b even to a, better than c, and a with c unknown: a 0, b 1/2,
+    c -1, so that bc is a pair and ba a tie. Three that beat each other in a circle are all 0."""
+    wins = {"ab", "ac", "bd", "cd", "da"}
+    assert ties(compared(judged(0, 0, 0, 0), wins)) == ["bc"]
+    two = compared(judged(0, 0, 0, 0, finished=[True, False, False, True]), wins)
+    assert (reason(two), ties(two)) == ("comparison_lost_or_failed", [])
+    row = compared(judged(0, 0, 0), {"bc"}, frozenset("ac"))
+    assert [c["reward"] for c in row["completions"]] == [0, 0.5, -1]
+    assert (named(row, pairs="all_margin", max_pairs_per_prompt=9), ties(row)) == (["bc"], ["ba"])
+    circle = compared(judged(0, 0, 0), {"ab", "bc", "ca"})
+    assert (reason(circle), ties(circle)) == ("rewards_too_close", ["ab", "ac", "bc"])
 
 
 def test_each_answer_is_scored_once_for_all_its_comparisons() -> None:

@@ -7,6 +7,15 @@ from typing import Any, ClassVar, Literal
 from alignment.config.settings import Settings, identity
 from alignment.config.stages.base import Reads, Stage
 
+# Why a prompt gives no pair: what left none, in this order. A judge counts its prompts as `dropped_<reason>`.
+NO_PAIR = FEW, LOW, UNLIKE, LOST, CLOSE = (
+    "fewer_than_two_usable_answers",
+    "chosen_below_min_reward",
+    "lengths_too_unlike",
+    "comparison_lost_or_failed",
+    "rewards_too_close",
+)
+
 
 def as_ever(settings: Settings, **values: Any) -> frozenset[str]:
     """Those of the settings that have these values, which mean what was done before there were such settings: left out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import field_validator
 from pydantic_core import PydanticCustomError
@@ -66,6 +66,8 @@ class Dpo(Referenced):
             if name == "ipo":
                 fix = "ipo_mean: log-ratios a token, as TRL; ipo_sum: summed, as the paper writes it"
                 raise _fault("names a loss with two readings", fix)
+            if fix := meant_by(name):
+                raise _fault("names no loss of pairs", fix)
             if name not in PAIR_LOSSES:
                 raise _fault("names an unknown loss", closest(str(name), PAIR_LOSSES))
         for weight in value.values() if isinstance(value, dict) else ():
@@ -131,3 +133,11 @@ class Kto(Referenced):
     def needless(self) -> frozenset[str]:
         """The stage would compute the reference's log-probs of answers to other prompts, too."""
         return frozenset(() if self.has_reference_point else {"reference"})
+
+
+def meant_by(loss: str) -> str:
+    """How what people call so is asked for on the command line, where it is no name of a loss of pairs; else empty."""
+    if loss == "dpo":
+        return "DPO's own is loss=sigmoid"
+    of_single_answers = get_args(Kto.model_fields["loss"].annotation)
+    return f"pipeline=kto stage.kto.loss={loss}, on single answers" if loss in of_single_answers else ""
