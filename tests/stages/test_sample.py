@@ -207,7 +207,7 @@ def test_vllm_gets_token_ids_with_settings_and_a_seed_for_each_and_its_answers_f
 
 @pytest.fixture(scope="session")
 def broken(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result of a stage whose model has NaN in the embedding, and so in the logit, of a token that no prompt has."""
+    """The result of a stage whose model has NaN in the embedding, and in the logit, of a token that no prompt has."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("broken")
