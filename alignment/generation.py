@@ -254,7 +254,7 @@ def sequence_log_probs(
     for batch in by_budget([len(p) + len(a) for p, a in rows], tokens_per_batch):
         scores = _score(model, [rows[i] for i in batch])
         for i, score in zip(batch, scores, strict=True):
-            _check_finite(score)
+            check_finite(score)
             result[i] = score
         meter.add(sum(len(rows[i][0]) + len(rows[i][1]) for i in batch))
     return result
@@ -326,7 +326,7 @@ def _decode(
             logits, mask, positions = (t.repeat_interleave(copies, 0) for t in (logits, mask, positions))
         chosen = choose(logits, noise[rows.to(noise.device), step], temperature=temperature, top_p=top_p)
         scores = (logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)).cpu()[is_open]
-        _check_finite(scores)
+        check_finite(scores)
         tokens = chosen.cpu()
         yield rows[is_open].tolist(), tokens[is_open].tolist(), scores.tolist()
         is_open = is_open & ~torch.isin(tokens, stops)
@@ -342,7 +342,7 @@ def _decode(
         ids = chosen[:, None]
 
 
-def _check_finite(log_probs: Tensor) -> None:
+def check_finite(log_probs: Tensor) -> None:
     """Raises InputError. A token drawn from a distribution of NaN would look like any other."""
     if not log_probs.isfinite().all():
         raise InputError("the model gives log-probs that are NaN or infinite", fix="look at its weights, or take fp32")

@@ -24,10 +24,10 @@ def settings(tiny_settings: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, command: Command, settings: list[str]) -> Path:
-    """A store in which the whole pipeline has run once."""
+def store(tmp_path_factory: pytest.TempPathFactory, forked: Command, settings: list[str]) -> Path:
+    """A store in which the whole pipeline has run once. (Runs of new interpreters: test_kills.py, test_signals.py.)"""
     store = tmp_path_factory.mktemp("end_to_end") / "store"
-    command(store, "run", *settings)
+    forked(store, "run", *settings)
     return store
 
 
@@ -90,14 +90,22 @@ def test_another_beta_runs_dpo_and_what_follows_alone(store: Path, command: Comm
     assert [row["name"] for row in plan["nodes"] if row["action"] == "run"] == ["dpo", "evaluate_dpo", "verdict"]
 
 
-def test_a_multirun_shares_what_is_equal_and_makes_the_rest_though_wandb_is_down(
-    store: Path, command: Command, forked: Command, settings: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_stage_is_made_though_wandb_is_down(
+    store: Path, forked: Command, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    sweep = ["name=sweep", "stage.dpo.beta=0.1,0.7", "tracking=wandb"]
-    out = forked(store, "run", "-m", *[s for s in settings if s != "tracking=none"], *sweep).stdout
+    changes = ["name=unheard", "tracking=wandb", "stage.compare.resamples=101"]
+    out = forked(store, "run", *[s for s in settings if s != "tracking=none"], *changes).stdout
     assert "wandb sync" in out  # the warning reaches people, with the command that uploads by hand
+    (run,) = (states(run) for run in runs(forked, store) if run["name"] == "unheard")
+    assert [name for name in NODES if run[name] == "done"] == ["verdict"]
+
+
+def test_a_multirun_shares_what_is_equal_and_makes_the_rest(
+    store: Path, command: Command, forked: Command, settings: list[str]
+) -> None:
+    forked(store, "run", "-m", *settings, "name=sweep", "stage.dpo.beta=0.1,0.7")
     of_sweep = sorted(
         (states(run) for run in runs(command, store) if run["name"] == "sweep"), key=lambda s: s["dpo"] == "done"
     )
@@ -113,7 +121,7 @@ def test_a_multirun_shares_what_is_equal_and_makes_the_rest_though_wandb_is_down
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_in_the_store(
-    fault: str, code: int, line: str, tmp_path: Path, tiny_model: Path, command: Command, settings: list[str]
+    fault: str, code: int, line: str, tmp_path: Path, tiny_model: Path, forked: Command, settings: list[str]
 ) -> None:
     rows, model = tmp_path / "rows.jsonl", tmp_path / "model"
     rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n{"prompt": "e", "comp\n')
@@ -123,12 +131,12 @@ def test_bad_input_is_one_line_and_leaves_nothing_in_the_store(
         (model / "model.safetensors").unlink()
         given = f"model.source.path={model}"
     store = tmp_path / "store"
-    done = command(store, "run", *settings, given, code=code)
+    done = forked(store, "run", *settings, given, code=code)
     assert line in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     kinds = [json.loads((f / "record.json").read_text())["kind"] for f in store.glob("store/*")]
     assert kinds in ([], ["import_model"])
-    (run,) = runs(command, store)
+    (run,) = runs(forked, store)
     assert "failed" in states(run).values()
 
 
@@ -143,4 +151,3 @@ def test_the_report_has_the_verdict_and_needs_no_network(store: Path, command: C
 def test_chat_answers_with_the_models_of_a_run(store: Path, command: Command) -> None:
     out = command(store, "chat", "tiny", "--compare", "--prompt", "Hi", "--max-new-tokens", "4").stdout
     assert all(name in out for name in ("start", "sft", "dpo"))
-    command(store, "chat", "tiny", "--prompt", "Hi", "--max-new-tokens", "4")

@@ -16,6 +16,7 @@ import pytest
 
 from alignment import life
 from tests.conftest import Command, environment, runs, states
+from tests.faults import runs as faults
 from tests.test_kills import TWO_RANKS, keys, processes_of, run_of, start, until
 
 pytestmark = pytest.mark.slow
@@ -97,14 +98,14 @@ def test_stages_that_do_not_train_stop_at_a_signal_or_a_limit_and_are_made_by_th
 
 
 def test_a_signal_in_training_is_an_end_in_order_and_the_same_command_finishes(
-    store: Path, command: Command, short_settings: list[str]
+    store: Path, command: Command, forked: Command, short_settings: list[str]
 ) -> None:
     settings = [*short_settings, "stage.sft.max_steps=150"]
     work = store / "work" / keys(command, store, settings)["sft"]
-    driver = start(store, *settings)
+    first = faults.start(store.parent, ["run", *settings], environment(store))
     until(lambda: (work / "metrics.jsonl").exists(), 90)
-    driver.send_signal(signal.SIGTERM)
-    ended(driver, 75)
+    first.kill(signal.SIGTERM)
+    assert first.wait() == 75, first.told
     run = run_of(command, store, work.name)
     assert (run["state"], states(run)["sft"]) == ("preempted", "preempted")
     # A second signal ends even a process that cannot answer to the first one.
@@ -119,13 +120,13 @@ def test_a_signal_in_training_is_an_end_in_order_and_the_same_command_finishes(
     assert rank.gone
     assert not processes_of(work)
     assert states(run_of(command, store, work.name)) == {"start": "reused", "rows": "reused", "sft": "interrupted"}
-    command(store, "run", *settings)
+    forked(store, "run", *settings)
     tried = json.loads((store / "store" / work.name / "record.json").read_text())["attempts"]
     assert [row["outcome"] for row in tried] == ["preempted", "interrupted", "done"]
 
 
 def test_a_signal_to_a_rank_of_torchrun_that_still_starts_waits_for_it(
-    store: Path, command: Command, short_settings: list[str]
+    store: Path, command: Command, forked: Command, short_settings: list[str]
 ) -> None:
     """Its interpreter is not up yet; torchrun's own start hands the blocked signals on."""
     settings = [*short_settings, *TWO_RANKS, "stage.sft.seed=5"]
@@ -141,25 +142,23 @@ def test_a_signal_to_a_rank_of_torchrun_that_still_starts_waits_for_it(
     early.signal(signal.SIGTERM)
     output = ended(driver, 75, 60)
     assert "SIGTERM on rank 1: nothing was trained yet" in output
-    ended(start(store, *settings), 0, 120)
+    forked(store, "run", *settings)
 
 
-def test_a_process_that_stands_still_has_all_write_their_stacks_and_the_stage_is_tried_again(
+def test_a_process_that_stands_still_has_all_write_their_stacks(
     store: Path, command: Command, short_settings: list[str]
 ) -> None:
-    settings = [*short_settings, *TWO_RANKS, "stage.sft.max_steps=100", "engine.watchdog_s=6"]
-    sft = keys(command, store, settings)["sft"]
-    work = store / "work" / sft
+    """The stage would be tried again: tests/faults/test_signals.py."""
+    settings = [*short_settings, *TWO_RANKS, "retries=0", "stage.sft.max_steps=100", "engine.watchdog_s=6"]
+    work = store / "work" / keys(command, store, settings)["sft"]
     driver = start(store, *settings)
     until(lambda: (work / "metrics.jsonl").exists(), 90)
     os.kill(life.beats(work)[1].pid, signal.SIGSTOP)
-    output = ended(driver, 0, 120)
-    assert "hung: rank 1 has shown no life for 6 s; attempt 2 of up to 4 in 0 s" in output
+    assert "hung: rank 1 has shown no life for 6 s" in ended(driver, 6, 120)
     for rank in (0, 1):
-        written = life.stacks(store / "store" / sft, rank).read_text()
+        written = life.stacks(work, rank).read_text()
         assert "rank 1 has shown no life" in written
         assert "most recent call first" in written
-    assert not (store / "store" / sft / "beats").exists()
 
 
 def test_a_run_whose_output_nobody_takes_is_made_all_the_same(

@@ -12,6 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from alignment import generation
 from alignment.config.stages.answering import Sample
 from alignment.errors import MachineError
@@ -52,22 +55,48 @@ def continuous(
     folder: Path, prompts: Prompts, settings: Sample, skip: Collection[int], progress: Progress
 ) -> Iterator[Part]:
     """transformers' continuous batching: an answer that ends makes room for the next at once. All requests of a part
-    are there before its first step, and each part has its own seed, so that a part is drawn alike each time."""
+    are there before its first step, and each part has its own seed, so that a part is drawn alike each time. Raises
+    InputError for log-probs that are not finite, as the loop."""
     model, tokenizer = generation.load(folder, settings.precision)
+    finite = _watch(model)
     stop, ids = generation.stop_tokens(model, tokenizer), _ids(model, tokenizer, prompts, settings)
     meter = _meter(ids, settings, progress)
     for rows in _parts(ids, settings):
         if all(row in skip for row in rows):
             meter.add(0, ended=_most(rows, settings))
             continue
-        drawn = _continuous_part(model, [ids[row] for row in rows], _seed(settings, rows[0]), stop, settings, meter)
+        given, seed = [ids[row] for row in rows], _seed(settings, rows[0])
+        drawn = _continuous_part(model, given, seed, stop, settings, meter, finite)
         yield rows, [[_answer(generation.completion(tokenizer, one, (), stop)) for one in few] for few in drawn]
 
 
+def _watch(model: Any) -> Tensor:
+    """A number that is finite as long as all positions from which continuous batching draws have log-probs that are.
+
+    Where they are not it draws from zeros instead: else the draw itself would fail, on the CPU in words that name
+    neither model nor fix, on CUDA with all that the process has there. On the model's device: no step waits for it."""
+    seen = torch.zeros((), device=model.device)
+
+    def look(_: Any, __: Any, given: dict[str, Any], output: Any) -> None:
+        sums = output.logits.float().logsumexp(-1, keepdim=True)  # [1, positions, 1]
+        drawn = sums if "logits_to_keep" in given else sums[:, given["logits_indices"]]
+        seen.add_((drawn * 0).sum())  # NaN from then on
+        output.logits = output.logits.where(sums.isfinite(), 0)
+
+    model.register_forward_hook(look, with_kwargs=True)
+    return seen
+
+
 def _continuous_part(
-    model: Any, prompts: list[list[int]], seed: int, stop: list[int], settings: Sample, meter: generation.Meter
+    model: Any,
+    prompts: list[list[int]],
+    seed: int,
+    stop: list[int],
+    settings: Sample,
+    meter: generation.Meter,
+    finite: Tensor,
 ) -> list[list[list[int]]]:
-    """Token ids of the answers to each prompt."""
+    """Token ids of the answers to each prompt. finite: see _watch."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     copies, most = settings.completions_per_prompt, settings.max_new_tokens
@@ -95,6 +124,7 @@ def _continuous_part(
     try:
         while len(found) < len(prompts) * copies:
             result = manager.get_result(timeout=1)
+            generation.check_finite(finite)
             if result is None and not manager.is_running():
                 raise MachineError("continuous batching has ended before its answers", fix="stage.sample.backend=loop")
             if result is not None and result.error is not None:
@@ -111,8 +141,10 @@ def _continuous_part(
 
 
 def vllm(folder: Path, prompts: Prompts, settings: Sample, skip: Collection[int], progress: Progress) -> Iterator[Part]:
-    """vLLM's offline engine, where it is installed. Each prompt has its own seed: what is computed beside it changes
-    its answers by rounding only. Written against its documentation; not run by the tests."""
+    """vLLM's offline engine, where it is installed. Each prompt has its own seed, and vLLM gives its answers that seed
+    and those after it: what is computed beside them changes them by rounding only. Raises InputError for log-probs that
+    are not finite, as the loop. Written against vLLM 0.11 and later; tests run it
+    with a stub of that interface."""
     try:
         from vllm import LLM, SamplingParams
     except ImportError:
@@ -139,10 +171,12 @@ def vllm(folder: Path, prompts: Prompts, settings: Sample, skip: Collection[int]
                 max_tokens=settings.max_new_tokens,
                 stop_token_ids=stop,
                 seed=_seed(settings, row),
+                logprobs=0,  # of the chosen tokens alone
             )
             for row in rows
         ]
         outputs = engine.generate([{"prompt_token_ids": ids[row]} for row in rows], how, use_tqdm=False)
+        generation.check_finite(torch.tensor([one.cumulative_logprob for output in outputs for one in output.outputs]))
         drawn = [[list(one.token_ids) for one in output.outputs] for output in outputs]
         made = sum(len(one) for few in drawn for one in few)
         meter.add(made, ended=_most(rows, settings) - made)

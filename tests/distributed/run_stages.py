@@ -1,4 +1,4 @@
-"""Stages that train, one after the other in one process group: python -m tests.distributed.run_stages <folder>.
+"""Stages that train, one after the other in one process group.
 
 folder/plan.json: [{"name", "kind", "strategy", "settings": {...}, "engine": {...}}], results in folder/<name>. engine
 may have "padded": nothing is packed. The setting "start" names the start model's folder beside the results; "lora": see
@@ -42,8 +42,14 @@ from tests.training import online, poison, tiny
 
 def work(rank: int, folder: Path, world_size: int, port: int) -> None:
     """Of a process that is a fork."""
-    say_into(folder / f"said-{rank}.txt")
-    os.environ.update(rank_environment(rank, world_size, port), ALIGNMENT_CACHE=str(folder / "cache"))
+    os.environ.update(rank_environment(rank, world_size, port))
+    work_alone(folder)
+
+
+def work_alone(folder: Path) -> None:
+    """Of one that nothing has told of others."""
+    say_into(folder / f"said-{os.environ.get('RANK', 0)}.txt")
+    os.environ["ALIGNMENT_CACHE"] = str(folder / "cache")
     os.environ.pop("TORCH_EXTENSIONS_DIR", None)
     main(folder)
 
@@ -158,7 +164,3 @@ def watched(trial: Any) -> Any:
         return found
 
     return wrapped
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

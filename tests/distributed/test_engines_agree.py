@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,10 @@ import pytest
 
 from alignment.config.losses import PAIR_LOSSES
 from alignment.life import LONGEST
-from tests.distributed import bare
+from tests.distributed import bare, run_stages
 from tests.distributed.launching import STRATEGIES, launch, rows_of, weights_of, write_plan, write_starts
 from tests.distributed.test_resume import bits, steps_of
+from tests.forks import FORKING
 from tests.training import tiny
 
 pytestmark = pytest.mark.slow
@@ -31,16 +29,12 @@ WHOLE = {"max_steps": 8}  # an epoch of 40 rows in batches of 6, and the beginni
 SHORT = {"max_steps": 4}
 STOPS = [3, None]  # before the last step, or the one before it
 COMPILED = {"compile": True, "tokens_per_micro_batch": 256}  # one shape of pack
-VARIANTS: dict[str, dict[str, Any]] = {
-    "rslora": {"lora": {"rslora": True}},
-    "dora": {"lora": {"dora": True, "rslora": True}},
-    "variants": {  # all of them at once
-        "lora": {
-            "dora": True, "rslora": True, "init": "orthogonal",
-            "modules_to_save": ["norm", "lm_head", "input_layernorm"],
-        },
-        "start": "untied",
+VARIANTS: dict[str, Any] = {  # of adapters, all of them at once
+    "lora": {
+        "dora": True, "rslora": True, "init": "orthogonal",
+        "modules_to_save": ["norm", "lm_head", "input_layernorm"],
     },
+    "start": "untied",
 }  # fmt: skip
 SHARED: dict[str, Any] = {"sequence_parallel": 2, "tokens_per_micro_batch": 40}
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -56,26 +50,22 @@ MIXES["plain"]["label_smoothing"] = 0.1
 MIXES["free"]["lora"] = True
 CASES = {
     **{f"{kind}_{strategy}": (kind, strategy, WHOLE, {}) for kind in ("sft", "dpo") for strategy in STRATEGIES},
-    "sft_ddp_lora": ("sft", "ddp", {"lora": True}, {}),
     "sft_zero3_lora": ("sft", "zero3", {"lora": True}, {}),
     "dpo_zero2_lora": ("dpo", "zero2", {"lora": True}, {}),
     "dpo_zero3_lora": ("dpo", "zero3", {"lora": True}, {}),
     "sft_zero3_checkpointing": ("sft", "zero3", {}, {**CHECKPOINTING, "tokens_per_micro_batch": 60}),
-    "dpo_zero3_lora_checkpointing": ("dpo", "zero3", {"lora": True}, CHECKPOINTING),
     "dpo_ddp_lora": ("dpo", "ddp", {"lora": True}, {}),
-    "dpo_zero2_rslora": ("dpo", "zero2", VARIANTS["rslora"], {}),
-    "dpo_zero3_dora": ("dpo", "zero3", VARIANTS["dora"], {}),
-    "sft_ddp_variants_checkpointing": ("sft", "ddp", VARIANTS["variants"], CHECKPOINTING),
-    "dpo_zero1_variants": ("dpo", "zero1", VARIANTS["variants"], {}),
-    "sft_zero2_variants": ("sft", "zero2", VARIANTS["variants"], {}),
-    "dpo_zero3_variants": ("dpo", "zero3", VARIANTS["variants"], {}),
-    "sft_zero3_variants_checkpointing": ("sft", "zero3", VARIANTS["variants"], CHECKPOINTING),
-    "dpo_zero3_variants_offload": ("dpo", "zero3", VARIANTS["variants"], {"offload": "all"}),
+    "sft_ddp_variants_checkpointing": ("sft", "ddp", VARIANTS, CHECKPOINTING),
+    "dpo_zero1_variants": ("dpo", "zero1", VARIANTS, {}),
+    "sft_zero2_variants": ("sft", "zero2", VARIANTS, {}),
+    "dpo_zero3_variants": ("dpo", "zero3", VARIANTS, {}),
+    "sft_zero3_variants_checkpointing": ("sft", "zero3", VARIANTS, CHECKPOINTING),
+    "dpo_zero3_variants_offload": ("dpo", "zero3", VARIANTS, {"offload": "all"}),
     "sft_zero3_offload_checkpointing": ("sft", "zero3", {}, {**CHECKPOINTING, "offload": "all"}),
     "sft_ddp_sequence": ("sft", "ddp", {}, SHARED),
     "dpo_zero1_sequence": ("dpo", "zero1", {}, SHARED),
     "sft_zero3_sequence": ("sft", "zero3", {}, {**CHECKPOINTING, "sequence_parallel": 2}),
-    "dpo_zero3_variants_sequence": ("dpo", "zero3", VARIANTS["variants"], SHARED),
+    "dpo_zero3_variants_sequence": ("dpo", "zero3", VARIANTS, SHARED),
     "dpo_zero3_offload_sequence": ("dpo", "zero3", {}, {**SHARED, "offload": "all"}),
     "sft_zero2_offload": ("sft", "zero2", {}, {"offload": "optimizer"}),
     # Attention with sinks cannot be packed, which is found in the middle of a forward.
@@ -101,7 +91,7 @@ CASES = {
     "dpo_zero3_whole_sequence": ("dpo", "zero3", MIXES["whole"], SHARED),
     "dpo_zero3_moving_sequence": ("dpo", "zero3", MOVES, SHARED),
     "sft_uneven": ("sft", "zero2", {"global_batch_size": 5}, {}),
-    **{f"dpo_{strategy}_compiled": ("dpo", strategy, {}, COMPILED) for strategy in ("ddp", "zero1", "zero2")},
+    **{f"dpo_{strategy}_compiled": ("dpo", strategy, {}, COMPILED) for strategy in ("ddp", "zero2")},
 }
 CASES = {
     name: (kind, strategy, {**SHORT, **settings}, engine) for name, (kind, strategy, settings, engine) in CASES.items()
@@ -250,11 +240,11 @@ def test_each_token_is_computed_by_one_of_those_that_share_it(name: str, togethe
     assert min(shares) >= 1 and max(shares) < 1.1
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_layers_were_compiled(strategy: str, together: Path) -> None:
     """For packs that are filled up; of the compiler all but what writes code, which takes longer than the rest."""
     assert min(row["computed_share"] for row in rows_of(together / f"dpo_{strategy}_compiled")) > 1
-    assert (together / "said-0.txt").read_text().count("2 layers are compiled at their first packs") == 3
+    assert (together / "said-0.txt").read_text().count("2 layers are compiled at their first packs") == 2
 
 
 def test_those_who_share_packs_keep_reference_log_probs_once(four: Path) -> None:
@@ -324,7 +314,7 @@ def test_bf16_agrees_within_its_rounding(together: Path, alone: Any) -> None:
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=2e-3)
 
 
-@pytest.mark.parametrize("name", ["dpo_zero3_lora", "dpo_zero2_rslora", "dpo_zero3_dora", "dpo_zero3_variants"])
+@pytest.mark.parametrize("name", ["dpo_zero3_lora", "dpo_zero3_variants"])
 def test_the_adapter_beside_the_merged_model_gives_the_same_model(name: str, together: Path) -> None:
     """To 1e-5 in its logits; that the start model's are others says that the adapter does something."""
     import torch
@@ -347,9 +337,10 @@ def test_nothing_was_compiled(together: Path) -> None:
 def test_zero_runs_in_one_process_without_a_launcher(tmp_path: Path, alone: Any) -> None:
     cases = {"sft_zero2": ("sft", "zero2", WHOLE, {}), "dpo_lora": ("dpo", "zero3", {**SHORT, "lora": True}, {})}
     write_plan(tmp_path, [case for case in plan_of(cases) if "stops" not in case])
-    command = [sys.executable, "-m", "tests.distributed.run_stages", str(tmp_path)]
-    environment = {**os.environ, "ALIGNMENT_CACHE": str(tmp_path / "cache")}
-    subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=True, timeout=300)
+    process = FORKING.Process(target=run_stages.work_alone, args=(tmp_path,))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "said-0.txt").read_text()[-3000:]
     for name, (kind, _, changes, _) in cases.items():
         expected, found = rows_of(alone(kind, changes)), rows_of(tmp_path / name)
         assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=1e-4)

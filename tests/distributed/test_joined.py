@@ -127,7 +127,7 @@ def is_at(case: Case, step: int, attempt: int = 1) -> bool:
 
 def test_two_machines_train_what_one_does(ground: Ground, site: Site, whole: Case, tmp_path: Path) -> None:
     one = a_case(ground, tmp_path / "one")
-    site.run(one, [], []).ends(0)  # two processes, under torchrun
+    one.run(code=0)  # two processes
     assert whole.record()["world_size"] == one.record()["world_size"] == 2
     assert whole.result() == one.result()  # bit for bit
 

@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sft_zero3": {"strategy": "zero3"},
     "sft_zero2_bf16": {"strategy": "zero2", "settings": {"precision": "bf16"}},
     "dpo_zero3_bf16": {"strategy": "zero3", "settings": {"precision": "bf16"}},
-    "sft_zero3_offload": {"strategy": "zero3", "engine": {"offload": "optimizer"}},
     "sft_zero3_persistent": {"strategy": "zero3", "engine": {"param_persistence_threshold": 100_000}},
     "dpo_zero3_bf16_persistent": {  # some parameters, not all
         "strategy": "zero3", "settings": {"precision": "bf16"}, "engine": {"param_persistence_threshold": 600},
@@ -125,7 +124,6 @@ FOUR = {
     "sft_ddp": ("sft", "ddp", "start"),
     "sft_zero3_small": ("sft", "zero3", "small"),
     "sft_zero2_small": ("sft", "zero2", "small"),
-    "dpo_zero3_small": ("dpo", "zero3", "small"),
 }
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from alignment.files import read_json, read_jsonl
 from alignment.pipeline.store import SAMPLED
 from alignment.stages import sample
 from alignment.stages.context import StageContext
+from tests.stages import fake_vllm
 from tests.stages.conftest import QUESTIONS, MakeContext
 
 
@@ -55,7 +58,15 @@ def test_without_prompts_the_stage_says_which_file_is_empty(
 
 
 HOW = {"completions_per_prompt": 3, "max_new_tokens": 8, "batch_size": 6}  # two prompts a batch: three batches
-BACKENDS = ["loop", "continuous"]
+BACKENDS = ["loop", "continuous", "vllm"]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> list[fake_vllm.LLM]:
+    """A stub in the place of vLLM; the engines that it makes."""
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm)
+    monkeypatch.setattr(fake_vllm, "MADE", [])
+    return fake_vllm.MADE
 
 
 def asked_after(context: StageContext, batches: int) -> None:
@@ -79,7 +90,12 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_attempt_goes_on_after_the_answers_of_the_one_before_bit_for_bit(
-    backend: str, make_context: MakeContext, models: dict[str, Path], rows: Path, small_parts: None
+    backend: str,
+    make_context: MakeContext,
+    models: dict[str, Path],
+    rows: Path,
+    small_parts: None,
+    vllm: list[fake_vllm.LLM],
 ) -> None:
     inputs = {"model": models["sft"], "data": rows}
     whole, cut = (make_context("sample", inputs, name=name, backend=backend, **HOW) for name in ("whole", "cut"))
@@ -154,6 +170,63 @@ def test_continuous_batching_draws_the_distribution_of_the_model(
     assert len(row["completions"]) == 600
     share = sum(completion["text"] == text for completion in row["completions"]) / 600
     assert share == pytest.approx(float(probs[best]), abs=4 * 0.0205)
+
+
+def test_vllm_gets_token_ids_with_settings_and_a_seed_for_each_and_its_answers_find_their_prompts(
+    make_context: MakeContext, models: dict[str, Path], rows: Path, small_parts: None, vllm: list[fake_vllm.LLM]
+) -> None:
+    """With a stub: what vLLM itself draws is not looked at."""
+    inputs = {"model": models["sft"], "data": rows}
+    contexts = [make_context("sample", inputs, name=f"of {seed}", backend="vllm", seed=seed, **HOW) for seed in (1, 2)]
+    metrics = [sample.run(context) for context in contexts]
+    assert all(found["completions"] == 15 for found in metrics)
+    engine, other = vllm
+    folder = models["sft"] / "model"
+    assert engine.options == {"model": str(folder), "dtype": "float32", "seed": 1, "max_num_seqs": 6}
+    model, tokenizer = generation.load(folder, "fp32")
+    written = list(read_jsonl(contexts[0].folder / "samples.jsonl"))
+    assert [row["prompt"][0]["content"] for row in written] == QUESTIONS
+    ids = [generation.encode_prompt(tokenizer, row["prompt"]) for row in written]
+    assert [len(asked) for asked, _ in engine.asked] == sorted(map(len, ids), reverse=True)
+    given = {tuple(asked): how for asked, how in engine.asked}
+    assert set(given) == set(map(tuple, ids))
+    settings: Any = contexts[0].settings
+    stop = generation.stop_tokens(model, tokenizer)
+    for how in given.values():
+        assert (how.n, how.max_tokens, how.stop_token_ids, how.logprobs) == (3, 8, stop, 0)
+        assert (how.temperature, how.top_p) == (settings.temperature, settings.top_p)
+    seeds = [[how.seed for _, how in one.asked] for one in (engine, other)]
+    assert len(set(seeds[0] + seeds[1])) == 10, "one for each prompt, and others with another seed of the stage"
+    for row, prompt in zip(written, ids, strict=True):
+        drawn = [engine._answer(prompt, given[tuple(prompt)], index).token_ids for index in range(3)]
+        assert [completion["tokens"] for completion in row["completions"]] == list(map(len, drawn))
+        assert [completion["finished"] for completion in row["completions"]] == [one[-1] in stop for one in drawn]
+        texts = [tokenizer.decode(one, skip_special_tokens=True) for one in drawn]
+        assert [completion["text"] for completion in row["completions"]] == texts and len(set(texts)) > 1
+
+
+@pytest.fixture(scope="session")
+def broken(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of a stage whose model has NaN in the embedding, and in the logit, of a token that no prompt has."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("broken")
+    shutil.copytree(models["sft"] / "model", folder / "model")
+    file = folder / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][-1] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_probs_that_are_not_finite_are_an_error_and_no_answer_whatever_samples(
+    backend: str, make_context: MakeContext, broken: Path, rows: Path, vllm: list[fake_vllm.LLM]
+) -> None:
+    context = make_context("sample", {"model": broken, "data": rows}, backend=backend, **HOW)
+    with pytest.raises(InputError, match="log-probs that are NaN or infinite"):
+        sample.run(context)
+    assert not (context.folder / SAMPLED).exists()
 
 
 def test_a_slice_of_the_prompts_is_sampled_and_too_few_are_told(

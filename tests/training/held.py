@@ -1,17 +1,14 @@
-"""What tensors take: those that autograd keeps, those that are alive, and those of one DeepSpeed process of several.
-
-python -m tests.training.held <cases>: a JSON list of arguments of `zero`; prints a JSON list of what it returns.
-"""
+"""What tensors take: those that autograd keeps, those that are alive, and those of one DeepSpeed process of several."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
-import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from tests.forks import say_into
 
 PROCESSES = 4
 TOKENS = 200
@@ -143,20 +142,18 @@ def size(parameters: list[Any]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def main() -> None:
+def main(cases: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Of a process that is a fork: what `zero` returns with each of these arguments, into found.json."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from alignment.training import engine
     from tests.training import tiny
 
+    say_into(folder / "said.txt")
     many = str(PROCESSES)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=many, LOCAL_WORLD_SIZE=many)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=PROCESSES)
     engine.start(tiny.engine("zero1"), PROCESSES)
     gc.collect()
     gc.freeze()  # what was imported: it takes most of a collection's time
-    print(json.dumps([zero(**case) for case in json.loads(sys.argv[1])]))
-
-
-if __name__ == "__main__":
-    main()
+    (folder / "found.json").write_text(json.dumps([zero(**case) for case in cases]))

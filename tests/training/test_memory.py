@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
@@ -36,6 +34,7 @@ from alignment.training.ppo import PPOTrainer
 from alignment.training.preference import DPO
 from alignment.training.reference_pass import References
 from alignment.training.trainers import BUDGET, Packing
+from tests.forks import FORKING
 from tests.training import held, online, tiny, trainers
 from tests.training.held import Alive, Kept
 
@@ -302,14 +301,14 @@ ZERO: tuple[dict[str, Any], ...] = (
 
 
 @pytest.fixture(scope="module")
-def measured() -> list[dict[str, int]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
     """What DeepSpeed takes in each case of ZERO."""
-    program = subprocess.run(
-        [sys.executable, "-m", "tests.training.held", json.dumps(ZERO)],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert program.returncode == 0, program.stderr[-6000:]
-    return json.loads(program.stdout.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("held")
+    process = FORKING.Process(target=held.main, args=(ZERO, folder))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, (folder / "said.txt").read_text()[-6000:]
+    return json.loads((folder / "found.json").read_text())
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import alignment.stages.dpo as dpo_stage
 from alignment.errors import PreemptedError, TrainingError
 from alignment.training.preference import DPO
 from alignment.training.reference import ReferenceStore, row_digests, weights_digest
+from tests.forks import FORKING, say_into
 from tests.training import tiny
 
 ROWS = 40
@@ -151,27 +150,23 @@ def test_whole_files_with_another_models_numbers_stop_the_run_before_its_first_u
         run(tmp_path, "run")
 
 
-PROGRAM = """
-import sys
-from pathlib import Path
-from tests.training.test_reference_pass import run
-run(Path(sys.argv[1]), sys.argv[2], beta=float(sys.argv[3]))
-"""
+def in_a_process(folder: Path, beta: float) -> None:
+    say_into(folder / f"said-{beta}.txt")
+    run(folder, f"run{beta}", beta=beta)
 
 
 @pytest.mark.slow
 def test_runs_that_start_together_compute_each_pair_once(tmp_path: Path) -> None:
     """Real processes, as the jobs of a sweep are."""
     tiny.write_inputs(tmp_path, "dpo", ROWS)
-    together = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path), f"run{beta}", str(beta)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-        )
-        for beta in (0.1, 0.2, 0.3)
-    ]  # fmt: skip
-    texts = [process.communicate(timeout=240) for process in together]
-    assert all(process.returncode == 0 for process in together), texts
-    computed = [int(re.search(r"(\d+) were computed", out)[1]) for out, _ in texts]  # type: ignore[index]
+    betas = (0.1, 0.2, 0.3)
+    together = [FORKING.Process(target=in_a_process, args=(tmp_path, beta)) for beta in betas]
+    for process in together:
+        process.start()
+    for process in together:
+        process.join(240)
+    texts = [(tmp_path / f"said-{beta}.txt").read_text() for beta in betas]
+    assert [process.exitcode for process in together] == [0] * 3, texts
+    computed = [int(re.search(r"(\d+) were computed", text)[1]) for text in texts]  # type: ignore[index]
     assert sorted(computed) == [0, 0, ROWS], texts
     assert len(segments(tmp_path)) == 1
