@@ -6,6 +6,7 @@ from typing import Any
 
 from alignment.config.rewards import Reward
 from alignment.rewards import Judge
+from tests.rewards.serving import server  # noqa: F401
 
 
 def judge_by(**settings: Any) -> Judge:
