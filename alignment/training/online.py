@@ -1,45 +1,34 @@
 """Online training: the policy answers, the reward judges, the update learns; one optimiser step at a time.
 
-A rollout's prompts are the next ones of the stream that seed and step give (batching.py); its answers have random
-numbers of their own by seed and place in the stream. Each process samples and judges its share, then all are told all
-answers, so each computes the same split into micro-batches, and nothing depends on how many processes there are.
+All processes know all answers (answering.py), so each computes the same split into micro-batches, and nothing depends
+on how many processes there are.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import set_seed
-from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import add_fused_lm_head, identity
 
 from alignment.config.stages.online import Kl, Online
 from alignment.errors import TrainingError
+from alignment.training.answering import Answering
 from alignment.training.attention import PACKED
 from alignment.training.batching import GlobalBatches
-from alignment.training.engine import uncounted
 from alignment.training.losses import policy as losses
 from alignment.training.ranks import all_gather, rank, world_size
 from alignment.training.rollouts import Answer, Group, Rollout, Targets, collated, measured, with_signal
 from alignment.training.shared_prefix import install
-from alignment.training.trainers import AlignedTrainer
 
 NO_KL = Kl(coefficient=0.0, estimator="k3", place="loss", target=None, gain=0.1, corrected=True)
-
-# (model, prompts' ids, uniform noise [prompts, answers, tokens], alive) -> the answers to each prompt
-Sampler = Callable[[Any, Sequence[Sequence[int]], Tensor, Callable[[int, int], None]], list[list[Answer]]]
-# (numbers of prompts' rows, their answers, alive): writes reward and terms into each answer
-Judging = Callable[[Sequence[int], Sequence[Answer], Callable[[int, int], None]], None]
-# (why answers of late have no reward, how many have none, of how many so far): raises where these are too many
-ShareCheck = Callable[[Sequence[Mapping[str, str]], int, int], None]
 
 
 class Policies(_BaseTrainer):
@@ -63,35 +52,19 @@ class Policies(_BaseTrainer):
         self._metrics: dict[str, Any] = {"train": defaultdict(list)}
 
 
-class OnlineTrainer(AlignedTrainer, Policies):
-    """train_dataset: rows {"prompt_ids"}. What becomes of rewards, and the loss, is in classes below."""
+class OnlineTrainer(Answering, Policies):
+    """What becomes of rewards, and the loss, is in classes below."""
 
-    def __init__(
-        self,
-        *,
-        settings: Online,
-        sample: Sampler,
-        judge: Judging,
-        reference: Any = None,
-        check_share: ShareCheck = lambda failed, without, count: None,
-        tell: Callable[[str, int, int], None] = lambda what, done, total: None,
-        **kwargs: Any,
-    ) -> None:
-        """reference: a copy of the start model, where the KL wants one and no adapter can be switched off.
-        check_share: called after each rollout's answers. tell(what is done, how far, of how much): called often, as a
-        sign of life too."""
-        self.settings, self._sample_answers, self._judge, self._tell = settings, sample, judge, tell
+    def __init__(self, *, settings: Online, reference: Any = None, **kwargs: Any) -> None:
+        """reference: a copy of the start model, where the KL wants one and no adapter can be switched off."""
         self._reference = reference
         self._rollout: Rollout | None = None
-        self._taken = 0  # prompts of the stream
-        self._check_share = check_share
-        self._judged = [0, 0]  # answers so far, and those of them that have no reward
         self._trained_on: list[dict[str, float]] = []  # metrics of the rollouts of the steps since the last row
         self._groups: list[list[int]] = []  # of this process's micro-batches
         self._prompts: list[int] = []  # rows of this step, of all processes
         self.kl: Kl = getattr(settings, "kl", NO_KL)
         self._coefficient = self.kl.coefficient
-        super().__init__(**kwargs)
+        super().__init__(settings=settings, **kwargs)
         self.branches = settings.answers_trained_on()
 
     @property
@@ -100,7 +73,6 @@ class OnlineTrainer(AlignedTrainer, Policies):
         return self.settings.steps_per_rollout() > 1
 
     def _before_training(self) -> None:
-        self._decodes_with = self._plain_model().config._attn_implementation
         super()._before_training()
         if self._reference is None:
             return
@@ -168,9 +140,6 @@ class OnlineTrainer(AlignedTrainer, Policies):
         coefficient = self._coefficient if self._rollout is None else self._rollout.coefficient
         return self._packed(collated(groups, prompts, fresh, coefficient))
 
-    def _prompt(self: Any, number: int) -> list[int]:
-        return self.train_dataset[number]["prompt_ids"]
-
     def _labels(self, rows: dict[str, Any]) -> Tensor:
         return rows["labels"]
 
@@ -219,59 +188,6 @@ class OnlineTrainer(AlignedTrainer, Policies):
             self._write(groups, self._by_policy)
         self._credit(rollout)
         return rollout
-
-    def _sampled(self, count: int) -> list[Group]:
-        """The next prompts of the stream, answered and judged. A collective."""
-        numbers = self.batches.stream(self._taken, count)
-        every = list(zip(range(self._taken, self._taken + count), numbers, strict=True))
-        self._taken += count
-        mine, settings = every[rank() :: world_size()], self.settings
-        shape = settings.completions_per_prompt, settings.max_new_tokens
-        noise = [np.random.default_rng([settings.seed, place, 1]).random(shape, np.float32) for place, _ in mine]
-        groups = []
-        with self._decoding() as model:  # a collective, also where there is nothing to do
-            if mine:
-                prompts = [self._prompt(number) for _, number in mine]
-                given = torch.from_numpy(np.stack(noise))
-                answers = self._sample_answers(model, prompts, given, lambda *far: self._tell("sampling", *far))
-                groups = [Group(*which, few) for which, few in zip(mine, answers, strict=True)]
-        flat = [(group.number, answer) for group in groups for answer in group.answers]
-        self._judge(
-            [number for number, _ in flat], [answer for _, answer in flat], lambda *far: self._tell("judging", *far)
-        )
-        if settings.truncated == "penalty":
-            for _, answer in flat:
-                if answer.reward is not None and not answer.finished:
-                    answer.reward -= settings.truncation_penalty
-        gathered = sorted((group for part in all_gather(groups) for group in part), key=lambda group: group.place)
-        self._count_failures([answer for group in gathered for answer in group.answers])
-        return gathered
-
-    def _count_failures(self, answers: Sequence[Answer]) -> None:
-        """Raises InputError on all processes alike where too many answers have no reward."""
-        failed = [answer.failed or {} for answer in answers if answer.reward is None]
-        self._judged = [self._judged[0] + len(answers), self._judged[1] + len(failed)]
-        judged, without = self._judged
-        self._check_share(failed, without, judged)
-
-    @contextmanager
-    def _decoding(self) -> Iterator[Any]:
-        """The plain model with whole weights, answering token by token. Under ZeRO-3 a collective."""
-        plain, packed = self._plain_model(), self._plain_model().config._attn_implementation
-        checkpointing: Any = self.args.activation_checkpointing_kwargs
-        engine = self.model_wrapped
-        with (
-            unwrap_model_for_generation(engine, self.accelerator, gradient_checkpointing_kwargs=checkpointing),
-            uncounted(engine),
-        ):
-            plain.set_attn_implementation(self._decodes_with)
-            training = plain.training
-            plain.eval()
-            with torch.no_grad(), self.accelerator.autocast():
-                yield plain
-            plain.train(training)
-            plain.set_attn_implementation(packed)
-        self._output = None  # of the last token, with the cache of all
 
     def _mark(self, groups: Sequence[Group]) -> None:
         """Which answers are trained on."""
@@ -334,8 +250,6 @@ class OnlineTrainer(AlignedTrainer, Policies):
         return {
             **super().training_state(),
             "rollout": self._rollout.to_json() if again and self._rollout else None,
-            "taken": self._taken,
-            "judged": self._judged,
             "coefficient": self._coefficient,
             "trained_on": list(self._trained_on),  # which goes on while this is written
         }
@@ -343,8 +257,7 @@ class OnlineTrainer(AlignedTrainer, Policies):
     def load_training_state(self, facts: dict[str, Any], *meters: Any) -> None:
         super().load_training_state(facts, *meters)
         self._rollout = None if facts["rollout"] is None else Rollout.from_json(facts["rollout"])
-        self._taken, self._coefficient = facts["taken"], facts["coefficient"]
-        self._trained_on, self._judged = facts["trained_on"], facts["judged"]
+        self._coefficient, self._trained_on = facts["coefficient"], facts["trained_on"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._trained_on and "learning_rate" in logs:
