@@ -36,11 +36,14 @@ def alignment(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def refused(done: subprocess.CompletedProcess[str], line: str, cwd: Path) -> None:
+def refused(*arguments: str, line: str, cwd: Path) -> str:
+    """What it says. No disk has so much room: what is not refused ends before anything is made, with another code."""
+    done = alignment(*arguments, "min_free_gb=1e9", cwd=cwd)
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert line in done.stderr
     assert not (cwd / MARK).exists()
+    return done.stderr
 
 
 @pytest.mark.parametrize("how", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
@@ -54,28 +57,27 @@ def test_a_shared_experiment_runs_no_code(door: str, how: list[str], tmp_path: P
     (tmp_path / "mine" / "hydra" / "sweeper" / "hollow.yaml").write_text(f"{basic}params: {CALL}\n")
     (tmp_path / "mine" / "experiment").mkdir()
     (tmp_path / "mine" / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
-    done = alignment("run", "--config-dir", "mine", *how, "experiment=evil", cwd=tmp_path)
-    refused(done, f"`{key}` ", tmp_path)
-    assert f"error: {tmp_path / 'mine'}" in done.stderr
+    said = refused("run", "--config-dir", "mine", *how, "experiment=evil", line=f"`{key}` ", cwd=tmp_path)
+    assert f"error: {tmp_path / 'mine'}" in said
 
 
 @pytest.mark.parametrize("asked", ["run --help", "run -m seed=0,1", "plan", "run --cfg job"])
 def test_a_callback_on_the_command_line_is_refused_whatever_is_asked(asked: str, tmp_path: Path) -> None:
     call = ["+hydra.callbacks.x._target_=os.mkdir", f"+hydra.callbacks.x.path={MARK}"]
-    refused(alignment(*asked.split(), *call, cwd=tmp_path), "command line: `hydra.callbacks.x._target_`", tmp_path)
+    refused(*asked.split(), *call, line="command line: `hydra.callbacks.x._target_`", cwd=tmp_path)
 
 
 def test_one_job_of_a_sweep_cannot_run_code_either(tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     text = DOORS["job logging"][0]
     (tmp_path / "mine" / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
-    done = alignment("run", "-m", "--config-dir", "mine", "experiment=quickstart,evil", cwd=tmp_path)
-    refused(done, "evil.yaml:2: `hydra.job_logging.root.handlers`", tmp_path)
+    line = "evil.yaml:2: `hydra.job_logging.root.handlers`"
+    refused("run", "-m", "--config-dir", "mine", "experiment=quickstart,evil", line=line, cwd=tmp_path)
 
 
 def test_code_reached_through_hydras_own_modules_is_refused(tmp_path: Path) -> None:
     call = ["hydra.launcher._target_=hydra._internal.utils.os.mkdir", f"+hydra.launcher.path={MARK}"]
-    refused(alignment("run", "-m", "seed=0,1", *call, cwd=tmp_path), "names hydra._internal.utils.os.mkdir", tmp_path)
+    refused("run", "-m", "seed=0,1", *call, line="names hydra._internal.utils.os.mkdir", cwd=tmp_path)
 
 
 PLUGIN = """
@@ -120,17 +122,17 @@ def test_a_sweeper_of_an_installed_plugin_works_with_what_it_registers(tmp_path:
     done = alignment("run", "-m", "hydra/sweeper=quick", "seed=0,1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "swept by Sampler seed=0,1\n"), done.stderr
     call = "hydra.sweeper.sampler._target_=os.getcwd"
-    refused(alignment("run", "-m", "hydra/sweeper=quick", "seed=0,1", call, cwd=tmp_path), "names os.getcwd", tmp_path)
+    refused("run", "-m", "hydra/sweeper=quick", "seed=0,1", call, line="names os.getcwd", cwd=tmp_path)
 
 
 def test_optunas_sweeper_calls_no_function_that_a_config_names(tmp_path: Path) -> None:
     (tmp_path / "mine" / "sweep").mkdir(parents=True)
     text = "defaults: [override /hydra/sweeper: optuna]\nhydra: {sweeper: {custom_search_space: os.mkdir}}"
     (tmp_path / "mine" / "sweep" / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
-    done = alignment("run", "-m", "--config-dir", "mine", "sweep=evil", cwd=tmp_path)
-    refused(done, "evil.yaml:3: `hydra.sweeper.custom_search_space` names code", tmp_path)
+    line = "evil.yaml:3: `hydra.sweeper.custom_search_space` names code"
+    refused("run", "-m", "--config-dir", "mine", "sweep=evil", line=line, cwd=tmp_path)
 
 
 def test_hydras_own_logging_can_be_chosen(tmp_path: Path) -> None:
-    done = alignment("run", "hydra/job_logging=stdout", "seed=-1", cwd=tmp_path)
-    assert "`seed` should be greater than or equal to 0" in done.stderr
+    line = "`seed` should be greater than or equal to 0"
+    refused("run", "hydra/job_logging=stdout", "seed=-1", line=line, cwd=tmp_path)

@@ -19,6 +19,7 @@ from alignment.files import read_json, sha256, write_json
 from alignment.pipeline.store import Store
 from alignment.training import reference
 from alignment.training.reference import FIELDS, ReferenceStore, computing, row_digests, weights_digest
+from tests.forks import FORKING
 from tests.training.tiny import pair_rows
 
 KEY: dict[str, Any] = {"weights": "ab" * 32, "adapter": None, "dtype": "fp32"}
@@ -248,11 +249,19 @@ def resident_bytes() -> int:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
+def write(folder: Path, me: int) -> None:
+    store = ReferenceStore(folder, **KEY)
+    for n in range(20):
+        store.append(*rows(1000 * me + n, 1000 * me + 500 + n, n))
+
+
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
-    code = "me = int(sys.argv[2])\nfor n in range(20): store.append(*rows(1000 * me + n, 1000 * me + 500 + n, n))"
-    command = [sys.executable, "-c", CHILD + code, str(tmp_path)]
-    writers = [subprocess.Popen([*command, str(me)], cwd=Path(__file__).parents[2]) for me in range(1, 5)]
-    assert [writer.wait(timeout=60) for writer in writers] == [0] * 4
+    writers = [FORKING.Process(target=write, args=(tmp_path, me)) for me in range(1, 5)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0] * 4
     store = reopened(ReferenceStore(tmp_path, **KEY))
     numbers = [1000 * me + 500 * half + n for me in range(1, 5) for half in (0, 1) for n in range(20)] + [*range(20)]
     digests, values = rows(*numbers)
