@@ -187,6 +187,24 @@ def test_an_endpoint_that_has_gone_ends_the_stage_for_now(
     assert len(server.asked) == 13 + 30
 
 
+def test_an_endpoint_that_dies_has_gone_and_costs_no_answer_its_reward(server: Server, tmp_path: Path) -> None:
+    """After six of eight: the other two are no failures, of which there may be too many, but a stage to try again."""
+
+    def answer(question: dict[str, Any], before: int) -> Answer:
+        if before == 5:
+            server.close()
+        return completion("Score: 10")
+
+    server.answer = answer
+    texts = [str(i) for i in range(8)]
+    with pytest.raises(MachineError) as error:
+        judge_at(server.port, tmp_path, concurrency=1).score([row()] * 8, texts)
+    where = f"reward.terms.term (http://127.0.0.1:{server.port}/v1/)"
+    assert str(error.value) == f"{where}: the endpoint has gone: it cannot be reached (Connection refused) (is it up?)"
+    assert error.value.retry and error.value.exit_code == 4
+    assert told(judge_at(server.port, tmp_path).score([row()] * 6, texts[:6])) == [1.0] * 6, "these were kept"
+
+
 def test_patience_with_an_endpoint_is_a_sign_of_life(server: Server) -> None:
     """Two tries end without an answer, and two seconds pass before the third."""
     wait: Answer = (429, {"Retry-After": "1"}, b"")
