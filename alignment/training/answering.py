@@ -72,6 +72,7 @@ class Answering(AlignedTrainer):
                 answers = self._sample_answers(model, prompts, given, lambda *far: self._tell("sampling", *far))
                 groups = [Group(*which, few) for which, few in zip(mine, answers, strict=True)]
         flat = [(group.number, answer) for group in groups for answer in group.answers]
+        self._tell("judging", 0, len(flat))
         self._judge(
             [number for number, _ in flat], [answer for _, answer in flat], lambda *far: self._tell("judging", *far)
         )
