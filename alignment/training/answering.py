@@ -25,7 +25,7 @@ from alignment.training.trainers import AlignedTrainer
 Sampler = Callable[[Any, Sequence[Sequence[int]], Tensor, Callable[[int, int], None]], list[list[Answer]]]
 # (numbers of prompts' rows, their answers, alive): writes reward and terms into each answer
 Judging = Callable[[Sequence[int], Sequence[Answer], Callable[[int, int], None]], None]
-# (why answers of late have no reward, how many have none, of how many so far): raises where these are too many
+# (why answers sampled last have no reward, how many have none, of how many so far): raises where these are too many
 ShareCheck = Callable[[Sequence[Mapping[str, str]], int, int], None]
 
 

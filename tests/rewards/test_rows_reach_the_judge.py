@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def test_checks_that_cannot_be_are_told_with_file_and_line(tiny_model: Path, tmp
     odd = {"prompt": "Short?", "completion": "Yes.", "checks": [{"kind": "rhymes"}]}
     with pytest.raises(InputError, match=r"rows\.jsonl:4: checks\[0\]: input tag 'rhymes'"):
         prepared(tmp_path, tiny_model, [*ROWS, odd], heldout=3, train=1)
+    never = {"prompt": "Short?", "completion": "Yes.", "expected": math.nan}
+    with pytest.raises(InputError, match=r"rows\.jsonl:4: 'expected' is nan, to which nothing can come"):
+        prepared(tmp_path, tiny_model, [*ROWS, never], heldout=3, train=1)
 
 
 def test_samples_are_judged_by_what_their_row_says(
