@@ -167,7 +167,8 @@ def kept(row: Row) -> dict[str, Any]:
         try:
             checks_of(checks)
         except ConfigError as error:
-            raise InputError(str(error), where=row.where, fix="docs/rewards.md lists them") from error
+            fix = error.fix or "docs/rewards.md lists them"
+            raise InputError(f"{error.where}: {error.what}", where=row.where, fix=fix) from error
     return {name: value for name, value in (("expected", expected), ("checks", checks)) if value is not None}
 
 
