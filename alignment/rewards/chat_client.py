@@ -24,6 +24,7 @@ Request = dict[str, Any]
 LONGEST_WAIT = 60.0  # seconds between two tries
 LARGEST = 4 << 20  # bytes of a reply
 GONE = 64  # questions in a row without an answer, each after all its tries
+UNREACHED = "the endpoint cannot be reached"  # so begins why, of a question whose connection broke
 TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
 HOPELESS = {  # for every question
     401: "the key is refused",
@@ -165,9 +166,7 @@ class Client:
         if not self.heard or not gone:
             since = f"of the last {self.unanswered} questions" if self.heard else "yet"
             what = f"the endpoint {why}, and has answered nothing {since}"
-        error = MachineError(what, where=self._place(), fix="is it up?")
-        error.retry = True
-        return error
+        return gone_for_now(what, self._place())
 
     def _once(self, body: bytes) -> str:
         """Raises _Refused (worth another try), Failed (this question is refused), MachineError (all will be)."""
@@ -209,7 +208,18 @@ class Client:
         return Failed(f"the endpoint refused the question with {told}")
 
     def _place(self) -> str:
-        return f"{self.where} ({self.settings.url})"
+        return place(self.where, self.settings)
+
+
+def place(where: str, settings: ChatEndpoint) -> str:
+    return f"{where} ({settings.url})"
+
+
+def gone_for_now(what: str, where: str) -> MachineError:
+    """Another attempt at the stage may find it up."""
+    error = MachineError(what, where=where, fix="is it up?")
+    error.retry = True
+    return error
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:

@@ -15,6 +15,7 @@ from alignment.config.rewards import LARGEST, Reward
 from alignment.errors import InputError
 from alignment.rewards import rules
 from alignment.rewards.answer import answer
+from alignment.rewards.chat_client import UNREACHED, gone_for_now, place
 from alignment.rewards.comparison import Comparer
 from alignment.rewards.endpoint import endpoint
 from alignment.rewards.instructions import instructions
@@ -107,7 +108,8 @@ class Judge:
     def check_share(
         self, failed: Sequence[Mapping[str, str]], without: int, count: int, what: str = "answers have no reward"
     ) -> None:
-        """Raises InputError if so many of `count` are more than `reward.max_failed_share`, and some of them are new.
+        """Raises InputError if so many of `count` are more than `reward.max_failed_share`, and some of them are new;
+        MachineError, for another attempt at the stage, if the endpoint has let all of these drop.
 
         failed: of these why, {name of a term: why}; `without` may be more, of earlier rollouts.
         """
@@ -120,6 +122,9 @@ class Judge:
         newest = " among those sampled last" if len(failed) < without else ""
         told = f"{without} of {count} {what}: {why} ({times} times{newest}{others})"
         part, where = ("comparison", "reward.comparison") if self.compare else ("term", f"reward.terms.{name}")
+        asked = self.reward.comparison if self.compare else self.reward.terms[name]
+        if isinstance(asked, kinds.ChatEndpoint) and all(why.startswith(UNREACHED) for _, why in reasons):
+            raise gone_for_now(told, place(where, asked))
         raise InputError(told, where=where, fix=f"mend the {part}, or raise reward.max_failed_share, {limit:g}")
 
 
