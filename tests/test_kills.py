@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from alignment.pipeline.attempts import checkpoint
 from tests.conftest import Command, environment, runs, states
 from tests.faults import runs as faults
 
@@ -73,11 +74,11 @@ def test_after_kill_9_in_training_on_two_ranks_nobody_works_on_and_the_run_goes_
 ) -> None:
     """A killed rank takes its job down in seconds, and the driver tries again; a killed driver needs to be started."""
     settings = [setting for setting in short_settings if setting != "tracking=none"]  # W&B's helper must die as well
-    settings += [*TWO_RANKS, "stage.sft.max_steps=100", f"stage.sft.seed={len(victim)}"]
+    settings += [*TWO_RANKS, "stage.sft.max_steps=100", "checkpoint.every_steps=10", f"stage.sft.seed={len(victim)}"]
     sft = keys(command, store, settings)["sft"]
     work = store / "work" / sft
     driver = start(store, *settings)
-    until(lambda: (work / "metrics.jsonl").exists(), 120)
+    until(lambda: checkpoint(work) > 0, 120)
     ranks = sorted(processes_of(work))[1:]  # torchrun came first
     assert len(ranks) == 2
     os.kill(driver.pid if victim == "driver" else ranks[-1], signal.SIGKILL)
@@ -86,7 +87,8 @@ def test_after_kill_9_in_training_on_two_ranks_nobody_works_on_and_the_run_goes_
         assert driver.wait(10) == -9
         assert states(run_of(command, store, sft))["sft"] == "interrupted"
         assert not (store / "store" / sft).exists()
-        forked(store, "run", *settings)
+        told = f"goes on from step {checkpoint(work)}, which an earlier attempt has left"
+        assert told in forked(store, "run", *settings).stdout
         assert states(run_of(command, store, sft))["rows"] == "reused"
     else:
         output, _ = driver.communicate(timeout=300)

@@ -6,10 +6,11 @@ of a term of the kind `instructions`. What each means is in alignment/rewards/in
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from alignment.config.nearest import closest
 from alignment.config.patterns import VISIBLE
 from alignment.config.settings import Settings, identity
 from alignment.errors import ConfigError
@@ -67,6 +68,11 @@ class Whole(Settings):
 
 Check = Annotated[Counted | Frequency | Words | Edge | OneOf | Whole, Field(discriminator="kind")]
 CHECKS: TypeAdapter[list[Check]] = TypeAdapter(list[Check])
+KINDS = [
+    kind
+    for one in (Counted, Frequency, Words, Edge, OneOf, Whole)
+    for kind in get_args(one.model_fields["kind"].annotation)
+]
 
 
 def checks_of(value: Any) -> list[Check]:
@@ -83,4 +89,9 @@ def checks_of(value: Any) -> list[Check]:
         fault = error.errors()[0]
         number, *path = fault["loc"]
         at = ".".join([f"checks[{number}]", *map(str, path[1:])])  # path[0] is the kind
+        if fault["type"] == "union_tag_invalid":
+            kind = str(fault["ctx"]["tag"])
+            raise ConfigError(f"unknown kind {kind!r}", where=at, fix=closest(kind, KINDS)) from error
+        if fault["type"] == "union_tag_not_found":
+            raise ConfigError("has no `kind`", where=at) from error
         raise ConfigError(fault["msg"][0].lower() + fault["msg"][1:], where=at) from error

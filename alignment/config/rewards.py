@@ -21,6 +21,7 @@ COUNTS = ("prompts", "heldout_nll_missing", "reward_failed", "kl_bound", "pairs"
 # Names that no term of a reward can have (config/checks.py): terms stand beside all these, beside `step` and `time` in
 # rows of metrics.jsonl, and their means beside that of a judge's margins.
 RESERVED = frozenset({*HIGHER_IS_BETTER, *COUNTS, "step", "time", "margin"})
+LARGEST = 1e15  # in size, of rewards and scores: sums of squares of larger ones soon leave float32, in which is trained
 
 
 def better_of_terms(weights: Mapping[str, float]) -> dict[str, bool | None]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignment.config.instructions import checks_of
+from alignment.config.rewards import LARGEST
 from alignment.data.sources import Row, type_name
 from alignment.errors import ConfigError, InputError
 
@@ -117,15 +118,16 @@ def _scored(row: Row) -> dict[str, list[Message]]:
     if [m["role"] for m in answer] != ["assistant"]:
         raise InputError("'completion' must be one answer", where=row.where)
     if finite(row, "score") is None:
-        raise InputError(f"'score' must be a finite number, is {row.value.get('score')!r}", where=row.where)
+        what = f"'score' must be a number of at most {LARGEST:g} in size, is {row.value.get('score')!r}"
+        raise InputError(what, where=row.where)
     system = _text(row, "system", optional=True)
     return {"prompt": ([_message("system", system)] if system else []) + prompt, "completion": answer}
 
 
 def finite(row: Row, key: str) -> float | None:
-    """A finite number of the row, None if it has none."""
+    """A number of the row that can be trained on, None if it has none."""
     value = row.value.get(key)
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
     return float(value) if known else None  # type: ignore[arg-type]
 
 
@@ -159,11 +161,14 @@ def kept(row: Row) -> dict[str, Any]:
     expected, checks = row.value.get("expected"), row.value.get("checks")
     if expected is not None and (isinstance(expected, bool) or not isinstance(expected, str | int | float)):
         raise InputError(f"'expected' must be text or a number, is {type_name(expected)}", where=row.where)
+    if isinstance(expected, float) and not math.isfinite(expected):
+        raise InputError(f"'expected' is {expected}, to which nothing can come", where=row.where)
     if checks is not None:
         try:
             checks_of(checks)
         except ConfigError as error:
-            raise InputError(str(error), where=row.where, fix="docs/rewards.md lists them") from error
+            fix = error.fix or "docs/rewards.md lists them"
+            raise InputError(f"{error.where}: {error.what}", where=row.where, fix=fix) from error
     return {name: value for name, value in (("expected", expected), ("checks", checks)) if value is not None}
 
 

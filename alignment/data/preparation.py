@@ -247,7 +247,10 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     names = [name for name in train[0].columns if name != "margin"]
     if with_margin == len(train) + len(heldout):  # of what some rows lack nothing can be made
         names.append("margin")
-    mismatched = {"mismatched_ids": _mismatched(train)} if prepared.form == "unpaired" else {}
+    mismatched = {}
+    if prepared.form == "unpaired":
+        _check_labels(train)
+        mismatched = {"mismatched_ids": _mismatched(train)}
     tokens.check_end_of_turn(_save(train, names, folder / "train", **mismatched), chat.eos_id)
     if heldout and prepared.form in ("preference", "scored"):
         _save(heldout, names, folder / "heldout")
@@ -276,6 +279,15 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     dropped = sum(prepared.tally.counts.values())
     total = sum(example.tokens for example in train)
     return {"rows": prepared.total, "dropped": dropped, **kept, "train_tokens": total, "trained_tokens": trained}
+
+
+def _check_labels(train: Sequence[Example]) -> None:
+    """Raises InputError if all are wanted, or none: such a loss only pushes the policy one way, whatever it says."""
+    wanted = sum(example.columns["label"] for example in train)
+    if wanted in (0, len(train)):
+        what = f"of the answers to train on {wanted} are wanted and {len(train) - wanted} are not: KTO needs both"
+        fix = "check the labels, or the judge's label_threshold; wanted answers alone are rows for SFT"
+        raise InputError(what, where=train[0].row.file, fix=fix)
 
 
 def _mismatched(train: Sequence[Example]) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from alignment.errors import InputError
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 JSON_TYPES = {"str": "text", "int": "a number", "float": "a number", "bool": "true/false", "list": "a list"}
 JSON_TYPES |= {"dict": "an object", "NoneType": "null"}
+HALF = re.compile("[\ud800-\udfff]")  # of a character beyond U+FFFF, without the other: no text that can be written
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,11 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_text(path).split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
         if line.strip():
             try:
-                yield number, json.loads(line)
+                value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"is not valid JSON: {_what(error)}", where=f"{path}:{number}") from error
+            _check_halves(value, line, f"{path}:{number}")
+            yield number, value
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -97,12 +101,23 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
                 raise json.JSONDecodeError("Expecting ',' or ']' after the row", text, position)
         except json.JSONDecodeError as error:
             raise InputError(f"is not valid JSON: {_what(error)}", where=f"{path}:{error.lineno}") from error
+        _check_halves(value, text[counted:end], f"{path}:{line}")
         yield line, value
         if text[position] == ",":
             position = _skip(text, position + 1)
     if _skip(text, position + 1) != len(text):
         line = text.count("\n", 0, position) + 1
         raise InputError("is not valid JSON: something follows the list", where=f"{path}:{line}")
+
+
+def _check_halves(value: Any, text: str, where: str) -> None:
+    """text: that the value was read from. Raises InputError."""
+    if not isinstance(value, dict) or not re.search(r"\\u[dD]", text):
+        return
+    for key, part in value.items():
+        if half := HALF.search(json.dumps([key, part], ensure_ascii=False)):
+            what = f"{key!a} has half a character, {half[0]!a}, which is no text"
+            raise InputError(what, where=where, fix="write the whole character, in UTF-8 or as both halves")
 
 
 def _what(error: json.JSONDecodeError) -> str:

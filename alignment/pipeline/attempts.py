@@ -224,11 +224,15 @@ class Retries:
             return None
         return min(LONGEST_WAIT, self._wait_s * 2.0 ** (self._failures - 1))
 
+    def start(self) -> str | None:
+        """Where the next attempt goes on; None: from the stage's beginning."""
+        sampled = (self._learned or {}).get("sampled")
+        start = f"after the answers to {sampled} prompts" if sampled else None
+        return f"from step {self._reached}" if self._reached >= 0 else start
+
     def says(self, error: AlignmentError, attempt: int, wait: float) -> str:
         """attempt: number of the one that has failed."""
-        sampled = (self._learned or {}).get("sampled")
-        start = f"after the answers to {sampled} prompts" if sampled else "from its beginning"
-        start = f"from step {self._reached}" if self._reached >= 0 else start
+        start = self.start() or "from its beginning"
         last = attempt + self._most - self._failures + 1
         where = f"{error.where}: " if error.where else ""
         return f"{where}{error.what}; attempt {attempt + 1} of up to {last} in {wait:g} s, {start}"

@@ -248,6 +248,8 @@ def _persist(run: Run, node: Node, lock: Lock, observer: Observer, stop: Asked) 
     folder = run.store.work(node.key)
     run.store.remove_odd(node.key, partial(observer.warning, node.name))
     retries = attempts.Retries(folder, run.experiment.retries, run.experiment.retry_wait_s)
+    if start := retries.start():
+        observer.warning(node.name, f"goes on {start}, which an earlier attempt has left")
     limit, began = run.experiment.launcher.time_to_work(node.stage, node.name), time.monotonic()
 
     def left() -> float | None:

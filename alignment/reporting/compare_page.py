@@ -11,12 +11,12 @@ from urllib.parse import quote
 from alignment.files import write_text
 from alignment.reporting import compare_charts, words
 from alignment.reporting.compare_terminal import notes, p_value
-from alignment.reporting.comparison import AS_GOOD, BEST, NOTHING, UNKNOWN, WORSE
+from alignment.reporting.comparison import AS_GOOD, BEST, NOTHING, TIED, UNKNOWN, WORSE
 from alignment.reporting.page import HERE, template_of
 from alignment.reporting.settings import called, shown, shown_of
 
 Row = dict[str, Any]
-TONES = {BEST: "good", AS_GOOD: "moved", WORSE: "bad", UNKNOWN: "same", NOTHING: "same"}
+TONES = {BEST: "good", AS_GOOD: "moved", TIED: "moved", WORSE: "bad", UNKNOWN: "same", NOTHING: "same"}
 BY = {"paired": "paired by seed", "welch": "Welch", "prompts": "prompts' noise alone"}
 METHODS = {
     "grid": "Every combination was measured equally often, so the shares are exact and add up to all of the variance.",
@@ -62,6 +62,8 @@ def headline(content: Row) -> Row:
         class_, word = "same", "No result yet"
     elif len(standings) == 1:
         class_, word = "same", "Nothing to compare"
+    elif standings[0] == TIED:
+        class_, word = "same", "Tied"
     elif set(standings[1:]) == {WORSE}:
         class_, word = "good", "Clear lead"
     else:

@@ -12,14 +12,14 @@ from rich.text import Text
 
 from alignment.files import near
 from alignment.reporting import words
-from alignment.reporting.comparison import AS_GOOD, BEST, LEVEL, NOTHING, UNKNOWN, WORSE
+from alignment.reporting.comparison import AS_GOOD, BEST, LEVEL, NOTHING, TIED, UNKNOWN, WORSE
 from alignment.reporting.inference import CONFIDENCE
 from alignment.reporting.settings import called, shown_of
 from alignment.reporting.terminal import styled
 
 Row = dict[str, Any]
 MOST_ROWS, MOST_SETTINGS, COLUMN = 30, 4, 14
-STANDINGS = {BEST: "bold green", AS_GOOD: "green", WORSE: "red", UNKNOWN: "magenta", NOTHING: "dim"}
+STANDINGS = {BEST: "bold green", AS_GOOD: "green", TIED: "green", WORSE: "red", UNKNOWN: "magenta", NOTHING: "dim"}
 BY = {"paired": "paired by seed", "welch": "by Welch's test", "prompts": "by the prompts' noise alone"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -20,6 +21,7 @@ DIRECTIONS = ("maximize", "minimize")
 FIRST = ("reward", "kl", "stop_rate", "tokens", "heldout_nll")  # where there is no room for all
 LEVEL = 0.05
 AS_GOOD, WORSE, UNKNOWN, BEST, NOTHING = "as good", "worse", "not comparable", "best", "no result"
+TIED = "tied"  # several have the best mean, but for rounding
 
 
 def compare(sweep: Row, points: list[Row], metric: str | None = None) -> Row:
@@ -188,6 +190,11 @@ def _judge(groups: list[Row], objective: Row, seeds: list[str]) -> None:
     for (group, one), p in zip(told, adjusted, strict=True):
         worse = p < LEVEL and sign * one["mean"] < 0
         group.update(difference={**one, "p_holm": p}, standing=WORSE if worse else AS_GOOD)
+    means = [group["values"][metric]["mean"] for group in known]
+    tied = [group for group, mean in zip(known, means, strict=True) if math.isclose(mean, means[0], abs_tol=1e-12)]
+    if len(tied) > 1:
+        for group in tied:
+            group["standing"] = TIED
 
 
 def difference(group: Row, other: Row, metric: str, seeds: list[str]) -> Row | None:
@@ -259,6 +266,8 @@ def _leads(best: Row, content: Row) -> str:
     warning = f", but its verdict is broken{_of(broken, value['n'])}" if broken else ""
     if measured < 2:
         return f"{best['label']} has {text} ({over}), and nothing to be compared with{warning}"
+    if tied := [group for group in content["groups"] if group["standing"] == TIED]:
+        return f"{_names(tied, content['groups'][:measured])} tie with {text} ({over}){warning}"
     return f"{best['label']} leads with {text} ({over}){warning}"
 
 
@@ -284,6 +293,8 @@ def _names(few: list[Row], known: list[Row]) -> str:
     """Up to three by name; more by their number, or as all that there are."""
     if len(few) <= 3:
         return " and ".join(group["label"] for group in few)
+    if len(few) == len(known):
+        return f"all {len(few)}"
     return f"all {len(few)} others" if len(few) == len(known) - 1 else f"{len(few)} others"
 
 

@@ -24,6 +24,7 @@ Request = dict[str, Any]
 LONGEST_WAIT = 60.0  # seconds between two tries
 LARGEST = 4 << 20  # bytes of a reply
 GONE = 64  # questions in a row without an answer, each after all its tries
+UNREACHED = "the endpoint cannot be reached"  # so begins why, of a question whose connection broke
 TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
 HOPELESS = {  # for every question
     401: "the key is refused",
@@ -34,11 +35,15 @@ HOPELESS = {  # for every question
 
 
 class _Refused(Exception):
-    """One try went wrong. after: seconds the endpoint asks to be left alone."""
+    """One try went wrong. after: seconds the endpoint asks to be left alone. gone: there was no connection at all."""
 
-    def __init__(self, what: str, after: float = 0.0):
+    def __init__(self, what: str, after: float = 0.0, gone: bool = False):
         super().__init__(what)
-        self.after = after
+        self.after, self.gone = after, gone
+
+
+class _NoConnection(OSError):
+    """None was made, whatever was asked. Its cause says why."""
 
 
 class _Until(io.RawIOBase):
@@ -77,6 +82,12 @@ class _Connection(http.client.HTTPConnection):
         super().__init__(*given, **more)
         assert self.timeout is not None
         self.response_class = partial(_Response, until=time.monotonic() + self.timeout)  # type: ignore[assignment]
+
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except OSError as error:
+            raise _NoConnection from error
 
 
 class _SafeConnection(_Connection, http.client.HTTPSConnection):
@@ -126,10 +137,10 @@ class Client:
     def ask(self, request: Request, stop: threading.Event) -> str | Failed:
         """The reply's text. Tried again `retries` times, after waits that double, or as long as it is asked to wait.
 
-        Raises MachineError if it is hopeless, if no question was ever answered, or so many in a row were not that it
-        must be gone.
+        Raises MachineError if it is hopeless, if no question was ever answered, or if it must be gone: there is no
+        connection, or so many questions in a row had no answer.
         """
-        body, wait = json.dumps(request).encode(), self.settings.backoff_s
+        body, wait, gone = json.dumps(request).encode(), self.settings.backoff_s, False
         for left in range(self.settings.retries, -1, -1):
             try:
                 reply = self._once(body)
@@ -140,18 +151,22 @@ class Client:
                 return failed
             except _Refused as refused:
                 self.tries += 1
-                why = str(refused)
+                why, gone = str(refused), refused.gone
                 spread = wait * random.uniform(0.5, 1.0)  # so that many do not come back at once
                 if not left or stop.wait(min(max(spread, refused.after), LONGEST_WAIT)):
                     break
                 wait *= 2
         self.unanswered += 1
-        if stop.is_set() or (self.heard and self.unanswered < GONE):
+        if stop.is_set() or (self.heard and not gone and self.unanswered < GONE):
             return Failed(f"the endpoint {why}")
-        since = f"nothing of the last {self.unanswered} questions" if self.heard else "nothing yet"
-        error = MachineError(f"the endpoint {why}, and has answered {since}", where=self._place(), fix="is it up?")
-        error.retry = True
-        raise error
+        raise self._ended(why, gone)
+
+    def _ended(self, why: str, gone: bool) -> MachineError:
+        what = f"the endpoint has gone: it {why}"
+        if not self.heard or not gone:
+            since = f"of the last {self.unanswered} questions" if self.heard else "yet"
+            what = f"the endpoint {why}, and has answered nothing {since}"
+        return gone_for_now(what, self._place())
 
     def _once(self, body: bytes) -> str:
         """Raises _Refused (worth another try), Failed (this question is refused), MachineError (all will be)."""
@@ -166,9 +181,12 @@ class Client:
             raise _Refused(f"took longer than {self.settings.timeout_s:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
+            if gone := isinstance(cause, _NoConnection):
+                cause = cause.__cause__
             if isinstance(cause, TimeoutError):
-                raise _Refused(f"took longer than {self.settings.timeout_s:g} s") from None
-            raise _Refused(f"cannot be reached ({getattr(cause, 'strerror', None) or type(cause).__name__})") from None
+                raise _Refused(f"took longer than {self.settings.timeout_s:g} s", gone=gone) from None
+            told = getattr(cause, "strerror", None) or type(cause).__name__
+            raise _Refused(f"cannot be reached ({told})", gone=gone) from None
         try:
             reply = json.loads(text)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
@@ -190,7 +208,18 @@ class Client:
         return Failed(f"the endpoint refused the question with {told}")
 
     def _place(self) -> str:
-        return f"{self.where} ({self.settings.url})"
+        return place(self.where, self.settings)
+
+
+def place(where: str, settings: ChatEndpoint) -> str:
+    return f"{where} ({settings.url})"
+
+
+def gone_for_now(what: str, where: str) -> MachineError:
+    """Another attempt at the stage may find it up."""
+    error = MachineError(what, where=where, fix="is it up?")
+    error.retry = True
+    return error
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:

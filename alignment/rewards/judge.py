@@ -11,10 +11,11 @@ from typing import Any
 
 from alignment.config import reward_terms as kinds
 from alignment.config.reward_terms import Clip, Normalise, Sigmoid, ZScore
-from alignment.config.rewards import Reward
+from alignment.config.rewards import LARGEST, Reward
 from alignment.errors import InputError
 from alignment.rewards import rules
 from alignment.rewards.answer import answer
+from alignment.rewards.chat_client import UNREACHED, gone_for_now, place
 from alignment.rewards.comparison import Comparer
 from alignment.rewards.endpoint import endpoint
 from alignment.rewards.instructions import instructions
@@ -87,9 +88,10 @@ class Judge:
         if not failed.keys() <= self._watched:
             return told
         weighted = {name: self.reward.terms[name].weight * value for name, value in terms.items() if value is not None}
-        if not math.isfinite(total := sum(weighted.values(), 0.0)):
+        total = sum(weighted.values(), 0.0)
+        if why := _beyond(total):
             largest = max(weighted, key=lambda name: abs(weighted[name]))
-            return {**told, "failed": {**failed, largest: f"with its weight the reward is {total}"}}
+            return {**told, "failed": {**failed, largest: f"with its weight the reward is {why}"}}
         return {**told, "reward": total}
 
     def failures(self, scores: Sequence[Score]) -> int:
@@ -106,9 +108,10 @@ class Judge:
     def check_share(
         self, failed: Sequence[Mapping[str, str]], without: int, count: int, what: str = "answers have no reward"
     ) -> None:
-        """Raises InputError if so many of `count` are more than `reward.max_failed_share`, and some of them are new.
+        """Raises InputError if so many of `count` are more than `reward.max_failed_share`, and some of them are new;
+        MachineError, for another attempt at the stage, if the endpoint has let all of these drop.
 
-        failed: of these why, {name of a term: why}; `without` may be more, from earlier on.
+        failed: of these why, {name of a term: why}; `without` may be more, of earlier rollouts.
         """
         limit = self.reward.max_failed_share
         if not failed or without <= limit * count:
@@ -116,9 +119,12 @@ class Judge:
         reasons = Counter(reason for one in failed for reason in one.items() if reason[0] not in self._watched)
         ((name, why), times), more = reasons.most_common(1)[0], len(reasons) - 1
         others = f", beside {more} other reason{'s' * (more > 1)}" if more else ""
-        of_late = " of late" if len(failed) < without else ""
-        told = f"{without} of {count} {what}: {why} ({times} times{of_late}{others})"
+        newest = " among those sampled last" if len(failed) < without else ""
+        told = f"{without} of {count} {what}: {why} ({times} times{newest}{others})"
         part, where = ("comparison", "reward.comparison") if self.compare else ("term", f"reward.terms.{name}")
+        asked = self.reward.comparison if self.compare else self.reward.terms[name]
+        if isinstance(asked, kinds.ChatEndpoint) and all(why.startswith(UNREACHED) for _, why in reasons):
+            raise gone_for_now(told, place(where, asked))
         raise InputError(told, where=where, fix=f"mend the {part}, or raise reward.max_failed_share, {limit:g}")
 
 
@@ -159,4 +165,12 @@ def scaling(normalise: Normalise | None) -> Callable[[float], float]:
 def _finite(value: float, scale: Callable[[float], float]) -> Value:
     """The value scaled; one that is no number stays none, even where a scale would make it one."""
     scaled = scale(value) if math.isfinite(value) else value
-    return scaled if math.isfinite(scaled) else Failed(f"its value is {scaled}")
+    why = _beyond(scaled)
+    return Failed(f"its value is {why}") if why else scaled
+
+
+def _beyond(value: float) -> str:
+    """What it is, where it is no number that can be trained on; else empty."""
+    if abs(value) <= LARGEST:
+        return ""
+    return f"{value:g}, more than {LARGEST:g} in size" if math.isfinite(value) else str(value)

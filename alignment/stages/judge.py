@@ -3,6 +3,7 @@ worse answer), ties.jsonl, best.jsonl (rows for SFT), unpaired.jsonl (answers wi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from alignment.stages import pairing, pairwise
 from alignment.stages.context import StageContext
 from alignment.stages.parts import Parts, judge_of, rows_of
 
+ROUNDING = 1e-12  # of a sum, as a share of the sizes of what is added
 BATCH = 64  # prompts judged between two words of progress
 Row = dict[str, Any]
 
@@ -135,9 +137,11 @@ def _reward_mean(judged: list[Row]) -> float:
 
 
 def _mean(values: list[float | None]) -> float:
-    """Of those that did not fail."""
+    """Of those that did not fail. Where they cancel out, as in comparisons, no rounding is left of them."""
     known = [value for value in values if value is not None]
-    return sum(known) / max(len(known), 1)
+    total = math.fsum(known)
+    cancelled = abs(total) <= ROUNDING * math.fsum(map(abs, known))
+    return 0.0 if cancelled else total / len(known)
 
 
 def _answers(judged: list[Row]) -> dict[str, float]:

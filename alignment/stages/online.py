@@ -44,7 +44,7 @@ def run(context: StageContext, trainer: type) -> dict[str, Any]:
             sample=_sampler(settings, tokenizer),
             judge=_judging(judge, tokenizer, rows),
             check_share=judge.check_share,
-            tell=lambda what, done, total: context.note(f"{what} {done}/{total}" if total else what, force=False),
+            tell=_teller(context),
             **common,
         )
 
@@ -70,6 +70,18 @@ def _sizes(rows: Sequence[dict[str, Any]], settings: Online) -> Sizes:
     answers = count * settings.max_new_tokens
     widths = count * prompts + answers
     return Sizes(prompts + answers, widths, np.ones(len(rows), dtype=np.int64))
+
+
+def _teller(context: StageContext) -> Callable[[str, int, int], None]:
+    """Says at once that something else is done now, which may then say nothing for long."""
+    last = ""
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal last
+        context.note(f"{what} {done}/{total}" if total else what, force=what != last)
+        last = what
+
+    return tell
 
 
 def _sampler(settings: Online, tokenizer: Any) -> Any:
@@ -99,7 +111,7 @@ def _judging(judge: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
             few = slice(first, first + TOGETHER)
             asked = [rows[number] for number in numbers[few]]
             scores += judge.score(asked, texts[few], [len(answer.ids) for answer in answers[few]])
-            alive(first, len(answers))
+            alive(min(few.stop, len(answers)), len(answers))
         for answer, score in zip(answers, scores, strict=True):
             if score["reward"] is not None:
                 answer.reward = score["reward"]  # a term that is only watched may have failed

@@ -28,7 +28,7 @@ class Parts:
             done = before + self.shares[part] * step / max(total, 1)
             self.context.progress(round(1000 * done / self.whole), 1000, note=part, **facts)
 
-        progress(0, 1)
+        progress(0, 1, force=True)  # also of a part that says nothing for long
         return progress
 
 

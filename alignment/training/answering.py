@@ -25,7 +25,7 @@ from alignment.training.trainers import AlignedTrainer
 Sampler = Callable[[Any, Sequence[Sequence[int]], Tensor, Callable[[int, int], None]], list[list[Answer]]]
 # (numbers of prompts' rows, their answers, alive): writes reward and terms into each answer
 Judging = Callable[[Sequence[int], Sequence[Answer], Callable[[int, int], None]], None]
-# (why answers of late have no reward, how many have none, of how many so far): raises where these are too many
+# (why answers sampled last have no reward, how many have none, of how many so far): raises where these are too many
 ShareCheck = Callable[[Sequence[Mapping[str, str]], int, int], None]
 
 
@@ -72,6 +72,7 @@ class Answering(AlignedTrainer):
                 answers = self._sample_answers(model, prompts, given, lambda *far: self._tell("sampling", *far))
                 groups = [Group(*which, few) for which, few in zip(mine, answers, strict=True)]
         flat = [(group.number, answer) for group in groups for answer in group.answers]
+        self._tell("judging", 0, len(flat))
         self._judge(
             [number for number, _ in flat], [answer for _, answer in flat], lambda *far: self._tell("judging", *far)
         )

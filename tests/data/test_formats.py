@@ -125,9 +125,9 @@ def test_answers_with_a_score_are_found_where_they_are_wanted() -> None:
     assert canonical(given, "scored") == {"prompt": [system("s"), user("q")], "completion": [assistant("a")]}
 
 
-@pytest.mark.parametrize("score", [None, "3", True, float("nan")])
+@pytest.mark.parametrize("score", [None, "3", True, float("nan"), 1e300, -(10**400)])
 def test_a_score_that_is_no_number_names_its_row(score: Any) -> None:
-    with pytest.raises(InputError, match=r"'score' must be a finite number, is .*"):
+    with pytest.raises(InputError, match=r"'score' must be a number of at most 1e\+15 in size, is .*"):
         canonical(row(prompt="q", completion="a", score=score), "scored")
 
 
@@ -138,6 +138,7 @@ def test_a_score_that_is_no_number_names_its_row(score: Any) -> None:
         ({"chosen_reward": 5.0, "rejected_reward": 1.5}, 3.5),
         ({"chosen_reward": 5.0}, None),
         ({"margin": "large"}, None),
+        ({"margin": 1e300}, None),
     ],
 )
 def test_the_margin_of_a_pair(given: dict[str, Any], wanted: float | None) -> None:

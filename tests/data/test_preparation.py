@@ -267,6 +267,8 @@ def test_pairs_are_taken_apart_into_answers_with_a_label(chat: Chat) -> None:
     [
         ([labelled("p", "a", 1), labelled("q", "b", True)], "'label' must be true or false, is a number"),
         ([labelled("p", "a", True), labelled("p", "b", False)], "no answer to another prompt fits beside this one"),
+        ([labelled(q, "a", True) for q in "pqr"], "of the answers to train on 3 are wanted and 0 are not"),
+        ([labelled(q, "a", False) for q in "pq"], "of the answers to train on 0 are wanted and 2 are not"),
         ([qa("p", "a"), qa("q", "b")], "cannot be prepared for the task 'unpaired'"),
     ],
 )

@@ -54,6 +54,16 @@ BAD = {
     "text after the array": ("r.json", '[{"a": 1}]\nx', ":1: is not valid JSON: something follows the list"),
     "a bare value": ("r.json", "\n3", ":2: must be a list of objects"),
     "a row that is no object": ("r.jsonl", '{"a": 1}\n[1]\n', ":2: a row must be an object, is a list"),
+    "half a character": (
+        "r.jsonl",
+        '{"a": "\\ud83d\\ude00"}\n{"a": "x", "b": [{"c": "a \\ud800b"}]}\n',
+        r":2: 'b' has half a character, '\ud800', which is no text (write the whole character",
+    ),
+    "half a character in an array": (
+        "r.json",
+        '[{"a": "x"},\n{"a": "\\uDC00"}]',
+        r":2: 'a' has half a character, '\udc00', which is no text",
+    ),
     "an empty file": ("r.jsonl", "", ": holds no rows"),
     "an empty array": ("r.json", "[ ]", ": holds no rows"),
     "a header alone": ("r.csv", "a,b\n", ": holds no rows"),

@@ -149,6 +149,7 @@ def test_who_was_asked_by_torchrun_after_a_failure_is_not_preempted(tmp_path: Pa
 
 def test_retries_wait_longer_each_time_and_start_anew_with_a_newer_whole_checkpoint(tmp_path: Path) -> None:
     lost, retries = LostError("rank 1 was killed"), attempts.Retries(tmp_path, 3, 100.0)
+    assert retries.start() is None
     assert [retries.next(lost), retries.next(lost)] == [100.0, 200.0]
     assert retries.says(lost, 2, 200.0) == "rank 1 was killed; attempt 3 of up to 4 in 200 s, from its beginning"
     newer = tmp_path / "checkpoints" / "step-00000120"
@@ -161,6 +162,7 @@ def test_retries_wait_longer_each_time_and_start_anew_with_a_newer_whole_checkpo
     assert [retries.next(lost) for _ in range(3)] == [200.0, 300.0, None]
     for error in (TrainingError("NaN"), PreemptedError("stopped")):
         assert attempts.Retries(tmp_path, 3, 1.0).next(error) is None
+    assert attempts.Retries(tmp_path, 3, 1.0).start() == "from step 120", "of another command"
     assert attempts.Retries(tmp_path, 0, 1.0).next(lost) is None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from alignment.errors import ConfigError
-from alignment.reporting import sweeps
+from alignment.reporting import compare_page, sweeps
 from alignment.reporting.comparison import compare, pareto, plain
 from alignment.reporting.inference import two_sided
 from tests.reporting.fake_sweeps import BETA, grid, write_run, write_sweep
@@ -99,6 +99,22 @@ def test_without_any_interval_nothing_is_claimed(tmp_path: Path) -> None:
         "beta=0.1 leads with reward 0.300 (one seed); whether beta=0.3 differs from it cannot be told, as the noise is "
         "not known."
     )
+
+
+def test_of_points_that_tie_none_leads(tmp_path: Path) -> None:
+    """0.1 + 0.2 and 0.3 differ by rounding alone; 0 differs by more, and with no noise known nobody can tell."""
+    told = content(
+        tmp_path / "three", grid(tmp_path / "three", {0.1: [0.3], 0.3: [0.1 + 0.2], 1.0: [0.0]}, interval=0.1)
+    )
+    assert dict(standings(told)) == {
+        "beta=0.1": "tied", "beta=0.3": "tied", "beta=1": "worse",
+    }  # fmt: skip
+    assert told["conclusion"] == "beta=0.3 and beta=0.1 tie with reward 0.300 (one seed); beta=1 is worse."
+    told = content(
+        tmp_path / "all", grid(tmp_path / "all", {beta: [0.3] for beta in (0.1, 0.2, 0.3, 0.4)}, interval=None)
+    )
+    assert told["conclusion"] == "all 4 tie with reward 0.300 (one seed)."
+    assert compare_page.headline(told)["word"] == "Tied"
 
 
 def test_the_same_result_counts_once(tmp_path: Path) -> None:

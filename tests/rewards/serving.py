@@ -26,7 +26,8 @@ def completion(text: Any) -> Answer:
 
 @dataclass
 class Server:
-    """answer(question, how many questions came before it) -> what it says. asked: (path, headers, body) so far."""
+    """answer(question, how many questions came before it) -> what it says. asked: (path, headers, body) so far. close:
+    nothing listens from then on."""
 
     answer: Callable[[dict[str, Any], int], Answer]
     asked: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Server:
     most_at_once: int = 0
     lock: Any = field(default_factory=threading.Lock)
     port: int = 0
+    close: Callable[[], None] = lambda: None
 
 
 @pytest.fixture
@@ -77,9 +79,14 @@ def server() -> Iterator[Server]:
     made.port = listening.server_port
     thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
+
+    def close() -> None:
+        listening.shutdown()
+        listening.server_close()
+
+    made.close = close
     yield made
-    listening.shutdown()
-    listening.server_close()
+    close()
 
 
 SETTINGS = {

@@ -11,7 +11,7 @@ import pytest
 
 from alignment.config.compose import compose
 from alignment.config.rewards import Reward
-from alignment.errors import ConfigError, MachineError
+from alignment.errors import ConfigError, InputError, MachineError
 from alignment.pipeline.identity import identity_side
 from alignment.rewards import Judge, chat_client
 from tests.rewards.conftest import row
@@ -185,6 +185,46 @@ def test_an_endpoint_that_has_gone_ends_the_stage_for_now(
     server.answer = lambda question, before: completion("Score: 10")
     assert told(judge_at(server.port, tmp_path).score([row()] * 40, texts)) == [1.0] * 40
     assert len(server.asked) == 13 + 30
+
+
+def test_an_endpoint_that_dies_has_gone_and_costs_no_answer_its_reward(server: Server, tmp_path: Path) -> None:
+    """After six of eight: the other two are no failures, of which there may be too many, but a stage to try again."""
+
+    def answer(question: dict[str, Any], before: int) -> Answer:
+        if before == 5:
+            server.close()
+        return completion("Score: 10")
+
+    server.answer = answer
+    texts = [str(i) for i in range(8)]
+    with pytest.raises(MachineError) as error:
+        judge_at(server.port, tmp_path, concurrency=1).score([row()] * 8, texts)
+    where = f"reward.terms.term (http://127.0.0.1:{server.port}/v1/)"
+    assert str(error.value) == f"{where}: the endpoint has gone: it cannot be reached (Connection refused) (is it up?)"
+    assert error.value.retry and error.value.exit_code == 4
+    assert told(judge_at(server.port, tmp_path).score([row()] * 6, texts[:6])) == [1.0] * 6, "these were kept"
+
+
+def test_a_server_that_drops_what_it_is_asked_has_gone_where_too_many_answers_fail(server: Server) -> None:
+    """As a tunnel does whose far end is dead: it takes the connection, and closes it. A refusal is another reason."""
+
+    def answer(question: dict[str, Any], before: int) -> Answer:
+        if question["messages"][0]["content"].endswith("no"):
+            return 400, {}, b""
+        assert before < 6
+        return completion("Score: 10")
+
+    server.answer = answer
+    judge = judge_at(server.port, concurrency=1)
+    scores = judge.score([row()] * 8, [str(i) for i in range(8)])
+    assert told(scores)[5:] == [1.0, *["the endpoint cannot be reached (RemoteDisconnected)"] * 2]
+    with pytest.raises(
+        MachineError, match=r"v1/\): 2 of 8 answers have no reward: the endpoint cannot be rea"
+    ) as error:
+        judge.failures(scores)
+    assert error.value.retry
+    with pytest.raises(InputError, match="3 of 9 answers have no reward"):
+        judge.failures([*scores, *judge.score([row()], ["no"])])
 
 
 def test_patience_with_an_endpoint_is_a_sign_of_life(server: Server) -> None:

@@ -103,7 +103,7 @@ def test_a_row_without_checks_fails() -> None:
     unknown = [{"kind": "rhymes"}]
     bare, empty, odd = judge.score([row(), row(checks=[]), row(checks=unknown)], ["a"] * 3)
     assert bare["failed"] == empty["failed"] == {"term": "its row has no checks"}
-    assert odd["failed"]["term"].startswith("checks[0]: input tag 'rhymes' found using 'kind' does not match any of")
+    assert odd["failed"]["term"].startswith("checks[0]: unknown kind 'rhymes' (known: words, sentences, ")
 
 
 WRONG = [

@@ -69,11 +69,25 @@ def test_a_term_that_is_only_watched_fails_without_taking_the_reward() -> None:
         judge.failures([none])
 
 
-def test_a_sum_that_is_no_number_is_a_failure_too() -> None:
-    sizes = {name: {**WORDS, "weight": 1e308} for name in ("size", "again")}
-    large, small = Judge(Reward.model_validate({"terms": sizes}), {}).score([row()] * 2, ["two words", ""])
-    assert large["failed"] == {"size": "with its weight the reward is inf"}
-    assert (large["reward"], small["reward"]) == (None, 1e308)
+def test_a_sum_that_cannot_be_trained_on_is_a_failure_too() -> None:
+    """Twice the weight for two words, the weight itself for none."""
+
+    def scores(weight: float) -> list[Any]:
+        sizes = {name: {**WORDS, "weight": weight} for name in ("size", "again")}
+        return Judge(Reward.model_validate({"terms": sizes}), {}).score([row()] * 2, ["two words", ""])
+
+    (large, small), told = scores(1e308), "with its weight the reward is"
+    assert large["failed"] == {"size": f"{told} inf"}
+    assert small["failed"] == {"size": f"{told} 1e+308, more than 1e+15 in size"}
+    assert [score["reward"] for score in scores(6e14)] == [None, 6e14]
+
+
+def test_a_value_that_cannot_be_trained_on_is_no_reward() -> None:
+    """(1 - 0.5) / 1e-20 of two words; (0.5 - 0.5) / 1e-20 of none."""
+    judge = judge_by(**WORDS, normalise={"kind": "zscore", "mean": 0.5, "std": 1e-20})
+    large, small = judge.score([row()] * 2, ["two words", ""])
+    assert large["failed"] == {"term": "its value is 5e+19, more than 1e+15 in size"}
+    assert (large["reward"], small["reward"]) == (None, 0.0)
 
 
 def test_too_many_failures_are_an_error_with_the_commonest_reason() -> None:
@@ -90,3 +104,5 @@ def test_too_many_failures_are_an_error_with_the_commonest_reason() -> None:
         "`reference` (2 times, beside 1 other reason) (mend the term, or raise reward.max_failed_share, 0.5)"
     )
     assert judge(0.0).failures([]) == 0
+    with pytest.raises(InputError, match=r"5 of 8 answers have no reward: why \(1 times among those sampled last\)"):
+        judge(0.5).check_share([{"right": "why"}], 5, 8)

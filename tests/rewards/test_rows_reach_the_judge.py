@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,16 @@ def test_prompts_and_heldout_rows_keep_what_rewards_look_at(tiny_model: Path, tm
 
 
 def test_checks_that_cannot_be_are_told_with_file_and_line(tiny_model: Path, tmp_path: Path) -> None:
-    odd = {"prompt": "Short?", "completion": "Yes.", "checks": [{"kind": "rhymes"}]}
-    with pytest.raises(InputError, match=r"rows\.jsonl:4: checks\[0\]: input tag 'rhymes'"):
-        prepared(tmp_path, tiny_model, [*ROWS, odd], heldout=3, train=1)
+    for check, what in (
+        ({"kind": "wrods"}, r"unknown kind 'wrods' \(did you mean `words`\?\)"),
+        ({"knid": "words"}, "has no `kind`"),
+    ):
+        odd = {"prompt": "Short?", "completion": "Yes.", "checks": [check]}
+        with pytest.raises(InputError, match=rf"rows\.jsonl:4: checks\[0\]: {what}"):
+            prepared(tmp_path, tiny_model, [*ROWS, odd], heldout=3, train=1)
+    never = {"prompt": "Short?", "completion": "Yes.", "expected": math.nan}
+    with pytest.raises(InputError, match=r"rows\.jsonl:4: 'expected' is nan, to which nothing can come"):
+        prepared(tmp_path, tiny_model, [*ROWS, never], heldout=3, train=1)
 
 
 def test_samples_are_judged_by_what_their_row_says(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from alignment.errors import InputError, MachineError, PreemptedError, TrainingError
 from alignment.pipeline.store import NEXT
+from alignment.rewards import Judge
 from alignment.stages import grpo as grpo_stage
 from alignment.stages import online as online_stage
 from alignment.stages import online_dpo as online_dpo_stage
@@ -331,6 +332,20 @@ def test_a_term_that_is_only_watched_may_fail(tmp_path: Path, monkeypatch: pytes
         run(tmp_path / str(watched), online.rloo(max_steps=2))
     assert weights(tmp_path / "moody") == weights(tmp_path / "None")
     assert all((row["reward_failed"], row["reward/moody"]) == (0, 1) for row in rows(tmp_path / "moody"))
+
+
+def test_who_waits_for_a_judge_reads_that_it_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 answers a rollout, in the file that the terminal shows, before the first is judged."""
+    judge, score, seen = online.letters(), Judge.score, []
+
+    def look(self: Judge, *given: Any) -> Any:
+        seen.append(json.loads((tmp_path / "run" / "progress.json").read_text())["note"])
+        return score(self, *given)
+
+    monkeypatch.setattr(Judge, "score", look)
+    monkeypatch.setattr(online_stage, "judge_of", lambda context: judge)
+    run(tmp_path / "run", online.rloo(max_steps=2))
+    assert seen == ["judging 0/16"] * 2
 
 
 def test_a_policy_that_gives_nan_ends_its_training(tmp_path: Path, judged: None) -> None:
