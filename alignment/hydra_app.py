@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import compose, explain
 from alignment.config.guard import refuse_code
+from alignment.config.listed import refuse_overlaps
 from alignment.config.paths import CONF
 from alignment.config.points import Points, as_given
 from alignment.config.provenance import Origin
@@ -92,6 +93,7 @@ class Loader(ConfigLoaderImpl):
         config = super().load_configuration(*arguments, **options)
         with aside():
             refuse_code(config)
+            refuse_overlaps(config)
         return config
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:

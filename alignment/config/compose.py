@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from alignment.config import explain
 from alignment.config.checks import check
 from alignment.config.guard import refuse_code
+from alignment.config.listed import refuse_overlaps
 from alignment.config.paths import CONF
 from alignment.config.provenance import Origin
 from alignment.config.rounds import expand
@@ -39,6 +40,7 @@ def compose(overrides: list[str], config_dirs: tuple[Path, ...] = ()) -> Experim
     finally:
         GlobalHydra.instance().clear()
     refuse_code(config)
+    refuse_overlaps(config)
     return validate(config, config.hydra)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,14 +16,15 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from alignment.config import shape
+from alignment.config import listed, shape
 from alignment.config.launchers import Resources
+from alignment.config.losses import PAIR_LOSSES
 from alignment.config.nearest import by_words, closest
-from alignment.config.paths import CONF
+from alignment.config.paths import CONF, GROUPS
 from alignment.config.patterns import IN_WORDS
 from alignment.config.provenance import COMMAND_LINE, Origin, quoted
 from alignment.config.schema import Experiment
-from alignment.config.stages.preference import meant_by
+from alignment.config.stages.preference import meant_by, weighted
 from alignment.errors import ConfigError
 
 MISSING = "???"  # a value that conf/ leaves to the command
@@ -141,7 +142,19 @@ def _several_values(text: str, error: Exception, origin: Origin) -> Explained:
     if not (found := re.match(r"Ambiguous value for argument '([^=]*)=(.*)'", text)):
         return None
     key, value = found.groups()
-    fix = f"one value with commas: {as_typed(key, value)}; a list: {key}=[{value}]; a sweep: add -m"
+    one, several, names = f"one value with commas: {as_typed(key, value)}", f"a list: {key}=[{value}]", value.split(",")
+    types = shape.types(Experiment, key)
+    if key in GROUPS:
+        differ = listed.overlap([(file, "") for name in names if (file := origin.file_of(f"{key}/{name}"))])
+        ways = [] if differ else [several]
+        if differ and key == "loss":
+            ways = [listed.instead(key, names, differ[2])]
+    elif dict[str, float] in types and {*names} & PAIR_LOSSES.keys():
+        ways = [f"several losses have weights: {weighted(key, names)}"]
+    else:
+        listable = any(get_origin(member) is list for member in types)
+        ways = [several] if listable else [one] if str in types else [] if types else [one, several]
+    fix = "; ".join([*ways, "a sweep: add -m"])
     return ConfigError(f"`{key}` is given several values", where=COMMAND_LINE, fix=fix)
 
 
@@ -149,9 +162,7 @@ def _unknown_group(text: str, error: Exception, origin: Origin) -> Explained:
     found = re.search(r"Could not override '([^']+)'\.?\s*No match in the defaults list", text)
     if not found:
         return None
-    return ConfigError(
-        f"unknown group `{found[1]}`", where=_chosen(found[1], "", origin), fix=_nearest(found[1], GROUPS)
-    )
+    return ConfigError(f"unknown group `{found[1]}`", where=origin.chosen(found[1], ""), fix=_nearest(found[1], GROUPS))
 
 
 def _unknown_choice(text: str, error: Exception, origin: Origin) -> Explained:
@@ -160,13 +171,11 @@ def _unknown_choice(text: str, error: Exception, origin: Origin) -> Explained:
     group, _, choice = found[1].rpartition("/")
     options = re.search(r"Available options in '[^']+':\s*(.*?)(?:Config search path|$)", text, re.S)
     if not options:
-        return ConfigError(
-            f"unknown group `{group}`", where=_chosen(group, choice, origin), fix=_nearest(group, GROUPS)
-        )
+        return ConfigError(f"unknown group `{group}`", where=origin.chosen(group, choice), fix=_nearest(group, GROUPS))
     fix = _other_choice(group, choice, options[1].split())
     if (group, choice) == ("hydra/sweeper", "optuna"):
         fix = "pip install 'alignment[optuna]'"
-    return ConfigError(f"no {group} is called {choice!r}", where=_chosen(group, choice, origin), fix=fix)
+    return ConfigError(f"no {group} is called {choice!r}", where=origin.chosen(group, choice), fix=fix)
 
 
 METHODS = ("loss", "pipeline", "experiment")  # where a method has its name: one may look for it in another of these
@@ -278,21 +287,6 @@ def _dangling(text: str, error: Exception, origin: Origin) -> Explained:
         return ConfigError(f"`{key}` has no value", where=origin.where(key), fix=ADD.format(key))
     key = getattr(error, "full_key", None)
     return ConfigError(f"`{key}`: {text}", where=origin.where(key)) if key else None
-
-
-GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "chat_template")
-
-
-def _chosen(group: str, choice: str, origin: Origin) -> str:
-    """Where a choice that is not there was made: Hydra tells the choice alone, so the files are searched for it."""
-    if any(override.split("=")[0].split("@")[0].lstrip("+") == group for override in origin.overrides):
-        return COMMAND_LINE
-    made = re.compile(rf"\b{re.escape(group)}(@\S*)?: *{re.escape(choice)}\b")
-    for file in (file for folder in (*origin.folders, CONF) for file in sorted(folder.rglob("*.yaml"))):
-        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
-        if number := next((number for number, line in lines if made.search(line)), 0):
-            return f"{origin.show(file)}:{number}"
-    return COMMAND_LINE
 
 
 def as_typed(key: str, value: str) -> str:

@@ -28,6 +28,7 @@ from omegaconf._utils import split_key
 
 from alignment.config import checks, compose
 from alignment.config.guard import refuse_code
+from alignment.config.listed import refuse_overlaps
 from alignment.config.provenance import Origin
 from alignment.config.schema import Experiment
 
@@ -202,6 +203,7 @@ def _made(loader: ConfigLoaderImpl, base: Any, choices: Lines) -> Template:
     _, name, prefix = base
     config = ConfigLoaderImpl.load_configuration(loader, name, [*prefix, *choices], RunMode.RUN)
     refuse_code(config)
+    refuse_overlaps(config)
     plain: Any = OmegaConf.to_container(config, resolve=False)
     hydra = plain.pop("hydra")
     # What Hydra or guard.py makes of these must not depend on a point's values.

@@ -94,6 +94,28 @@ REFUSED = [
     (["stage.dpo.loss={kto: 1.0}"], "names no loss of pairs (pipeline=kto stage.kto.loss=kto, on single answers)"),
     (["stage.dpo.loss=dpo"], "names no loss of pairs, got 'dpo' (DPO's own is loss=sigmoid)"),
     (["stage.dpo.loss=bco"], "names an unknown loss, got 'bco' (did you mean `bco_pair`?)"),
+    (
+        ["loss=sigmoid,ipo_mean"],
+        "(several losses have weights: stage.dpo.loss='{sigmoid: 1.0, ipo_mean: 1.0}'; a sweep: add -m)",
+    ),
+    (["stage.dpo.loss=sigmoid,hinge"], "(several losses have weights: stage.dpo.loss='{sigmoid: 1.0, hinge: 1.0}'; a"),
+    (["reward=composed,length"], "line: `reward` is given several values (a sweep: add -m)"),
+    (["reward=format,length"], "`reward` is given several values (a list: reward=[format,length]; a sweep: add -m)"),
+    (["objective=kl,reward"], "is given several values (a list: objective=[kl,reward]; a sweep: add -m)"),
+    (
+        ["loss=[sigmoid,nll]"],
+        "command line: `loss` lists sigmoid and nll, which set `stage.dpo.loss` to different values: only the last "
+        "counts (several losses have weights: stage.dpo.loss='{sigmoid: 1.0, nll: 1.0}')",
+    ),
+    (
+        ["loss=[sigmoid,rpo]"],
+        "`stage.dpo.loss` to different values: only the last counts (several losses have weights: ",
+    ),
+    (
+        ["reward=[format,composed,length]"],
+        "`reward` lists format and composed, which set `reward.terms.form.weight` to different values: only the last "
+        "counts (choose one of them, and set `reward.terms.form.weight` itself where it should be another)",
+    ),
     (["loss=kto"], "no loss is called 'kto' (pipeline=kto stage.kto.loss=kto, on single answers)"),
     (["loss=dpo"], "no loss is called 'dpo' (DPO's own is loss=sigmoid)"),
     (["loss=ipo"], "no loss is called 'ipo' (did you mean loss=ipo_mean or loss=ipo_sum?)"),
@@ -190,7 +212,7 @@ REFUSED = [
     ),
     (
         ["seed=1,2"],
-        "command line: `seed` is given several values (one value with commas: seed=\"'1,2'\"; a list: seed=[",
+        "command line: `seed` is given several values (a sweep: add -m)",
     ),
     (["objective=[rewards]"], "`objective` names `rewards`, which no evaluation measures (did you mean `reward`?)"),
     (["objective=[]"], "`objective` list should have at least 1 item"),
@@ -283,6 +305,11 @@ def test_a_wrong_key_in_a_file_names_the_file_and_its_line(tmp_path: Path) -> No
             "3: no engine is called 'zero4' (did you mean engine=zero3?)",
         ),
         ("defaults:\n  - override /engin: zero3\n  - _self_\n", "3: unknown group `engin` (did you mean `engine`?)"),
+        (
+            "defaults:\n  - override /loss: [sigmoid, nll]\n  - _self_\n",
+            "3: `loss` lists sigmoid and nll, which set `stage.dpo.loss` to different values: only the last counts "
+            "(several losses have weights: stage.dpo.loss='{sigmoid: 1.0, nll: 1.0}')",
+        ),
         ("seed: ${sed}\n", "2: `seed`: Interpolation key 'sed' not found"),
         ("seed: [\n", "3: this is not YAML: expected the node content, but found '<stream end>'"),
     ],
