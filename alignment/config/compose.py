@@ -17,6 +17,7 @@ from alignment.config.checks import check
 from alignment.config.guard import refuse_code
 from alignment.config.listed import refuse_overlaps
 from alignment.config.paths import CONF
+from alignment.config.preference_checks import refuse_replaced_names
 from alignment.config.provenance import Origin
 from alignment.config.rounds import expand
 from alignment.config.schema import Experiment
@@ -56,6 +57,7 @@ def validate(config: DictConfig, hydra: Any) -> Experiment:
         experiment = typed(raw, default_name(hydra))
     except ValidationError as error:
         raise explain.first_fault(error, origin) from error
+    refuse_replaced_names(experiment, origin.overrides)
     check(experiment, origin)
     return experiment
 

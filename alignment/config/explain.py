@@ -22,6 +22,7 @@ from alignment.config.losses import PAIR_LOSSES
 from alignment.config.nearest import by_words, closest
 from alignment.config.paths import CONF, GROUPS
 from alignment.config.patterns import IN_WORDS
+from alignment.config.preference_checks import beside_a_name
 from alignment.config.provenance import COMMAND_LINE, Origin, quoted
 from alignment.config.schema import Experiment
 from alignment.config.stages.preference import meant_by, weighted
@@ -205,11 +206,14 @@ def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
     if within.startswith(f"{key}.") and shape.known_near(Experiment, within)[1]:
         key = within
     key, known = shape.known_near(Experiment, key)
+    above, there = key.rpartition(".")[0], getattr(error.__cause__, "parent_node", None)
     if key.startswith("hydra.sweeper."):
         return ConfigError(f"the sweeper has no `{key}`", where=COMMAND_LINE, fix="hydra/sweeper=optuna has more keys")
-    if key.split(".")[-1] in known and within == key and getattr(error.__cause__, "parent_node", None) == {}:
-        what = f"`{key}` is set, and `{key.rpartition('.')[0]}` is null"
+    if key.split(".")[-1] in known and within == key and there == {}:
+        what = f"`{key}` is set, and `{above}` is null"
         return ConfigError(what, where=COMMAND_LINE, fix=f"write +{key}=...")
+    if within == key and there == {} and str in shape.types(Experiment, above) and shape.is_open(Experiment, above):
+        return beside_a_name(key)
     if fresh := _new_in_an_open_mapping(key, known, origin):
         return fresh
     if key.split(".")[-1] in known:

@@ -321,6 +321,8 @@ def _touched(config: DictConfig, override: Override, odd: bool) -> Path:
     for depth, part in enumerate(parts):
         if node is not None and node._is_interpolation():  # it would change what that leads to
             raise Unusual
+        if isinstance(node, AnyNode) and isinstance(node._value(), str):  # see refuse_replaced_names
+            raise Unusual
         if isinstance(node, ListConfig) and not removes and depth == len(parts) - 1:
             return parts[:depth]
         if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():  # replaced by a dict

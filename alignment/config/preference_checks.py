@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from alignment.config.faults import Fault
+from alignment.config.provenance import COMMAND_LINE
+from alignment.config.schema import Experiment
 from alignment.config.stages.base import Stage
-from alignment.config.stages.preference import Dpo, Kto
+from alignment.config.stages.preference import SEVERAL, Dpo, Kto
+from alignment.errors import ConfigError
+
+
+def refuse_replaced_names(experiment: Experiment, overrides: Iterable[str]) -> None:
+    """Raises ConfigError where all losses of a stage are ones that overrides have added, one by one: what Hydra adds to
+    a name takes its place."""
+    for name, settings in experiment.stage.items():
+        adds = re.compile(rf"\+\+?(stage\.{name}\.loss\.(\w+))=")
+        added = {found[2]: found[1] for one in overrides if (found := adds.match(one))}
+        if isinstance(settings, Dpo) and added and set(settings.losses) <= added.keys():
+            raise beside_a_name(next(iter(added.values())))
+
+
+def beside_a_name(key: str) -> ConfigError:
+    """key: of a loss's weight, given where the loss is one name."""
+    loss, _, name = key.rpartition(".")
+    what = f"`{loss}` is one name, in whose place `{name}` would be"
+    return ConfigError(what, where=COMMAND_LINE, fix=f"write all losses with their weights, as in {SEVERAL}")
 
 
 def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:

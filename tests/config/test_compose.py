@@ -116,6 +116,13 @@ REFUSED = [
         "`reward` lists format and composed, which set `reward.terms.form.weight` to different values: only the last "
         "counts (choose one of them, and set `reward.terms.form.weight` itself where it should be another)",
     ),
+    (
+        ["stage.dpo.loss.nll=0.2"],
+        "command line: `stage.dpo.loss` is one name, in whose place `nll` would be (write all losses with their "
+        "weights, as in stage.dpo.loss='{sigmoid: 1.0, nll: 0.2}')",
+    ),
+    (["+stage.dpo.loss.nll=0.2"], "line: `stage.dpo.loss` is one name, in whose place `nll` would be (write all"),
+    (["loss=mpo", "stage.dpo.loss.nll=0.2"], "`stage.dpo.loss.nll` is new there (write +stage.dpo.loss.nll=0.2)"),
     (["loss=kto"], "no loss is called 'kto' (pipeline=kto stage.kto.loss=kto, on single answers)"),
     (["loss=dpo"], "no loss is called 'dpo' (DPO's own is loss=sigmoid)"),
     (["loss=ipo"], "no loss is called 'ipo' (did you mean loss=ipo_mean or loss=ipo_sum?)"),

@@ -49,6 +49,11 @@ def test_it_is_refused_on_the_command_line() -> None:
         compose(["loss=tr_dpo", "stage.dpo.max_steps=100"])
 
 
+def test_a_weight_is_added_to_losses_that_have_weights() -> None:
+    given = compose(["pipeline=dpo", "loss=mpo", "+stage.dpo.loss.nll=0.2"]).stage["dpo"]
+    assert isinstance(given, Dpo) and given.losses == {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0, "nll": 0.2}
+
+
 def test_each_loss_has_a_file_of_its_name_and_each_file_says_where_its_values_are_from() -> None:
     assert set(PAIR_LOSSES) <= FILES.keys()
     for name, values in FILES.items():
