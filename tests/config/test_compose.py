@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from alignment.config import shape
 from alignment.config.compose import compose
 from alignment.config.launchers import SlurmLauncher
 from alignment.config.paths import CONF
+from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare, Evaluate
 from alignment.config.stages.training import Lora, Sft
 from alignment.errors import ConfigError
@@ -81,6 +85,8 @@ REFUSED = [
     (["+stage.dpo.betta=0.2"], "command line: unknown key `stage.dpo.betta` (did you mean `stage.dpo.beta`?)"),
     (["stage.dpo.beta=strong"], "command line: `stage.dpo.beta` should be a valid number, got 'strong'"),
     (["stage.dpo.beta=-1"], "command line: `stage.dpo.beta` should be greater than 0, got -1"),
+    (["stage.dpo.beta=1e400"], "command line: `stage.dpo.beta` should be a finite number, got inf"),
+    (["stage.dpo.loss={sigmoid: inf}"], "line: `stage.dpo.loss` has a loss without a finite weight above 0 ("),
     (["stage.sft.lora.rank=1.5"], "command line: `stage.sft.lora.rank` should be a valid integer, got 1.5"),
     (["stage.sft.global_batch_size=true"], "`stage.sft.global_batch_size` should be a valid integer, got True"),
     (["stage.sft.lora={rnk: 8}"], "line: unknown key `stage.sft.lora.rnk` (did you mean `stage.sft.lora.rank`?)"),
@@ -360,3 +366,17 @@ def test_conf_holds_yaml_only_once_per_key() -> None:
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     for file in CONF.rglob("*.yaml"):
         yaml.load(file.read_text(), Strict)
+
+
+@pytest.mark.parametrize("pipeline", ["sft_dpo", "sft_ppo", "sft_grpo", "sft_online_dpo", "kto", "sft_reward_model"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_no_setting_is_infinite_or_nan(pipeline: str, number: float) -> None:
+    choices = [f"pipeline={pipeline}", "reward=composed", "+stage.dpo.reference_update={every_steps: 1, share: 1.0}"]
+    experiment = compose(choices[: 3 if pipeline == "sft_dpo" else 2])
+    keys = [key.split(".")[1:] for key, _ in shape.leaves(experiment, "")]
+    assert len(keys) > 150
+    for *above, last in keys:
+        raw = experiment.model_dump()
+        reduce(dict.__getitem__, above, raw)[last] = number
+        with pytest.raises(ValidationError):
+            Experiment.model_validate(raw)

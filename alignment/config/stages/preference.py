@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import inf
 from typing import ClassVar, Literal, get_args
 
 from pydantic import field_validator
@@ -74,8 +75,8 @@ class Dpo(Referenced):
             if name not in PAIR_LOSSES:
                 raise _fault("names an unknown loss", closest(str(name), PAIR_LOSSES))
         for weight in value.values() if isinstance(value, dict) else ():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-                raise _fault("has a loss without a weight above 0", SEVERAL)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < inf:
+                raise _fault("has a loss without a finite weight above 0", SEVERAL)
         return value
 
     @property
