@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
@@ -202,7 +203,9 @@ def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
         return None
     keys = [override.split("=")[0].lstrip("+~") for override in origin.overrides]
     key = next((key for key in keys if key.endswith(found[1])), found[1])
-    within = str(getattr(error.__cause__, "full_key", None))  # of a value that is a mapping: which of its keys
+    lacks = within = str(
+        getattr(error.__cause__, "full_key", None) or key
+    )  # of a value that is a mapping: which of its keys
     if within.startswith(f"{key}.") and shape.known_near(Experiment, within)[1]:
         key = within
     key, known = shape.known_near(Experiment, key)
@@ -216,9 +219,11 @@ def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
         return beside_a_name(key)
     if fresh := _new_in_an_open_mapping(key, known, origin):
         return fresh
-    if key.split(".")[-1] in known:
-        return ConfigError(f"`{key}` is not among the settings chosen", where=COMMAND_LINE, fix=_who_has(key))
-    return ConfigError(f"unknown key `{key}`", where=COMMAND_LINE, fix=_nearest(key, known))
+    if key.split(".")[-1] not in known:
+        return ConfigError(f"unknown key `{key}`", where=COMMAND_LINE, fix=_nearest(key, known))
+    if choices := _who_has(key, lacks):
+        return ConfigError(f"`{key}` is not among the settings chosen", where=COMMAND_LINE, fix=choices)
+    return ConfigError(f"unknown key `{lacks}`", where=COMMAND_LINE, fix=_nearest(lacks, map(str, there or ())))
 
 
 def _new_in_an_open_mapping(key: str, known: list[str], origin: Origin) -> Explained:
@@ -272,16 +277,27 @@ def no_points(overrides: Iterable[str], loader: Any) -> ConfigError:
     return ConfigError(f"the sweep has no points: {where}", where=COMMAND_LINE, fix="alignment plan -m shows points")
 
 
-def _who_has(key: str) -> str:
-    """Which choice brings a key that is right, but not in this composition."""
+def _who_has(key: str, lacks: str) -> str:
+    """Which choice brings a key that is right, but not in this composition; empty if none does.
+
+    lacks: the first part of the key that the composition has not.
+    """
     group, _, rest = key.partition(".")
     if group == "stage":  # a pipeline chooses its stages
-        group, wanted = "pipeline", f"/stage@stage.{rest.split('.')[0]}:"
+        stage = rest.split(".")[0]
+        wanted = f"/stage@stage.{stage}:" if lacks == f"stage.{stage}" else "\0"
+        group, files = "pipeline", sorted((CONF / "pipeline").glob("*.yaml"))
+        files = [file for file in files if wanted in file.read_text(encoding="utf-8")]
     else:
-        wanted = f"\n{rest.split('.')[0]}:"
-    files = sorted(file for file in (CONF / group).glob("*.yaml") if wanted in "\n" + file.read_text(encoding="utf-8"))
+        files = [file for file in sorted((CONF / group).glob("*.yaml")) if _sets(file, rest)]
     choices = ", ".join(f"{group}={file.stem}" for file in files)
-    return f"it comes with {choices}" if choices else "alignment run --cfg job shows those that are"
+    return f"it comes with {choices}" if choices else ""
+
+
+def _sets(file: Path, key: str) -> bool:
+    """Whether the file sets the key, or a part below it."""
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return any(f"{leaf}.".startswith(f".{key}.") for leaf, _ in shape.leaves(settings, ""))
 
 
 def _dangling(text: str, error: Exception, origin: Origin) -> Explained:

@@ -83,6 +83,13 @@ def test_every_key_of_conf_is_explained_on_its_line(file: Path) -> None:
 REFUSED = [
     (["stage.dpo.betta=0.2"], "command line: unknown key `stage.dpo.betta` (did you mean `stage.dpo.beta`?)"),
     (["+stage.dpo.betta=0.2"], "command line: unknown key `stage.dpo.betta` (did you mean `stage.dpo.beta`?)"),
+    (["stage.grpo.scale_by_std=true"], "`stage.grpo.scale_by_std` is not among the settings chosen (it comes with pip"),
+    (
+        ["reward=length", "reward.terms.lenght.low=3"],
+        "unknown key `reward.terms.lenght` (did you mean `reward.terms.le",
+    ),
+    (["reward=length", "reward.terms.length.whole=true"], "line: unknown key `reward.terms.length.whole` ("),
+    (["reward.terms.length.low=3"], "is not among the settings chosen (it comes with reward=composed, reward=length)"),
     (["stage.dpo.beta=strong"], "command line: `stage.dpo.beta` should be a valid number, got 'strong'"),
     (["stage.dpo.beta=-1"], "command line: `stage.dpo.beta` should be greater than 0, got -1"),
     (["stage.dpo.beta=1e400"], "command line: `stage.dpo.beta` should be a finite number, got inf"),
@@ -259,6 +266,12 @@ def test_a_wrong_setting_is_one_line(overrides: list[str], line: str) -> None:
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_of_another_method_is_unknown_to_this_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["pipeline=sft_rloo", "stage.rloo.scale_by_std=true"])
+    assert str(caught.value).startswith("command line: unknown key `stage.rloo.scale_by_std` (")
 
 
 @pytest.mark.parametrize("off", [[], ["stage.sft.lora=null"]], ids=["as it is", "from null"])
