@@ -38,6 +38,8 @@ def compose(overrides: list[str], config_dirs: tuple[Path, ...] = ()) -> Experim
             config = hydra_compose("config", [*origin.search_path(), *overrides], return_hydra_config=True)
     except explain.REFUSALS as error:
         raise explain.refusal(error, origin) from error
+    except (TypeError, ValueError) as error:
+        raise explain.no_choice(overrides, origin) or error from error
     finally:
         GlobalHydra.instance().clear()
     refuse_code(config)

@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, QuotedString, RangeSweep, Sweep
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
@@ -47,6 +47,9 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
     where = origin.where(key)
     if fault["type"] == "extra_forbidden":
         return ConfigError(f"unknown key `{key}`{more}", where=where, fix=_nearest(key, shape.keys(owner)))
+    if fault["type"] == "missing" and key in GROUPS:
+        advice = f"leave it to conf/config.yaml, or choose one of: {', '.join(_choices(key, origin))}"
+        return ConfigError(f"nothing is chosen for `{key}`{more}", where=origin.chosen(key, ""), fix=advice)
     if fault["type"] == "missing":
         above, _, last = key.rpartition(".")
         if last == "stage" and ".nodes." in key:
@@ -57,11 +60,10 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
     if fault.get("input") == MISSING:
         return ConfigError(f"`{key}` has no value{more}", where=where, fix=ADD.format(key))
     if fault["type"] == "union_tag_not_found" and key.startswith("stage."):
-        what, advice = (
-            f"`{key}` is set, but the pipeline has no such stage{more}",
-            "choose another pipeline, or leave it out",
-        )
-        return ConfigError(what, where=where, fix=advice)
+        by = next((one for one in origin.overrides if where == f"conf/{one.replace('=', '/', 1)}.yaml:1"), None)
+        where = COMMAND_LINE if by else where
+        what = f"`{key}` is set{f' by {by}' if by else ''}, but the pipeline has no such stage{more}"
+        return ConfigError(what, where=where, fix="choose another pipeline, or leave it out")
     if fault["type"] == "union_tag_not_found":
         what = f"`{key}` is set, but nothing that is chosen brings its `kind`{more}"
         return ConfigError(what, where=where, fix="choose what does, or leave it out")
@@ -103,7 +105,16 @@ def refusal(error: Exception, origin: Origin) -> ConfigError:
     cause = error.__cause__ if "Error merging override" in str(error) else None
     text = re.sub(r"\s+full_key:.*", "", str(cause or error), flags=re.S).strip()
     rules: tuple[Callable[[str, Exception, Origin], Explained], ...]
-    rules = (_unreadable, _several_values, _unknown_group, _unknown_choice, _unknown_key, _only_searched, _dangling)
+    rules = (
+        _unreadable,
+        _several_values,
+        _unknown_group,
+        _unknown_choice,
+        _unknown_key,
+        _there_already,
+        _only_searched,
+        _dangling,
+    )
     for rule in rules:
         if found := rule(text, error, origin):
             return found
@@ -168,16 +179,40 @@ def _unknown_group(text: str, error: Exception, origin: Origin) -> Explained:
 
 
 def _unknown_choice(text: str, error: Exception, origin: Origin) -> Explained:
-    if not (found := re.search(r"Could not find '([^']+)'", text)):
+    if not (found := re.search(r"Could not (?:find|load) '([^']+)'", text)):  # the second: of a list
         return None
     group, _, choice = found[1].rpartition("/")
-    options = re.search(r"Available options in '[^']+':\s*(.*?)(?:Config search path|$)", text, re.S)
-    if not options:
+    found = re.search(r"Available options in '[^']+':\s*(.*?)(?:Config search path|$)", text, re.S)
+    if not (options := found[1].split() if found else _choices(group, origin)):
         return ConfigError(f"unknown group `{group}`", where=origin.chosen(group, choice), fix=_nearest(group, GROUPS))
-    fix = _other_choice(group, choice, options[1].split())
+    fix = _other_choice(group, choice, options)
     if (group, choice) == ("hydra/sweeper", "optuna"):
         fix = "pip install 'alignment[optuna]'"
     return ConfigError(f"no {group} is called {choice!r}", where=origin.chosen(group, choice), fix=fix)
+
+
+def _choices(group: str, origin: Origin) -> list[str]:
+    return sorted({file.stem for folder in (CONF, *origin.folders) for file in (folder / group).glob("*.yaml")})
+
+
+def no_choice(overrides: Iterable[str], origin: Origin) -> Explained:
+    """Of what Hydra takes for no choice: null and numbers, also in a list or in a sweep."""
+    for one in filter(None, map(_parse, overrides)):
+        value: Any = one.value()
+        values = value.list if isinstance(value, ChoiceSweep) else [value]
+        items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+        odd = [item for item in items if not isinstance(item, str | QuotedString | dict | Sweep)]
+        if one.key_or_group in GROUPS and odd and not one.is_delete():
+            names = ", ".join(_choices(one.key_or_group, origin))
+            fix = f"to choose nothing leave it out; else one of: {names}"
+            return ConfigError(f"`{one.input_line}` chooses no file", where=COMMAND_LINE, fix=fix)
+    return None
+
+
+def _there_already(text: str, error: Exception, origin: Origin) -> Explained:
+    if not (found := re.search(r"An item is already at '([^']+)'.*: '\+*([^']+)'", text, re.S)):
+        return None
+    return ConfigError(f"`{found[1]}` is there already", where=COMMAND_LINE, fix=f"write {found[2]}")
 
 
 METHODS = ("loss", "pipeline", "experiment")  # where a method has its name: one may look for it in another of these

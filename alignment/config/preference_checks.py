@@ -59,6 +59,11 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     if whole and settings.weighting != "none":
         what = f"`{weighting}` is {settings.weighting}, and {whole[0]} sorts pairs or leaves them out"
         yield Fault(what, (weighting, loss), f"{weighting}=none")
+    sorts = [name for name in settings.losses if name in ("aot", "aot_unpaired")]
+    if sorts and settings.global_batch_size == 1:
+        size = f"{key}.global_batch_size"
+        what = f"`{size}` is 1, and {sorts[0]} sorts the pairs of a global batch: there would be nothing to sort"
+        yield Fault(what, (size, loss), f"raise {size}, or {loss}=sigmoid")
     if settings.divergence != "reverse_kl" and not any(traits.scores for traits in settings.traits):
         what = f"`{divergence}` is {settings.divergence}, and {next(iter(settings.losses))} does not go through one"
         yield Fault(what, (divergence, loss), f"{divergence}=reverse_kl, or a loss such as sigmoid")

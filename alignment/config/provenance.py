@@ -46,7 +46,7 @@ class Origin:
     def chosen(self, group: str, choice: str) -> str:
         """Where the group's choice, or a list with it, was made. Of one that is not there Hydra tells no more, so the
         files are searched for it."""
-        if any(override.split("=")[0].split("@")[0].lstrip("+") == group for override in self.overrides):
+        if any(override.split("=")[0].split("@")[0].lstrip("+~") == group for override in self.overrides):
             return COMMAND_LINE
         made = re.compile(rf"\b{re.escape(group)}(@\S*)?: *(\[[^]]*)?\b{re.escape(choice)}\b")
         for file in (file for folder in (*self.folders, CONF) for file in sorted(folder.rglob("*.yaml"))):

@@ -144,6 +144,13 @@ REFUSED = [
     (["pipeline=simpo"], "no pipeline is called 'simpo' (did you mean loss=simpo?)"),
     (["pipeline=rlhf"], "no pipeline is called 'rlhf' (did you mean experiment=rlhf?)"),
     (["engine=zero4"], "command line: no engine is called 'zero4' (did you mean engine=zero3?)"),
+    (
+        ["reward=null"],
+        "command line: `reward=null` chooses no file (to choose nothing leave it out; else one of: answer",
+    ),
+    (["reward=[length,null]"], "command line: `reward=[length,null]` chooses no file ("),
+    (["reward=[length,lenght]"], "command line: no reward is called 'lenght' (did you mean reward=length?)"),
+    (["+seed=1"], "command line: `seed` is there already (write seed=1)"),
     (["engin=zero3"], "command line: unknown key `engin` (did you mean `engine`?)"),
     (
         ["launcher.kind=slrm"],
@@ -268,10 +275,18 @@ def test_a_wrong_setting_is_one_line(overrides: list[str], line: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_key_of_another_method_is_unknown_to_this_one() -> None:
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["pipeline=sft_rloo", "stage.rloo.scale_by_std=true"], "unknown key `stage.rloo.scale_by_std` ("),
+        (["pipeline=sft_rloo", "loss=simpo"], "`stage.dpo` is set by loss=simpo, but the pipeline has no such stage ("),
+        (["~reward"], "nothing is chosen for `reward` (leave it to conf/config.yaml, or choose one of: answer, comp"),
+    ],
+)
+def test_what_is_wrong_without_an_experiment(overrides: list[str], line: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        compose(["pipeline=sft_rloo", "stage.rloo.scale_by_std=true"])
-    assert str(caught.value).startswith("command line: unknown key `stage.rloo.scale_by_std` (")
+        compose(overrides)
+    assert str(caught.value).startswith(f"command line: {line}")
 
 
 @pytest.mark.parametrize("off", [[], ["stage.sft.lora=null"]], ids=["as it is", "from null"])
@@ -329,6 +344,10 @@ def test_a_wrong_key_in_a_file_names_the_file_and_its_line(tmp_path: Path) -> No
         (
             "defaults:\n  - override /engine: zero4\n  - _self_\n",
             "3: no engine is called 'zero4' (did you mean engine=zero3?)",
+        ),
+        (
+            "defaults:\n  - override /reward: [length, lenght]\n  - _self_\n",
+            "3: no reward is called 'lenght' (did you mean reward=length?)",
         ),
         ("defaults:\n  - override /engin: zero3\n  - _self_\n", "3: unknown group `engin` (did you mean `engine`?)"),
         (

@@ -32,6 +32,12 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("tr_dpo", {"max_steps": 512}, "is 512 and `stage.dpo.max_steps` 512: the reference would never move"),
     ("exo_pair", {"label_smoothing": 0.0}, "is 0, and exo_pair compares with smoothed labels"),
     ("aot", {"weighting": "wpo"}, "is wpo, and aot sorts pairs or leaves them out"),
+    (
+        "aot",
+        {"global_batch_size": 1},
+        "is 1, and aot sorts the pairs of a global batch: there would be nothing to sort",
+    ),
+    ("aot_unpaired", {"global_batch_size": 1}, "is 1, and aot_unpaired sorts the pairs"),
     ("apo_zero", {"divergence": "js"}, "is js, and apo_zero does not go through one"),
     ("f_dpo_alpha", {"divergence_alpha": 1.0}, "is 1, where the alpha divergence is the reverse KL"),
 ]
