@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import compose, explain
 from alignment.config.guard import refuse_code
+from alignment.config.listed import refuse_overlaps
 from alignment.config.paths import CONF
 from alignment.config.points import Points, as_given
 from alignment.config.provenance import Origin
@@ -92,6 +93,7 @@ class Loader(ConfigLoaderImpl):
         config = super().load_configuration(*arguments, **options)
         with aside():
             refuse_code(config)
+            refuse_overlaps(config)
         return config
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
@@ -137,6 +139,7 @@ def main(arguments: list[str], execute: Execute) -> int:
     its sweeper asks for them."""
     given = _read(arguments)
     places, single = _places(given), list[Point]()
+    origin = Origin(tuple(given.overrides), (Path(given.config_dir).resolve(),) if given.config_dir else ())
 
     def task(config: DictConfig) -> Any:
         app = HydraConfig.get()
@@ -153,11 +156,12 @@ def main(arguments: list[str], execute: Execute) -> int:
     except Aside as passed:
         raise passed.error from passed.error.__cause__
     except explain.REFUSALS as error:
-        folders = (Path(given.config_dir).resolve(),) if given.config_dir else ()
-        raise explain.refusal(error, Origin(tuple(given.overrides), folders)) from error
-    except ValueError as error:  # a refusal of the arguments
-        if wrong := explain.no_range(given.overrides):
+        raise explain.refusal(error, origin) from error
+    except (TypeError, ValueError) as error:  # a refusal of the arguments
+        if wrong := explain.no_range(given.overrides) or explain.no_choice(given.overrides, origin):
             raise wrong from error
+        if isinstance(error, TypeError):
+            raise
         raise ConfigError(str(error), where="command line", fix="see alignment run --help") from error
     if single:
         execute(single, None)

@@ -30,7 +30,7 @@ HEAVY = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "dat
 def alignment(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "ALIGNMENT_CACHE": str(cwd / "cache"), "ALIGNMENT_STORE": str(cwd / "store")}
     done = subprocess.run(
-        [sys.executable, "-m", "alignment.cli", *arguments],
+        [sys.executable, "-m", "alignment", *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
@@ -242,6 +242,9 @@ def test_a_sweep_of_jobs_that_is_refused_is_none(tmp_path: Path) -> None:
         (["plan", "-m", "seed=0,1", "--show-scripts"], 2, "there are no scripts to show"),
         (["plan", "-m", "--config-dir", "a", "--config-dir", "b"], 2, "a sweep takes one --config-dir"),
         (["chat", "nothing"], 2, "no run is called 'nothing'"),
+        (["status", "store=mine"], 2, "no name of one (--store mine, or ALIGNMENT_STORE=mine)"),
+        (["run", "reward=[length,null]"], 2, "`reward=[length,null]` chooses no file"),
+        (["run", "-m", "reward=length,null"], 2, "`reward=length,null` chooses no file"),
         (["status", "nothing"], 2, "no run is called 'nothing'"),
         (["status", "--store", "/nowhere"], 2, "--store /nowhere: there is no such folder"),
         (["compare", "--store", "/nowhere"], 2, "--store /nowhere: there is no such folder"),
@@ -275,7 +278,7 @@ def test_a_value_that_hydra_cannot_read_is_answered_with_one_that_a_shell_can_be
     code, refused = here("plan", "model=path", f"model.source.path={path}")
     assert code == 2 and len(refused.splitlines()) == 1
     assert refused.startswith("alignment: error: command line: `model.source.path` ")
-    answer = re.search(r"\((?:write|one value with commas:) (.*?)(?:; a list: .*)?\)$", refused.strip())
+    answer = re.search(r"\((?:write|one value with commas:) (.*?)(?:; a sweep: .*)?\)$", refused.strip())
     assert answer
     typed = f"{shlex.quote(sys.executable)} -m alignment.cli plan model=path {answer[1]}"
     again = subprocess.run(typed, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -15,7 +15,9 @@ from pydantic import ValidationError
 from alignment.config import explain
 from alignment.config.checks import check
 from alignment.config.guard import refuse_code
+from alignment.config.listed import refuse_overlaps
 from alignment.config.paths import CONF
+from alignment.config.preference_checks import refuse_replaced_names
 from alignment.config.provenance import Origin
 from alignment.config.rounds import expand
 from alignment.config.schema import Experiment
@@ -36,9 +38,12 @@ def compose(overrides: list[str], config_dirs: tuple[Path, ...] = ()) -> Experim
             config = hydra_compose("config", [*origin.search_path(), *overrides], return_hydra_config=True)
     except explain.REFUSALS as error:
         raise explain.refusal(error, origin) from error
+    except (TypeError, ValueError) as error:
+        raise explain.no_choice(overrides, origin) or error from error
     finally:
         GlobalHydra.instance().clear()
     refuse_code(config)
+    refuse_overlaps(config)
     return validate(config, config.hydra)
 
 
@@ -54,6 +59,7 @@ def validate(config: DictConfig, hydra: Any) -> Experiment:
         experiment = typed(raw, default_name(hydra))
     except ValidationError as error:
         raise explain.first_fault(error, origin) from error
+    refuse_replaced_names(experiment, origin.overrides)
     check(experiment, origin)
     return experiment
 

@@ -27,7 +27,7 @@ class Engine(Settings):
     sequence_parallel: int = execution(ge=1)
     threads: int | None = execution(gt=0)
     adapt: bool = execution()
-    watchdog_s: float = execution(ge=2, allow_inf_nan=False)  # a process beats every second
+    watchdog_s: float = execution(ge=2)  # a process beats every second
 
     @field_validator("quantized_weights", "quantized_gradients")
     @classmethod
@@ -52,7 +52,7 @@ class Engine(Settings):
 class Checkpoint(Settings):
     """When training saves its whole state beside itself, and which of these checkpoints stay."""
 
-    every_minutes: float | None = execution(gt=0, allow_inf_nan=False)
+    every_minutes: float | None = execution(gt=0)
     every_steps: int | None = execution(gt=0)
     asynchronous: bool = execution()
     keep_last: int = execution(ge=1)

@@ -7,23 +7,26 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, QuotedString, RangeSweep, Sweep
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from alignment.config import shape
+from alignment.config import listed, shape
 from alignment.config.launchers import Resources
+from alignment.config.losses import PAIR_LOSSES
 from alignment.config.nearest import by_words, closest
-from alignment.config.paths import CONF
+from alignment.config.paths import CONF, GROUPS
 from alignment.config.patterns import IN_WORDS
+from alignment.config.preference_checks import beside_a_name
 from alignment.config.provenance import COMMAND_LINE, Origin, quoted
 from alignment.config.schema import Experiment
-from alignment.config.stages.preference import meant_by
+from alignment.config.stages.preference import meant_by, weighted
 from alignment.errors import ConfigError
 
 MISSING = "???"  # a value that conf/ leaves to the command
@@ -44,6 +47,9 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
     where = origin.where(key)
     if fault["type"] == "extra_forbidden":
         return ConfigError(f"unknown key `{key}`{more}", where=where, fix=_nearest(key, shape.keys(owner)))
+    if fault["type"] == "missing" and key in GROUPS:
+        advice = f"leave it to conf/config.yaml, or choose one of: {', '.join(_choices(key, origin))}"
+        return ConfigError(f"nothing is chosen for `{key}`{more}", where=origin.chosen(key, ""), fix=advice)
     if fault["type"] == "missing":
         above, _, last = key.rpartition(".")
         if last == "stage" and ".nodes." in key:
@@ -54,11 +60,10 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
     if fault.get("input") == MISSING:
         return ConfigError(f"`{key}` has no value{more}", where=where, fix=ADD.format(key))
     if fault["type"] == "union_tag_not_found" and key.startswith("stage."):
-        what, advice = (
-            f"`{key}` is set, but the pipeline has no such stage{more}",
-            "choose another pipeline, or leave it out",
-        )
-        return ConfigError(what, where=where, fix=advice)
+        by = next((one for one in origin.overrides if where == f"conf/{one.replace('=', '/', 1)}.yaml:1"), None)
+        where = COMMAND_LINE if by else where
+        what = f"`{key}` is set{f' by {by}' if by else ''}, but the pipeline has no such stage{more}"
+        return ConfigError(what, where=where, fix="choose another pipeline, or leave it out")
     if fault["type"] == "union_tag_not_found":
         what = f"`{key}` is set, but nothing that is chosen brings its `kind`{more}"
         return ConfigError(what, where=where, fix="choose what does, or leave it out")
@@ -100,7 +105,16 @@ def refusal(error: Exception, origin: Origin) -> ConfigError:
     cause = error.__cause__ if "Error merging override" in str(error) else None
     text = re.sub(r"\s+full_key:.*", "", str(cause or error), flags=re.S).strip()
     rules: tuple[Callable[[str, Exception, Origin], Explained], ...]
-    rules = (_unreadable, _several_values, _unknown_group, _unknown_choice, _unknown_key, _only_searched, _dangling)
+    rules = (
+        _unreadable,
+        _several_values,
+        _unknown_group,
+        _unknown_choice,
+        _unknown_key,
+        _there_already,
+        _only_searched,
+        _dangling,
+    )
     for rule in rules:
         if found := rule(text, error, origin):
             return found
@@ -141,7 +155,19 @@ def _several_values(text: str, error: Exception, origin: Origin) -> Explained:
     if not (found := re.match(r"Ambiguous value for argument '([^=]*)=(.*)'", text)):
         return None
     key, value = found.groups()
-    fix = f"one value with commas: {as_typed(key, value)}; a list: {key}=[{value}]; a sweep: add -m"
+    one, several, names = f"one value with commas: {as_typed(key, value)}", f"a list: {key}=[{value}]", value.split(",")
+    types = shape.types(Experiment, key)
+    if key in GROUPS:
+        differ = listed.overlap([(file, "") for name in names if (file := origin.file_of(f"{key}/{name}"))])
+        ways = [] if differ else [several]
+        if differ and key == "loss":
+            ways = [listed.instead(key, names, differ[2])]
+    elif dict[str, float] in types and {*names} & PAIR_LOSSES.keys():
+        ways = [f"several losses have weights: {weighted(key, names)}"]
+    else:
+        listable = any(get_origin(member) is list for member in types)
+        ways = [several] if listable else [one] if str in types else [] if types else [one, several]
+    fix = "; ".join([*ways, "a sweep: add -m"])
     return ConfigError(f"`{key}` is given several values", where=COMMAND_LINE, fix=fix)
 
 
@@ -149,24 +175,44 @@ def _unknown_group(text: str, error: Exception, origin: Origin) -> Explained:
     found = re.search(r"Could not override '([^']+)'\.?\s*No match in the defaults list", text)
     if not found:
         return None
-    return ConfigError(
-        f"unknown group `{found[1]}`", where=_chosen(found[1], "", origin), fix=_nearest(found[1], GROUPS)
-    )
+    return ConfigError(f"unknown group `{found[1]}`", where=origin.chosen(found[1], ""), fix=_nearest(found[1], GROUPS))
 
 
 def _unknown_choice(text: str, error: Exception, origin: Origin) -> Explained:
-    if not (found := re.search(r"Could not find '([^']+)'", text)):
+    if not (found := re.search(r"Could not (?:find|load) '([^']+)'", text)):  # the second: of a list
         return None
     group, _, choice = found[1].rpartition("/")
-    options = re.search(r"Available options in '[^']+':\s*(.*?)(?:Config search path|$)", text, re.S)
-    if not options:
-        return ConfigError(
-            f"unknown group `{group}`", where=_chosen(group, choice, origin), fix=_nearest(group, GROUPS)
-        )
-    fix = _other_choice(group, choice, options[1].split())
+    found = re.search(r"Available options in '[^']+':\s*(.*?)(?:Config search path|$)", text, re.S)
+    if not (options := found[1].split() if found else _choices(group, origin)):
+        return ConfigError(f"unknown group `{group}`", where=origin.chosen(group, choice), fix=_nearest(group, GROUPS))
+    fix = _other_choice(group, choice, options)
     if (group, choice) == ("hydra/sweeper", "optuna"):
         fix = "pip install 'alignment[optuna]'"
-    return ConfigError(f"no {group} is called {choice!r}", where=_chosen(group, choice, origin), fix=fix)
+    return ConfigError(f"no {group} is called {choice!r}", where=origin.chosen(group, choice), fix=fix)
+
+
+def _choices(group: str, origin: Origin) -> list[str]:
+    return sorted({file.stem for folder in (CONF, *origin.folders) for file in (folder / group).glob("*.yaml")})
+
+
+def no_choice(overrides: Iterable[str], origin: Origin) -> Explained:
+    """Of what Hydra takes for no choice: null and numbers, also in a list or in a sweep."""
+    for one in filter(None, map(_parse, overrides)):
+        value: Any = one.value()
+        values = value.list if isinstance(value, ChoiceSweep) else [value]
+        items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+        odd = [item for item in items if not isinstance(item, str | QuotedString | dict | Sweep)]
+        if one.key_or_group in GROUPS and odd and not one.is_delete():
+            names = ", ".join(_choices(one.key_or_group, origin))
+            fix = f"to choose nothing leave it out; else one of: {names}"
+            return ConfigError(f"`{one.input_line}` chooses no file", where=COMMAND_LINE, fix=fix)
+    return None
+
+
+def _there_already(text: str, error: Exception, origin: Origin) -> Explained:
+    if not (found := re.search(r"An item is already at '([^']+)'.*: '\+*([^']+)'", text, re.S)):
+        return None
+    return ConfigError(f"`{found[1]}` is there already", where=COMMAND_LINE, fix=f"write {found[2]}")
 
 
 METHODS = ("loss", "pipeline", "experiment")  # where a method has its name: one may look for it in another of these
@@ -192,20 +238,27 @@ def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
         return None
     keys = [override.split("=")[0].lstrip("+~") for override in origin.overrides]
     key = next((key for key in keys if key.endswith(found[1])), found[1])
-    within = str(getattr(error.__cause__, "full_key", None))  # of a value that is a mapping: which of its keys
+    lacks = within = str(
+        getattr(error.__cause__, "full_key", None) or key
+    )  # of a value that is a mapping: which of its keys
     if within.startswith(f"{key}.") and shape.known_near(Experiment, within)[1]:
         key = within
     key, known = shape.known_near(Experiment, key)
+    above, there = key.rpartition(".")[0], getattr(error.__cause__, "parent_node", None)
     if key.startswith("hydra.sweeper."):
         return ConfigError(f"the sweeper has no `{key}`", where=COMMAND_LINE, fix="hydra/sweeper=optuna has more keys")
-    if key.split(".")[-1] in known and within == key and getattr(error.__cause__, "parent_node", None) == {}:
-        what = f"`{key}` is set, and `{key.rpartition('.')[0]}` is null"
+    if key.split(".")[-1] in known and within == key and there == {}:
+        what = f"`{key}` is set, and `{above}` is null"
         return ConfigError(what, where=COMMAND_LINE, fix=f"write +{key}=...")
+    if within == key and there == {} and str in shape.types(Experiment, above) and shape.is_open(Experiment, above):
+        return beside_a_name(key)
     if fresh := _new_in_an_open_mapping(key, known, origin):
         return fresh
-    if key.split(".")[-1] in known:
-        return ConfigError(f"`{key}` is not among the settings chosen", where=COMMAND_LINE, fix=_who_has(key))
-    return ConfigError(f"unknown key `{key}`", where=COMMAND_LINE, fix=_nearest(key, known))
+    if key.split(".")[-1] not in known:
+        return ConfigError(f"unknown key `{key}`", where=COMMAND_LINE, fix=_nearest(key, known))
+    if choices := _who_has(key, lacks):
+        return ConfigError(f"`{key}` is not among the settings chosen", where=COMMAND_LINE, fix=choices)
+    return ConfigError(f"unknown key `{lacks}`", where=COMMAND_LINE, fix=_nearest(lacks, map(str, there or ())))
 
 
 def _new_in_an_open_mapping(key: str, known: list[str], origin: Origin) -> Explained:
@@ -259,16 +312,27 @@ def no_points(overrides: Iterable[str], loader: Any) -> ConfigError:
     return ConfigError(f"the sweep has no points: {where}", where=COMMAND_LINE, fix="alignment plan -m shows points")
 
 
-def _who_has(key: str) -> str:
-    """Which choice brings a key that is right, but not in this composition."""
+def _who_has(key: str, lacks: str) -> str:
+    """Which choice brings a key that is right, but not in this composition; empty if none does.
+
+    lacks: the first part of the key that the composition has not.
+    """
     group, _, rest = key.partition(".")
     if group == "stage":  # a pipeline chooses its stages
-        group, wanted = "pipeline", f"/stage@stage.{rest.split('.')[0]}:"
+        stage = rest.split(".")[0]
+        wanted = f"/stage@stage.{stage}:" if lacks == f"stage.{stage}" else "\0"
+        group, files = "pipeline", sorted((CONF / "pipeline").glob("*.yaml"))
+        files = [file for file in files if wanted in file.read_text(encoding="utf-8")]
     else:
-        wanted = f"\n{rest.split('.')[0]}:"
-    files = sorted(file for file in (CONF / group).glob("*.yaml") if wanted in "\n" + file.read_text(encoding="utf-8"))
+        files = [file for file in sorted((CONF / group).glob("*.yaml")) if _sets(file, rest)]
     choices = ", ".join(f"{group}={file.stem}" for file in files)
-    return f"it comes with {choices}" if choices else "alignment run --cfg job shows those that are"
+    return f"it comes with {choices}" if choices else ""
+
+
+def _sets(file: Path, key: str) -> bool:
+    """Whether the file sets the key, or a part below it."""
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return any(f"{leaf}.".startswith(f".{key}.") for leaf, _ in shape.leaves(settings, ""))
 
 
 def _dangling(text: str, error: Exception, origin: Origin) -> Explained:
@@ -278,21 +342,6 @@ def _dangling(text: str, error: Exception, origin: Origin) -> Explained:
         return ConfigError(f"`{key}` has no value", where=origin.where(key), fix=ADD.format(key))
     key = getattr(error, "full_key", None)
     return ConfigError(f"`{key}`: {text}", where=origin.where(key)) if key else None
-
-
-GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "chat_template")
-
-
-def _chosen(group: str, choice: str, origin: Origin) -> str:
-    """Where a choice that is not there was made: Hydra tells the choice alone, so the files are searched for it."""
-    if any(override.split("=")[0].split("@")[0].lstrip("+") == group for override in origin.overrides):
-        return COMMAND_LINE
-    made = re.compile(rf"\b{re.escape(group)}(@\S*)?: *{re.escape(choice)}\b")
-    for file in (file for folder in (*origin.folders, CONF) for file in sorted(folder.rglob("*.yaml"))):
-        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
-        if number := next((number for number, line in lines if made.search(line)), 0):
-            return f"{origin.show(file)}:{number}"
-    return COMMAND_LINE
 
 
 def as_typed(key: str, value: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from alignment.errors import ConfigError
 
 CONF = (Path(__file__).resolve().parent.parent / "conf").resolve()
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "chat_template")
 TEMPLATES = CONF / "chat_template"
 
 

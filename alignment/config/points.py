@@ -28,6 +28,7 @@ from omegaconf._utils import split_key
 
 from alignment.config import checks, compose
 from alignment.config.guard import refuse_code
+from alignment.config.listed import refuse_overlaps
 from alignment.config.provenance import Origin
 from alignment.config.schema import Experiment
 
@@ -202,6 +203,7 @@ def _made(loader: ConfigLoaderImpl, base: Any, choices: Lines) -> Template:
     _, name, prefix = base
     config = ConfigLoaderImpl.load_configuration(loader, name, [*prefix, *choices], RunMode.RUN)
     refuse_code(config)
+    refuse_overlaps(config)
     plain: Any = OmegaConf.to_container(config, resolve=False)
     hydra = plain.pop("hydra")
     # What Hydra or guard.py makes of these must not depend on a point's values.
@@ -318,6 +320,8 @@ def _touched(config: DictConfig, override: Override, odd: bool) -> Path:
     node: Any = config
     for depth, part in enumerate(parts):
         if node is not None and node._is_interpolation():  # it would change what that leads to
+            raise Unusual
+        if isinstance(node, AnyNode) and isinstance(node._value(), str):  # see refuse_replaced_names
             raise Unusual
         if isinstance(node, ListConfig) and not removes and depth == len(parts) - 1:
             return parts[:depth]

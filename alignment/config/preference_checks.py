@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from alignment.config.faults import Fault
+from alignment.config.provenance import COMMAND_LINE
+from alignment.config.schema import Experiment
 from alignment.config.stages.base import Stage
-from alignment.config.stages.preference import Dpo, Kto
+from alignment.config.stages.preference import SEVERAL, Dpo, Kto
+from alignment.errors import ConfigError
+
+
+def refuse_replaced_names(experiment: Experiment, overrides: Iterable[str]) -> None:
+    """Raises ConfigError where all losses of a stage are ones that overrides have added, one by one: what Hydra adds to
+    a name takes its place."""
+    for name, settings in experiment.stage.items():
+        adds = re.compile(rf"\+\+?(stage\.{name}\.loss\.(\w+))=")
+        added = {found[2]: found[1] for one in overrides if (found := adds.match(one))}
+        if isinstance(settings, Dpo) and added and set(settings.losses) <= added.keys():
+            raise beside_a_name(next(iter(added.values())))
+
+
+def beside_a_name(key: str) -> ConfigError:
+    """key: of a loss's weight, given where the loss is one name."""
+    loss, _, name = key.rpartition(".")
+    what = f"`{loss}` is one name, in whose place `{name}` would be"
+    return ConfigError(what, where=COMMAND_LINE, fix=f"write all losses with their weights, as in {SEVERAL}")
 
 
 def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
@@ -38,6 +59,11 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     if whole and settings.weighting != "none":
         what = f"`{weighting}` is {settings.weighting}, and {whole[0]} sorts pairs or leaves them out"
         yield Fault(what, (weighting, loss), f"{weighting}=none")
+    sorts = [name for name in settings.losses if name in ("aot", "aot_unpaired")]
+    if sorts and settings.global_batch_size == 1:
+        size = f"{key}.global_batch_size"
+        what = f"`{size}` is 1, and {sorts[0]} sorts the pairs of a global batch: there would be nothing to sort"
+        yield Fault(what, (size, loss), f"raise {size}, or {loss}=sigmoid")
     if settings.divergence != "reverse_kl" and not any(traits.scores for traits in settings.traits):
         what = f"`{divergence}` is {settings.divergence}, and {next(iter(settings.losses))} does not go through one"
         yield Fault(what, (divergence, loss), f"{divergence}=reverse_kl, or a loss such as sigmoid")

@@ -12,6 +12,7 @@ import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from alignment.config.paths import CONF
 
@@ -26,10 +27,11 @@ class Origin:
     folders: tuple[Path, ...] = ()
 
     @classmethod
-    def of(cls, hydra: Any) -> Origin:
-        """As Hydra itself notes it in the config it has composed."""
+    def of(cls, hydra: Any, *, as_typed: bool = False) -> Origin:
+        """As Hydra itself notes it in the config it has composed. as_typed: with no interpolation followed."""
         sources = (Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file")
-        overrides = (*hydra.overrides.hydra, *hydra.overrides.task)
+        given: Any = OmegaConf.to_container(hydra.overrides, resolve=False) if as_typed else hydra.overrides
+        overrides = (*given["hydra"], *given["task"])
         return cls(overrides, tuple(folder for folder in sources if folder != CONF))
 
     def where(self, *keys: str) -> str:
@@ -40,6 +42,18 @@ class Origin:
         if any(self._is_typed(key, choices=len(keys) > 1) for key in keys):
             return COMMAND_LINE
         return self._file(keys[0])
+
+    def chosen(self, group: str, choice: str) -> str:
+        """Where the group's choice, or a list with it, was made. Of one that is not there Hydra tells no more, so the
+        files are searched for it."""
+        if any(override.split("=")[0].split("@")[0].lstrip("+~") == group for override in self.overrides):
+            return COMMAND_LINE
+        made = re.compile(rf"\b{re.escape(group)}(@\S*)?: *(\[[^]]*)?\b{re.escape(choice)}\b")
+        for file in (file for folder in (*self.folders, CONF) for file in sorted(folder.rglob("*.yaml"))):
+            lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+            if number := next((number for number, line in lines if made.search(line)), 0):
+                return f"{self.show(file)}:{number}"
+        return COMMAND_LINE
 
     def search_path(self) -> list[str]:
         """The override that has Hydra read the folders too."""
@@ -53,6 +67,11 @@ class Origin:
         """The file behind a name such as engine/zero2; conf/ is searched first, as Hydra does."""
         files = (folder / f"{config_path}.yaml" for folder in (CONF, *self.folders))
         return next((file.resolve() for file in files if file.is_file()), None)
+
+    def listed(self, group: str) -> list[tuple[Path, str]]:
+        """(file, package) of what conf/config.yaml's choice for the group has come to, in the order of merging."""
+        chosen = (one for one in self._defaults() if one.parent == "config" and one.config_path.startswith(f"{group}/"))
+        return [(file, one.package or "") for one in chosen if (file := self.file_of(one.config_path))]
 
     def _is_typed(self, key: str, *, choices: bool) -> bool:
         """Whether the command line sets the key, a part above or below it, or (choices) chooses its group's file."""
@@ -73,17 +92,19 @@ class Origin:
 
     def _files(self) -> Iterator[tuple[Path, str]]:
         """(file, package) in the order in which they are merged."""
-        if GlobalHydra.instance().is_initialized():
-            defaults = self._defaults([])
-        else:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                defaults = self._defaults(self.search_path())
-            GlobalHydra.instance().clear()
-        for default in defaults:
+        for default in self._defaults():
             if default.config_path and (file := self.file_of(default.config_path)):
                 yield file, default.package or ""
 
-    def _defaults(self, search_path: list[str]) -> list[Any]:
+    def _defaults(self) -> list[Any]:
+        if GlobalHydra.instance().is_initialized():
+            return self._loaded([])
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            defaults = self._loaded(self.search_path())
+        GlobalHydra.instance().clear()
+        return defaults
+
+    def _loaded(self, search_path: list[str]) -> list[Any]:
         loader = GlobalHydra.instance().config_loader()
         # The mode that also takes the overrides of a sweep: they choose no file.
         return list(loader.compute_defaults_list("config", [*search_path, *self.overrides], RunMode.MULTIRUN).defaults)

@@ -19,8 +19,8 @@ class Clip(Settings):
     """Values below `low` or above `high` are these."""
 
     kind: Literal["clip"] = identity()
-    low: float = identity(allow_inf_nan=False)
-    high: float = identity(allow_inf_nan=False)
+    low: float = identity()
+    high: float = identity()
 
 
 class Sigmoid(Settings):
@@ -33,8 +33,8 @@ class ZScore(Settings):
     """x -> (x - mean) / std, of a mean and a standard deviation that were measured before."""
 
     kind: Literal["zscore"] = identity()
-    mean: float = identity(allow_inf_nan=False)
-    std: float = identity(gt=0, allow_inf_nan=False)
+    mean: float = identity()
+    std: float = identity(gt=0)
 
 
 Normalise = Annotated[Clip | Sigmoid | ZScore, Field(discriminator="kind")]
@@ -43,7 +43,7 @@ Normalise = Annotated[Clip | Sigmoid | ZScore, Field(discriminator="kind")]
 class Term(Settings):
     """What is common to all kinds. normalise: a fixed transform of its value; null: none."""
 
-    weight: float = identity(allow_inf_nan=False)
+    weight: float = identity()
     normalise: Normalise | None = identity(default=None)
 
     def sources(self) -> list[Source]:
@@ -138,7 +138,7 @@ class Answer(Term):
     kind: Literal["answer"] = identity()
     find: Literal["auto", "boxed", "marked", "whole"] = identity()
     compare: Literal["number", "text"] = identity()
-    tolerance: float = identity(ge=0, allow_inf_nan=False)
+    tolerance: float = identity(ge=0)
 
     def idle(self) -> frozenset[str]:
         return super().idle() | ({"tolerance"} if self.compare == "text" else frozenset())
@@ -154,7 +154,7 @@ class Model(Term):
     members: dict[Annotated[str, Field(pattern=NAME)], Source] = identity()
     roles: str = identity(pattern=r"^reward_model[a-z0-9_]*$")
     combine: Literal["mean", "worst"] = identity()
-    uncertainty: float = identity(ge=0, allow_inf_nan=False)
+    uncertainty: float = identity(ge=0)
     end: Literal["end_of_turn", "template"] = identity()
 
     def sources(self) -> list[Source]:
@@ -192,7 +192,7 @@ class ChatEndpoint(Settings):
     system: str | None = identity()
     prompt: str = identity(min_length=1)
     pattern: str = identity(min_length=1)
-    temperature: float = identity(ge=0, allow_inf_nan=False)
+    temperature: float = identity(ge=0)
     max_tokens: int = identity(gt=0)
     url: str = execution(min_length=1)
     api_key_env: str | None = execution()
@@ -216,8 +216,8 @@ class Endpoint(Term, ChatEndpoint):
     """The score that such a model gives, from low to high as a number in [0, 1]."""
 
     kind: Literal["endpoint"] = identity()
-    low: float = identity(allow_inf_nan=False)
-    high: float = identity(allow_inf_nan=False)
+    low: float = identity()
+    high: float = identity()
 
 
 class Comparison(ChatEndpoint):

@@ -18,7 +18,9 @@ def execution(**bounds: Any) -> Any:
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    """No number is infinite or NaN: where there may be no bound, null says so."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def idle(self) -> frozenset[str]:
         """Identity-side settings that change nothing as the others stand: they are not in the key then."""

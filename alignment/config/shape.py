@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
+from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -48,11 +48,16 @@ def known_near(root: type[BaseModel], key: str) -> tuple[str, list[str]]:
 
 def is_open(root: type[BaseModel], key: str) -> bool:
     """Whether the place is a mapping with keys of anybody's choice, or lies in one that holds what it does not know."""
+    return any(get_origin(member) is dict or member is Any for member in types(root, key))
+
+
+def types(root: type[BaseModel], key: str) -> list[Any]:
+    """What a value there may be (over all members of a union); empty for a key that is not known."""
     places: list[Any] = [root]
     for step in key.split("."):
-        places = [_child(m, step) if get_origin(m) is not dict else get_args(m)[1] for p in places for m in _members(p)]
+        places = [_child(member, step) for place in places for member in _members(place)]
         places = [place for place in places if place is not None]
-    return any(get_origin(member) is dict or member is Any for place in places for member in _members(place))
+    return [member for place in places for member in _members(place)]
 
 
 def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -81,7 +86,7 @@ def _members(annotation: Any) -> list[Any]:
     """The alternatives of a type, None left out, Annotated unwrapped."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Union, UnionType):
         return [m for a in get_args(annotation) if a is not type(None) for m in _members(a)]
     return [annotation]
 

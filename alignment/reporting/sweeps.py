@@ -14,7 +14,7 @@ from alignment.errors import ConfigError, InputError
 from alignment.files import digest
 from alignment.reporting.gather import TRAINING, Stage, read, read_stage
 from alignment.reporting.status import Results, facts_text, jobs_of_runs, read_run
-from alignment.reporting.targets import refuse_empty, run_folder
+from alignment.reporting.targets import refuse_no_name, run_folder
 from alignment.reporting.words import DONE, finite, label, listed
 
 Row = dict[str, Any]
@@ -53,7 +53,7 @@ def list_sweeps(store: Path) -> list[Row]:
 def sweep_folder(name: str, store: Path, say: Callable[[str], None] = lambda text: None) -> Path:
     """A sweep's folder by path, by its full name, or by the beginning of its name (the newest that fits). say: told
     which others would."""
-    refuse_empty(name)
+    refuse_no_name(name)
     if (Path(name) / "sweep.json").is_file():
         return Path(name).resolve()
     known = list_sweeps(store)

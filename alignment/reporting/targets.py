@@ -17,7 +17,7 @@ VISIBLE = "[!.]*"  # what begins with a dot is nobody's run: .DS_Store, .nfs0001
 
 def run_folder(name: str, store: Path) -> Path:
     """A run folder by path, by its full name, or by the beginning of its name (the newest that fits)."""
-    refuse_empty(name)
+    refuse_no_name(name)
     if (Path(name) / "run.json").is_file():
         return Path(name).resolve()
     runs = sorted(store.resolve().glob("runs/*/run.json"), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -32,7 +32,7 @@ def run_folder(name: str, store: Path) -> Path:
 
 def run_or_sweep(name: str, store: Path) -> list[Path]:
     """Folder of a run, as `run_folder`; or those of the runs of the sweep of exactly this name."""
-    refuse_empty(name)
+    refuse_no_name(name)
     sweep = store / "sweeps" / name / FILE
     return _points(sweep, store) if sweep.is_file() else [run_folder(name, store)]
 
@@ -53,11 +53,15 @@ def run_folders(names: Sequence[str], store: Path) -> list[Path] | None:
     return list(dict.fromkeys(found))
 
 
-def refuse_empty(name: str) -> None:
-    """An empty name is the beginning of every other. Raises ConfigError."""
+def refuse_no_name(name: str) -> None:
+    """An empty name is the beginning of every other; a store is said in another way. Raises ConfigError."""
     if not name.strip():
         what = "a name is empty: a variable of the shell that is not set?"
         raise ConfigError(what, where="command line", fix="alignment status lists the runs")
+    if name.startswith("store="):
+        store = name.removeprefix("store=") or "FOLDER"
+        what, fix = f"`{name}` is a setting of runs, and no name of one", f"--store {store}, or ALIGNMENT_STORE={store}"
+        raise ConfigError(what, where="command line", fix=fix)
 
 
 def named(name: str, store: Path) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -67,7 +71,7 @@ def named(name: str, store: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     Runs whose run.json was removed are among them, for they may have jobs. Raises InputError if there are no others,
     and for a sweep whose sweep.json was removed or cannot be read.
     """
-    refuse_empty(name)
+    refuse_no_name(name)
     runs = [folder for folder in folders_of_runs(store) if folder.name.startswith(name)]
     sweeps = [path for path in listed(store, f"sweeps/{VISIBLE}") if path.is_dir() and path.name.startswith(name)]
     if exact := [folder for folder in runs if folder.name == name]:
@@ -109,7 +113,7 @@ def whole(name: str, runs: Sequence[Path], sweeps: Mapping[str, list[Path]]) -> 
 
 def models(target: str, store: Path, compare: bool) -> dict[str, Path]:
     """name -> model folder: the final model of a run, all its models with `compare`, or the folder given."""
-    refuse_empty(target)
+    refuse_no_name(target)
     if compare and not (Path(target) / "run.json").is_file() and Path(target).is_dir():
         raise ConfigError("--compare needs a run: a model folder is one model", where=target, fix="leave out --compare")
     if (Path(target) / "config.json").is_file():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from alignment.config import shape
 from alignment.config.compose import compose
 from alignment.config.launchers import SlurmLauncher
 from alignment.config.paths import CONF
+from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Compare, Evaluate
 from alignment.config.stages.training import Lora, Sft
 from alignment.errors import ConfigError
@@ -79,8 +83,17 @@ def test_every_key_of_conf_is_explained_on_its_line(file: Path) -> None:
 REFUSED = [
     (["stage.dpo.betta=0.2"], "command line: unknown key `stage.dpo.betta` (did you mean `stage.dpo.beta`?)"),
     (["+stage.dpo.betta=0.2"], "command line: unknown key `stage.dpo.betta` (did you mean `stage.dpo.beta`?)"),
+    (["stage.grpo.scale_by_std=true"], "`stage.grpo.scale_by_std` is not among the settings chosen (it comes with pip"),
+    (
+        ["reward=length", "reward.terms.lenght.low=3"],
+        "unknown key `reward.terms.lenght` (did you mean `reward.terms.le",
+    ),
+    (["reward=length", "reward.terms.length.whole=true"], "line: unknown key `reward.terms.length.whole` ("),
+    (["reward.terms.length.low=3"], "is not among the settings chosen (it comes with reward=composed, reward=length)"),
     (["stage.dpo.beta=strong"], "command line: `stage.dpo.beta` should be a valid number, got 'strong'"),
     (["stage.dpo.beta=-1"], "command line: `stage.dpo.beta` should be greater than 0, got -1"),
+    (["stage.dpo.beta=1e400"], "command line: `stage.dpo.beta` should be a finite number, got inf"),
+    (["stage.dpo.loss={sigmoid: inf}"], "line: `stage.dpo.loss` has a loss without a finite weight above 0 ("),
     (["stage.sft.lora.rank=1.5"], "command line: `stage.sft.lora.rank` should be a valid integer, got 1.5"),
     (["stage.sft.global_batch_size=true"], "`stage.sft.global_batch_size` should be a valid integer, got True"),
     (["stage.sft.lora={rnk: 8}"], "line: unknown key `stage.sft.lora.rnk` (did you mean `stage.sft.lora.rank`?)"),
@@ -94,6 +107,35 @@ REFUSED = [
     (["stage.dpo.loss={kto: 1.0}"], "names no loss of pairs (pipeline=kto stage.kto.loss=kto, on single answers)"),
     (["stage.dpo.loss=dpo"], "names no loss of pairs, got 'dpo' (DPO's own is loss=sigmoid)"),
     (["stage.dpo.loss=bco"], "names an unknown loss, got 'bco' (did you mean `bco_pair`?)"),
+    (
+        ["loss=sigmoid,ipo_mean"],
+        "(several losses have weights: stage.dpo.loss='{sigmoid: 1.0, ipo_mean: 1.0}'; a sweep: add -m)",
+    ),
+    (["stage.dpo.loss=sigmoid,hinge"], "(several losses have weights: stage.dpo.loss='{sigmoid: 1.0, hinge: 1.0}'; a"),
+    (["reward=composed,length"], "line: `reward` is given several values (a sweep: add -m)"),
+    (["reward=format,length"], "`reward` is given several values (a list: reward=[format,length]; a sweep: add -m)"),
+    (["objective=kl,reward"], "is given several values (a list: objective=[kl,reward]; a sweep: add -m)"),
+    (
+        ["loss=[sigmoid,nll]"],
+        "command line: `loss` lists sigmoid and nll, which set `stage.dpo.loss` to different values: only the last "
+        "counts (several losses have weights: stage.dpo.loss='{sigmoid: 1.0, nll: 1.0}')",
+    ),
+    (
+        ["loss=[sigmoid,rpo]"],
+        "`stage.dpo.loss` to different values: only the last counts (several losses have weights: ",
+    ),
+    (
+        ["reward=[format,composed,length]"],
+        "`reward` lists format and composed, which set `reward.terms.form.weight` to different values: only the last "
+        "counts (choose one of them, and set `reward.terms.form.weight` itself where it should be another)",
+    ),
+    (
+        ["stage.dpo.loss.nll=0.2"],
+        "command line: `stage.dpo.loss` is one name, in whose place `nll` would be (write all losses with their "
+        "weights, as in stage.dpo.loss='{sigmoid: 1.0, nll: 0.2}')",
+    ),
+    (["+stage.dpo.loss.nll=0.2"], "line: `stage.dpo.loss` is one name, in whose place `nll` would be (write all"),
+    (["loss=mpo", "stage.dpo.loss.nll=0.2"], "`stage.dpo.loss.nll` is new there (write +stage.dpo.loss.nll=0.2)"),
     (["loss=kto"], "no loss is called 'kto' (pipeline=kto stage.kto.loss=kto, on single answers)"),
     (["loss=dpo"], "no loss is called 'dpo' (DPO's own is loss=sigmoid)"),
     (["loss=ipo"], "no loss is called 'ipo' (did you mean loss=ipo_mean or loss=ipo_sum?)"),
@@ -102,6 +144,13 @@ REFUSED = [
     (["pipeline=simpo"], "no pipeline is called 'simpo' (did you mean loss=simpo?)"),
     (["pipeline=rlhf"], "no pipeline is called 'rlhf' (did you mean experiment=rlhf?)"),
     (["engine=zero4"], "command line: no engine is called 'zero4' (did you mean engine=zero3?)"),
+    (
+        ["reward=null"],
+        "command line: `reward=null` chooses no file (to choose nothing leave it out; else one of: answer",
+    ),
+    (["reward=[length,null]"], "command line: `reward=[length,null]` chooses no file ("),
+    (["reward=[length,lenght]"], "command line: no reward is called 'lenght' (did you mean reward=length?)"),
+    (["+seed=1"], "command line: `seed` is there already (write seed=1)"),
     (["engin=zero3"], "command line: unknown key `engin` (did you mean `engine`?)"),
     (
         ["launcher.kind=slrm"],
@@ -190,7 +239,7 @@ REFUSED = [
     ),
     (
         ["seed=1,2"],
-        "command line: `seed` is given several values (one value with commas: seed=\"'1,2'\"; a list: seed=[",
+        "command line: `seed` is given several values (a sweep: add -m)",
     ),
     (["objective=[rewards]"], "`objective` names `rewards`, which no evaluation measures (did you mean `reward`?)"),
     (["objective=[]"], "`objective` list should have at least 1 item"),
@@ -224,6 +273,19 @@ def test_a_wrong_setting_is_one_line(overrides: list[str], line: str) -> None:
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["pipeline=sft_rloo", "stage.rloo.scale_by_std=true"], "unknown key `stage.rloo.scale_by_std` ("),
+        (["~reward"], "nothing is chosen for `reward` (leave it to conf/config.yaml, or choose one of: answer, comp"),
+    ],
+)
+def test_what_is_wrong_without_an_experiment(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert str(caught.value).startswith(f"command line: {line}")
 
 
 @pytest.mark.parametrize("off", [[], ["stage.sft.lora=null"]], ids=["as it is", "from null"])
@@ -282,7 +344,16 @@ def test_a_wrong_key_in_a_file_names_the_file_and_its_line(tmp_path: Path) -> No
             "defaults:\n  - override /engine: zero4\n  - _self_\n",
             "3: no engine is called 'zero4' (did you mean engine=zero3?)",
         ),
+        (
+            "defaults:\n  - override /reward: [length, lenght]\n  - _self_\n",
+            "3: no reward is called 'lenght' (did you mean reward=length?)",
+        ),
         ("defaults:\n  - override /engin: zero3\n  - _self_\n", "3: unknown group `engin` (did you mean `engine`?)"),
+        (
+            "defaults:\n  - override /loss: [sigmoid, nll]\n  - _self_\n",
+            "3: `loss` lists sigmoid and nll, which set `stage.dpo.loss` to different values: only the last counts "
+            "(several losses have weights: stage.dpo.loss='{sigmoid: 1.0, nll: 1.0}')",
+        ),
         ("seed: ${sed}\n", "2: `seed`: Interpolation key 'sed' not found"),
         ("seed: [\n", "3: this is not YAML: expected the node content, but found '<stream end>'"),
     ],
@@ -326,3 +397,17 @@ def test_conf_holds_yaml_only_once_per_key() -> None:
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     for file in CONF.rglob("*.yaml"):
         yaml.load(file.read_text(), Strict)
+
+
+@pytest.mark.parametrize("pipeline", ["sft_dpo", "sft_ppo", "sft_grpo", "sft_online_dpo", "kto", "sft_reward_model"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_no_setting_is_infinite_or_nan(pipeline: str, number: float) -> None:
+    choices = [f"pipeline={pipeline}", "reward=composed", "+stage.dpo.reference_update={every_steps: 1, share: 1.0}"]
+    experiment = compose(choices[: 3 if pipeline == "sft_dpo" else 2])
+    keys = [key.split(".")[1:] for key, _ in shape.leaves(experiment, "")]
+    assert len(keys) > 150
+    for *above, last in keys:
+        raw = experiment.model_dump()
+        reduce(dict.__getitem__, above, raw)[last] = number
+        with pytest.raises(ValidationError):
+            Experiment.model_validate(raw)

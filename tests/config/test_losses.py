@@ -32,6 +32,12 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("tr_dpo", {"max_steps": 512}, "is 512 and `stage.dpo.max_steps` 512: the reference would never move"),
     ("exo_pair", {"label_smoothing": 0.0}, "is 0, and exo_pair compares with smoothed labels"),
     ("aot", {"weighting": "wpo"}, "is wpo, and aot sorts pairs or leaves them out"),
+    (
+        "aot",
+        {"global_batch_size": 1},
+        "is 1, and aot sorts the pairs of a global batch: there would be nothing to sort",
+    ),
+    ("aot_unpaired", {"global_batch_size": 1}, "is 1, and aot_unpaired sorts the pairs"),
     ("apo_zero", {"divergence": "js"}, "is js, and apo_zero does not go through one"),
     ("f_dpo_alpha", {"divergence_alpha": 1.0}, "is 1, where the alpha divergence is the reverse KL"),
 ]
@@ -47,6 +53,11 @@ def test_what_is_impossible_together_is_refused(file: str, changes: dict[str, An
 def test_it_is_refused_on_the_command_line() -> None:
     with pytest.raises(ConfigError, match="the reference would never move"):
         compose(["loss=tr_dpo", "stage.dpo.max_steps=100"])
+
+
+def test_a_weight_is_added_to_losses_that_have_weights() -> None:
+    given = compose(["pipeline=dpo", "loss=mpo", "+stage.dpo.loss.nll=0.2"]).stage["dpo"]
+    assert isinstance(given, Dpo) and given.losses == {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0, "nll": 0.2}
 
 
 def test_each_loss_has_a_file_of_its_name_and_each_file_says_where_its_values_are_from() -> None:

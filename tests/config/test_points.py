@@ -115,6 +115,7 @@ WRONG = [
     ["+hydra.callbacks.x._target_=os.mkdir"],
     ["hydra.job_logging={root: {handlers: [x]}}"],
     ["engine=zero4", "stage.dpo.betta=1"],
+    ["loss=[sigmoid,nll]"],
     ["seed=choice(1,2)"],
     ["stage.dpo.seed=${..sft.seed}", "stage.sft.seed=2"],
     ["stage.dpo={seed: '${.global_batch_size}'}"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from math import inf
 from typing import ClassVar, Literal, get_args
 
 from pydantic import field_validator
@@ -11,6 +13,8 @@ from alignment.config.losses import COEFFICIENTS, PAIR_LOSSES, Traits
 from alignment.config.nearest import closest
 from alignment.config.settings import Settings, identity
 from alignment.config.stages.training import Train
+
+SEVERAL = "stage.dpo.loss='{sigmoid: 1.0, nll: 0.2}'"
 
 
 def _fault(what: str, fix: str) -> PydanticCustomError:
@@ -59,7 +63,7 @@ class Dpo(Referenced):
     def _known(cls, value: object) -> object:
         """A name, or names with weights above 0."""
         if not isinstance(value, str | dict):
-            raise _fault("is neither a name nor names with weights", "loss=sigmoid, or loss={sigmoid: 1.0, nll: 0.5}")
+            raise _fault("is neither a name nor names with weights", f"stage.dpo.loss=sigmoid, or {SEVERAL}")
         if isinstance(value, dict) and not value:
             raise _fault("names no loss", f"one of: {', '.join(PAIR_LOSSES)}")
         for name in value if isinstance(value, dict) else [value]:
@@ -71,8 +75,8 @@ class Dpo(Referenced):
             if name not in PAIR_LOSSES:
                 raise _fault("names an unknown loss", closest(str(name), PAIR_LOSSES))
         for weight in value.values() if isinstance(value, dict) else ():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-                raise _fault("has a loss without a weight above 0", "loss={sigmoid: 1.0, nll: 0.5}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < inf:
+                raise _fault("has a loss without a finite weight above 0", SEVERAL)
         return value
 
     @property
@@ -141,3 +145,9 @@ def meant_by(loss: str) -> str:
         return "DPO's own is loss=sigmoid"
     of_single_answers = get_args(Kto.model_fields["loss"].annotation)
     return f"pipeline=kto stage.kto.loss={loss}, on single answers" if loss in of_single_answers else ""
+
+
+def weighted(key: str, losses: Collection[str]) -> str:
+    """How several losses are asked for on the command line; an example if these are not all losses."""
+    known = all(name in PAIR_LOSSES for name in losses)
+    return f"{key}='{{{', '.join(f'{name}: 1.0' for name in losses)}}}'" if known else SEVERAL
