@@ -163,7 +163,7 @@ def test_a_probe_looks_around_on_two_nodes(
     assert ", store writable)" in second
     assert "warning" not in done.stdout
     assert not list((tmp_path / "store" / "jobs").glob("*-probe"))
-    assert queue(slurm).count("PENDING") == 6
+    assert queue(slurm).count("PENDING") == len(compose([*settings, *more], ()).pipeline.nodes)
 
 
 def test_a_probe_names_what_is_missing(
