@@ -278,7 +278,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         work, arms = one["work"], one["arms"]
         first, default, best = (cell(arms[name]) for name in ("ours", AS_IT_COMES, one["best"]))
         times = [cell(one["times"][name], "x") for name in (AS_IT_COMES, one["best"])]
-        rows = one["best"].removeprefix("TRL, ")
+        rows = one["best"].removeprefix("TRL, ").replace("1 rows", "1 row")
         apart, norms = (max(row[name] for row in arms.values()) for name in ("apart", "norms"))
         cells = [work["kind"].upper(), f"{work['tokens']} + {work['tokens']}", first, default, times[0]]
         cells += [f"{best}, {rows}", times[1], f"{apart:.0e}, {norms:.0e}"]
