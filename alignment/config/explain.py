@@ -238,9 +238,8 @@ def _unknown_key(text: str, error: Exception, origin: Origin) -> Explained:
         return None
     keys = [override.split("=")[0].lstrip("+~") for override in origin.overrides]
     key = next((key for key in keys if key.endswith(found[1])), found[1])
-    lacks = within = str(
-        getattr(error.__cause__, "full_key", None) or key
-    )  # of a value that is a mapping: which of its keys
+    within = str(getattr(error.__cause__, "full_key", None) or key)  # of a value that is a mapping: which of its keys
+    lacks = within
     if within.startswith(f"{key}.") and shape.known_near(Experiment, within)[1]:
         key = within
     key, known = shape.known_near(Experiment, key)

@@ -26,7 +26,7 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
     kl = getattr(settings, "kl", None)
     if isinstance(kl, Kl):
         yield from _kl(kl, f"{key}.kl")
-    if isinstance(settings, PolicyGradient) and settings.refers and settings.truncated == "mask":
+    if isinstance(settings, PolicyGradient):
         yield from _masked(settings, key)
     if isinstance(settings, Clipped) and settings.ratio != "token" and settings.aggregate != "sequence":
         keys = f"{key}.aggregate", f"{key}.ratio"
@@ -39,7 +39,7 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
 
 
 def _masked(settings: PolicyGradient, key: str) -> Iterator[Fault]:
-    if settings.kl.place == "reward":
+    if settings.refers and settings.truncated == "mask" and settings.kl.place == "reward":
         keys = f"{key}.truncated", f"{key}.kl.place"
         what = f"`{keys[0]}` is mask, and `{keys[1]}` reward: answers that are cut would be measured without a KL, so"
         yield Fault(

@@ -143,8 +143,7 @@ def _continuous_part(
 def vllm(folder: Path, prompts: Prompts, settings: Sample, skip: Collection[int], progress: Progress) -> Iterator[Part]:
     """vLLM's offline engine, where it is installed. Each prompt has its own seed, and vLLM gives its answers that seed
     and those after it: what is computed beside them changes them by rounding only. Raises InputError for log-probs that
-    are not finite, as the loop. Written against vLLM 0.11 and later; tests run it
-    with a stub of that interface."""
+    are not finite, as the loop. Written against vLLM 0.11 and later; tests run it with a stub of that interface."""
     try:
         from vllm import LLM, SamplingParams
     except ImportError:
