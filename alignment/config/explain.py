@@ -339,6 +339,10 @@ def _dangling(text: str, error: Exception, origin: Origin) -> Explained:
     if missing := re.search(r"Missing mandatory value: ([\w.]+)", text):
         key = missing[1]
         return ConfigError(f"`{key}` has no value", where=origin.where(key), fix=ADD.format(key))
+    if flat := re.search(r"node `([\w.]+)` is not a container and thus cannot contain `(\w+)`", text):
+        key, known = shape.known_near(Experiment, f"{flat[1]}.{flat[2]}")
+        fix = f"set what is in it: {', '.join(f'{flat[1]}.{name}' for name in known)}"
+        return ConfigError(f"`{flat[1]}` is several settings, not one value", where=origin.where(flat[1]), fix=fix)
     key = getattr(error, "full_key", None)
     return ConfigError(f"`{key}`: {text}", where=origin.where(key)) if key else None
 

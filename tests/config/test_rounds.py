@@ -126,6 +126,8 @@ def test_a_mistake_is_one_line_with_its_place_and_the_fix() -> None:
         "`previous.dop`, and the rounds have no such node (did you mean `previous.dpo`?)",
         "pipeline.rounds.cuont=2": "command line: unknown key `pipeline.rounds.cuont` "
         "(did you mean `pipeline.rounds.count`?)",
+        "pipeline.rounds=2": "command line: `pipeline.rounds` is several settings, not one value (set what is in it: "
+        "pipeline.rounds.count, pipeline.rounds.first, pipeline.rounds.nodes, pipeline.rounds.prompts)",
     }.items():
         with pytest.raises(ConfigError) as told:
             compose([*ROUNDS, override])
