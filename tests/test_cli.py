@@ -167,7 +167,7 @@ def test_plan_says_from_which_step_a_stage_goes_on(tmp_path: Path) -> None:
 def test_a_sweep_is_planned_as_the_one_graph_that_run_would_make_of_it(tmp_path: Path) -> None:
     sweep = ("experiment=quickstart", "stage.dpo.beta=0.1,0.5", "seed=0,1")
     out = alignment("plan", "-m", *sweep, cwd=tmp_path).stdout
-    assert "  4 runs, 29 stages: 29 new\n" in out
+    assert "  4 runs, 31 stages: 31 new\n" in out
     counts = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 3}
     assert (counts["start"], counts["sft"], counts["dpo"]) == (["import_model", "1"], ["sft", "2"], ["dpo", "4"])
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from tests.conftest import Command, runs, states, tiny_stages
 pytestmark = pytest.mark.slow
 NODES = [
     *("start", "rows", "sft", "samples", "judged", "pairs", "reference", "dpo"),
-    *("evaluate_start", "evaluate_sft", "evaluate_dpo", "verdict"),
+    *("evaluate_start", "evaluate_sft", "evaluate_dpo", "best_of_n", "verdict"),
 ]
 STAGES = tiny_stages("prepare_sft", "sft", "sample", "judge", "dpo", "evaluate", "compare")
 

@@ -17,7 +17,8 @@ from alignment.errors import ConfigError
 IMPOSSIBLE = {
     "stage.compare.candidate=dop": "names `dop`, which `verdict` does not compare (did you mean `dpo`?)",
     "stage.compare.baseline=strat": "names `strat`, which `verdict` does not compare (did you mean `start`?)",
-    "stage.compare.candidate=start": "`stage.compare.candidate` is the baseline, start (name two of: start, sft, dpo)",
+    "stage.compare.candidate=start": "`stage.compare.candidate` is the baseline, start (name two of: start, sft, "
+    "sft_best_of_n, dpo)",
     "stage.dpo.lora.init=pissa": "must be kaiming, gaussian or orthogonal, got 'pissa' (pissa moves a part of",
     "stage.dpo.lora.init=pissa_niter_4": "'pissa_niter_4' (pissa_niter_4 moves a part of the weights",
     "stage.dpo.lora.init=orthogonal stage.dpo.lora.rank=3": "has init orthogonal, which needs an even rank",

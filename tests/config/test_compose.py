@@ -56,7 +56,7 @@ def test_every_pipeline_makes_a_graph_whose_parents_come_first(pipeline: str) ->
 
 
 def test_every_comparison_shows_the_best_of_several_answers() -> None:
-    """What trains on a reward is held against the simplest use of it; but in the quickstart's (conf/ says why)."""
+    """What trains on a reward is held against the simplest use of it."""
     compared, without = set(), set()
     for choice in [*(f"pipeline={file.stem}" for file in (CONF / "pipeline").glob("*.yaml")), "experiment=rlhf"]:
         experiment = compose([choice])
@@ -66,7 +66,7 @@ def test_every_comparison_shows_the_best_of_several_answers() -> None:
             shown = [stage[nodes[parent].stage] for parent in node.inputs.values()]
             if not any(isinstance(one, Evaluate) and one.best_of > 1 for one in shown):
                 without.add(choice)
-    assert without == {"pipeline=sft_sample_dpo"} and len(compared) >= 11
+    assert not without and len(compared) >= 11
 
 
 # A pipeline's keys are its nodes.

@@ -291,7 +291,7 @@ def test_what_follows_from_a_node_is_what_the_quickstart_shows() -> None:
     verdicts = {"evaluate_dpo", "verdict"}
     assert with_descendants(readers(("stage", "dpo", "beta"))) == {"dpo", *verdicts}
     assert with_descendants(readers(("reward", "terms"))) == {
-        *("judged", "pairs", "reference", "dpo", "evaluate_start", "evaluate_sft"), *verdicts
+        *("judged", "pairs", "reference", "dpo", "evaluate_start", "evaluate_sft", "best_of_n"), *verdicts
     }  # fmt: skip
     assert {node.name for node in NODES} - with_descendants(readers(("data", "instructions"))) == {"start"}
     assert with_descendants(readers(("data", "preferences"))) == set()
@@ -407,7 +407,7 @@ def test_optional_packages_count_only_where_they_do_something(tmp_path: Path) ->
 def test_tokenizers_is_in_the_key_of_every_stage_that_makes_token_ids_or_text() -> None:
     packages = {node.name: set(node.identity["packages"]) for node in graph.build(BASE)}
     assert {name for name in packages if "tokenizers" in packages[name]} == {
-        "start", "rows", "samples", "judged", "pairs", "evaluate_start", "evaluate_sft", "evaluate_dpo",
+        "start", "rows", "samples", "judged", "pairs", "evaluate_start", "evaluate_sft", "evaluate_dpo", "best_of_n",
     }  # fmt: skip
 
 
