@@ -16,6 +16,8 @@ SCRIPTS = {  # script -> the word that stands in the Unicode name of each of its
     **{name: name.upper() for name in ("greek", "hangul", "hebrew", "hiragana", "katakana", "latin", "tamil", "thai")},
     "han": "CJK",
 }
+ALSO = {"々": "CJK", "〇": "CJK", "ª": "LATIN", "º": "LATIN"}  # whose names do not say so
+OF_NO_SCRIPT = frozenset("µ")  # of units, in any language
 
 
 def words(text: str) -> int:
@@ -48,11 +50,13 @@ def ends_whole(text: str) -> bool:
 
 def foreign_share(text: str, scripts: Collection[str]) -> float:
     """Share of letters that belong to none of these scripts; 0 for a text without letters."""
-    letters = [letter for letter in text if letter.isalpha()]
+    letters = [letter for letter in text if letter.isalpha() and letter not in OF_NO_SCRIPT]
     wanted = frozenset(SCRIPTS[name] for name in scripts)
     return sum(not _is_of(letter, wanted) for letter in letters) / len(letters) if letters else 0.0
 
 
 @lru_cache(1 << 14)
 def _is_of(letter: str, wanted: frozenset[str]) -> bool:
+    if letter in ALSO:
+        return ALSO[letter] in wanted
     return not wanted.isdisjoint(unicodedata.name(letter, "").replace("-", " ").split())

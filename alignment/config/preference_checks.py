@@ -70,6 +70,10 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     if settings.ld_alpha is not None and set(settings.losses) <= {"nll", "sft"}:
         what = f"`{key}.ld_alpha` is {settings.ld_alpha:g}, and {next(iter(settings.losses))} compares no lengths"
         yield Fault(what, (f"{key}.ld_alpha", loss), f"{key}.ld_alpha=null")
+    means = [name for name, traits in zip(settings.losses, settings.traits, strict=True) if traits.means]
+    if settings.ld_alpha is not None and means:
+        what = f"`{key}.ld_alpha` is {settings.ld_alpha:g}, and {means[0]} divides by the length of an answer already"
+        yield Fault(what, (f"{key}.ld_alpha", loss), f"{key}.ld_alpha=null, or a loss of sums such as sigmoid")
     if settings.divergence == "alpha" and settings.divergence_alpha == 1:
         what = f"`{alpha}` is 1, where the alpha divergence is the reverse KL"
         yield Fault(what, (alpha, divergence), f"{divergence}=reverse_kl")

@@ -20,8 +20,13 @@ from alignment.config.stages.base import REWARD_MODEL
 def term_faults(use: Use) -> Iterator[Fault]:
     """Of a stage that judges."""
     yield from _reward_models(use)
+    yield from _weightless(use)
     if (comparison := use.experiment.reward.comparison) is not None:
         yield from _chat(comparison, "reward.comparison", ("first", "second"))
+        if comparison.first == comparison.second:
+            keys = "reward.comparison.first", "reward.comparison.second"
+            what = f"`{keys[0]}` and `{keys[1]}` are both {comparison.first!r}: each comparison would be a tie"
+            yield Fault(what, keys, "what the group of the pattern is, for each of the two")
         yield from _unasked(use.experiment)
     for name, term in use.experiment.reward.terms.items():
         key = f"reward.terms.{name}"
@@ -29,6 +34,15 @@ def term_faults(use: Use) -> Iterator[Fault]:
             yield _turned(f"{key}.normalise.low", term.normalise.low, f"{key}.normalise.high", term.normalise.high)
         if look := LOOKS.get(type(term)):
             yield from look(term, key)
+
+
+def _weightless(use: Use) -> Iterator[Fault]:
+    """Terms of weight 0 are there to be watched, beside one that counts."""
+    terms = use.experiment.reward.read(use.settings.compares).terms
+    if terms and not any(term.weight for term in terms.values()):
+        keys = tuple(f"reward.terms.{name}.weight" for name in terms)
+        what = f"`{keys[0]}` is 0{', and so are the others' * (len(keys) > 1)}: every answer would have the reward 0"
+        yield Fault(what, keys, "give one of them a weight")
 
 
 def _unasked(experiment: Experiment) -> Iterator[Fault]:
@@ -51,10 +65,12 @@ def _turned(low: str, least: float, high: str, most: float) -> Fault:
 
 def _reward_models(use: Use) -> Iterator[Fault]:
     """Each term has its models, and each reward model that the stage is given has a term."""
-    terms, read = use.experiment.reward.read(use.settings.compares).terms, set[str]()
+    terms, read = use.experiment.reward.read(use.settings.compares).terms, dict[str, tuple[str, str]]()
     for name, term in terms.items():
         if isinstance(term, Model) and not term.members:
-            read |= (mine := set(term.reads(use.inputs)))
+            mine = term.reads(use.inputs)
+            yield from _read_twice(use, name, term, {role: read[role] for role in mine if role in read})
+            read |= dict.fromkeys(mine, (name, term.roles))
             if not mine:
                 what = f"`reward.terms.{name}` has no model: it has no members, and `{use.node}` no role `{term.roles}`"
                 fix = f"+{use.role(term.roles)}=NODE, or +reward.terms.{name}.members.one={{kind: path, path: FOLDER}}"
@@ -63,6 +79,17 @@ def _reward_models(use: Use) -> Iterator[Fault]:
         if role.startswith(REWARD_MODEL) and role not in read:
             what = f"`{use.role(role)}` is filled, and no term of the reward reads it"
             yield Fault(what, (use.role(role),), "reward=model, or leave it out")
+
+
+def _read_twice(use: Use, name: str, term: Model, others: dict[str, tuple[str, str]]) -> Iterator[Fault]:
+    """others: role -> the term that reads it already, and what its roles begin with. With equal `roles` it is meant."""
+    for role, (other, roles) in others.items():
+        if roles != term.roles:
+            keys = f"reward.terms.{other}.roles", f"reward.terms.{name}.roles"
+            what = (
+                f"`{use.role(role)}` is read by `{other}` and by `{name}`: its name begins as the `roles` of both say"
+            )
+            yield Fault(what, keys, "name the roles so that none begins as another, such as reward_model_a and _b")
 
 
 def _length(term: Length, key: str) -> Iterator[Fault]:

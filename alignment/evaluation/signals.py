@@ -38,10 +38,16 @@ def metrics(row: Row) -> dict[str, float | None]:
     values = {
         "reward": row["reward"],
         **row["terms"],
+        **{unscaled(name): value for name, value in row.get("unscaled", {}).items()},
         "stop_rate": float(row["finished"]),
         **{name: row[name] for name in ("tokens", "repetition", "kl", "heldout_nll")},
     }
     return {name: None if value is None else float(value) for name, value in values.items()}
+
+
+def unscaled(name: str) -> str:
+    """What a term is called before it is normalised."""
+    return f"{name}/unscaled"
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Column]:

@@ -15,8 +15,16 @@ BEFORE = r"[-+−]?[$€£]?"
 NUMBER = rf"{BEFORE}(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?"
 MIXED = rf"({BEFORE}{WHOLE}){GAP}+(?=\d{{1,2}}\s*/\s*\d)"  # 4 of 4 1/2; of three digits they are thousands
 FRACTION = re.compile(rf"(?<![\w.])(?:{MIXED})?({NUMBER})(?:\s*/\s*({NUMBER}))?")
-LATEX = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
-AFTER_DIGIT = re.compile(r"(?<=\d) *(?=\\[dt]?frac\{)")  # 4\frac{1}{2} is 4 1/2
+LATEX = re.compile(r"\\[dt]?frac *(?:\{([^{}]*)\}|(\d)) *(?:\{([^{}]*)\}|(\d))")
+# Inside of a number, 10,\!000 or 10{,}000, or behind it.
+SPACES = re.compile(r"\\[!,]|(?<=\d)\{(?=,\})|(?<=,)\}(?=\d)|\^ *\{? *\\circ *\}?")
+OF_UNIT = re.compile(r"(?<=[A-Za-z}])[\^_] *(?:\{ *[-−]?\d+ *\}|[-−]?\d)")  # of cm^2
+TIMES = r"(?:[x×*·]|\\times|\\cdot)"
+POWER = re.compile(rf"(?<=\d) *{TIMES} *10 *\^ *(?:\{{ *([-+−]?\d+) *\}}|([-+−]?\d+))")
+# A number of an expression that is not worked out: its last number is not what it comes to.
+BEFORE_IT = re.compile(rf"(?:[\^_√]|\\sqrt *(?:\[\d*\])?) *\{{? *$|\d *{TIMES} *$|\}} *\{{ *$|(?:\\pi|[π)}}]) */ *$")
+BEHIND_IT = re.compile(r" *\}? *(?:\\sqrt|\\pi\b|[√π^⁰¹²³⁴⁵⁶⁷⁸⁹⁻])")
+AFTER_DIGIT = re.compile(r"(?<=\d) *(?=\\[dt]?frac *[\d{])")  # 4\frac{1}{2} is 4 1/2
 MARK = re.compile(r"####\s*(\S.*)")  # of GSM8K (Cobbe et al. 2021, arXiv:2110.14168)
 BOXED = r"\boxed{"  # of MATH (Hendrycks et al. 2021, arXiv:2103.03874)
 
@@ -69,14 +77,24 @@ def plain(text: str) -> str:
 
 
 def number(text: str) -> float | None:
-    """The last number, fraction or mixed number of a text; None if there is none that is finite.
+    r"""The last number, fraction or mixed number of a text; None if there is none that is finite, or it is a part of a
+    root, a power or a product, as in 2\sqrt{5}: their last number is not what they come to.
 
-    1,234.5 and 1 234.5 are one number, as in English, and so is 4 1/2, if the fraction is below 1.
+    1,234.5, 1 234.5 and 10,\!000 are one number each, as in English, and so are 3 \times 10^8 and 4 1/2, if the
+    fraction is below 1.
     """
-    written = FRACTION.findall(LATEX.sub(r"\1/\2", AFTER_DIGIT.sub(" ", text)))
-    if not written:
+    text = OF_UNIT.sub("", SPACES.sub("", text))
+    text = POWER.sub(lambda power: f"e{(power[1] or power[2]).replace('−', '-')}", text)
+    text = LATEX.sub(lambda parts: f"{parts[1] or parts[2]}/{parts[3] or parts[4]}", AFTER_DIGIT.sub(" ", text))
+    *_, written = (None, *FRACTION.finditer(text))
+    if (
+        written is None
+        or BEFORE_IT.search(text[max(0, written.start() - 40) : written.start()])
+        or BEHIND_IT.match(text[written.end() :])
+    ):
         return None
-    whole, above, below = (re.sub(r"[,$€£+\s]", "", part).replace("−", "-") for part in written[-1])
+    parts = (part or "" for part in written.groups())
+    whole, above, below = (re.sub(r"[,$€£+\s]", "", part).replace("−", "-") for part in parts)
     share = float(above) / float(below or 1) if float(below or 1) else math.inf
     if whole and share < 1:
         share = float(whole) + math.copysign(share, -1 if whole.startswith("-") else 1)

@@ -34,10 +34,10 @@ class Asker:
         self.client = Client(settings, where)
         self.kept = Replies(shared / KEPT if shared is not None and settings.cache else None)
 
-    def __call__(self, texts: Sequence[str], read: Callable[[str], T]) -> list[T | Failed]:
-        """What `read` makes of the reply to each text, or why there is none. A reply that it raises Failed for is not
-        kept: another attempt asks again."""
-        asked = {text: self._request(text) for text in texts}
+    def __call__(self, texts: Sequence[str | Failed], read: Callable[[str], T]) -> list[T | Failed]:
+        """What `read` makes of the reply to each text, or why there is none; one that could not be filled is not asked.
+        A reply that it raises Failed for is not kept: another attempt asks again."""
+        asked = {text: self._request(text) for text in texts if isinstance(text, str)}
         names = {text: digest({"url": self.client.url, **request}) for text, request in asked.items()}
         found: dict[str, T | Failed] = {}
         for text, name in names.items():
@@ -52,7 +52,7 @@ class Asker:
 
         unknown = {text: request for text, request in asked.items() if text not in found}
         ask_all(self.client, unknown, self.settings.concurrency, take, self.alive)
-        return [found[text] for text in texts]
+        return [found[text] if isinstance(text, str) else text for text in texts]
 
     def _request(self, text: str) -> Request:
         """What is sent, but for the key."""
@@ -70,8 +70,12 @@ def _read(reply: Reply, read: Callable[[str], T]) -> T | Failed:
         return failed
 
 
-def filled(template: str, row: Row, answers: Mapping[str, str]) -> str:
-    """The placeholders of a template replaced, all at once: one that an answer writes stays as it is."""
+def filled(template: str, row: Row, answers: Mapping[str, str]) -> str | Failed:
+    """The placeholders of a template replaced, all at once: one that an answer writes stays as it is. Failed if the row
+    lacks what one of them asks for."""
+    for name in ("reference", "expected"):
+        if f"{{{name}}}" in template and row.get(name) is None:
+            return Failed(f"its row has no `{name}`, which the prompt has")
     turns = row["prompt"]
     talk = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
     known = {**answers, "prompt": turns[0]["content"] if len(turns) == 1 else talk}

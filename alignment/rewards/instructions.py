@@ -108,8 +108,14 @@ WHOLES: dict[str, Callable[[str, str], bool]] = {
     "title": lambda text, asked: bool(re.search(r"<<[^<>\n]*[^<>\s][^<>\n]*>>", text)),
     "quotation": lambda text, asked: len(text.strip()) > 2 and text.strip()[0] in '"“' and text.strip()[-1] in '"”',
     "no_commas": lambda text, asked: bool(text.strip()) and not set(text) & set(",，、"),
-    "repeat_prompt": lambda text, asked: _plain(text).startswith(_plain(asked)) and _plain(text) != _plain(asked),
+    "repeat_prompt": lambda text, asked: _goes_on(_plain(text), _plain(asked)),
 }
+
+
+def _goes_on(said: str, asked: str) -> bool:
+    """Whether it begins with what was asked, whole words of it, and has more."""
+    rest = said.removeprefix(asked)
+    return rest not in ("", said) and not (asked[-1:].isalnum() and rest[0].isalnum())
 
 
 def _plain(text: str) -> str:

@@ -61,6 +61,7 @@ class Judge:
         self.reward = reward
         self.compare = Comparer(reward.comparison, alive, shared) if reward.comparison is not None else None
         means = {name: Means(name, folders.get(name, ()), alive, shared) for name in reward.terms}
+        self._unscaled = {n for n, t in reward.terms.items() if isinstance(t, kinds.Relevance) and t.normalise}
         self._watched = {name for name, term in reward.terms.items() if not term.weight}
         self.terms = {name: MAKERS[type(term)](term, means[name]) for name, term in reward.terms.items()}
 
@@ -69,17 +70,23 @@ class Judge:
 
         answers[i] answers rows[i], which has `prompt` (messages) and what else its terms read: `reference`, `checks`.
         tokens: lengths of the answers, end-of-turn token included. terms: normalised, before their weights.
+        Of relevance that is normalised "unscaled": {name: float} has the cosine: its limit in a comparison is one.
         Where a term fails its value is None, the reward too if the term weighs anything, and "failed": {name: why}
         stands beside them.
         """
         lengths: Sequence[int | None] = tokens if tokens is not None else [None] * len(answers)
         given = [Answer(row, text, length) for row, text, length in zip(rows, answers, lengths, strict=True)]
-        columns = {name: self._column(name, given) for name in self.terms}
-        return [self._sum({name: column[i] for name, column in columns.items()}) for i in range(len(given))]
+        found = {name: term(given) for name, term in self.terms.items()}
+        columns = {name: self._scaled(name, column) for name, column in found.items()}
+        scores = [self._sum({name: column[i] for name, column in columns.items()}) for i in range(len(given))]
+        for name in self._unscaled:
+            for score, value in zip(scores, found[name], strict=True):
+                score.setdefault("unscaled", {})[name] = None if score["terms"][name] is None else value
+        return scores
 
-    def _column(self, name: str, answers: Sequence[Answer]) -> list[Value]:
+    def _scaled(self, name: str, column: Sequence[Value]) -> list[Value]:
         scale = scaling(self.reward.terms[name].normalise)
-        return [value if isinstance(value, Failed) else _finite(value, scale) for value in self.terms[name](answers)]
+        return [value if isinstance(value, Failed) else _finite(value, scale) for value in column]
 
     def _sum(self, values: Mapping[str, Value]) -> Score:
         failed = {name: str(value) for name, value in values.items() if isinstance(value, Failed)}

@@ -76,7 +76,7 @@ def _load(path: Path, function: str, name: str) -> Callable[..., Any]:
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look themselves up there
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
         made: Callable[..., Any] = getattr(module, function)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error

@@ -27,14 +27,15 @@ def run(context: StageContext) -> dict[str, Any]:
     context.progress(1, 3, note="intervals")
     table = comparison.table(settings.baseline)
     context.progress(2, 3, note="verdict")
-    terms = context.experiment.reward.terms
+    relevant = [name for name, term in context.experiment.reward.terms.items() if term.kind == "relevance"]
+    cosines = [signals.unscaled(name) if context.experiment.reward.terms[name].normalise else name for name in relevant]
     best_of = {role: rows[0]["best_of"] for role, rows in answers.items() if "best_of" in rows[0]}
     found = gates.verdict(
         comparison,
         candidate=settings.candidate,
         baseline=settings.baseline,
         limits=gates.Limits(settings.max_relevance_drop, settings.min_stop_rate),
-        relevance=[name for name in comparison.metrics if name in terms and terms[name].kind == "relevance"],
+        relevance=[name for name in cosines if name in comparison.metrics],
         prompts=comparison.prompts("reward"),  # its interval is of these: an answer may have no reward
         shown=best_of,
     )

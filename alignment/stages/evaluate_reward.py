@@ -30,7 +30,7 @@ def run(context: StageContext) -> dict[str, Any]:
     data = context.inputs["data"]
     rows, ids = _heldout(data), [row["id"] for row in rows_of(data, "heldout.jsonl")]
     members = {role: context.inputs[role] for role in MEMBERS if role in context.inputs}
-    loss = _loss(members)
+    loss, margin = _trained(members)
     for folder in members.values():
         _check_same_text(folder / "model", data, rows)
     sides = ("chosen", "rejected") if "chosen_ids" in rows.column_names else ("completion",)
@@ -41,7 +41,7 @@ def run(context: StageContext) -> dict[str, Any]:
         found.append(_rewards(folder / "model", asked, settings, parts(role)))
     rewards = np.stack(found).reshape(len(members), len(sides), len(rows))  # [members, sides, rows]
     lengths = np.array([[len(row[f"{side}_ids"]) for row in rows] for side in sides])
-    told = _measured(rewards, lengths, rows, loss)
+    told = _measured(rewards, lengths, rows, loss, log_odds=loss == "bradley_terry" and not margin)
     _publish(context, told, rewards, lengths, sides, ids)
     return dict(told["metrics"])
 
@@ -71,13 +71,17 @@ def _heldout(data: Path) -> Any:
     return load_from_disk(str(folder))
 
 
-def _loss(members: dict[str, Path]) -> str:
-    """What all members were trained with. Raises InputError where they differ: their numbers mean different things."""
-    losses = {role: str(read_json(folder / TOLD)["loss"]) for role, folder in members.items()}
-    if len(set(losses.values())) > 1:
-        said = ", ".join(f"{role} {loss}" for role, loss in losses.items())
-        raise InputError(f"members of an ensemble were trained with different losses: {said}", fix="use one loss")
-    return next(iter(losses.values()))
+def _trained(members: dict[str, Path]) -> tuple[str, float]:
+    """Loss and margin that all members were trained with. Raises InputError where they differ: their numbers mean
+    different things."""
+    told = {role: read_json(folder / TOLD) for role, folder in members.items()}
+    for what, several in (("loss", "losses"), ("margin", "margins")):
+        if len({one[what] for one in told.values()}) > 1:
+            said = ", ".join(f"{role} {one[what]}" for role, one in told.items())
+            fix = f"use one {what}"
+            raise InputError(f"members of an ensemble were trained with different {several}: {said}", fix=fix)
+    one = next(iter(told.values()))
+    return str(one["loss"]), float(one["margin"])
 
 
 def _check_same_text(model: Path, data: Path, rows: Any) -> None:
@@ -89,13 +93,13 @@ def _check_same_text(model: Path, data: Path, rows: Any) -> None:
     check_end_of_turn(rows, chat.eos_id)
 
 
-def _measured(rewards: np.ndarray, lengths: np.ndarray, rows: Any, loss: str) -> dict[str, Any]:
-    """{"metrics"}, and of pairs whose margins are log-odds {"calibration"}."""
+def _measured(rewards: np.ndarray, lengths: np.ndarray, rows: Any, loss: str, log_odds: bool) -> dict[str, Any]:
+    """{"metrics"}, and of pairs whose margins are log-odds {"calibration"}. Those of a model that was trained to keep
+    pairs a margin apart are more than that."""
     if len(lengths) == 1:
         scores = np.array(rows["score"][:], dtype=np.float64)
         return {"metrics": reward_metrics.of_scores(rewards[:, 0], scores, lengths[0], loss)}
     chosen, rejected = rewards[:, 0], rewards[:, 1]
-    log_odds = loss == "bradley_terry"
     told: dict[str, Any] = {"metrics": reward_metrics.of_pairs(chosen, rejected, lengths, log_odds)}
     if log_odds:
         told["calibration"] = reward_metrics.calibration((chosen - rejected).mean(0))[1]

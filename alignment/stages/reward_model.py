@@ -24,7 +24,8 @@ def run(context: StageContext) -> dict[str, Any]:
     settings: RewardModel = context.settings
     metrics = train(context, partial(sizes, settings), make_trainer, partial(load_classifier, seed=settings.seed))
     if context.is_main:  # what a number of this model means
-        write_json(context.folder / TOLD, {"loss": settings.loss})
+        margin = settings.margin if settings.loss == "bradley_terry" else 0.0
+        write_json(context.folder / TOLD, {"loss": settings.loss, "margin": margin})
     return metrics
 
 

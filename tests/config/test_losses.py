@@ -38,6 +38,8 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
         "is 1, and aot sorts the pairs of a global batch: there would be nothing to sort",
     ),
     ("aot_unpaired", {"global_batch_size": 1}, "is 1, and aot_unpaired sorts the pairs"),
+    ("simpo", {"ld_alpha": 0.5}, "ld_alpha` is 0.5, and simpo divides by the length of an answer already"),
+    ("orpo", {"ld_alpha": 0.0}, "ld_alpha` is 0, and orpo divides by the length"),
     ("apo_zero", {"divergence": "js"}, "is js, and apo_zero does not go through one"),
     ("f_dpo_alpha", {"divergence_alpha": 1.0}, "is 1, where the alpha divergence is the reverse KL"),
 ]

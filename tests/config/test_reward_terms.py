@@ -31,6 +31,15 @@ REFUSED = {
     "reward=[endpoint_pairwise,model] reward.terms.judge.model=m stage.judge.judging=pairwise": (
         "`reward.terms.preference` has no model: it has no members, and `evaluate_start` no role"
     ),
+    "reward=sentiment reward.terms.sentiment.weight=0": "`reward.terms.sentiment.weight` is 0: every answer would have",
+    "reward=[sentiment,length] reward.terms.sentiment.weight=0 reward.terms.length.weight=0": "so are the others",
+    "reward=endpoint_pairwise reward.terms.judge.model=m reward.comparison.second=A stage.judge.judging=pairwise": (
+        "`reward.comparison.first` and `reward.comparison.second` are both 'A': each comparison would be a tie"
+    ),
+    "experiment=rlhf ++reward.terms.safety={kind:model,weight:1.0,normalise:null,members:{},combine:mean,"
+    "uncertainty:0.0,end:template,roles:reward_model_b} +pipeline.nodes.rloo.inputs.reward_model_b=reward_model": (
+        "is read by `preference` and by `safety`: its name begins as the `roles` of both say"
+    ),
     "reward=model +pipeline.nodes.judged.inputs.reward_model=sft": "which makes a model, not a reward model",
     "+pipeline.nodes.sft.inputs.reward_model=sft": "a stage of this kind has no such role",
 }

@@ -90,6 +90,12 @@ CASES = {
     "kto_zero3_sequence": ("kto", "zero3", {}, SHARED),
     "dpo_zero3_whole_sequence": ("dpo", "zero3", MIXES["whole"], SHARED),
     "dpo_zero3_moving_sequence": ("dpo", "zero3", MOVES, SHARED),
+    "dpo_zero3_moving_hpz": ("dpo", "zero3", MOVES, {"hpz": 2}),  # weights are written beside both their copies
+    "dpo_zero3_whole_offload": ("dpo", "zero3", MIXES["whole"], {"offload": "all"}),
+    "kto_zero3_offload": ("kto", "zero3", {}, {"offload": "all"}),
+    "reward_model_zero3_offload": ("reward_model", "zero3", {}, {"offload": "all"}),
+    "sft_zero1_offload": ("sft", "zero1", {}, {"offload": "optimizer"}),
+    "dpo_zero3_offload_optimizer": ("dpo", "zero3", {}, {"offload": "optimizer"}),
     "sft_uneven": ("sft", "zero2", {"global_batch_size": 5}, {}),
     **{f"dpo_{strategy}_compiled": ("dpo", strategy, {}, COMPILED) for strategy in ("ddp", "zero2")},
 }

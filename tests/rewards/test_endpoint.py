@@ -44,6 +44,14 @@ def test_what_is_asked_is_the_template_filled_once(server: Server) -> None:
     assert body == {"model": "judge-7b", "messages": messages, "temperature": 0.0, "max_tokens": 16}
 
 
+def test_nobody_is_asked_what_its_row_has_no_text_for(server: Server) -> None:
+    judge = judge_at(server.port, prompt="{answer}, or {reference}?")
+    server.answer = lambda question, before: completion("Score: 10")
+    scores = judge.score([row(), row(reference="R"), row(reference=None)], ["a", "b", "c"])
+    why = "its row has no `reference`, which the prompt has"
+    assert told(scores) == [why, 1.0, why] and len(server.asked) == 1
+
+
 def test_questions_are_asked_several_at_a_time_and_each_once(server: Server) -> None:
     """The first four wait for each other."""
     together = threading.Barrier(4)

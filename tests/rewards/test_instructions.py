@@ -59,7 +59,8 @@ CHECKS: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"kind": "title"}, ["<<A day>>\nIt was"], ["<< >>", "<<>>>", "<<a\nb>>", "A day", ""]),
     ({"kind": "quotation"}, ['"To be"\n', "“To be”"], ['"To be', "'To be'", '""', '"', ""]),
     ({"kind": "no_commas"}, ["a b"], ["a, b", "", "一，二"]),
-    ({"kind": "repeat_prompt"}, ["Say  something. Well, hello"], ["Say something", "Well, say something", ""]),
+    ({"kind": "repeat_prompt"}, ["Say  something. Well, hello"], ["Say something", "Say somethingelse", ""]),
+    ({"kind": "repeat_prompt"}, [], ["Well, say something"]),
 ]  # fmt: skip
 
 

@@ -32,6 +32,13 @@ def test_the_function_is_given_prompts_answers_and_rows_of_which_it_may_do_as_it
     assert rows == [row(expected="no"), row()]
 
 
+def test_the_file_is_compiled_as_python_would(tmp_path: Path) -> None:
+    """Its annotations are no texts, as they are in files that ask for that."""
+    path = tmp_path / "kinds.py"
+    path.write_text("def f(x: int): ...\ndef reward(prompts, answers, rows): return [f.__annotations__['x'] is int]\n")
+    assert [score["reward"] for score in judge_by(**own(path)).score([row()], ["a"])] == [1.0]
+
+
 def test_only_answers_that_it_raises_for_fail_with_file_and_line() -> None:
     scores = judge_by(**own()).score([row()] * 5, ["yes", "boom", "nan", "none", "no"])
     assert [score["reward"] for score in scores] == [1.0, None, None, None, 0.0]

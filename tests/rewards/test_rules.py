@@ -105,6 +105,8 @@ def test_repetition_costs_the_share_of_what_is_said_again(text: str, words: int,
         ("日本語です", ["han"], 0.4),
         ("日本語です", ["han", "hiragana"], 0.0),
         ("12 + 3 = 15", ["thai"], 0.0),
+        ("人々", ["han"], 0.0),
+        ("5 µm at 1º", ["latin"], 0.0),
         ("ＡＢ", ["latin"], 0.0),  # full width
     ],
 )

@@ -125,11 +125,32 @@ def test_without_rewards_to_compare_it_is_one_line(make_context: MakeContext, ev
         compare.run(make_context("compare", evaluations, resamples=100))
 
 
+@pytest.mark.parametrize(
+    ("normalise", "scaled", "drop", "word"),
+    [("sigmoid", 0.04, 0.18, "broken"), ("zscore,mean:0.6,std:0.05", 0.08, 0.004, "better")],
+)
+def test_the_limit_of_relevance_is_a_cosine_whatever_the_reward_makes_of_it(
+    normalise: str, scaled: float, drop: float, word: str, make_context: MakeContext, evaluations: Any
+) -> None:
+    for role in evaluations:
+        answers, lower = evaluations[role] / "answers.jsonl", role == "dpo"
+        told = {"terms": {"relevance": 0.6 - lower * scaled}, "unscaled": {"relevance": 0.6 - lower * drop}}
+        write_jsonl(answers, [{**row, **told, "finished": True} for row in list(read_jsonl(answers))])
+    terms = ["reward=sentiment_relevance", f"++reward.terms.relevance.normalise={{kind:{normalise}}}"]
+    experiment = compose(["pipeline=sft_sample_dpo", *terms])
+    context = replace(make_context("compare", evaluations, resamples=100), experiment=experiment)
+    compare.run(context)
+    verdict = read_json(context.folder / "verdict.json")
+    assert verdict["verdict"] == word
+    assert [one["gate"] for one in verdict["reasons"]][:2] == ["stop_rate", "relevance/unscaled"]
+
+
 @pytest.mark.parametrize(("weight", "better"), [(2.0, True), (-1.0, False), (0.0, None)])
 def test_of_a_term_that_the_reward_subtracts_less_is_better(
     weight: float, better: bool | None, make_context: MakeContext, evaluations: Any
 ) -> None:
-    experiment = compose(["pipeline=sft_sample_dpo", "reward=sentiment", f"reward.terms.sentiment.weight={weight}"])
+    terms = ["reward=[sentiment,length]", f"reward.terms.sentiment.weight={weight}"]
+    experiment = compose(["pipeline=sft_sample_dpo", *terms])
     context = replace(make_context("compare", evaluations, resamples=100), experiment=experiment)
     compare.run(context)
     table = {row["metric"]: row for row in read_json(context.folder / "verdict.json")["table"]}

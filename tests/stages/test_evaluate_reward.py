@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = folder / f"member-{seed}" / "model"
         shutil.copytree(start, target)
         load_classifier(start, seed).save_pretrained(target)
-        write_json(folder / f"member-{seed}" / "reward_model.json", {"loss": "bradley_terry"})
+        write_json(folder / f"member-{seed}" / "reward_model.json", {"loss": "bradley_terry", "margin": 0.0})
     scored = [{"prompt": pair["prompt"], "completion": pair["chosen"], "score": i / 24} for i, pair in enumerate(PAIRS)]
     for task, rows in (("preference", PAIRS), ("scored", scored)):
         (folder / task).mkdir()
@@ -119,12 +119,24 @@ def test_an_ensemble_is_the_mean_of_its_members_and_knows_where_they_differ(fold
 def test_scores_are_compared_as_the_loss_meant_them(folder: Path, tmp_path: Path) -> None:
     for loss in ("mse", "bce", "bradley_terry"):
         shutil.copytree(folder / "member-1", tmp_path / loss)
-        write_json(tmp_path / loss / "reward_model.json", {"loss": loss})
+        write_json(tmp_path / loss / "reward_model.json", {"loss": loss, "margin": 0.0})
         metrics = measure(folder, tmp_path / f"out-{loss}", "scored", tmp_path / loss)
         rewards = np.array([row["completion"][0] for row in read_jsonl(tmp_path / f"out-{loss}" / "rewards.jsonl")])
         scores = {row["id"]: row["score"] for row in read_jsonl(folder / "scored" / "train.jsonl")}
         assert len(scores) == 14 and metrics["rows"] == len(rewards) == 10
         assert ("mse" in metrics) == (loss != "bradley_terry") and -1 <= metrics["spearman"] <= 1
+
+
+def test_margins_of_a_model_trained_to_keep_pairs_apart_are_taken_for_no_log_odds(folder: Path, tmp_path: Path) -> None:
+    """-log sigmoid(r - m) is least, for pairs of which a share p is labelled right, at r above log(p / (1 - p))."""
+    shutil.copytree(folder / "member-1", tmp_path / "apart")
+    write_json(tmp_path / "apart" / "reward_model.json", {"loss": "bradley_terry", "margin": 1.0})
+    apart, plain = (
+        measure(folder, tmp_path / f"of-{one.name}", "preference", one)
+        for one in (tmp_path / "apart", folder / "member-1")
+    )
+    assert plain.keys() - apart.keys() == {"ece", "heldout_loss"}
+    assert apart["accuracy"] == plain["accuracy"]
 
 
 def test_a_model_that_gives_nan_is_not_measured(folder: Path, tmp_path: Path) -> None:
@@ -139,11 +151,14 @@ def test_a_model_that_gives_nan_is_not_measured(folder: Path, tmp_path: Path) ->
 
 def test_what_cannot_be_measured_is_one_line(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "member-2", tmp_path / "other")
-    write_json(tmp_path / "other" / "reward_model.json", {"loss": "mse"})
+    write_json(tmp_path / "other" / "reward_model.json", {"loss": "mse", "margin": 0.0})
     with pytest.raises(InputError, match="trained with different losses: model bradley_terry, model_2 mse"):
         measure(folder, tmp_path / "a", "preference", folder / "member-1", tmp_path / "other")
+    write_json(tmp_path / "other" / "reward_model.json", {"loss": "bradley_terry", "margin": 1.0})
+    with pytest.raises(InputError, match=r"trained with different margins: model 0\.0, model_2 1\.0"):
+        measure(folder, tmp_path / "m", "preference", folder / "member-1", tmp_path / "other")
     (tmp_path / "other" / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
-    write_json(tmp_path / "other" / "reward_model.json", {"loss": "bradley_terry"})
+    write_json(tmp_path / "other" / "reward_model.json", {"loss": "bradley_terry", "margin": 0.0})
     with pytest.raises(InputError, match="another chat template"):
         measure(folder, tmp_path / "b", "preference", tmp_path / "other")
     shutil.copytree(folder / "preference", tmp_path / "old")

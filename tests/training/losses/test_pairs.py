@@ -124,7 +124,7 @@ VARIANTS = [
     *({"loss": name, "divergence": divergence}
       for name in ("sigmoid", "dpop", "ipo_sum") for divergence in ("forward_kl", "js", "alpha")),
     *({"loss": name, "label_smoothing": 0.2} for name in ("sigmoid", "simpo", "cpo", "aot", "aot_unpaired")),
-    *({"loss": name, "ld_alpha": 0.4} for name in ("sigmoid", "cal_dpo", "simpo")),
+    *({"loss": name, "ld_alpha": 0.4} for name in ("sigmoid", "cal_dpo")),
     *({"loss": name, "weighting": "wpo"} for name in ("sigmoid", "hinge")),
     {"loss": {"sigmoid": 1.0, "nll": 1.0}, "weighting": "wpo", "ld_alpha": 0.4, "divergence": "js"},
 ]  # fmt: skip
