@@ -45,15 +45,16 @@ def of_pairs(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray, log_
 
 def of_scores(rewards: np.ndarray, scores: np.ndarray, lengths: np.ndarray, loss: str) -> dict[str, float]:
     """rewards: [members, rows]. scores, lengths (tokens of the answers): [rows]. loss: what the members were trained
-    with; a reward of Bradley-Terry has no scale to be compared with a score, but an order."""
+    with; a reward of Bradley-Terry has no scale to be compared with a score, but an order. mean_reward and std_reward
+    are of rewards as they are given, whatever is compared with the scores."""
     predicted = _sigmoid(rewards) if loss == "bce" else rewards
     mean = predicted.mean(0)
     found = {
         "rows": float(len(scores)),
         "pearson": pearson(mean, scores),
         "spearman": pearson(ranks(mean), ranks(scores)),
-        "mean_reward": float(mean.mean()),
-        "std_reward": float(mean.std()),
+        "mean_reward": float(rewards.mean(0).mean()),
+        "std_reward": float(rewards.mean(0).std()),
         "length_correlation": pearson(mean, lengths),
         "score_length_correlation": pearson(scores, lengths),
     }

@@ -45,12 +45,39 @@ DPO_PANELS = (
     Panel("KL to the reference", "nats per token", ("kl",)),
     *SFT_PANELS[1:],
 )
+KTO_PANELS = (
+    Panel("Loss", "per answer, weighted", ("loss",)),
+    Panel("Implicit reward", "nats", ("rewards/desirable", "rewards/undesirable"), ("wanted", "unwanted")),
+    Panel("Reference point", "nats per answer", ("reference_point",)),
+    Panel("KL to the reference", "nats per token", ("kl",)),
+    *SFT_PANELS[1:],
+)
+ONLINE_PANELS = (
+    Panel("Reward", "mean of the answers", ("reward",)),
+    Panel("Spread of rewards", "deviation among answers to a prompt", ("reward_std",)),
+    Panel("KL to the start", "nats per answer", ("kl_answer",)),
+    Panel("Answer length", "tokens", ("answer_tokens",), digits=1),
+    Panel("Answers that end", "share", ("stop_rate",)),
+    Panel("Prompts without signal", "share", ("no_signal",)),
+    Panel("Entropy", "nats per token", ("entropy",)),
+    Panel("Clipped", "share of tokens", ("clip_fraction",)),
+    Panel("Decoding against training", "log-prob apart, nats per token", ("mismatch",), digits=5),
+    Panel("Loss", "about 0", ("loss",)),
+    Panel("Value loss", "of the value head", ("value_loss",)),
+)
 REWARD_PANELS = (
     Panel("Loss", "per pair or answer", ("loss",), level=LN2),
     Panel("Accuracy", "share of pairs", ("accuracy",), level=(0.5, "chance")),
     Panel("Margin", "chosen − rejected", ("margin",), level=(0.0, "no margin")),
     Panel("Squared error", "of the score", ("squared_error",)),
     Panel("Reward", "mean", ("mean_reward",)),
+)
+OWN_PANELS: tuple[tuple[tuple[Panel, ...], str], ...] = (  # by a metric that no other has, the first that is there
+    (REWARD_PANELS, "mean_reward"),
+    (ONLINE_PANELS, "reward_std"),
+    (DPO_PANELS, "rewards/margins"),
+    (KTO_PANELS, "rewards/desirable"),
+    (KTO_PANELS, "rewards/undesirable"),
 )
 OTHER_PANELS = (
     Panel("Gradient norm", "before clipping", ("grad_norm",)),
@@ -62,8 +89,8 @@ OTHER_PANELS = (
 def curves(stage: Stage, colour: int) -> list[Row]:
     """The learning curves of one stage, as far as its metrics hold them: [{"title", "last", "legend", "svg"}]."""
     rows = curve_rows(stage)
-    own: tuple[Panel, ...] = DPO_PANELS if any("rewards/margins" in row for row in rows) else SFT_PANELS
-    own = REWARD_PANELS if any("mean_reward" in row for row in rows) else own
+    told = set().union(*rows)
+    own = next((panels for panels, key in OWN_PANELS if key in told), SFT_PANELS)
     drawn = []
     for panel in own + OTHER_PANELS:
         series = [(name, [finite(row.get(key)) for row in rows]) for key, name in _keys(panel)]
@@ -170,7 +197,7 @@ def reward_against_kl(models: list[Model], table: dict[str, Row]) -> Markup | No
     wide = padded(ends[0], 0.1)
     frame = Frame(600, 340, (min(wide[0], 0.0), wide[1]), padded(ends[1], 0.12), left=48, top=30, bottom=44)
     points = [(frame.fx(x["mean"]), frame.fy(y["mean"])) for _, x, y in found]
-    parts = [frame.axes("KL to the reference (nats per answer)", "mean reward", x_about=7, y_about=5)]
+    parts = [frame.axes("log-ratio to the reference (nats per answer)", "mean reward", x_about=7, y_about=5)]
     parts.append(tag("path", class_="route", d=path(points)))
     for i, ((model, x, y), (px, py)) in enumerate(zip(found, points, strict=True)):
         whiskers = []
@@ -195,7 +222,7 @@ def reward_against_kl(models: list[Model], table: dict[str, Row]) -> Markup | No
         name = tag("text", escape(model.label), class_="name", **place)
         point = marker(model.colour, px, py, 6.5, class_="point")
         parts.append(tag("g", *whiskers, point, name, class_=f"hot m{model.colour}", data_tip=tip, tabindex=0))
-    return frame.svg(*parts, name="Mean reward against KL to the reference, one point per model")
+    return frame.svg(*parts, name="Mean reward against log-ratio to the reference, one point per model")
 
 
 def _ends(value: Row) -> tuple[float, float]:

@@ -63,7 +63,7 @@ def frontier(content: Row) -> Markup | None:
     kls, rewards = ([point[name] for point in told["points"]] for name in ("kl", "reward"))
     wide = padded(kls, 0.1)
     frame = Frame(720, 400, (min(wide[0], 0.0), wide[1]), padded(rewards, 0.12), left=48, top=30, bottom=44)
-    parts = [frame.axes("KL to the reference (nats per answer)", "mean reward", x_about=7, y_about=5)]
+    parts = [frame.axes("log-ratio to the reference (nats per answer)", "mean reward", x_about=7, y_about=5)]
     means = {one["group"]: (frame.fx(one["kl"]), frame.fy(one["reward"])) for one in told["groups"]}
     parts.append(tag("path", class_="front", d=_steps([means[group] for group in told["pareto"]], frame)))
     for point in reversed(told["points"]):
@@ -79,7 +79,7 @@ def frontier(content: Row) -> Markup | None:
         name = names.get(one["group"], Markup(""))
         tip = f"{label}, mean\n{_place(one)}{on}"
         parts.append(tag("g", shape, name, class_=f"hot {colour(one['group'])}", data_tip=tip, tabindex=0))
-    return frame.svg(*parts, name="Mean reward against KL to the reference, every point and the Pareto frontier")
+    return frame.svg(*parts, name="Mean reward against log-ratio to the reference, every point and the Pareto frontier")
 
 
 def _place(one: Row) -> str:

@@ -46,7 +46,7 @@ METRICS = {
     "stop_rate": Metric("Stop rate", "answers that end by themselves", percent=True),
     "tokens": Metric("Answer length", "tokens", digits=1),
     "repetition": Metric("Repetition", "of its three-word sequences", percent=True),
-    "kl": Metric("KL to the reference", "nats per answer", digits=2),
+    "kl": Metric("Log-ratio to ref.", "nats per answer", digits=2),
     "heldout_nll": Metric("Held-out loss", "nats per token"),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 import trl
 
 from alignment.config.stages.preference import Dpo
+from alignment.errors import InputError
 from alignment.stages.context import StageContext
 from alignment.stages.reference import references_of
 from alignment.stages.train import train
@@ -25,6 +26,7 @@ def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], 
     """The reference is the policy before its first update, so one model is loaded. Its log-probs are those that the
     stage before has kept; what is missing of them is computed here. The loss is ours (training/objective.py)."""
     settings: Dpo = context.settings
+    _require_update(settings, common["batches"].steps)
     args = trl.DPOConfig(
         **arguments,
         disable_dropout=True,
@@ -41,3 +43,11 @@ def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], 
         references=references_of(context, start) if settings.refers else None,
         **common,
     )
+
+
+def _require_update(settings: Dpo, steps: int) -> None:
+    """Raises InputError if the reference would never move; where the config knows the steps, it has refused that."""
+    if settings.reference_update and steps <= settings.reference_update.every_steps:
+        what = f"the reference moves every {settings.reference_update.every_steps} steps, and these rows are {steps}"
+        fix = f"a smaller reference_update.every_steps, such as {max(steps // 4, 1)}, or more epochs"
+        raise InputError(what, where="stage.dpo.reference_update", fix=fix)

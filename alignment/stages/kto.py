@@ -23,10 +23,23 @@ def run(context: StageContext) -> dict[str, Any]:
 def _rows(context: StageContext, tokenizer: Any) -> Any:
     """Without the answers to other prompts where the loss does not look at them."""
     rows, column = tokenised(context, tokenizer), "rejected_ids"
+    _say_if_one_sided(context, rows)
     if context.settings.has_reference_point:
         return rows
     kind = rows.features[column]
     return rows.remove_columns(column).add_column(column, [[]] * len(rows), feature=kind)
+
+
+def _say_if_one_sided(context: StageContext, rows: Any) -> None:
+    """Outside of what the paper advises (eq. 9): weight times number, wanted to unwanted, from 1:1 to 3:2."""
+    wanted, settings = sum(rows["label"]), context.settings
+    unwanted = len(rows) - wanted
+    others = settings.undesirable_weight * unwanted
+    ratio = settings.desirable_weight * wanted / others if others else 0.0
+    if context.is_main and ratio and not 1 <= round(ratio, 2) <= 1.5:
+        what = f"{wanted} rows are wanted and {unwanted} are not: with their weights {ratio:.3g} to 1"
+        even = f"stage.kto.desirable_weight={settings.desirable_weight / ratio:.3g} would make it even"
+        context.warn(f"{what}, where KTO's paper advises 1 to 1.5; {even}")
 
 
 def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> KTO:

@@ -84,3 +84,4 @@ def test_scores_by_hand() -> None:
     assert metrics.ranks(numbers(5, 5, 7)).tolist() == [1.5, 1.5, 3]
     chance = metrics.of_scores(numbers(LN3, -LN3)[None], numbers(0.75, 0.25), numbers(1, 2), "bce")
     assert chance["mse"] == pytest.approx(0)
+    assert chance["mean_reward"] == pytest.approx(0) and chance["std_reward"] == pytest.approx(LN3)

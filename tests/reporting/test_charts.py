@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from alignment.files import write_jsonl
 from alignment.reporting import charts, lineage
 from alignment.reporting.gather import Model, Stage
 from alignment.reporting.svg import Frame, padded, path, tag, tick_labels, ticks
@@ -48,6 +51,27 @@ def test_lengths_are_counted_per_bin_and_answers_cut_off_stand_apart() -> None:
     tips = re.findall(r'data-tip="([^"]*)"', str(drawn))
     assert tips == ["3 tokens\n2 ended by themselves", "12 tokens\n0 ended by themselves\n1 cut off"]
     assert "median 3 tokens · 1 of 3 cut off" in str(drawn)
+
+
+@pytest.mark.parametrize(
+    ("row", "titles"),
+    [
+        ({"loss": 1.0, "entropy": 2.0}, ["Loss", "Entropy"]),
+        (
+            {"loss": 0.5, "rewards/undesirable": 0.1, "reference_point": 0.2, "kl": 0.1},
+            ["Loss", "Implicit reward", "Reference point", "KL to the reference"],
+        ),
+        ({"loss": 0.0, "reward": 1.0, "reward_std": 0.5, "kl_answer": 3.0}, ["Reward", "Spread of rewards",
+                                                                             "KL to the start", "Loss"]),
+        ({"loss": 0.7, "mean_reward": 1.0, "accuracy": 0.5}, ["Loss", "Accuracy", "Reward"]),
+    ],
+)  # fmt: skip
+def test_each_kind_of_training_shows_what_it_is_watched_by(
+    row: dict[str, float], titles: list[str], tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": step, **row} for step in (1, 2)])
+    trained = replace(stage("one", "kto"), folder=tmp_path)
+    assert [panel["title"] for panel in charts.curves(trained, 0)] == titles
 
 
 def test_one_generation_a_row_and_models_in_the_middle_lane() -> None:

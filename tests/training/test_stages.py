@@ -154,6 +154,19 @@ def test_a_loss_of_answers_without_a_reference_point_looks_at_no_other_prompts_a
     assert found[0][-1]["loss"] < 0.499
 
 
+def test_a_reference_that_would_never_move_is_refused_where_the_rows_are_known(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the reference moves every 10 steps, and these rows are 10"):
+        run(tmp_path, tiny.dpo(reference_update={"every_steps": 10, "share": 0.5}))
+
+
+def test_labels_that_are_one_sided_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, tiny.kto(max_steps=1))
+    told = "26 rows are wanted and 14 are not: with their weights 1.86 to 1, where KTO's paper advises 1 to 1.5"
+    assert f"{told}; stage.kto.desirable_weight=0.538 would make it even" in capsys.readouterr().out
+    run(tmp_path / "even", tiny.kto(max_steps=1, desirable_weight=0.538))
+    assert "advises" not in capsys.readouterr().out
+
+
 def test_the_first_loss_in_the_summary_is_that_of_the_first_step_whatever_is_logged(tmp_path: Path) -> None:
     summary = run(tmp_path, tiny.dpo(log_every=5))
     assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
