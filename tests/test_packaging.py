@@ -37,4 +37,4 @@ def test_a_wheel_runs_from_any_folder(tmp_path: Path) -> None:
         cwd=elsewhere, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["nodes"]) == 12
+    assert len(json.loads(done.stdout)["nodes"]) == 13
