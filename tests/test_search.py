@@ -111,7 +111,7 @@ def test_several_metrics_have_a_direction_each(sweep: Any, capfd: pytest.Capture
     assert sorted(trial.values for trial in told().best_trials) == [[1.0, 5.0], [2.0, 9.0]]
     out = capfd.readouterr().out
     assert "2 that no other beats in all of reward, kl:" in out
-    assert out.count("best: reward ") == 2 and "kl to the reference 5.00" in out
+    assert out.count("best: reward ") == 2 and "log-ratio to ref. 5.00" in out
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "nsgaii", "motpe", "grid"])
