@@ -7,7 +7,7 @@ folder of Hydra's for its results. Settings, samplers and the way in which a sea
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -93,6 +93,25 @@ def check_directions(metrics: Sequence[str], ways: Sequence[str], weights: Mappi
             queue.say(f"warning: {KEY} is {way} for {metric}, of which {'more' if better else 'less'} is better")
 
 
+def check_judge(metrics: Sequence[str], varied: Collection[str]) -> None:
+    """Raises ConfigError where what is varied decides how a metric is measured: the best trial would be the one that
+    measures most, as the largest weight makes the largest reward."""
+    for metric in metrics:
+        if key := next((key for key in varied if _judges(key, metric)), None):
+            what = f"`{key}` is varied, and decides how {metric} is measured: each trial would have its own judge"
+            fix = "one that is measured in the same way in all trials, as a term of the reward that is not varied"
+            raise ConfigError(what, where="objective", fix=fix)
+
+
+def _judges(key: str, metric: str) -> bool:
+    group, *below = key.split(".")
+    if group != "reward" or (metric in BETTER and metric != "reward"):
+        return False
+    if below in ([], ["terms"]):
+        return True
+    return below[0] == "terms" and (metric == "reward" or (below[1] == metric and below[2:] != ["weight"]))
+
+
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +151,7 @@ class Search(Sweeper):
         check_directions(self._metrics, ways, weights)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, fixed = self._space(arguments)
+        check_judge(self._metrics, space)
         if not space:
             queue.say("warning: nothing is varied: all trials are the same (stage.dpo.beta=interval(0.01, 1.0), ...)")
         left, sampler = theirs.n_trials, theirs.sampler

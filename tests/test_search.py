@@ -222,6 +222,28 @@ def test_what_cannot_be_looked_for_is_one_line(settings: list[str], line: str, s
     assert line in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("metric", "vary"),
+    [
+        ("reward", "reward.terms.sentiment.weight=interval(0.1,2)"),
+        ("reward", "reward=choice(sentiment,length)"),
+        ("relevance", "reward.terms.relevance.source.version=choice(a,b)"),
+    ],
+)
+def test_a_search_is_not_among_judges(metric: str, vary: str, sweep: Any) -> None:
+    """Or the largest weight would be the best one."""
+    said = rf"`{vary.partition('=')[0]}` is varied, and decides how {metric} is measured"
+    with pytest.raises(ConfigError, match=said) as caught:
+        sweep(of_beta, f"objective=[{metric}]", vary=(vary,))
+    assert caught.value.where == "objective"
+
+
+def test_a_term_s_weight_may_be_searched_by_what_it_does_not_decide(sweep: Any) -> None:
+    varied = ("reward.terms.sentiment.weight=interval(0.1,2)",)
+    sweep(of_beta, "objective=[relevance]", "hydra.sweeper.n_trials=1", vary=varied)
+    assert states() == ["COMPLETE"]
+
+
 def test_a_study_that_cannot_be_kept_is_one_line_without_its_password(sweep: Any) -> None:
     for storage in ("sqlite:////nowhere/x.db", "mysql://me:hunter2@nowhere/x", "x"):
         with pytest.raises(MachineError) as caught:

@@ -62,6 +62,8 @@ def headline(content: Row) -> Row:
         class_, word = "same", "No result yet"
     elif len(standings) == 1:
         class_, word = "same", "Nothing to compare"
+    elif content["objective"]["metric"] in content["apart"]:
+        class_, word = "same", "Not comparable"
     elif standings[0] == TIED:
         class_, word = "same", "Tied"
     elif set(standings[1:]) == {WORSE}:

@@ -103,6 +103,8 @@ def notes(content: Row) -> list[str]:
         lines.append(f"*   one seed: its own {given} interval over prompts, which says nothing of other seeds")
     if any(value["noise"] is None for value in values):
         lines.append("    without brackets: one seed, so no interval over seeds")
+    if apart := content["apart"]:
+        lines.append(f"    {', '.join(apart)}: not measured by one judge, rows cannot be compared in it")
     if by:
         how = ", ".join(BY[one] for one in BY if one in by)
         lines.append(f"p   of the difference to the best, {how}; Holm's correction over all pairs of rows")

@@ -12,6 +12,7 @@ from alignment.config.varied import level_of, varied
 from alignment.errors import ConfigError
 from alignment.reporting import inference
 from alignment.reporting.importance import importance
+from alignment.reporting.judges import judged_apart
 from alignment.reporting.settings import called, is_seed, short_names
 from alignment.reporting.words import DONE, METRICS, metric_value
 from alignment.reporting.words import metric as words_of
@@ -29,8 +30,9 @@ def compare(sweep: Row, points: list[Row], metric: str | None = None) -> Row:
 
     {"sweep", "name", ..., "objective": {"metric", "direction"}, "metrics": those with a value anywhere, the objective
     first, "keys": varied settings but the seeds -> short name, "seeds": the varied seeds, "fixed": settings that all
-    points share, "states": {state: count}, "points", "groups": the leaderboard, best first, "conclusion", "frontier",
-    "importance"}. sweep, points: of `sweeps`. metric: another objective, NAME or NAME:minimize. Raises ConfigError.
+    points share, "states": {state: count}, "points", "groups": the leaderboard, best first, "apart": metrics that not
+    one judge measured, by which nothing is ranked, "conclusion", "frontier", "importance"}. sweep, points: of `sweeps`.
+    metric: another objective, NAME or NAME:minimize. Raises ConfigError.
     """
     known = _metrics(points)
     objective = _objective(sweep, points, known, metric)
@@ -44,11 +46,14 @@ def compare(sweep: Row, points: list[Row], metric: str | None = None) -> Row:
     metrics = [name for name in dict.fromkeys(order) if name in known]
     for group in groups:
         group["values"] = {name: value for name in metrics if (value := _value(group["counted"], name))}
-    groups = _ranked(groups, objective)
-    _judge(groups, objective, seeds)
+    measured = [point for group in groups for point in group["counted"]]
+    apart = judged_apart(measured, metrics, lambda point: _seed(point, seeds))
+    comparable = objective["metric"] not in apart
+    groups = _ranked(groups, objective) if comparable else groups
+    _judge(groups, objective, seeds, comparable)
     told = {name: sweep.get(name) for name in ("sweep", "name", "created", "command", "launcher", "wandb_group")}
-    counted = [point for group in groups for point in group["counted"]]
-    results = [(p["settings"], _number(p, objective["metric"])) for p in counted if objective["metric"] in p["metrics"]]
+    named = [point for point in measured if comparable and objective["metric"] in point["metrics"]]
+    results = [(point["settings"], _number(point, objective["metric"])) for point in named]
     content: Row = {
         **told,
         "objective": objective,
@@ -59,7 +64,8 @@ def compare(sweep: Row, points: list[Row], metric: str | None = None) -> Row:
         "states": dict(Counter(point["state"] for point in points)),
         "points": points,
         "groups": groups,
-        "frontier": _frontier(groups),
+        "apart": apart,
+        "frontier": _frontier(groups if "reward" not in apart else []),
         "importance": importance(results, list(names)),
     }
     return {**content, "conclusion": conclusion(content)}
@@ -169,7 +175,7 @@ def _ranked(groups: list[Row], objective: Row) -> list[Row]:
 # --- what is within noise --------------------------------------------------------------------------------------------
 
 
-def _judge(groups: list[Row], objective: Row, seeds: list[str]) -> None:
+def _judge(groups: list[Row], objective: Row, seeds: list[str], comparable: bool) -> None:
     """In each group "standing" and "difference": its objective minus the best group's, or None.
 
     p is Holm's. As the best was chosen by looking at all results, all pairs of groups count as comparisons made, not
@@ -179,7 +185,7 @@ def _judge(groups: list[Row], objective: Row, seeds: list[str]) -> None:
     known = [group for group in groups if metric in group["values"]]
     for group in groups:
         group.update(standing=UNKNOWN if metric in group["values"] else NOTHING, difference=None)
-    if not known:
+    if not known or not comparable:
         return
     best, others = known[0], known[1:]
     best["standing"] = BEST
@@ -251,10 +257,22 @@ def conclusion(content: Row) -> str:
         return "The sweep has no points."
     if not known:
         parts.append(f"No point has a {words_of(objective['metric']).title.lower()} yet")
+    elif objective["metric"] in content["apart"]:
+        parts += _apart(content)
     else:
         parts += [_leads(known[0], content), *_others(known)]
     parts += _open(content)
     return "; ".join(parts) + "."
+
+
+def _apart(content: Row) -> list[str]:
+    """Why nothing is ranked, and by what it could be."""
+    name, keys = content["objective"]["metric"], content["keys"]
+    decide = [short for key, short in keys.items() if key.partition(".")[0] == "reward"]
+    by = f" ({', '.join(decide)})" if decide else ""
+    parts = [f"{words_of(name).title} was not measured by one judge for all points{by}, so it does not rank them"]
+    others = [metric for metric in content["metrics"] if metric not in content["apart"]]
+    return [*parts, f"--metric compares by another: {', '.join(others)}"] if others else parts
 
 
 def _leads(best: Row, content: Row) -> str:

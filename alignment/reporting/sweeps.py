@@ -13,6 +13,7 @@ from alignment.config.shape import side
 from alignment.errors import ConfigError, InputError
 from alignment.files import digest
 from alignment.reporting.gather import TRAINING, Stage, read, read_stage
+from alignment.reporting.judges import judges
 from alignment.reporting.status import Results, facts_text, jobs_of_runs, read_run
 from alignment.reporting.targets import refuse_no_name, run_folder
 from alignment.reporting.words import DONE, finite, label, listed
@@ -26,9 +27,11 @@ SAYS_NOTHING = tuple(n for n, f in Experiment.model_fields.items() if side(f) ==
 
 NOTHING_KNOWN: Row = {
     "state": "unreadable", "note": None, "measured": False, "metrics": {}, "verdict": None, "evaluation": None,
-    "training": None, "report": False, "weights": {},
+    "training": None, "report": False, "weights": {}, "judges": {},
 }  # fmt: skip
 EVALUATES = ("evaluate", "evaluate_reward")
+TRAINS_OR_ASKS = (*TRAINING, "sample", "judge", "merge")
+MISSING = object()
 
 # --- which sweep -----------------------------------------------------------------------------------------------------
 
@@ -121,12 +124,12 @@ def sweep_of_runs(names: list[str], store: Path) -> tuple[Row, Path]:
             "the runs lie in different stores", where=", ".join(map(str, roots)), fix="compare within one"
         )
     runs = [read(folder / "run.json") for folder in folders]
-    configs = [_flat(run.get("config")) if isinstance(run, dict) else None for run in runs]
-    known = [config for config in configs if config is not None]
-    keys = [key for key in dict.fromkeys(key for config in known for key in config) if _differs(key, known)]
+    configs = [run.get("config") if isinstance(run, dict) else None for run in runs]
+    settings = _differences([config for config in configs if isinstance(config, dict)])
+    told = iter(settings)
     points = [
-        {"run": f.name, "settings": {k: c[k] for k in keys if c and k in c}}
-        for f, c in zip(folders, configs, strict=True)
+        {"run": folder.name, "settings": next(told) if isinstance(config, dict) else {}}
+        for folder, config in zip(folders, configs, strict=True)
     ]
     name = f"runs-{digest(sorted(folder.name for folder in folders))[:8]}"
     created = max((finite(run.get("created")) or 0.0 for run in runs if isinstance(run, dict)), default=0.0)
@@ -137,21 +140,57 @@ def sweep_of_runs(names: list[str], store: Path) -> tuple[Row, Path]:
     ] / "sweeps" / name
 
 
-def _differs(key: str, configs: list[Row]) -> bool:
-    missing, (group, *below) = object(), key.split(".")
-    if group in SAYS_NOTHING or (
-        group == "stage" and any(c.get(f"stage.{below[0]}.kind") in BEFOREHAND for c in configs)
-    ):
-        return False
-    return any(c.get(key, missing) != configs[0].get(key, missing) for c in configs)
+def _differences(configs: list[Row]) -> list[Row]:
+    """Of each config the settings in which they differ, by dotted key.
 
-
-def _flat(config: Any, prefix: str = "") -> Row:
-    """Nested settings by dotted key; lists are values."""
-    found: Row = {}
-    for key, value in (config if isinstance(config, dict) else {}).items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    What some lack as a whole, as a term of the reward, is one setting. So is a pipeline of other nodes; what stages it
+    has that another lacks says no more, and is left out.
+    """
+    found: list[Row] = [{} for _ in configs]
+    other = len({tuple(sorted((config.get("pipeline") or {}).get("nodes") or {})) for config in configs}) > 1
+    if other:
+        for one, name in zip(found, _pipelines(configs), strict=True):
+            one["pipeline"] = name
+    for group in dict.fromkeys(group for config in configs for group in config):
+        if group == "stage":
+            for name, few in _each_name([config.get(group) or {} for config in configs]):
+                kinds = {stage.get("kind") for stage in few if isinstance(stage, dict)}
+                if not kinds & set(BEFOREHAND) and not (other and MISSING in few):
+                    _add_differences(found, f"stage.{name}", few)
+        elif group not in SAYS_NOTHING and not (other and group == "pipeline"):
+            _add_differences(found, group, [config.get(group, MISSING) for config in configs])
     return found
+
+
+def _each_name(values: list[Row]) -> list[tuple[str, list[Any]]]:
+    names = dict.fromkeys(name for value in values for name in value)
+    return [(name, [value.get(name, MISSING) for value in values]) for name in names]
+
+
+def _pipelines(configs: list[Row]) -> list[str]:
+    """Each pipeline in a word: its stages that make models, answers or pairs; a digest where that is not enough."""
+    digests, shapes = [], []
+    for config in configs:
+        nodes, stages = (config.get("pipeline") or {}).get("nodes") or {}, config.get("stage") or {}
+        names = [str(node["stage"]) for node in nodes.values()]
+        working = [name for name in names if (stages.get(name) or {}).get("kind") in TRAINS_OR_ASKS]
+        shapes.append(" ".join(working) or "no training")
+        digests.append(digest(nodes))
+    return [
+        f"{shape} #{mine[:6]}" if len({d for s, d in zip(shapes, digests, strict=True) if s == shape}) > 1 else shape
+        for shape, mine in zip(shapes, digests, strict=True)
+    ]
+
+
+def _add_differences(found: list[Row], key: str, values: list[Any]) -> None:
+    """In each of `found` its value of what differs at or below the key; what is of two kinds differs as a whole."""
+    if all(isinstance(value, dict) and value.get("kind") == values[0].get("kind") for value in values):
+        for name, few in _each_name(values):
+            _add_differences(found, f"{key}.{name}", few)
+    elif any(value != values[0] for value in values):
+        for one, value in zip(found, values, strict=True):
+            if value is not MISSING:
+                one[key] = value
 
 
 # --- its points ------------------------------------------------------------------------------------------------------
@@ -164,7 +203,7 @@ def read_points(
     jobs_of: Callable[[list[str]], dict[str, Row]] = lambda keys: {},
 ) -> list[Row]:
     """Every point of the sweep, in its order: {"number", "run", "settings", "state", "note", "measured", "metrics",
-    "verdict", "evaluation", "training", "report", "weights": of the reward's terms}.
+    "verdict", "evaluation", "training", "report", "weights": of the reward's terms, "judges": as `judges` tells}.
 
     state: of its run as `status.read_runs` knows it, or pruned, missing (no run.json), unreadable.
     measured: the evaluation of its final model is in the store, and it was not pruned. Then metrics holds each metric
@@ -273,7 +312,7 @@ def measured(stages: list[Stage], final: str) -> Row:
         if finite(value.get("mean")) is not None:
             bounds = {name: finite(value.get(name)) for name in ("mean", "low", "high")}
             metrics[row.get("metric")] = {**bounds, "confidence": finite(verdict.get("confidence"))}
-    told = {"verdict": verdict.get("verdict"), "evaluation": evaluation.key}
+    told = {"verdict": verdict.get("verdict"), "evaluation": evaluation.key, "judges": judges(evaluation.record)}
     return {"measured": bool(metrics), "metrics": metrics, **told}
 
 

@@ -42,10 +42,13 @@ def write_run(
     steps: int = 12,
     verdict: str = "better",
     evaluation: str | None = None,
+    terms: dict[str, Any] | None = None,
+    reward_model: str | None = None,
 ) -> None:
     """metrics: of the final model; None: nothing was evaluated. interval: half the width of the verdict's, for every
     metric; None: the pipeline compares nothing. states: node -> state, done where not given; nodes that are not done
-    have no result. evaluation: key of the evaluation, where two runs share it."""
+    have no result. evaluation: key of the evaluation, where two runs share it. terms: of the reward, and reward_model:
+    the key of one that judges, as the evaluation's record has them."""
     shape = {
         "start": ("import_model", {}),
         "dpo": ("dpo", {"model": "start"}),
@@ -65,10 +68,11 @@ def write_run(
         if state in ("done", "reused"):
             folder = store / "store" / mine[:16]
             asked = {"candidate": "dpo", "baseline": "start"} if kind == "compare" else {}
-            write(
-                folder / "record.json",
-                {"key": mine, "kind": kind, "settings": {"kind": kind, **asked}, "metrics": {}, "files": {}},
-            )
+            record = {"key": mine, "kind": kind, "settings": {"kind": kind, **asked}, "metrics": {}, "files": {}}
+            if kind == "evaluate":
+                parents = {"model": key(run, "dpo"), **({"reward_model": reward_model} if reward_model else {})}
+                record["identity"] = {"groups": {"reward": {"terms": terms or {}}}, "parents": parents}
+            write(folder / "record.json", record)
             if kind == "dpo":
                 write(folder / "metrics.jsonl", curve(settings, steps))
             if kind == "evaluate":

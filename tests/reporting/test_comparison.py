@@ -198,6 +198,59 @@ def test_a_term_is_looked_at_as_the_runs_weigh_it(tmp_path: Path) -> None:
         content(tmp_path, points, "toxicity")
 
 
+SENTIMENT, OWN = {"kind": "sentiment", "weight": 1.0}, {"kind": "model", "weight": 1.0, "roles": "reward_model"}
+
+
+def judged(store: Path, runs: list[tuple[dict[str, Any], dict[str, Any], str | None]], **facts: Any) -> dict[str, Any]:
+    """runs: settings, terms of the reward, and the reward model of each; the first has the least reward."""
+    points = []
+    for i, (settings, terms, model) in enumerate(runs):
+        metrics = {"reward": 0.1 * i, "sentiment": 0.5, "kl": 1.0 + i}
+        write_run(store, f"run-{i}", settings, metrics, terms=terms, reward_model=model, interval=0.01)
+        points.append({"run": f"run-{i}", "settings": settings})
+    return content(store, points, **facts)
+
+
+def test_points_of_different_judges_are_not_ranked_by_what_these_say(tmp_path: Path) -> None:
+    """A larger weight makes a larger reward of the same answers. What does not depend on it is compared as ever."""
+    weight = "reward.terms.sentiment.weight"
+    runs = [({weight: w}, {"sentiment": {**SENTIMENT, "weight": w}}, None) for w in (0.5, 1.0, 2.0)]
+    told = judged(tmp_path, runs)
+    assert [(g["label"], g["standing"], g["difference"]) for g in told["groups"]] == [
+        (f"weight={w:g}", "not comparable", None) for w in (0.5, 1.0, 2.0)
+    ]
+    assert told["apart"] == ["reward"] and told["conclusion"] == (
+        "Reward was not measured by one judge for all points (weight), so it does not rank them; --metric compares by "
+        "another: kl, sentiment."
+    )
+    assert (told["frontier"]["points"], told["importance"]["settings"]) == ([], [])
+    page = compare_page.render(told)
+    assert "Not comparable" in page and "The rewards were not measured by one judge." in page
+    by_kl = judged(tmp_path, runs, metric="kl:minimize")
+    assert by_kl["conclusion"].startswith("weight=0.5 leads with")
+    assert any("reward: not measured by one judge" in line for line in compare_page.notes(by_kl))
+
+
+def test_what_weighs_nothing_judges_no_reward_but_its_own_metric(tmp_path: Path) -> None:
+    watched = [{"sentiment": SENTIMENT, "long": {"kind": "length", "weight": 0.0, "low": low}} for low in (1, 2)]
+    told = judged(tmp_path, [({BETA: 0.1}, watched[0], None), ({BETA: 0.3}, watched[1], None)])
+    assert told["apart"] == [] and told["groups"][0]["standing"] == "best"
+    weighing = [{name: {**term, "weight": 1.0} for name, term in terms.items()} for terms in watched]
+    told = judged(tmp_path, [({BETA: 0.1}, weighing[0], None), ({BETA: 0.3}, weighing[1], None)])
+    assert told["apart"] == ["reward"]
+
+
+def test_a_reward_model_of_each_seed_is_one_judge_and_of_each_setting_is_not(tmp_path: Path) -> None:
+    grid = [(beta, seed) for beta in (0.1, 0.3) for seed in (0, 1)]
+    terms = {"own": OWN}
+    told = judged(tmp_path, [({BETA: beta, "seed": seed}, terms, f"model-{seed}") for beta, seed in grid])
+    assert told["apart"] == [] and told["groups"][0]["standing"] == "best"
+    told = judged(tmp_path, [({BETA: beta, "seed": seed}, terms, f"model-{beta}") for beta, seed in grid])
+    assert told["apart"] == ["reward"] and told["groups"][0]["standing"] == "not comparable"
+    told = judged(tmp_path, [({BETA: beta, "seed": seed}, {"s": SENTIMENT}, f"model-{beta}") for beta, seed in grid])
+    assert told["apart"] == [], "a reward model that no term reads judges nothing"
+
+
 @pytest.mark.parametrize(
     ("metric", "said"),
     [

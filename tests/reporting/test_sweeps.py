@@ -220,6 +220,36 @@ def test_runs_become_a_sweep_of_the_settings_in_which_they_differ(tmp_path: Path
         sweeps.sweep_of_runs(["a-1", "b"], tmp_path)
 
 
+def test_of_two_pipelines_the_pipeline_is_one_setting(tmp_path: Path) -> None:
+    """What only one of them has says no more than its name; a term that only one reward has is one setting too."""
+    rloo = {f"stage.rloo.{name}": 1 for name in ("epochs", "beta", "clip")}
+    shared = {"stage.dpo.kind": "dpo", "reward.terms.a.kind": "sentiment", BETA: 0.1}
+    nodes = "pipeline.nodes"
+    dpo = {f"{nodes}.dpo.stage": "dpo", **shared}
+    longer = {f"{nodes}.on.stage": "rloo", "stage.rloo.kind": "rloo", **rloo}
+    longer |= {"reward.terms.b.kind": "length", BETA: 0.3}
+    write_run(tmp_path, "a-1", dpo, {"reward": 0.1})
+    write_run(tmp_path, "a-2", {**dpo, **longer}, {"reward": 0.2})
+    write_run(tmp_path, "a-3", {**dpo, **longer, f"{nodes}.dpo.inputs.model": "on"}, {"reward": 0.3})
+    points = sweeps.sweep_of_runs(["a-1", "a-2", "a-3"], tmp_path)[0]["points"]
+    first, second, third = (point["settings"] for point in points)
+    assert first == {"pipeline": "dpo", BETA: 0.1}
+    assert second.pop("pipeline") != third.pop("pipeline") and second == third
+    assert second == {BETA: 0.3, "reward.terms.b": {"kind": "length"}}
+    same = [point["settings"] for point in sweeps.sweep_of_runs(["a-2", "a-3"], tmp_path)[0]["points"]]
+    assert same == [{}, {f"{nodes}.dpo.inputs": {"model": "on"}}], "of the same nodes, what differs"
+
+
+def test_a_source_of_another_kind_is_one_setting(tmp_path: Path) -> None:
+    source = "data.rows.source"
+    for run, told in (("a-1", {"kind": "path", "path": "a"}), ("a-2", {"kind": "hub", "repo": "b"})):
+        write_run(tmp_path, run, {f"{source}.{name}": value for name, value in told.items()}, {"reward": 0.1})
+    points = sweeps.sweep_of_runs(["a-1", "a-2"], tmp_path)[0]["points"]
+    assert [point["settings"] for point in points] == [
+        {source: {"kind": "path", "path": "a"}}, {source: {"kind": "hub", "repo": "b"}},
+    ]  # fmt: skip
+
+
 def test_a_run_that_cannot_be_read_is_one_of_the_runs_compared(tmp_path: Path) -> None:
     write_run(tmp_path, "a-1", {BETA: 0.1}, {"reward": 0.1})
     write_run(tmp_path, "a-2", {BETA: 0.3}, {"reward": 0.3})
