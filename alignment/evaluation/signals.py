@@ -58,5 +58,14 @@ def columns(rows: Sequence[Row]) -> dict[str, Column]:
 
 def means(rows: Sequence[Row]) -> dict[str, float]:
     """Metric -> mean over the rows that have it; metrics that no row has are left out."""
+    return {name: sum(values) / len(values) for name, values in _known(rows).items()}
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Metric -> over how many rows its mean is: fewer than all where answers could not be judged."""
+    return {name: len(values) for name, values in _known(rows).items()}
+
+
+def _known(rows: Sequence[Row]) -> dict[str, list[float]]:
     found = {name: [v for v in column if v is not None] for name, column in columns(rows).items()}
-    return {name: sum(values) / len(values) for name, values in found.items() if values}
+    return {name: values for name, values in found.items() if values}

@@ -78,11 +78,13 @@ class Comparison:
         return paired_difference(self._of(metric, model), self._of(metric, against), **self._how())
 
     def table(self, baseline: str) -> list[dict[str, Any]]:
-        """A row a metric: every model's mean, and every other model's difference from the baseline."""
+        """A row a metric: every model's mean, and every other model's difference from the baseline. prompts: of how
+        many, those with a value of every model."""
         return [
             {
                 "metric": metric,
                 "higher_is_better": self.better.get(metric, True),
+                "prompts": self.prompts(metric),
                 "values": {model: asdict(self.mean(metric, model)) for model in self.values},
                 "difference": {m: asdict(self.difference(metric, m, baseline)) for m in self.values if m != baseline},
             }

@@ -47,7 +47,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was evaluated. name: its role in the comparison. node: the stage that made it. colour: its index."""
+    """A model that was evaluated. name: its role in the comparison. node: the stage that made it. colour: its index.
+    prompts: metric -> over how many of the prompts its mean is, where it is known."""
 
     name: str
     label: str
@@ -55,6 +56,7 @@ class Model:
     colour: int
     answers: list[Row]
     metrics: Row
+    prompts: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,7 @@ def _model(role: str, stage: Stage, colour: int) -> Model:
         colour=colour,
         answers=read_rows(folder / "answers.jsonl") if folder else [],
         metrics=(evaluation or {}).get("metrics") or stage.metrics,
+        prompts=(evaluation or {}).get("prompts") or {},
     )
 
 

@@ -120,7 +120,11 @@ def metric_rows(report: Report) -> dict[str, Row]:
         name: {
             "metric": name,
             "higher_is_better": None,
-            "values": {m.name: {"mean": m.metrics[name]} for m in report.models if name in m.metrics},
+            "values": {
+                m.name: {"mean": m.metrics[name], "prompts": m.prompts.get(name)}
+                for m in report.models
+                if name in m.metrics
+            },
             "difference": {},
         }
         for name in names
@@ -134,6 +138,7 @@ def table(report: Report) -> list[Row]:
     for name, row in metric_rows(report).items():
         kind = words.metric(name)
         cells = [_cell(name, row, model) for model in report.models]
+        fewer = words.of_prompts(row, report.verdict.get("prompts")) if report.verdict else ""
         better = row.get("higher_is_better")
         arrow = "" if better is None else "↑ higher is better" if better else "↓ lower is better"
         rows.append(
@@ -141,6 +146,7 @@ def table(report: Report) -> list[Row]:
                 "title": kind.title,
                 "unit": kind.unit,
                 "arrow": arrow,
+                "fewer": fewer,
                 "cells": cells,
                 "chart": charts.intervals(row, report.models) if report.verdict else "",
             }
@@ -155,7 +161,7 @@ def _cell(name: str, row: Row, model: Model) -> Row:
     return {
         "model": model,
         "mean": words.metric_value(name, value.get("mean")),
-        "interval": words.interval(name, value),
+        "interval": words.interval(name, value) or words.of_prompts(value, len(model.answers)),
         "difference": words.metric_value(name, difference.get("mean"), sign=True) if known else "",
         "difference_interval": words.interval(name, difference, sign=True) if known else "",
         "class": words.change_class(difference, row.get("higher_is_better")),

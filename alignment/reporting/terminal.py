@@ -52,7 +52,8 @@ def comparison_table(verdict: Row) -> Table:
         better = row.get("higher_is_better")
         arrow = "" if better is None else " ↑" if better else " ↓"
         unit = f"\n{kind.unit}" if kind.unit.startswith(("nats", "tokens")) else ""
-        table.add_row(Text.assemble(kind.title + arrow, (unit, "dim")), *cells)
+        fewer = words.of_prompts(row, verdict.get("prompts"))
+        table.add_row(Text.assemble(kind.title + arrow, (unit, "dim"), (f"\n{fewer}" if fewer else "", "dim")), *cells)
     return table
 
 
@@ -352,7 +353,7 @@ class StageProgress:
         style = STYLES.get(state, "")
         text = Text.assemble(
             (MARKS.get(state, " "), style), f" {words.label(name):<16}", (f"{state:<8}", style),
-            f"{words.duration(seconds):>12}  ", (main_facts(facts), "dim"),
+            f"{words.duration(seconds):>12}  ", (words.main_facts(facts), "dim"),
         )  # fmt: skip
         self.console.print(text, soft_wrap=True)
 
@@ -382,16 +383,3 @@ class StageProgress:
 
     def _print(self, line: str) -> None:
         self.console.print(Text(line), soft_wrap=True)
-
-
-SHOWN = {"loss": "last loss", "reward": "reward", "reward_mean": "reward", "stop_rate": "stop rate", "rows": "rows"}
-SHOWN |= {"train": "train", "pairs": "pairs", "dropped": "dropped", "computed": "computed"}
-SHOWN |= {"reference_computed": "reference log-probs computed"}
-SHOWN |= {"accuracy": "accuracy", "ece": "ECE", "spearman": "rank correlation", "tensors": "tensors"}
-
-
-def main_facts(facts: Row, most: int = 4) -> str:
-    """The few summary metrics of a stage that a person wants on its line."""
-    known = [(name, words.finite(facts.get(name))) for name in SHOWN]
-    texts = [f"{SHOWN[name]} {value:.4g}" for name, value in known if value is not None]
-    return "  ".join(texts[:most])

@@ -21,6 +21,10 @@ BETWEEN = re.compile(
 
 ACRONYMS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}
 DONE = ("done", "reused")
+SHOWN = {"loss": "last loss", "reward": "reward", "reward_mean": "reward", "stop_rate": "stop rate", "rows": "rows"}
+SHOWN |= {"train": "train", "pairs": "pairs", "dropped": "dropped", "computed": "computed"}
+SHOWN |= {"reference_computed": "reference log-probs computed"}
+SHOWN |= {"accuracy": "accuracy", "ece": "ECE", "spearman": "rank correlation", "tensors": "tensors"}
 BETTER = {
     "better": "Better",
     "worse": "Worse",
@@ -63,6 +67,12 @@ def label(name: str) -> str:
 def with_acronyms(text: str) -> str:
     """A sentence that names models: "dpo is better than start" -> "DPO is better than start"."""
     return " ".join(ACRONYMS.get(word, word) for word in text.split(" "))
+
+
+def of_prompts(row: dict[str, Any], asked: Any) -> str:
+    """of 15 of 20 prompts: a row of the verdict's table where not all have a value of every model; else empty."""
+    known = finite(row.get("prompts"))
+    return f"of {count(known)} of {count(asked)} prompts" if known is not None and known != finite(asked) else ""
 
 
 def finite(value: Any) -> float | None:
@@ -213,3 +223,11 @@ def error_text(error: Any) -> str | None:
     if isinstance(error, dict):
         error = error.get("message") or error.get("what")
     return " ".join(str(error).split()) if error else None
+
+
+def main_facts(facts: dict[str, Any], most: int = 4) -> str:
+    """The few summary metrics of a stage that a person wants on its line."""
+    known = [(name, finite(facts.get(name))) for name in SHOWN]
+    texts = [f"{SHOWN[name]} {value:.4g}" for name, value in known if value is not None]
+    failed = finite(facts.get("reward_failed"))
+    return "  ".join(texts[:most] + ([f"{count(failed)} answers without a reward"] if failed else []))

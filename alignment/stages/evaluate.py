@@ -114,8 +114,16 @@ def _judge(context: StageContext, rows: list[Row], answers: list[list[Completion
         rewards = [score["reward"] for score in own]
         number = max(range(len(few)), key=lambda i: -math.inf if rewards[i] is None else rewards[i])
         best.append(few[number])
-        found.append({**own[number], **({"best_of": len(few), "rewards": rewards} if len(few) > 1 else {})})
+        found.append({**own[number], **(_of_all(own) if len(few) > 1 else {})})
     return Judged(best, found, failed)
+
+
+def _of_all(scores: list[Row]) -> Row:
+    """What is told of all answers to a prompt beside the score of the best: why each without a reward has none."""
+    told: Row = {"best_of": len(scores), "rewards": [score["reward"] for score in scores]}
+    if None in told["rewards"]:
+        told["rewards_failed"] = [score["failed"] if score["reward"] is None else None for score in scores]
+    return told
 
 
 def _heldout_nll(model: Any, chat: Chat, rows: list[Row], parts: Parts) -> list[float | None]:
@@ -154,6 +162,6 @@ def _publish(context: StageContext, rows: list[Row]) -> dict[str, float]:
         context.log(seen, signals.means(rows[:seen]))
     metrics = signals.means(rows)
     write_jsonl(context.folder / "answers.jsonl", rows)
-    write_json(context.folder / "evaluation.json", {"metrics": metrics})
+    write_json(context.folder / "evaluation.json", {"metrics": metrics, "prompts": signals.counts(rows)})
     context.progress(1000, 1000)
     return metrics

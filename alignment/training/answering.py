@@ -91,6 +91,9 @@ class Answering(AlignedTrainer):
         judged, without = self._judged
         self._check_share(failed, without, judged)
 
+    def facts(self) -> dict[str, float]:
+        return {**super().facts(), "answers": self._judged[0], "reward_failed": self._judged[1]}
+
     @contextmanager
     def _decoding(self) -> Iterator[Any]:
         """The plain model with whole weights, answering token by token. Under ZeRO-3 a collective."""

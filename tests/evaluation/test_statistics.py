@@ -86,9 +86,10 @@ def test_the_table_has_a_row_a_metric_with_differences_from_the_baseline() -> No
     assert reward == {
         "metric": "reward",
         "higher_is_better": True,
+        "prompts": 3,
         "values": {"start": {"mean": 0.0, "low": 0.0, "high": 0.0}, "dpo": {"mean": 1.0, "low": 1.0, "high": 1.0}},
         "difference": {"dpo": {"mean": 1.0, "low": 1.0, "high": 1.0}},
     }
-    assert (nll["metric"], nll["higher_is_better"]) == ("heldout_nll", False)
+    assert (nll["metric"], nll["higher_is_better"], nll["prompts"]) == ("heldout_nll", False, 2)
     assert (nll["values"]["start"]["mean"], nll["values"]["dpo"]["mean"]) == (2.0, 3.0)
     assert nll["difference"]["dpo"] == {"mean": 1.0, "low": 1.0, "high": 1.0}

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from markupsafe import escape
+from rich.console import Console
 
 from alignment.reporting.gather import gather
 from alignment.reporting.page import flows, headline, render, samples, table, timing, write_report
+from alignment.reporting.terminal import comparison_table
 
 MakeRun = Callable[..., tuple[Path, Path]]
 SECTIONS = ["verdict", "models", "curves", "trade", "lengths", "samples", "data", "time", "lineage", "keys", "config"]
@@ -190,3 +194,25 @@ print([name for name in ("torch", "transformers", "numpy", "plotly", "jinja2", "
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_mean_over_fewer_prompts_says_over_how_many(make_run: MakeRun) -> None:
+    """In the report and in the terminal: three prompts have no reward of every model."""
+    report = gather(*make_run())
+    assert report.verdict
+    for row in report.verdict["table"]:
+        row["prompts"] = 57 if row["metric"] == "reward" else 60
+    fewer = {row["title"]: row["fewer"] for row in table(report)}
+    assert fewer.pop("Reward") == "of 57 of 60 prompts" and not any(fewer.values())
+    assert render(report).count("of 57 of 60 prompts") == 1
+    printed = io.StringIO()
+    Console(width=80, file=printed).print(comparison_table(report.verdict))
+    assert printed.getvalue().count("of 57 of 60 prompts") == 1
+
+
+def test_without_a_comparison_each_model_says_over_how_many_prompts_its_means_are(make_run: MakeRun) -> None:
+    found = gather(*make_run())
+    models = [replace(m, prompts={"reward": 60 - i, "kl": 60}) for i, m in enumerate(found.models)]
+    rows = {row["title"]: row["cells"] for row in table(replace(found, verdict=None, models=models))}
+    assert [cell["interval"] for cell in rows["Reward"]] == ["", "of 59 of 60 prompts", "of 58 of 60 prompts"]
+    assert [cell["interval"] for cell in rows["Log-ratio to ref."]] == ["", "", ""]

@@ -10,7 +10,8 @@ from alignment.reporting.gather import gather, summarise
 from alignment.reporting.page import render
 from alignment.reporting.reward_models import reward_models
 from alignment.reporting.sweeps import objective
-from alignment.reporting.terminal import main_facts, next_steps
+from alignment.reporting.terminal import next_steps
+from alignment.reporting.words import main_facts
 
 FOUND = {
     "metrics": {
@@ -67,6 +68,8 @@ def test_nobody_is_asked_to_talk_to_a_reward_model(tmp_path: Path) -> None:
     said = "\n".join(line.plain for line in next_steps(summary, None))
     assert "final model" in said and "talk to it" not in said
     assert main_facts(FOUND["metrics"]) == "pairs 200  accuracy 0.715  ECE 0.041"
+    assert main_facts({"reward": 0.5, "reward_failed": 0.0}) == "reward 0.5"
+    assert main_facts({"reward": 0.5, "reward_failed": 3.0}) == "reward 0.5  3 answers without a reward"
 
 
 def test_a_sweep_learns_what_was_measured_of_a_reward_model(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def test_the_verdict_says_on_how_many_prompts_rewards_were_compared(
     assert compare.run(context)["prompts"] == 10
     verdict = read_json(context.folder / "verdict.json")
     assert " on 8 held-out prompts: " in verdict["sentence"] and verdict["prompts"] == 10
+    over = {row["metric"]: row["prompts"] for row in verdict["table"]}
+    assert (over["reward"], over["stop_rate"]) == (8, 10), "each row of the table says over how many"
 
 
 def test_without_rewards_to_compare_it_is_one_line(make_context: MakeContext, evaluations: Any, tmp_path: Path) -> None:

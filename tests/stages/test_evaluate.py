@@ -159,3 +159,27 @@ def test_the_best_of_several_answers_counts_and_its_kl_has_the_bound_of_that(
         assert row["kl"] == pytest.approx(ours - theirs + 0.636294, abs=1e-3)
     assert metrics["kl_bound"] == pytest.approx(0.636294, abs=1e-6)
     assert set(metrics) - {*context.experiment.reward.terms} <= RESERVED
+
+
+def test_of_the_answers_to_a_prompt_each_without_a_reward_says_why(
+    make_context: MakeContext, models: dict[str, Path], rows: Path, tmp_path: Path
+) -> None:
+    """Those that begin with a letter of the alphabet's first half fail: some of four to a prompt, none is guessed."""
+    source = tmp_path / "own.py"
+    source.write_text(
+        "def reward(prompts, answers, rows):\n    return [float('nan') if a[:1] < 'n' else 1.0 for a in answers]\n"
+    )
+    inputs = {"model": models["sft"], "data": rows, "reference": models["sft"]}
+    context = make_context("evaluate", inputs, best_of=4, max_new_tokens=6, temperature=1.0)
+    own = ["reward=python", f"reward.terms.own.source.path={source}", "reward.max_failed_share=1.0"]
+    context.experiment = compose(["pipeline=sft_sample_dpo", *own])
+    metrics = evaluate.run(context)
+    told = list(read_jsonl(context.folder / "answers.jsonl"))
+    missing = sum(row["rewards"].count(None) for row in told)
+    assert 0 < missing == metrics["reward_failed"] < 20
+    for row in told:
+        why = row.get("rewards_failed", [None] * 4)
+        assert [reward is None for reward in row["rewards"]] == [bool(one) for one in why]
+        assert all(one == {"own": "its value is nan"} for one in why if one)
+    known = sum(row["reward"] is not None for row in told)
+    assert read_json(context.folder / "evaluation.json")["prompts"]["reward"] == known

@@ -146,6 +146,8 @@ def test_without_a_reward_an_answer_is_not_trained_on_and_is_counted(tmp_path: P
     trainer._judge = sometimes
     trainer.train()
     assert trainer.state.log_history[0]["reward_failed"] == 1
+    facts = trainer.facts()
+    assert facts["reward_failed"] == trainer.state.global_step, "one of each rollout"
     (lost,) = [a for group in trainer._rollout.groups for a in group.answers if a.reward is None]
     assert not lost.kept and set(lost.advantages) == {0.0} and lost.reference is None
 
