@@ -152,6 +152,7 @@ def plan(arguments: list[str]) -> int:
     if given.multirun:
         return _plan_sweep(given)
     from alignment.config.compose import compose
+    from alignment.config.given import unread
     from alignment.pipeline import runner
     from alignment.reporting import queue, terminal
 
@@ -165,6 +166,7 @@ def plan(arguments: list[str]) -> int:
     if given.json:
         _print_json({"run": prepared.id, "nodes": rows})
     else:
+        queue.say_unread([unread(prepared.experiment, given.overrides)])
         terminal.announce(prepared.id, prepared.folder, rows, table=True)
     return 0
 
@@ -175,7 +177,7 @@ def _plan_sweep(given: argparse.Namespace) -> int:
 
     if len(given.config_dir) > 1:
         raise ConfigError("a sweep takes one --config-dir", where="command line", fix="put all of it into one folder")
-    name, prepared = runs.plan_sweep(given.overrides, *given.config_dir)
+    name, prepared, unread = runs.plan_sweep(given.overrides, *given.config_dir)
     if given.check:
         queue.check(prepared, name)
     scripts = queue.scripts(prepared, name) if given.show_scripts else []
@@ -183,6 +185,7 @@ def _plan_sweep(given: argparse.Namespace) -> int:
     if given.json:
         _print_json({"sweep": name, "runs": [run.id for run in prepared], "stages": rows, "scripts": scripts})
         return 0
+    queue.say_unread(unread)
     queue.show_plan(name, len(prepared), rows)
     print("\n".join(scripts), end="\n" if scripts else "")
     return 0

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import compose, explain
+from alignment.config.given import refuse_twice
 from alignment.config.guard import refuse_code
 from alignment.config.listed import refuse_overlaps
 from alignment.config.paths import CONF
@@ -138,6 +139,7 @@ def main(arguments: list[str], execute: Execute) -> int:
     """Let Hydra read the arguments, and have the experiments that they mean executed: one, or the jobs of a multirun as
     its sweeper asks for them."""
     given = _read(arguments)
+    refuse_twice(given.overrides)
     places, single = _places(given), list[Point]()
     origin = Origin(tuple(given.overrides), (Path(given.config_dir).resolve(),) if given.config_dir else ())
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from alignment import hydra_app, search
 from alignment.config.execution import PercentilePruning
+from alignment.config.given import unread
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
 from alignment.config.provenance import quoted
 from alignment.errors import (
@@ -50,7 +51,7 @@ class Session:
         self._refused: list[str] = []  # lines that are not yet said
         self._pruned: dict[str, str] = {}  # points that were stopped as hopeless, and why
         self._count = 0
-        self._probed = False  # a sweeper that learns comes back for each of its rounds
+        self._warned = self._probed = False  # a sweeper that learns comes back for each of its rounds
         self._leader: Leader | None = None  # what the other machines of a run see of this one
         self._follower: Follower | None = None
 
@@ -79,6 +80,9 @@ class Session:
         with one_look():  # at each file that keys are made of
             runs = [runner.Run(point.experiment, point.command) for point in points]
         self._count += len(runs)
+        if not self._warned:
+            queue.say_unread([unread(point.experiment, point.overrides) for point in points])
+            self._warned = True
         self._meet(runs)
         if self._follower is not None:
             for run in runs:
@@ -252,8 +256,11 @@ class Session:
         return True
 
 
-def plan_sweep(settings: Sequence[str], config_dir: Path | None = None) -> tuple[str, list[runner.Run]]:
-    """The name of the sweep that `alignment run -m` would make of the settings, and its runs; nothing is stored."""
+def plan_sweep(
+    settings: Sequence[str], config_dir: Path | None = None
+) -> tuple[str, list[runner.Run], list[list[str]]]:
+    """The name of the sweep that `alignment run -m` would make of the settings, its runs, and of each the settings that
+    nothing reads; nothing is stored."""
     points: list[Point] = []
     given: list[str] = []
 
@@ -273,7 +280,7 @@ def plan_sweep(settings: Sequence[str], config_dir: Path | None = None) -> tuple
     with one_look():
         runs = [runner.Run(point.experiment, point.command) for point in points]
     _are_jobs(runs)
-    return sweeps.name_of(runs[0], given), runs
+    return sweeps.name_of(runs[0], given), runs, [unread(point.experiment, point.overrides) for point in points]
 
 
 def _settings(master: DictConfig) -> list[str]:

@@ -187,6 +187,17 @@ def test_a_sweep_is_planned_as_the_one_graph_that_run_would_make_of_it(tmp_path:
     assert [(row["new"], row["reused"]) for row in again if row["name"] in ("start", "dpo")] == [(0, 1), (4, 0)]
 
 
+def test_a_setting_that_nothing_of_a_sweep_reads_is_told(tmp_path: Path) -> None:
+    """simpo_gamma is read by one of its points, length_penalty by none."""
+    sweep = ["experiment=quickstart", "stage.dpo.loss=sigmoid,simpo", "stage.dpo.simpo_gamma=1.0"]
+    for settings in (["-m", *sweep], ["experiment=quickstart"]):
+        out = alignment("plan", *settings, "stage.judge.length_penalty=1.0", cwd=tmp_path).stdout
+        told = [line for line in out.splitlines() if line.startswith("warning")]
+        assert told == [
+            "warning: `stage.judge.length_penalty` changes nothing: as the other settings stand, nothing reads it"
+        ]
+
+
 def test_a_sweep_s_scripts_are_arrays(tmp_path: Path) -> None:
     sweep = ("experiment=quickstart", "launcher=slurm", "launcher.processes=1", "stage.dpo.beta=0.1,0.5")
     out = alignment("plan", "-m", *sweep, "--show-scripts", cwd=tmp_path).stdout

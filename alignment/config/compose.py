@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from alignment.config import explain
 from alignment.config.checks import check
+from alignment.config.given import refuse_twice
 from alignment.config.guard import refuse_code
 from alignment.config.listed import refuse_overlaps
 from alignment.config.paths import CONF
@@ -29,6 +30,7 @@ def compose(overrides: list[str], config_dirs: tuple[Path, ...] = ()) -> Experim
 
     config_dirs: further folders searched for groups, after conf/. Raises ConfigError.
     """
+    refuse_twice(overrides)
     origin = Origin(tuple(overrides), tuple(folder.resolve() for folder in config_dirs))
     for folder in origin.folders:
         if not folder.is_dir():

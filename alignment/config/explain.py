@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -55,6 +55,10 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
         if last == "stage" and ".nodes." in key:
             what = f"`{above}` is set, but the pipeline has no such node{more}"
             return ConfigError(what, where=where, fix="choose another pipeline, or leave it out; a new one has a stage")
+        if len(names := _missing_beside(above, faults)) > 1:
+            what, left = f"`{above}` lacks {', '.join(names)}", len(faults) - len(names)
+            advice = "none has a value of its own: set all of them, as the file in conf/ that is most like it does"
+            return ConfigError(f"{what}; {left} more after these" if left else what, where=where, fix=advice)
         advice = f"it has no value of its own: {key}=..., or {last}: beside the others of {above}"
         return ConfigError(f"`{key}` is missing{more}", where=where, fix=advice)
     if fault.get("input") == MISSING:
@@ -79,6 +83,12 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
     given = "" if unsaid else f", got {fault.get('input')!r}"
     fix = str(context["fix"]) if "fix" in context else _allowed(fault)
     return ConfigError(f"`{key}` {message[0].lower()}{message[1:]}{given}{more}", where=where, fix=fix)
+
+
+def _missing_beside(above: str, faults: Iterable[Any]) -> list[str]:
+    """Keys that are missing right below this one."""
+    keys = [shape.locate(Experiment, fault["loc"])[0] for fault in faults if fault["type"] == "missing"]
+    return [last for place, _, last in (key.rpartition(".") for key in keys) if place == above]
 
 
 def _allowed(fault: Any) -> str | None:
@@ -206,7 +216,20 @@ def no_choice(overrides: Iterable[str], origin: Origin) -> Explained:
             names = ", ".join(_choices(one.key_or_group, origin))
             fix = f"to choose nothing leave it out; else one of: {names}"
             return ConfigError(f"`{one.input_line}` chooses no file", where=COMMAND_LINE, fix=fix)
-    return None
+    return next((found for folder in origin.folders for found in _odd_defaults(folder)), None)
+
+
+def _odd_defaults(folder: Path) -> Iterator[ConfigError]:
+    """Of files with a list in their `defaults` that has something else than names; Hydra tells neither file nor line."""
+    for file in sorted(folder.rglob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        defaults = (yaml.safe_load(text) or {}).get("defaults") or []
+        for group, listed in (pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()):
+            odd = [item for item in listed if not isinstance(item, str)] if isinstance(listed, list) else []
+            if odd:
+                line = next(n for n, one in enumerate(text.splitlines(), start=1) if str(group) in one)
+                what = f"`{group}` lists {odd[0]!r}, which is no file's name"
+                yield ConfigError(what, where=f"{file}:{line}", fix="names alone: [length, format]")
 
 
 def _there_already(text: str, error: Exception, origin: Origin) -> Explained:

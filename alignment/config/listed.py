@@ -20,25 +20,28 @@ File = tuple[Path, str]  # and the package that its keys go to
 
 
 def refuse_overlaps(config: DictConfig) -> None:
-    """Raises ConfigError if two files that were chosen as a list give a key different values."""
+    """Raises ConfigError if two files that were chosen as a list give a key different values, and the command line none
+    of its own."""
     choices = config.hydra.runtime.choices  # where Hydra notes no group whose choice is a list
     for group in (group for group in GROUPS if group not in choices and group != "stage"):
         origin = Origin.of(config.hydra, as_typed=True)
         files = list(origin.listed(group))
-        if found := overlap(files):
+        typed = [override.partition("=")[0].lstrip("+") for override in origin.overrides]
+        if found := overlap(files, typed):
             first, second, key = found
             what = f"`{group}` lists {first} and {second}, which set `{key}` to different values: only the last counts"
             fix = instead(group, [file.stem for file, _ in files], key)
             raise ConfigError(what, where=origin.chosen(group, second), fix=fix)
 
 
-def overlap(files: Sequence[File]) -> tuple[str, str, str] | None:
-    """(name, name, key) of the first two that give a key different values, or of which one has keys below it."""
+def overlap(files: Sequence[File], decided: Sequence[str] = ()) -> tuple[str, str, str] | None:
+    """(name, name, key) of the first two that give a key different values, or of which one has keys below it. decided:
+    keys that have a value whatever files say."""
     for one, other in combinations(files, 2):
         for key, value in _values(one):
             for its, theirs in _values(other):
                 within = key.startswith(f"{its}.") or its.startswith(f"{key}.")
-                if within or (key == its and value != theirs):
+                if within or (key == its and value != theirs and key not in decided):
                     return one[0].stem, other[0].stem, min(key, its, key=len)
     return None
 

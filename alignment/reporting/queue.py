@@ -36,6 +36,13 @@ def say(text: str) -> None:
     Console(highlight=False).print(Text(text), soft_wrap=True)
 
 
+def say_unread(few: Sequence[Sequence[str]]) -> None:
+    """few: of each point the settings that nothing of it reads; where another point reads one, all is well."""
+    for key in few[0] if few else []:
+        if all(key in others for others in few[1:]):
+            say(f"warning: `{key}` changes nothing: as the other settings stand, nothing reads it")
+
+
 def show_submission(name: str, runs: int, queued: Submission) -> None:
     """How many stages the runs have together, each counted once; the graph with its job numbers; what to type next."""
     console = Console(highlight=False)
