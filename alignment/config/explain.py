@@ -220,12 +220,12 @@ def no_choice(overrides: Iterable[str], origin: Origin) -> Explained:
 
 
 def _odd_defaults(folder: Path) -> Iterator[ConfigError]:
-    """Of files with a list in their `defaults` that has something else than names; Hydra tells neither file nor line."""
+    """Of files whose `defaults` have a list of something else than names; Hydra tells neither file nor line."""
     for file in sorted(folder.rglob("*.yaml")):
         text = file.read_text(encoding="utf-8")
         defaults = (yaml.safe_load(text) or {}).get("defaults") or []
-        for group, listed in (pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()):
-            odd = [item for item in listed if not isinstance(item, str)] if isinstance(listed, list) else []
+        for group, names in (pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()):
+            odd = [item for item in names if not isinstance(item, str)] if isinstance(names, list) else []
             if odd:
                 line = next(n for n, one in enumerate(text.splitlines(), start=1) if str(group) in one)
                 what = f"`{group}` lists {odd[0]!r}, which is no file's name"

@@ -14,6 +14,17 @@ from alignment.reporting.gather import TRAINING, Model, Report, Row, Stage, chan
 from alignment.reporting.reward_models import reward_models
 
 HERE = Path(__file__).parent
+ASKED = (
+    "loss",
+    "beta",
+    "reference_update",
+    "learning_rate",
+    "schedule",
+    "global_batch_size",
+    "epochs",
+    "max_steps",
+    "precision",
+)  # of a stage that trains: its caption
 TILES = ("reward", "relevance", "stop_rate", "kl")
 
 
@@ -190,12 +201,19 @@ def learning(report: Report) -> list[Row]:
     for stage in report.of(*TRAINING):
         colour = report.colours.get(stage.name, 0)
         panels = charts.curves(stage, colour)
-        asked = ("loss", "beta", "learning_rate", "schedule", "global_batch_size", "epochs", "max_steps", "precision")
-        facts = [
-            (name.replace("_", " "), stage.settings[name]) for name in asked if stage.settings.get(name) is not None
-        ]
+        known = {name: stage.settings[name] for name in ASKED if stage.settings.get(name) is not None}
+        facts = [(name.replace("_", " "), _in_words(value)) for name, value in known.items()]
         found.append({"stage": stage, "colour": colour, "panels": panels, "facts": facts})
     return found
+
+
+def _in_words(value: Any) -> Any:
+    """A mix of losses, or another few settings in one: sigmoid 1, nll 0.2."""
+    return (
+        ", ".join(f"{name.replace('_', ' ')} {one}" for name, one in value.items())
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def samples(report: Report) -> Row:

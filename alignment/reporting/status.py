@@ -264,8 +264,10 @@ def _state(nodes: list[Row], lives: bool) -> str:
 
 
 def facts_text(progress: Any) -> str:
-    """step 12/40 of progress.json, or its note."""
+    """12/40 of progress.json, 33 % where it counts no steps but shares of the whole, or its note."""
     if not isinstance(progress, dict):
         return ""
     step, total = finite(progress.get("step")), finite(progress.get("total"))
-    return f"{step:.0f}/{total:.0f}" if step is not None and total else str(progress.get("note") or "")
+    if step is None or not total:
+        return str(progress.get("note") or "")
+    return f"{100 * step / total:.0f} %" if progress.get("share") else f"{step:.0f}/{total:.0f}"

@@ -26,7 +26,7 @@ class Parts:
 
         def progress(step: int, total: int, **facts: Any) -> None:
             done = before + self.shares[part] * step / max(total, 1)
-            self.context.progress(round(1000 * done / self.whole), 1000, note=part, **facts)
+            self.context.progress(round(1000 * done / self.whole), 1000, note=part, share=True, **facts)
 
         progress(0, 1, force=True)  # also of a part that says nothing for long
         return progress

@@ -35,6 +35,10 @@ class MovingReference:
         """The engine has the start model."""
         self.weights = {f.key("weight"): f.values["weight"].detach().clone() for f in state.fragments(trainer)}
 
+    def updates(self, steps: int) -> int:
+        """How many there were in so many steps: each comes before the step that it is for, none before the first."""
+        return max(steps - 1, 0) // self.settings.every_steps
+
     @torch.no_grad()
     def at(self, trainer: Any) -> References:
         """The reference's log-probs for the step that begins. A collective."""

@@ -175,6 +175,10 @@ class DPO(Referenced):
         """[rows]: tokens of each chosen answer."""
         return column_lengths(self.train_dataset, "chosen_ids")
 
+    def facts(self) -> dict[str, float]:
+        moved = {} if self._moving is None else {"reference_updates": self._moving.updates(self.state.global_step)}
+        return {**super().facts(), **moved}
+
     @property
     def _moved(self) -> bool:  # type: ignore[override]
         return self._moving is not None and self.state.global_step >= self._moving.settings.every_steps

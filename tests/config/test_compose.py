@@ -359,9 +359,9 @@ def test_a_wrong_key_in_a_file_names_the_file_and_its_line(tmp_path: Path) -> No
             "3: `override /reward` lists ['length'], which is no file's name (names alone: [length, format])",
         ),
         (
-            "defaults:\n  - override /pipeline: sft_rloo\n  - _self_\nreward:\n  terms:\n    own:\n      kind: length\n",
-            "7: `reward.terms.own` lacks weight, unit, low, high, fall_off (none has a value of its own: set all of them, "
-            "as the file in conf/ that is most like it does)",
+            "defaults:\n  - override /pipeline: sft_rloo\n  - _self_\nreward:\n  terms:\n    own: {kind: length}\n",
+            "7: `reward.terms.own` lacks weight, unit, low, high, fall_off (none has a value of its own: set all of "
+            "them, as the file in conf/ that is most like it does)",
         ),
         ("seed: ${sed}\n", "2: `seed`: Interpolation key 'sed' not found"),
         ("seed: [\n", "3: this is not YAML: expected the node content, but found '<stream end>'"),

@@ -57,7 +57,7 @@ def test_what_two_listed_files_disagree_in_the_command_line_may_decide(tmp_path:
         text = f"max_failed_share: {share}\nterms:\n  {name}: {term}\n"
         (tmp_path / "reward" / f"{name}.yaml").write_text(text)
     overrides = ["pipeline=sft_rloo", "reward=[short,long]"]
-    with pytest.raises(ConfigError, match="lists short and long, which set `reward.max_failed_share`"):
+    with pytest.raises(ConfigError, match=r"lists short and long, which set `reward\.max_failed_share`"):
         compose(overrides, (tmp_path,))
     experiment = compose([*overrides, "reward.max_failed_share=0.3"], (tmp_path,))
     assert experiment.reward.max_failed_share == 0.3 and set(experiment.reward.terms) == {"short", "long"}

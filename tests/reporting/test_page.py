@@ -216,3 +216,14 @@ def test_without_a_comparison_each_model_says_over_how_many_prompts_its_means_ar
     rows = {row["title"]: row["cells"] for row in table(replace(found, verdict=None, models=models))}
     assert [cell["interval"] for cell in rows["Reward"]] == ["", "of 59 of 60 prompts", "of 58 of 60 prompts"]
     assert [cell["interval"] for cell in rows["Log-ratio to ref."]] == ["", "", ""]
+
+
+def test_a_stage_s_caption_says_what_it_was_trained_by_in_words(make_run: MakeRun) -> None:
+    found = gather(*make_run())
+    told = {"loss": {"sigmoid": 0.8, "nll": 0.2}, "reference_update": {"every_steps": 4, "share": 0.6}, "beta": 0.1}
+    stages = [
+        replace(stage, settings={"kind": "dpo", **told}) if stage.name == "dpo" else stage for stage in found.stages
+    ]
+    shown = " ".join(render(replace(found, stages=stages)).split())
+    for fact in ("loss sigmoid 0.8, nll 0.2", "reference update every steps 4, share 0.6", "beta 0.1"):
+        assert f"<span>{fact}</span>" in shown

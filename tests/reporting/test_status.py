@@ -9,7 +9,7 @@ import pytest
 
 from alignment import cli
 from alignment.pipeline.store import Store
-from alignment.reporting.status import read_runs
+from alignment.reporting.status import facts_text, read_runs
 from alignment.reporting.terminal import attempts_text
 
 MakeRun = Callable[..., tuple[Path, Path]]
@@ -34,6 +34,11 @@ def test_a_stage_at_work_tells_how_far_it_is(halfway: tuple[Path, Path]) -> None
     sft = run["nodes"][2]
     assert (run["state"], sft["state"], sft["seconds"], sft["progress"]["step"]) == ("running", "running", 28.0, 4)
     assert run["seconds"] == pytest.approx(5.2 + 28.0), "the reused import is not this run's work"
+
+
+def test_how_far_a_stage_is_that_counts_no_steps_is_a_share() -> None:
+    assert facts_text({"step": 335, "total": 1000, "share": True, "note": "judging"}) == "34 %"
+    assert facts_text({"step": 335, "total": 1000}) == "335/1000"
 
 
 def test_a_stage_whose_process_is_dead_is_interrupted(halfway: tuple[Path, Path]) -> None:

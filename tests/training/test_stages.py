@@ -108,7 +108,9 @@ def run_stock(folder: Path, settings: Any, inputs: dict[str, Path]) -> Any:
 def test_losses_metrics_and_weights_equal_stock_trl_given_the_same_batches(settings: Any, tmp_path: Path) -> None:
     """Ours in several micro-batches of unequal size, scoring trained positions only; TRL's in one padded batch."""
     inputs = tiny.write_inputs(tmp_path, settings.kind)
-    run(tmp_path, settings, tiny.engine(tokens_per_micro_batch=120), inputs)
+    summary = run(tmp_path, settings, tiny.engine(tokens_per_micro_batch=120), inputs)
+    if update := getattr(settings, "reference_update", None):  # of 10 steps: before the 4th, 7th, 10th; the 5th, 9th
+        assert summary["reference_updates"] == {3: 3, 4: 2}[update.every_steps]
     stock = run_stock(tmp_path, settings, inputs)
     shared = ["loss", "grad_norm", "learning_rate", "entropy", "num_tokens"]
     if settings.kind == "sft":
