@@ -262,6 +262,17 @@ def test_pairs_are_taken_apart_into_answers_with_a_label(chat: Chat) -> None:
     ]  # fmt: skip
 
 
+def test_answers_to_other_prompts_are_of_both_kinds_where_pairs_were_taken_apart(chat: Chat, tmp_path: Path) -> None:
+    """KTO's reference point is a mean over all answers: the next row of another prompt is not always the chosen one,
+    as it would be in the order of the file."""
+    pairs = [{"prompt": f"q{n}", "chosen": "yes", "rejected": "no"} for n in range(100)]
+    preparation.write(run(chat, pairs, task="unpaired"), tmp_path, "here", chat)
+    rows = datasets.load_from_disk(str(tmp_path / "train"))
+    for label in (True, False):
+        beside = [chat.tokenizer.decode(row["mismatched_ids"])[:2] for row in rows if row["label"] is label]
+        assert 30 < beside.count("no") < 70
+
+
 @pytest.mark.parametrize(
     ("values", "what"),
     [
