@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from alignment.config.execution import Engine
 from alignment.config.faults import Fault
 from alignment.config.stages.base import Stage
-from alignment.config.stages.online import Clipped, Kl, Online, PolicyGradient
+from alignment.config.stages.online import Clipped, Grpo, Kl, Online, PolicyGradient, Ppo
 
 
 def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
@@ -26,9 +26,21 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
     kl = getattr(settings, "kl", None)
     if isinstance(kl, Kl):
         yield from _kl(kl, f"{key}.kl")
+    if isinstance(settings, Clipped):
+        yield from _followed(settings, key)
     if isinstance(settings, PolicyGradient):
         yield from _masked(settings, key)
-    if isinstance(settings, Clipped) and settings.ratio != "token" and settings.aggregate != "sequence":
+    if isinstance(settings, Grpo) and settings.scale_by_std and settings.refers and settings.kl.place == "reward":
+        keys = f"{key}.kl.place", f"{key}.scale_by_std"
+        what = (
+            f"`{keys[0]}` is reward, and `{keys[1]}` true: a prompt whose rewards are all one would be trained on its"
+        )
+        fix = f"{keys[0]}=loss, or {keys[1]}=false"
+        yield Fault(f"{what} KL alone, at full size whatever the coefficient", keys, fix)
+    if isinstance(settings, Ppo) and settings.ratio != "token":
+        what = f"`{key}.ratio` is {settings.ratio}: an answer's one ratio would average away what GAE says of each token"
+        yield Fault(what, (f"{key}.ratio",), f"{key}.ratio=token")
+    elif isinstance(settings, Clipped) and settings.ratio != "token" and settings.aggregate != "sequence":
         keys = f"{key}.aggregate", f"{key}.ratio"
         what = f"`{keys[0]}` is {settings.aggregate}, and `{keys[1]}` {settings.ratio}: an answer's one ratio would"
         yield Fault(
@@ -45,8 +57,24 @@ def _masked(settings: PolicyGradient, key: str) -> Iterator[Fault]:
         yield Fault(
             f"{what} those that end would look worse than they, and be trained away",
             keys,
-            f"{keys[0]}=penalty or keep, or {keys[1]}=loss with {key}.kl.estimator=k3",
+            f"{keys[0]}=penalty or keep, or {keys[1]}=loss",
         )
+
+
+def _followed(settings: Clipped, key: str) -> Iterator[Fault]:
+    """What a target follows is the mean over answers that are trained on: those alone have a reference."""
+    if not settings.refers or settings.kl.target is None:
+        return
+    target, left_out = f"{key}.kl.target", {"truncated": settings.truncated == "mask"}
+    if isinstance(settings, PolicyGradient):
+        left_out["resamples"] = settings.resamples > 0
+    if odd := next((name for name, leaves_out in left_out.items() if leaves_out), None):
+        other = f"{key}.{odd}"
+        what = (
+            f"`{target}` is {settings.kl.target:g}, and `{other}` {getattr(settings, odd)}: the distance would be that"
+        )
+        fix = f"{target}=null, or {other}={'keep or penalty' if odd == 'truncated' else 0}"
+        yield Fault(f"{what} of the answers which are left, not of the policy", (target, other), fix)
 
 
 def _kl(kl: Kl, key: str) -> Iterator[Fault]:
@@ -54,6 +82,13 @@ def _kl(kl: Kl, key: str) -> Iterator[Fault]:
         keys = f"{key}.target", f"{key}.coefficient"
         what = f"`{keys[0]}` is {kl.target:g}, and `{keys[1]}` is 0, which no factor changes"
         yield Fault(what, keys, "a first coefficient")
+    if kl.place == "reward" and kl.estimator != "k1" and kl.coefficient:
+        estimator, place = f"{key}.estimator", f"{key}.place"
+        what = (
+            f"`{place}` is reward, and `{estimator}` {kl.estimator}: off a reward its own slope is lost, and near the"
+        )
+        yield Fault(f"{what} start model it pulls by next to nothing, or away", (estimator, place),
+                    f"{estimator}=k1, or {place}=loss")  # fmt: skip
     if kl.place == "loss" and kl.estimator == "k1" and kl.coefficient and not kl.corrected:
         estimator, place, corrected = f"{key}.estimator", f"{key}.place", f"{key}.corrected"
         what = f"`{estimator}` is k1, and `{place}` is loss: its gradient is 0 in expectation, and only noise"

@@ -27,7 +27,7 @@ from alignment.config.stages.training import Train
 from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 
-FORMAT = 6  # raised when a key comes to mean something else, or a result to hold something else
+FORMAT = 7  # raised when a key comes to mean something else, or a result to hold something else
 
 
 def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:

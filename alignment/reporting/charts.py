@@ -209,7 +209,7 @@ def reward_against_kl(models: list[Model], table: dict[str, Row]) -> Markup | No
             [
                 model.label,
                 f"reward {metric_value('reward', y['mean'])} {interval('reward', y)}",
-                f"KL {metric_value('kl', x['mean'])} nats {interval('kl', x)}",
+                f"log-ratio {metric_value('kl', x['mean'])} nats {interval('kl', x)}",
             ]
         )
         rising = i + 1 < len(points) and points[i + 1][1] < py  # the route leaves upwards, so the name stands below

@@ -148,8 +148,8 @@ def pair_sums(
     has none (`Dpo.reward_scale`).
     kl: Schulman's k3 estimator (joschu.net/blog/kl-approx.html) a token, (w - 1) - log w with w = pi / pi_ref: for
     tokens drawn from the reference - what DPO assumes of its pairs - an unbiased estimate of KL(pi_ref || pi), in nats
-    a token; of pairs from elsewhere a measure of drift, still >= 0 and 0 only where both agree. The KL of the model's
-    own answers is measured by the evaluate stage.
+    a token; of pairs from elsewhere a measure of drift, still >= 0 and 0 only where both agree. What the
+    evaluate stage measures is of the model's own answers, and at temperature 1 estimates KL(pi || start model).
     """
     log_probs = policy.log_probs.double()
     log_ratios = log_probs if reference is None else log_probs - reference  # [2 pairs, width - 1]

@@ -206,7 +206,7 @@ class OnlineTrainer(Answering, Policies):
         """Measure the distance from the start model; the coefficient of the next rollout follows its target."""
         if self._coefficient:
             rollout.metrics["kl_coefficient"] = self._coefficient
-        apart = [distance(one, "k1") for group in rollout.groups for one in group.answers if one.trained]
+        apart = [distance(one) for group in rollout.groups for one in group.answers if one.trained]
         if not apart:
             return
         per_answer = rollout.metrics["kl_answer"] = sum(apart) / len(apart)
@@ -282,7 +282,8 @@ def mismatch(log_probs: Tensor, targets: Targets) -> dict[str, Tensor | float]:
     }
 
 
-def distance(answer: Answer, estimator: losses.Estimator) -> float:
-    """Of the policy that gave it from the reference, in nats an answer."""
+def distance(answer: Answer) -> float:
+    """Of the policy that gave it from the reference, in nats an answer: by k1, of which alone the mean over answers has
+    the KL's gradient too, where it is taken off their rewards (config/online_checks.py)."""
     own = torch.tensor(answer.log_probs, dtype=torch.float64)
-    return float(losses.kl(own, torch.tensor(answer.reference, dtype=torch.float64), estimator).sum())
+    return float(losses.kl(own, torch.tensor(answer.reference, dtype=torch.float64), "k1").sum())

@@ -42,7 +42,7 @@ class ClippedTrainer(OnlineTrainer):
         if self.settings.refers and self.kl.place == "loss":
             pull = losses.kl(log_probs, targets.reference, self.kl.estimator)
             if self.kl.corrected:
-                pull = losses.corrected(pull, log_probs, old, targets.mask)
+                pull = losses.corrected(pull, log_probs, old, targets.mask, self.kl.estimator)
             loss = loss + targets.coefficient * pull
         return loss, self._measured(output, targets, surrogate)
 
@@ -70,7 +70,7 @@ class PolicyGradientTrainer(ClippedTrainer):
         settings = self.settings
         rewards, valid = rewards_of(rollout.groups)
         if self.settings.refers and self.kl.place == "reward":
-            rewards = rewards - rollout.coefficient * _distances(rollout.groups, self.kl.estimator)
+            rewards = rewards - rollout.coefficient * _distances(rollout.groups)
         if isinstance(settings, Grpo):
             worth = advantages.group_relative(rewards, valid, settings.scale_by_std)
         else:
@@ -82,7 +82,7 @@ class PolicyGradientTrainer(ClippedTrainer):
                 answer.advantages = [value] * len(answer.ids)
 
 
-def _distances(groups: Sequence[Group], estimator: losses.Estimator) -> Tensor:
+def _distances(groups: Sequence[Group]) -> Tensor:
     """[groups, answers]: nats an answer from the start model; 0 for one that is not trained on."""
-    each = [[distance(answer, estimator) if answer.trained else 0.0 for answer in group.answers] for group in groups]
+    each = [[distance(answer) if answer.trained else 0.0 for answer in group.answers] for group in groups]
     return torch.tensor(each, dtype=torch.float64)

@@ -64,7 +64,7 @@ class PPOTrainer(ClippedTrainer):
         rewards[-1] = answer.reward or 0.0
         if self.settings.refers and self.kl.place == "reward":
             own, reference = (torch.tensor(x, dtype=torch.float64) for x in (answer.log_probs, answer.reference))
-            rewards -= coefficient * losses.kl(own, reference, self.kl.estimator)
+            rewards -= coefficient * losses.kl(own, reference, "k1")  # as of answers (`distance`)
         return rewards
 
     def _token_losses(self, output: Any, targets: Targets) -> tuple[Tensor, dict[str, Tensor | float]]:

@@ -90,7 +90,7 @@ def _score(model: Any, pack: Pack, measure: bool, squares: bool) -> Valued:
         )
     spread = whole(pack.spread(log_probs))
     labelled = whole(pack.spread(torch.ones_like(pack.targets, dtype=torch.bool)))
-    values = getattr(model, VALUE_HEAD)(hidden)[:, 0].float() if hasattr(model, VALUE_HEAD) else None
+    values = _values(getattr(model, VALUE_HEAD), hidden) if hasattr(model, VALUE_HEAD) else None
     return Valued(
         loss=-spread.sum() / labelled.sum().clamp(min=1),
         log_probs=spread,
@@ -101,6 +101,13 @@ def _score(model: Any, pack: Pack, measure: bool, squares: bool) -> Valued:
         state_values=None if values is None else whole(pack.spread(values)),
         label_mask=labelled,
     )
+
+
+def _values(head: Any, hidden: Tensor) -> Tensor:
+    """[tokens], float32, computed in the precision that the head has: values and their clip are small differences,
+    which autocast to bf16 would lose above a few units."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype))[:, 0].float()
 
 
 def _classify(model: Any, pack: Pack) -> SequenceClassifierOutputWithPast:

@@ -15,6 +15,9 @@ IMPOSSIBLE = {
         "stage.rloo.kl.coefficient=0.0 stage.rloo.kl.target=6.0": "`stage.rloo.kl.target` is 6, and",
         "stage.rloo.kl.place=loss stage.rloo.kl.corrected=false": "`stage.rloo.kl.estimator` is k1, and `stage",
         "stage.rloo.truncated=mask": "`stage.rloo.truncated` is mask, and `stage.rloo.kl.place` reward: answers that",
+        "stage.rloo.kl.estimator=k3": "`stage.rloo.kl.place` is reward, and `stage.rloo.kl.estimator` k3: off a reward",
+        "stage.rloo.kl.estimator=k2": "`stage.rloo.kl.place` is reward, and `stage.rloo.kl.estimator` k2: off a reward",
+        "stage.rloo.kl.target=6.0 stage.rloo.resamples=2": "`stage.rloo.kl.target` is 6, and `stage.rloo.resamples` 2:",
         "stage.rloo.aggregate=token": "`stage.rloo.aggregate` is token, and `stage.rloo.ratio` sequence: an",
         "stage.rloo.lora.quantize=nf4": "`stage.rloo.lora.quantize` is nf4, and decoding was not tried",
         "stage.rloo.completions_per_prompt=1": "`stage.rloo.completions_per_prompt` should be greater than or equal",
@@ -22,11 +25,15 @@ IMPOSSIBLE = {
     },
     "online_dpo": {"stage.online_dpo.beta=0.0": "`stage.online_dpo.beta` should be greater than 0"},
     "grpo": {
+        "stage.grpo.kl.place=reward stage.grpo.kl.estimator=k1": "`stage.grpo.scale_by_std` true: a prompt whose",
+        "stage.grpo.kl.target=6.0 stage.grpo.truncated=mask": "`stage.grpo.kl.target` is 6, and `stage.grpo.trunc",
         "stage.grpo.ratio=sequence_mean stage.grpo.aggregate=constant": "`stage.grpo.ratio` sequence_mean: an answer's",
     },
     "ppo": {
         "stage.ppo.lam=1.5": "`stage.ppo.lam` should be less than or equal to 1",
-        "stage.ppo.ratio=sequence": "`stage.ppo.aggregate` is token, and `stage.ppo.ratio` sequence",
+        "stage.ppo.ratio=sequence stage.ppo.aggregate=sequence": "`stage.ppo.ratio` is sequence: an answer's one ratio",
+        "stage.ppo.kl.target=6.0 stage.ppo.truncated=mask": "`stage.ppo.kl.target` is 6, and `stage.ppo.trunc",
+        "stage.ppo.kl.estimator=k3": "`stage.ppo.kl.place` is reward, and `stage.ppo.kl.estimator` k3",
     },
 }
 

@@ -200,7 +200,7 @@ def test_every_plot_is_there_and_has_drawn_marks(browser: Browser, report: Path)
 def test_the_pointer_reads_values_and_lights_up_the_lineage(browser: Browser, report: Path) -> None:
     browser.open(report)
     assert browser.point_at("#curves svg.plot", 0.999) == "step 13\n1.691"
-    assert "KL 9.4" in (browser.point_at("#trade g.m1") or "")
+    assert "log-ratio 9.4" in (browser.point_at("#trade g.m1") or "")
     assert browser.point_at("h1") is None
     browser.point_at('[data-node="pairs"]')
     lit = browser.run("return [...document.querySelectorAll('.node.on')].map((n) => n.dataset.node)")

@@ -64,7 +64,8 @@ class Online(Train):
 
 
 class OnlineDpo(Online):
-    """DPO on the best and the worst of answers that the policy has just given (Guo et al. 2024, arXiv:2402.04792)."""
+    """DPO on the best and the worst of answers that the policy has just given (after Guo et al. 2024,
+    arXiv:2402.04792, who take two)."""
 
     kind: Literal["online_dpo"] = identity()
     beta: float = identity(gt=0)

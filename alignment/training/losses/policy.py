@@ -96,19 +96,24 @@ def kl(log_probs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
     return torch.expm1(-apart) + apart  # k3: GRPO (4)
 
 
-def corrected(estimates: Tensor, log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+def corrected(estimates: Tensor, log_probs: Tensor, old: Tensor, mask: Tensor, estimator: Estimator) -> Tensor:
     """An estimate times its token's ratio to the policy that was sampled (DeepSeek-V3.2, arXiv:2512.02556, sec. 3.1).
 
     That of the token also where the surrogate takes the answer's: the slope of a ratio that is a mean over T tokens is
-    T times less, and so would be the pull. All: [R, T].
+    T times less, and so would be all that k1 pulls with, and what corrects k3. estimates: [R, T] as `kl` gives them by
+    this estimator; the others [R, T].
 
-    The ratio has a slope where it is 1, too: of k3 alone the gradient is that of KL(pi_ref || pi), of the product that
-    of KL(pi || pi_ref), also for answers of an older policy; so it is with k1, whose gradient is 0 in expectation.
+    The gradient is then that of KL(pi || pi_ref) of the next token, at the prefixes that were sampled, also where an
+    older policy gave it. Of k3 alone it is that of KL(pi_ref || pi), and of k1 alone 0 in expectation: the slope that
+    the ratio has, where it is 1 too, is what is missing. That of k2 alone, d grad log pi, is it already, so its ratio
+    only weighs: with a slope it would add that of d^2 / 2, and below d = -2 push away (Tang & Munos 2025,
+    arXiv:2506.09477, on values and gradients of these estimators).
 
     By hand, pi (0.6, 0.4), pi_ref (0.5, 0.5), k3, as one token drawn from pi, the gradient by pi's first logit: without
     0.6 (0.4 (1 - 5/6)) + 0.4 (-0.6 (1 - 5/4)) = 0.1; with 0.24 (ln 1.2 - ln 0.8) = 0.097312, that of the KL.
     """
-    return estimates * torch.exp(log_ratio(log_probs, old, mask, "token"))  # sec. 3.1
+    ratio = torch.exp(log_ratio(log_probs, old, mask, "token"))  # sec. 3.1
+    return estimates * (ratio.detach() if estimator == "k2" else ratio)
 
 
 def adapted(coefficient: float, measured: float, target: float, gain: float) -> float:
