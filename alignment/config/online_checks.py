@@ -38,7 +38,9 @@ def online_faults(settings: Stage, key: str, engine: Engine) -> Iterator[Fault]:
         fix = f"{keys[0]}=loss, or {keys[1]}=false"
         yield Fault(f"{what} KL alone, at full size whatever the coefficient", keys, fix)
     if isinstance(settings, Ppo) and settings.ratio != "token":
-        what = f"`{key}.ratio` is {settings.ratio}: an answer's one ratio would average away what GAE says of each token"
+        what = (
+            f"`{key}.ratio` is {settings.ratio}: one ratio for an answer would average away what GAE says of its tokens"
+        )
         yield Fault(what, (f"{key}.ratio",), f"{key}.ratio=token")
     elif isinstance(settings, Clipped) and settings.ratio != "token" and settings.aggregate != "sequence":
         keys = f"{key}.aggregate", f"{key}.ratio"

@@ -54,7 +54,7 @@ class Objective:
         kept = None if self.settings.ld_alpha is None else _verbosity(scored, tokens, self.settings.ld_alpha)
         sums = _sums(log_probs, kept)
         theirs = torch.zeros_like(sums) if reference is None else _sums(reference, kept)
-        return self.pairs_of(sums, theirs, -log_probs.sum(1).chunk(2)[0], tokens, mean_chosen_tokens)
+        return self.pairs_of(sums, theirs, -_sums(log_probs, None).chunk(2)[0], tokens, mean_chosen_tokens)
 
     def pairs_of(self, sums: Tensor, theirs: Tensor, chosen_nll: Tensor, tokens: Tensor, mean: float) -> Pairs:
         """sums, theirs: [2 pairs] of policy and reference; tokens: [2 pairs]; all chosen answers first."""
@@ -128,7 +128,8 @@ def columns(pairs: Pairs, weights: Tensor | None) -> Tensor:
 
 
 def _sums(log_probs: Tensor, kept: Tensor | None) -> Tensor:
-    return log_probs.sum(1) if kept is None else (log_probs * kept).sum(1)
+    """[2 pairs], in float64: sums of long answers are thousands of nats, and what counts are small differences."""
+    return (log_probs if kept is None else log_probs * kept).sum(1, dtype=torch.float64)
 
 
 def _verbosity(scored: Tensor, tokens: Tensor, alpha: float) -> Tensor:

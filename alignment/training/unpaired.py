@@ -64,7 +64,7 @@ class KTO(Referenced):
 
     def _loss(self, model: Any, inputs: dict[str, Any], divisor: Tensor) -> Tensor:
         output = self._forward(model, inputs)
-        ratio = output.log_probs.sum(1) - inputs["reference"].sum(1)
+        ratio = (output.log_probs - inputs["reference"]).sum(1, dtype=torch.float64)
         how = {name: getattr(self._how, name) for name in ("beta", "desirable_weight", "undesirable_weight")}
         return UNPAIRED_LOSSES[self._how.loss](ratio, inputs["desirable"], self._kl, **how).sum()
 

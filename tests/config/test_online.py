@@ -31,7 +31,7 @@ IMPOSSIBLE = {
     },
     "ppo": {
         "stage.ppo.lam=1.5": "`stage.ppo.lam` should be less than or equal to 1",
-        "stage.ppo.ratio=sequence stage.ppo.aggregate=sequence": "`stage.ppo.ratio` is sequence: an answer's one ratio",
+        "stage.ppo.ratio=sequence stage.ppo.aggregate=sequence": "`stage.ppo.ratio` is sequence: one ratio for an",
         "stage.ppo.kl.target=6.0 stage.ppo.truncated=mask": "`stage.ppo.kl.target` is 6, and `stage.ppo.trunc",
         "stage.ppo.kl.estimator=k3": "`stage.ppo.kl.place` is reward, and `stage.ppo.kl.estimator` k3",
     },

@@ -95,8 +95,9 @@ class Dpo(Referenced):
 
     @property
     def by_token(self) -> bool:
-        """Whether what it raises is a mean over tokens, not a sum (SimPO, ORPO)."""
-        return any(traits.means for traits in self.traits)
+        """Whether what it raises is a mean over tokens, not a sum (SimPO, ORPO); beside a loss with a reference metrics
+        are that one's."""
+        return not self.refers and any(traits.means for traits in self.traits)
 
     @property
     def reward_scale(self) -> float:

@@ -22,6 +22,9 @@ from torch.nn.functional import logsigmoid
 from alignment.training.losses.divergence import EXPONENT
 
 PairLoss = Callable[..., Tensor]
+ROUNDING = (
+    1e-3  # nats of an answer, or of a margin: where policy = reference other kernels are so far apart, and no more
+)
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,13 @@ def dpop(pairs: Pairs, *, beta: float, dpop_lambda: float) -> Tensor:
     """DPO-positive: a penalty where the chosen answer has become less likely than under the reference; Pal et al. 2024
     (arXiv:2402.13228), eq. 3. ln 2 where policy = reference.
 
+    A fall by less than ROUNDING is none: where training begins all are 0 but for rounding, which would decide which
+    pairs have 1 + lambda times the slope.
+
     By hand: w - w_ref = -1, l - l_ref = -3, beta = 0.5, lambda = 1: margin 2 - 1 = 1; ln(1 + e^-0.5) = 0.474077.
     """
-    fallen = torch.relu(pairs.ref_chosen - pairs.chosen)
+    fallen = pairs.ref_chosen - pairs.chosen
+    fallen = torch.where(fallen > ROUNDING, fallen, 0.0)
     return -logsigmoid(beta * (pairs.margin - dpop_lambda * fallen))  # (3)
 
 
@@ -291,12 +298,13 @@ def beta_dpo(
     threshold: moving averages, this batch included. noise: [N] uniform in (0, 1), by which pairs are drawn without
     replacement with weights exp(-(M - M_0)^2 / (2 s^2)) (Efraimidis & Spirakis 2006: the largest u^(1/weight)).
 
-    beta is at least 0.001, as there.
+    beta is at least 0.001, as there. Margins that deviate by less than ROUNDING have no outliers.
 
     By hand: margins (2, 2), M_0 = 1, alpha = 0.5, beta = 0.1, all kept: beta 0.15; ln(1 + e^-0.3) = 0.554355.
     """
     margin, count = pairs.margin.detach(), len(pairs.margin)
-    apart = (margin - threshold.mean) / threshold.deviation if threshold.deviation > 0 else torch.zeros_like(margin)
+    told_apart = threshold.deviation > ROUNDING
+    apart = (margin - threshold.mean) / threshold.deviation if told_apart else torch.zeros_like(margin)
     kept = max(1, int(count * beta_dpo_keep))
     chance = noise.log() * torch.exp(0.5 * apart.clamp(-30, 30) ** 2)  # log of u^(1/weight), weights of (7)
     drawn = chance.topk(kept).indices
@@ -351,7 +359,7 @@ def nll(pairs: Pairs) -> Tensor:
 
 def sft(pairs: Pairs) -> Tensor:
     """Minus the mean log-prob of all chosen tokens of the global batch, which is TRL's `sft`: long answers count more.
-    The term of MPO (Wang et al. 2024, arXiv:2411.10442, sec. 3.2) and of Liu et al. 2024 (arXiv:2405.16436, sec. 5).
+    The term of MPO (Wang et al. 2024, arXiv:2411.10442, sec. 3.2).
 
     By hand: w = -6 over 6 tokens and -2 over 4: (6 + 2) / 10 = 0.8 in the mean.
     """

@@ -107,6 +107,54 @@ def test_the_alpha_divergence_is_the_forward_kl_at_0_and_the_reverse_kl_at_1() -
     torch.testing.assert_close(divergence_score(ratio, "alpha", 0.7), papers)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha"])
+def test_an_answer_that_has_fallen_far_is_still_pulled_back_and_is_not_the_whole_step(divergence: str) -> None:
+    """Powers of t go on along their tangent above e^10; the paper's would be e^39 here, or 0 where they are cut."""
+    far = torch.tensor([-9.0, -10.0, -11.0, -39.0, -500.0], requires_grad=True)
+    score = divergence_score(far, divergence, 1e-6)
+    (slope,) = torch.autograd.grad(score.sum(), far)
+    wanted = torch.tensor([9.0, 10.0, 10.0, 10.0, 10.0]).exp()
+    torch.testing.assert_close(slope, wanted, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(score[2], score[1] - wanted[1], rtol=1e-4, atol=0.0)
+    objective = Objective(settings_of("ipo_sum", divergence=divergence, divergence_alpha=1e-6))
+    sums = torch.tensor([-1.0, -40.0], requires_grad=True)
+    pairs = objective.pairs_of(sums, torch.full((2,), -1.0), -sums[:1], torch.tensor([9, 9]), 9.0)
+    (slope,) = torch.autograd.grad(objective(pairs).sum(), sums)
+    assert slope.square().sum().isfinite(), "the norm of the gradient"
+
+
+@pytest.mark.parametrize("name", ["dpop", "beta_dpo"])
+def test_where_training_begins_rounding_decides_nothing(name: str) -> None:
+    """The reference of another kernel is 1e-6 nats a token away: neither which chosen answers have fallen nor which
+    pairs are outliers may depend on it."""
+    objective, found = Objective(settings_of(name, beta_dpo_keep=0.5)), []
+    random, tokens = torch.Generator().manual_seed(0), torch.full((16,), 50)
+    sums = (-100 * torch.rand(16, generator=random)).double().requires_grad_()
+    for seed in range(4):
+        noise = 5e-5 * torch.randn(16, generator=torch.Generator().manual_seed(seed)).double()
+        pairs = objective.pairs_of(sums, sums.detach() + noise, -sums[:8], tokens, 50.0)
+        objective.threshold = Threshold().after(pairs.margin.detach(), 0.9)
+        loss = objective(pairs, noise=torch.rand(8, generator=torch.Generator().manual_seed(1)))
+        found.append(torch.autograd.grad(loss.sum(), sums)[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-6)
+
+
+def test_log_ratios_of_long_answers_are_not_lost_in_their_sums() -> None:
+    """20,000 tokens of about a nat each: float32 sums would be off by 1e-3 and more."""
+    random = torch.Generator().manual_seed(0)
+    ours = -torch.rand(2, 20_000, generator=random) * 2
+    theirs, labels = ours - 1e-4 * torch.rand(2, 20_000, generator=random), torch.ones(2, 20_001, dtype=torch.long)
+    pairs = Objective(settings_of("sigmoid")).pairs(ours, theirs, labels, 20_000.0)
+    exact = (ours.double() - theirs.double()).sum(1)
+    assert [float(pairs.chosen_ratio), float(pairs.rejected_ratio)] == pytest.approx(exact.tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize(("loss", "by_token"), [("simpo", True), ({"sigmoid": 1.0, "orpo": 0.1}, False)])
+def test_beside_a_reference_metrics_are_of_whole_answers(loss: Any, by_token: bool) -> None:
+    assert tiny.dpo(loss=loss).by_token is by_token
+
+
 def test_the_settings_name_what_the_functions_read() -> None:
     assert PAIR_LOSSES.keys() == TRAITS.keys()
     for name, function in PAIR_LOSSES.items():

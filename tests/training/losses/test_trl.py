@@ -92,7 +92,7 @@ def test_losses_and_their_gradients_equal_trls(case: dict[str, Any]) -> None:
         (slope,) = torch.autograd.grad(loss, log_probs)
         found.append((loss.detach(), slope * (labels[:, 1:] != -100)))
     (theirs, their_slope), (ours, our_slope) = found
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(our_slope, their_slope, rtol=1e-5, atol=1e-6)
 
 
@@ -163,5 +163,5 @@ def test_losses_without_a_reference_equal_trls(name: str, changes: dict[str, Any
         how = (settings, logits, ids, labels)
         loss = whole_by_us(*how) if ours else whole_by_trl(stock, *how)
         found.append((loss.detach(), torch.autograd.grad(loss, logits)[0]))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[1][0].double(), found[0][0].double(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-6)
