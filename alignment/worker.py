@@ -170,7 +170,10 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, repl
                 if replaced():
                     raise LostError("another attempt has taken the place of this one")
                 require_whole(folder)
-                store.commit(order["key"], _record(store, context, order, metrics))
+                try:
+                    store.commit(order["key"], _record(store, context, order, metrics))
+                except PermissionError as error:
+                    raise unusable(error) from error
 
 
 def require_whole(folder: Path) -> None:

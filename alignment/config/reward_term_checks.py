@@ -118,10 +118,21 @@ def _python(term: Python, key: str) -> Iterator[Fault]:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         yield Fault(f"`{at}` is {path}, which is no Python{where}: {error.args[0]}", (at,), "mend the file")
     else:
-        found = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
         if term.function not in found:
             what = f"`{key}.function` is {term.function}, which {path} does not define"
             yield Fault(what, (f"{key}.function", at), closest(term.function, found))
+        elif not found[term.function].decorator_list and not _takes_three(found[term.function].args):
+            what = f"`{key}.function` is {term.function}, which does not take three arguments ({path}, line"
+            fix = f"def {term.function}(prompts, answers, rows)"
+            yield Fault(f"{what} {found[term.function].lineno})", (f"{key}.function", at), fix)
+
+
+def _takes_three(given: ast.arguments) -> bool:
+    """By place, and none by name alone."""
+    most = len(given.posonlyargs) + len(given.args)
+    needed = any(default is None for default in given.kw_defaults)
+    return most - len(given.defaults) <= 3 and (most >= 3 or given.vararg is not None) and not needed
 
 
 def _endpoint(term: Endpoint, key: str) -> Iterator[Fault]:

@@ -219,8 +219,9 @@ def bring(run: Run, node: Node, observer: Observer, stop: Asked) -> None:
 
 
 def _bring(run: Run, node: Node, lock: Lock, observer: Observer, stop: Asked) -> None:
-    """With the key locked: look again (another run may have just made it), else run the stage."""
-    record = run.store.record(node.key)
+    """With the key locked: look again (another run may have just made it, or been killed as it was done), else run the
+    stage."""
+    record = run.store.record(node.key) or run.store.sealed(node.key)
     state = "reused" if record else "done"
     if record is None:
         run.note(node.name, state="running")

@@ -6,6 +6,7 @@ locks/<key16>    who works on a key now                       runs/<run id>/  ru
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -52,17 +53,26 @@ class Store:
 
     def record(self, key: str) -> dict[str, Any] | None:
         """The record of a committed result whose files are all there with their sizes, else None."""
-        return self._look(key)[0]
+        return self._look(key, self.result(key))[0]
 
     def damage(self, key: str) -> str | None:
         """Of a result that is there and not whole: what is wrong with it, and its folder. `record` knows none then."""
-        record, wrong = self._look(key)
         folder = self.result(key)
+        record, wrong = self._look(key, folder)
         return f"damaged: {wrong} (in {folder})" if record is None and os.path.lexists(folder) else None
 
-    def _look(self, key: str) -> tuple[dict[str, Any] | None, str]:
+    def sealed(self, key: str) -> dict[str, Any] | None:
+        """The record of a result that lay whole in the work folder, as a kill or a refusal at the last moment leaves
+        it, and now has its place. The caller holds the key's lock."""
+        record, _ = self._look(key, self.work(key))
+        if record is not None:
+            for name in PASSING:
+                remove(self.work(key) / name)
+            self._place(key, record)
+        return record
+
+    def _look(self, key: str, folder: Path) -> tuple[dict[str, Any] | None, str]:
         """The record, or else what is wrong."""
-        folder = self.result(key)
         try:
             record = read_json(folder / "record.json")
         except (OSError, ValueError) as error:
@@ -94,10 +104,18 @@ class Store:
         """The work folder for a new attempt, with nothing in it but what is KEPT; the caller holds the key's lock.
 
         What is kept stays where it is: a death at any moment loses none of it. warn: told of what `remove_odd` does.
+        Raises OSError if no result could get its place: better now than after the work.
         """
         self.remove_odd(key, warn)
-        folder = self.work(key)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder, results = self.work(key), self.result(key).parent
+        for needed in (folder, results):
+            needed.mkdir(parents=True, exist_ok=True)
+        if not os.access(results, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, "no result can be put there", str(results))
+        if folder.stat().st_dev != results.stat().st_dev:
+            raise OSError(
+                errno.EXDEV, f"is another file system than {folder.parent}, so results cannot move", str(results)
+            )
         aside = folder.with_name(f".{folder.name}.{time.time_ns()}")
         for path in list(folder.iterdir()):
             if path.name not in KEPT:
@@ -123,7 +141,7 @@ class Store:
 
         Checkpoints go only once the result is there; a kill between leaves some, for `tidy` by whoever finds them.
         """
-        folder, place = self.work(key), self.result(key)
+        folder = self.work(key)
         files, folders = {}, [folder]
         for stacks in folder.glob("stacks/*.txt"):
             if not stacks.stat().st_size:  # nobody had to ask
@@ -140,6 +158,10 @@ class Store:
             remove(folder / name)
         for path in reversed(folders):  # the names in them, the work folder's last
             fsync(path)
+        return self._place(key, record)
+
+    def _place(self, key: str, record: dict[str, Any]) -> Path:
+        folder, place = self.work(key), self.result(key)
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():  # damaged, else its record would have been found
             os.replace(place, place.with_name(f"{place.name}.damaged-{time.time_ns()}"))

@@ -203,6 +203,10 @@ def learning(report: Report) -> list[Row]:
         panels = charts.curves(stage, colour)
         known = {name: stage.settings[name] for name in ASKED if stage.settings.get(name) is not None}
         facts = [(name.replace("_", " "), _in_words(value)) for name, value in known.items()]
+        if failed := words.finite(stage.metrics.get("reward_failed")):
+            facts.append(
+                ("answers without a reward:", f"{words.count(failed)} of {words.count(stage.metrics['answers'])}")
+            )
         found.append({"stage": stage, "colour": colour, "panels": panels, "facts": facts})
     return found
 

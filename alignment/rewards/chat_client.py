@@ -24,7 +24,7 @@ Request = dict[str, Any]
 LONGEST_WAIT = 60.0  # seconds between two tries
 LARGEST = 4 << 20  # bytes of a reply
 GONE = 64  # questions in a row without an answer, each after all its tries
-UNREACHED = "the endpoint cannot be reached"  # so begins why, of a question whose connection broke
+AT_LAST = ", at the last try"  # so ends why, of a question that was given up: later the same one may be answered
 TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
 HOPELESS = {  # for every question
     401: "the key is refused",
@@ -158,7 +158,7 @@ class Client:
                 wait *= 2
         self.unanswered += 1
         if stop.is_set() or (self.heard and not gone and self.unanswered < GONE):
-            return Failed(f"the endpoint {why}")
+            return Failed(f"the endpoint {why}{AT_LAST}")
         raise self._ended(why, gone)
 
     def _ended(self, why: str, gone: bool) -> MachineError:

@@ -15,7 +15,7 @@ from alignment.config.rewards import LARGEST, Reward
 from alignment.errors import InputError
 from alignment.rewards import rules
 from alignment.rewards.answer import answer
-from alignment.rewards.chat_client import UNREACHED, gone_for_now, place
+from alignment.rewards.chat_client import AT_LAST, gone_for_now, place
 from alignment.rewards.comparison import Comparer
 from alignment.rewards.endpoint import endpoint
 from alignment.rewards.instructions import instructions
@@ -116,21 +116,24 @@ class Judge:
         self, failed: Sequence[Mapping[str, str]], without: int, count: int, what: str = "answers have no reward"
     ) -> None:
         """Raises InputError if so many of `count` are more than `reward.max_failed_share`, and some of them are new;
-        MachineError, for another attempt at the stage, if the endpoint has let all of these drop.
+        MachineError, for another attempt at the stage, if they are not without those that an endpoint gave no reply to.
 
         failed: of these why, {name of a term: why}; `without` may be more, of earlier rollouts.
         """
         limit = self.reward.max_failed_share
         if not failed or without <= limit * count:
             return
-        reasons = Counter(reason for one in failed for reason in one.items() if reason[0] not in self._watched)
+        counted = [{name: why for name, why in one.items() if name not in self._watched} for one in failed]
+        unheard = [one for one in counted if one and all(why.endswith(AT_LAST) for why in one.values())]
+        for_now = without - len(unheard) <= limit * count
+        reasons = Counter(reason for one in (unheard if for_now else counted) for reason in one.items())
         ((name, why), times), more = reasons.most_common(1)[0], len(reasons) - 1
         others = f", beside {more} other reason{'s' * (more > 1)}" if more else ""
         newest = " among those sampled last" if len(failed) < without else ""
         told = f"{without} of {count} {what}: {why} ({times} times{newest}{others})"
         part, where = ("comparison", "reward.comparison") if self.compare else ("term", f"reward.terms.{name}")
         asked = self.reward.comparison if self.compare else self.reward.terms[name]
-        if isinstance(asked, kinds.ChatEndpoint) and all(why.startswith(UNREACHED) for _, why in reasons):
+        if for_now and isinstance(asked, kinds.ChatEndpoint):
             raise gone_for_now(told, place(where, asked))
         raise InputError(told, where=where, fix=f"mend the {part}, or raise reward.max_failed_share, {limit:g}")
 

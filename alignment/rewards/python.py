@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -30,8 +31,9 @@ def python(settings: Python, name: str, alive: Callable[[], None]) -> Term:
     def some(answers: Sequence[Answer]) -> list[Value]:
         rows = [deepcopy(answer.row) for answer in answers]  # what it does to them is forgotten
         try:
-            given = function([row["prompt"] for row in rows], [answer.text for answer in answers], rows)
-            values = list(given) if isinstance(given, Iterable) and not isinstance(given, UNORDERED) else None
+            with _as_it_was():
+                given = function([row["prompt"] for row in rows], [answer.text for answer in answers], rows)
+                values = list(given) if isinstance(given, Iterable) and not isinstance(given, UNORDERED) else None
         except MemoryError:
             raise
         except (Exception, SystemExit) as error:
@@ -55,6 +57,23 @@ def python(settings: Python, name: str, alive: Callable[[], None]) -> Term:
     ]
 
 
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Gradients and the type of new tensors are the process's, in which a model may be training: what code for
+    inference often switches for itself stays so for itself."""
+    if "torch" not in sys.modules:  # of which nothing here needs to know
+        yield
+        return
+    import torch
+
+    gradients, kind = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(kind)
+
+
 def _number(value: Any) -> Value:
     try:
         return Failed(f"its value is {value!r}, which is no number") if isinstance(value, str | bytes) else float(value)
@@ -76,7 +95,8 @@ def _load(path: Path, function: str, name: str) -> Callable[..., Any]:
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look themselves up there
     try:
-        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
+        with _as_it_was():
+            exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
         made: Callable[..., Any] = getattr(module, function)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error

@@ -13,6 +13,7 @@ from trl.trainer.base_config import _BaseConfig
 from alignment import generation
 from alignment.config.stages.online import Online
 from alignment.errors import InputError, TrainingError
+from alignment.files import read_jsonl
 from alignment.stages.context import StageContext
 from alignment.stages.parts import judge_of, rows_of
 from alignment.stages.train import train
@@ -48,7 +49,22 @@ def run(context: StageContext, trainer: type) -> dict[str, Any]:
             **common,
         )
 
-    return train(context, lambda rows: _sizes(rows, settings), make_trainer, rows_of=_prompts)
+    summary = train(context, lambda rows: _sizes(rows, settings), make_trainer, rows_of=_prompts)
+    if context.is_main:
+        _warn_of_nothing(context)
+    return summary
+
+
+def _warn_of_nothing(context: StageContext) -> None:
+    """Where no prompt of the whole run had answers of which one is better than another: it would end as if all were
+    well. One answer to a prompt has none to be compared with."""
+    shares = [row["no_signal"] for row in read_jsonl(context.folder / "metrics.jsonl") if "no_signal" in row]
+    if shares and min(shares) == 1 and context.settings.completions_per_prompt > 1:
+        cut = ", or were all cut (truncated=mask)" if context.settings.truncated == "mask" else ""
+        told = (
+            f"no prompt had answers of unequal reward in any of {len(shares)} logged steps{cut}: it has taught nothing"
+        )
+        context.warn(f"{told}; look at the reward's terms, or sample more answers to harder prompts")
 
 
 def _prompts(context: StageContext, tokenizer: Any) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from alignment.errors import MachineError
+from alignment.errors import MachineError, unusable
 from alignment.pipeline.store import Store
 
 KEY = "0123456789abcdef" * 4
@@ -74,7 +75,7 @@ def _dying_at(fatal: int, act: Callable[[], object]) -> int:
 
 def test_a_commit_killed_anywhere_leaves_the_whole_result_or_none(store: Store) -> None:
     """Every point of death in turn: what the store then says is there is there, byte for byte, and it goes on."""
-    whole, fatal = [], 0
+    whole, fatal, found_late = [], 0, 0
     while True:
         fatal += 1
         shutil.rmtree(store.root, ignore_errors=True)
@@ -90,15 +91,49 @@ def test_a_commit_killed_anywhere_leaves_the_whole_result_or_none(store: Store) 
         else:
             assert checkpoint.exists(), "what training goes on from goes only when the result is there"
         whole.append(record is not None)
+        if record is None and (late := store.sealed(KEY)):  # killed once all was written: nothing has to be done again
+            assert store.record(KEY) == late and (store.result(KEY) / "model.bin").read_text() == "weights"
+            assert not store.work(KEY).exists() and not (store.result(KEY) / "checkpoints").exists()
+            found_late += 1
+            continue
         commit(store)
         assert store.record(KEY) is not None
         if code == 0:
             break
         assert code == 9
+    assert found_late > 2, "between the record and the rename"
     assert fatal > 8, "there are more steps in a commit than that"
     assert whole == sorted(whole), "once committed it stays"
     assert whole[-1]
     assert not whole[0]
+
+
+def test_where_no_result_could_be_put_no_work_begins(store: Store) -> None:
+    """A link to another file system, across which nothing is renamed; and a folder that others may not write to."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        store.root.mkdir()
+        (store.root / "store").symlink_to(elsewhere)
+        with pytest.raises(OSError, match="is another file system than") as caught:
+            store.begin(KEY)
+        assert unusable(caught.value).where == str(store.root / "store")
+    with tempfile.TemporaryDirectory() as name:
+        theirs = Store(Path(name))
+        for part in ("work", "store"):
+            (theirs.root / part).mkdir()
+            (theirs.root / part).chmod(0o777 if part == "work" else 0o555)
+        theirs.root.chmod(0o755)
+        child = os.fork()
+        if child == 0:
+            try:
+                if not os.getuid():
+                    os.setuid(65534)  # nobody: the superuser may write everywhere
+                theirs.begin(KEY)
+            except OSError as error:
+                os._exit(
+                    7 if str(unusable(error)).startswith(f"{name}/store: cannot be used: no result can be put") else 8
+                )
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_of_checkpoints_only_those_stay_that_the_record_names_and_they_are_no_part_of_the_result(store: Store) -> None:

@@ -92,8 +92,8 @@ def test_what_does_not_pass_fails_for_that_answer_alone(server: Server) -> None:
     scores = judge_at(server.port, concurrency=1).score([row()] * 4, list("abcd"))
     assert told(scores) == [
         1.0,
-        "the endpoint answered with HTTP 503",
-        "the endpoint answered with something that is no chat completion",
+        "the endpoint answered with HTTP 503, at the last try",
+        "the endpoint answered with something that is no chat completion, at the last try",
         "the endpoint refused the question with HTTP 400",
     ]
     assert len(server.asked) == 1 + 3 + 3 + 1
@@ -117,7 +117,10 @@ def test_an_answer_that_takes_too_long_is_given_up(server: Server) -> None:
 
     server.answer = answer
     slow = judge_at(server.port, timeout_s=0.7, retries=0, concurrency=1)
-    assert told(slow.score([row()] * 2, ["fast", "slow"])) == [1.0, "the endpoint took longer than 0.7 s"]
+    assert told(slow.score([row()] * 2, ["fast", "slow"])) == [
+        1.0,
+        "the endpoint took longer than 0.7 s, at the last try",
+    ]
     over.set()
 
 
@@ -127,7 +130,10 @@ def test_an_answer_that_comes_in_drops_is_given_up_too(server: Server, part: str
     drops: Answer = (200, {part: "yes"}, b" " * 80)
     server.answer = lambda question, before: drops if before else completion("Score: 10")
     slow = judge_at(server.port, timeout_s=0.5, retries=0, concurrency=1)
-    assert told(slow.score([row()] * 2, ["fast", "slow"])) == [1.0, "the endpoint took longer than 0.5 s"]
+    assert told(slow.score([row()] * 2, ["fast", "slow"])) == [
+        1.0,
+        "the endpoint took longer than 0.5 s, at the last try",
+    ]
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 307])
@@ -225,7 +231,7 @@ def test_a_server_that_drops_what_it_is_asked_has_gone_where_too_many_answers_fa
     server.answer = answer
     judge = judge_at(server.port, concurrency=1)
     scores = judge.score([row()] * 8, [str(i) for i in range(8)])
-    assert told(scores)[5:] == [1.0, *["the endpoint cannot be reached (RemoteDisconnected)"] * 2]
+    assert told(scores)[5:] == [1.0, *["the endpoint cannot be reached (RemoteDisconnected), at the last try"] * 2]
     with pytest.raises(
         MachineError, match=r"v1/\): 2 of 8 answers have no reward: the endpoint cannot be rea"
     ) as error:
@@ -233,6 +239,30 @@ def test_a_server_that_drops_what_it_is_asked_has_gone_where_too_many_answers_fa
     assert error.value.retry
     with pytest.raises(InputError, match="3 of 9 answers have no reward"):
         judge.failures([*scores, *judge.score([row()], ["no"])])
+
+
+@pytest.mark.parametrize("how", ["503", "slow"])
+def test_a_gateway_whose_server_has_died_has_gone_where_too_many_answers_fail(server: Server, how: str) -> None:
+    """It answers, for the server behind it, or hangs: no fault of the reward, and another attempt may find it up. What
+    was answered and has no score is."""
+    over = threading.Event()
+
+    def answer(question: dict[str, Any], before: int) -> Answer:
+        if question["messages"][0]["content"].endswith("no"):
+            return completion("no score")
+        if before >= 6 and how == "slow":
+            over.wait(60)
+        return completion("Score: 10") if before < 6 else FLAKY["503"]
+
+    server.answer = answer
+    judge = judge_at(server.port, concurrency=1, retries=0, timeout_s=0.5)
+    scores = judge.score([row()] * 8, [str(i) for i in range(8)])
+    with pytest.raises(MachineError, match=r"2 of 8 answers have no reward: the endpoint .*, at the last try") as error:
+        judge.failures(scores)
+    assert error.value.retry
+    with pytest.raises(InputError, match="3 of 9 answers have no reward"):
+        judge.failures([*scores, *judge.score([row()], ["no"])])
+    over.set()
 
 
 def test_patience_with_an_endpoint_is_a_sign_of_life(server: Server) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alignment.config.compose import compose
 from alignment.config.rewards import Reward
@@ -37,6 +38,17 @@ def test_the_file_is_compiled_as_python_would(tmp_path: Path) -> None:
     path = tmp_path / "kinds.py"
     path.write_text("def f(x: int): ...\ndef reward(prompts, answers, rows): return [f.__annotations__['x'] is int]\n")
     assert [score["reward"] for score in judge_by(**own(path)).score([row()], ["a"])] == [1.0]
+
+
+def test_what_it_switches_of_pytorch_is_as_it_was(tmp_path: Path) -> None:
+    """Code for inference has gradients off, for which training would have none."""
+    path = tmp_path / "off.py"
+    path.write_text(
+        "import torch\ntorch.set_grad_enabled(False)\n"
+        "def reward(prompts, answers, rows):\n    torch.set_default_dtype(torch.float64)\n    yield 1.0\n"
+    )
+    assert [score["reward"] for score in judge_by(**own(path)).score([row()], ["a"])] == [1.0]
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
 def test_only_answers_that_it_raises_for_fail_with_file_and_line() -> None:
@@ -95,6 +107,12 @@ def test_the_file_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
     """Parsed, that is: neither composing nor planning runs it."""
     (tmp_path / "ran.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\ndef reward(p, a, r): return a\n")
     (tmp_path / "odd.py").write_text("x = 1\ndef reward(:\n")
+    (tmp_path / "args.py").write_text(
+        "def one(answers): ...\ndef named(p, a, r, *, k): ...\ndef any(*these, k=1): ...\ndef more(p, a, r, b=2): ...\n"
+    )
+    for function in ("any", "more"):
+        path = f"reward.terms.own.source.path={tmp_path / 'args.py'}"
+        compose(["reward=python", path, f"reward.terms.own.function={function}"])
     chosen = ["reward=python", f"reward.terms.own.source.path={tmp_path / 'ran.py'}"]
     compose(chosen)
     assert not (tmp_path / "trace").exists()
@@ -102,6 +120,8 @@ def test_the_file_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
         (tmp_path / "none.py", "reward", "which cannot be read: No such file or directory"),
         (tmp_path / "odd.py", "reward", "which is no Python, line 2: invalid syntax"),
         (tmp_path / "ran.py", "rewards", "does not define (did you mean `reward`?)"),
+        (tmp_path / "args.py", "one", f"which does not take three arguments ({tmp_path / 'args.py'}, line 1)"),
+        (tmp_path / "args.py", "named", f"which does not take three arguments ({tmp_path / 'args.py'}, line 2)"),
     ):
         with pytest.raises(ConfigError) as told:
             compose(["reward=python", f"reward.terms.own.source.path={path}", f"reward.terms.own.function={function}"])

@@ -15,3 +15,7 @@ def letters(prompts: Sequence[Any], answers: Sequence[str], rows: Sequence[dict[
 def moody(prompts: Sequence[Any], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
     """No number for answers of an odd length."""
     return [math.nan if len(answer) % 2 else 1.0 for answer in answers]
+
+
+def all_alike(prompts: list, answers: list, rows: list) -> list[float]:
+    return [1.0] * len(answers)

@@ -334,6 +334,16 @@ def test_a_term_that_is_only_watched_may_fail(tmp_path: Path, monkeypatch: pytes
     assert all((row["reward_failed"], row["reward/moody"]) == (0, 1) for row in rows(tmp_path / "moody"))
 
 
+def test_a_run_that_could_learn_nothing_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for judge in ("letters", "all_alike"):
+        monkeypatch.setattr(online_stage, "judge_of", lambda context, judge=judge: online.letters(judge))
+        run(tmp_path / judge, online.rloo(max_steps=2))
+        told = "no prompt had answers of unequal reward in any of 2 logged steps: it has taught nothing"
+        assert (told in capsys.readouterr().out) is (judge == "all_alike")
+
+
 def test_who_waits_for_a_judge_reads_that_it_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16 answers a rollout, in the file that the terminal shows, before the first is judged."""
     judge, score, seen = online.letters(), Judge.score, []
