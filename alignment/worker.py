@@ -274,6 +274,7 @@ def _record(store: Store, context: StageContext, order: dict[str, Any], metrics:
     folder = context.folder
     started, finished = order["started"], time.time()
     row = attempts.row(folder, order, "done", None)
+    before = _moved(attempts.read(folder), folder, store.result(order["key"]))
     return {
         "key": order["key"],
         "name": order["name"],
@@ -289,11 +290,18 @@ def _record(store: Store, context: StageContext, order: dict[str, Any], metrics:
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "started": started,
         "finished": finished,
-        "seconds": finished - started,
-        "attempts": [*_moved(attempts.read(folder), folder, store.result(order["key"])), row],
+        "seconds": finished - started + sum(map(_worked, before)),
+        "attempts": [*before, row],
         "checkpoints": context.checkpoints,
         "metrics": metrics,
     }
+
+
+def _worked(row: attempts.Row) -> float:
+    """Seconds of an attempt, where it says when it began and ended."""
+    began, ended = row.get("started"), row.get("ended")
+    known = isinstance(began, int | float) and isinstance(ended, int | float)
+    return max(ended - began, 0.0) if known else 0.0  # type: ignore[operator]
 
 
 def _moved(rows: list[attempts.Row], work: Path, place: Path) -> list[attempts.Row]:

@@ -121,8 +121,10 @@ def test_a_signal_in_training_is_an_end_in_order_and_the_same_command_finishes(
     assert not processes_of(work)
     assert states(run_of(command, store, work.name)) == {"start": "reused", "rows": "reused", "sft": "interrupted"}
     forked(store, "run", *settings)
-    tried = json.loads((store / "store" / work.name / "record.json").read_text())["attempts"]
+    record = json.loads((store / "store" / work.name / "record.json").read_text())
+    tried = record["attempts"]
     assert [row["outcome"] for row in tried] == ["preempted", "interrupted", "done"]
+    assert record["seconds"] == pytest.approx(sum(row["ended"] - row["started"] for row in tried), abs=1.0), "of all"
 
 
 def test_a_signal_to_a_rank_of_torchrun_that_still_starts_waits_for_it(

@@ -13,6 +13,8 @@ def faults(use: Use) -> Iterator[Fault]:
     """Of a node all of whose roles are filled by nodes that make what they take."""
     settings, key = use.settings, use.key
     parents = {role: Use(use.experiment, parent) for role, parent in use.inputs.items()}
+    if isinstance(settings, Sample):
+        yield from _prompts(settings, key, parents["data"])
     if isinstance(settings, Judge):
         yield from _judge(settings, key, parents["data"])
     if isinstance(settings, Evaluate) and settings.best_of > 1 and settings.temperature != 1:
@@ -26,6 +28,20 @@ def faults(use: Use) -> Iterator[Fault]:
             both = (f"{key}.dataset", use.role("data"))
             what = f"`{both[0]}` is {settings.dataset}, and `{both[1]}` names `{use.inputs['data']}`"
             yield Fault(f"{what}: rows have one source", both, f"{both[0]}=null, or ~{both[1]}")
+
+
+def _prompts(settings: Sample, key: str, rows: Use) -> Iterator[Fault]:
+    """There are as many as are asked for; found before what stands before it has trained for hours."""
+    if not isinstance(rows.settings, Prepare):
+        return
+    there, asked = rows.settings.splits.prompts, settings.first_prompt + (settings.prompts or 1)
+    if there < asked:
+        split, name = f"{rows.key}.splits.prompts", "prompts" if settings.prompts else "first_prompt"
+        given = f"`{key}.{name}` is {getattr(settings, name)}"
+        after = f" after the first {settings.first_prompt}" if settings.prompts and settings.first_prompt else ""
+        yield Fault(
+            f"{given}{after}, and `{split}` {there}", (f"{key}.{name}", split), f"{split}={asked}, or fewer here"
+        )
 
 
 def _judge(settings: Judge, key: str, samples: Use) -> Iterator[Fault]:

@@ -13,6 +13,7 @@ from alignment.pipeline.ledger import job_of
 from alignment.pipeline.store import Store
 from alignment.reporting import targets, watching
 from alignment.reporting.gather import folder_of
+from alignment.reporting.words import label
 
 EVERY = 0.5  # seconds between two looks at a file that grows
 FIRST = ("running", "failed", "cancelled", "interrupted", "preempted", "queued", "done", "reused")
@@ -63,7 +64,7 @@ def _node(run: dict[str, Any], stage: str | None) -> dict[str, Any]:
     if stage is None:
         return min((dict(node) for node in reversed(nodes)), key=_rank)
     for node in nodes:
-        if node["name"] == stage:
+        if stage in (node["name"], label(node["name"])):  # as it is in the store, or as people are told
             return dict(node)
     known = ", ".join(node["name"] for node in nodes)
     raise ConfigError(f"the run {run['run']} has no stage {stage!r}", where="command line", fix=f"one of: {known}")

@@ -91,6 +91,13 @@ class Made:
             raise InputError(self.nothing, where=name, fix=self.fix)
 
 
+def _fix(settings: Judge, bound: str) -> str:
+    """What of these settings could let more through. bound: the key of one that answers have to reach."""
+    ways = [f"lower stage.judge.{bound}"] if getattr(settings, bound) else []
+    ways += ["set stage.judge.finished_only=false"] if settings.finished_only else []
+    return ", or ".join([*ways, "sample more and longer answers, or mend the reward that finds them alike"])
+
+
 def _pairs(judged: list[Row], settings: Judge) -> Made:
     if settings.pairs == "none":
         return Made()
@@ -109,7 +116,7 @@ def _pairs(judged: list[Row], settings: Judge) -> Made:
     files = {"pairs.jsonl": pairs}
     if settings.ties == "keep":
         files["ties.jsonl"] = [tie for one in found for tie in one.ties]
-    fix = "lower judge.min_margin, set judge.finished_only=false, or sample more and longer answers"
+    fix = _fix(settings, "min_margin")
     return Made(files, counts, f"none of {len(judged)} prompts gives a pair: {told}", fix)
 
 
@@ -118,7 +125,7 @@ def _best(judged: list[Row], settings: Judge) -> Made:
         return Made()
     rows = [best for row in judged if (best := pairing.best_of(row, settings)) is not None]
     counts = {"best": float(len(rows)), "dropped_prompts_without_best": float(len(judged) - len(rows))}
-    fix = "lower judge.min_reward, set judge.finished_only=false, or sample more and longer answers"
+    fix = _fix(settings, "min_reward")
     return Made({"best.jsonl": rows}, counts, f"none of {len(judged)} prompts has a usable answer that is good", fix)
 
 

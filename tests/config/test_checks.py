@@ -68,6 +68,9 @@ IMPOSSIBLE = {
     "stage.evaluate.best_of=4": "`stage.evaluate.best_of` is 4, and `stage.evaluate.temperature` 0: the bound of its",
     "stage.judge.pairs=none": "`stage.judge.pairs` is none, and nothing else is asked of it (stage.judge.best=true",
     "stage.judge.pairs=none stage.judge.best=true": "`stage.prepare_preference.task` is preference, and `stage.judge`",
+    "stage.sample.prompts=1000": "`stage.sample.prompts` is 1000, and `stage.prepare_sft.splits.prompts` ",
+    "stage.sample.first_prompt=100": "`stage.sample.first_prompt` is 100, and `stage.prepare_sft.splits.prompts` ",
+    "stage.sample.first_prompt=79 stage.sample.prompts=9": "`stage.sample.prompts` is 9 after the first 79, and `stage",
     "stage.sample.completions_per_prompt=1": "`stage.sample.completions_per_prompt` is 1, and a pair needs two answers",
     "~pipeline.nodes.dpo.inputs.model": "`pipeline.nodes.dpo.inputs` lacks the role `model`",
 }

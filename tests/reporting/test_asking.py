@@ -230,8 +230,9 @@ def test_logs_of_a_sweep_are_those_of_the_run_at_work(
     (store / "work" / key_of("run", "sft")[:16] / "log.txt").write_text("of this\n")
     assert logs.show("sweep-1", None, store, 100, False) == 0
     assert "of this" in capsys.readouterr().out
-    assert logs.show("other", None, store, 100, False) == 0
-    assert "of the other" in capsys.readouterr().out
+    for stage in (None, "sft", "SFT"):  # as it is called in the store, and as people are told
+        assert logs.show("other", stage, store, 100, False) == 0
+        assert "of the other" in capsys.readouterr().out
 
 
 def test_logs_are_followed_twice_a_second_and_slurm_is_not(

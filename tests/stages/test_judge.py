@@ -78,7 +78,8 @@ def test_without_any_pair_the_stage_fails_with_the_counts(make_context: MakeCont
         judge.run(context)
     message = "none of 4 prompts gives a pair: 1 fewer than two usable answers, 3 rewards too close"
     assert message in str(told.value)
-    assert "judge.min_margin" in str(told.value)
+    ways = "lower stage.judge.min_margin, or set stage.judge.finished_only=false, or sample more and longer answers"
+    assert str(told.value.fix).startswith(ways)
     assert not (context.folder / "pairs.jsonl").exists()
 
 
