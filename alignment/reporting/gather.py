@@ -85,10 +85,12 @@ def read(path: Path | None) -> Any:
 
 
 def tail(path: Path, size: int) -> str:
-    """The last bytes of a file as text; empty if there is no file."""
+    """The last bytes of a file as text, without a first line that is cut; empty if there is no file."""
     try:
         with open(path, "rb") as stream:
-            stream.seek(max(0, path.stat().st_size - size))
+            if (start := path.stat().st_size - size) > 0:
+                stream.seek(start - 1)
+                stream.readline()
             return stream.read().decode(errors="replace")
     except OSError:
         return ""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignment.errors import InputError
-from alignment.reporting.gather import changes, choose, curve_rows, gather, spread, summarise
+from alignment.reporting.gather import changes, choose, curve_rows, gather, spread, summarise, tail
 
 MakeRun = Callable[..., tuple[Path, Path]]
 
@@ -93,3 +93,12 @@ def test_the_summary_names_the_final_model(make_run: MakeRun) -> None:
 def test_a_folder_without_a_run_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no run\.json"):
         gather(tmp_path, tmp_path)
+
+
+def test_of_the_end_of_a_file_no_line_is_half(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text("first\nsecond\nthird\n")
+    assert [tail(path, size) for size in (6, 7, 12, 13, 14, 99)] == [
+        "third\n", "third\n", "third\n", "second\nthird\n", "second\nthird\n", "first\nsecond\nthird\n",
+    ]  # fmt: skip
+    assert tail(tmp_path / "none", 9) == ""
