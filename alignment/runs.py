@@ -80,7 +80,7 @@ class Session:
         with one_look():  # at each file that keys are made of
             runs = [runner.Run(point.experiment, point.command) for point in points]
         self._count += len(runs)
-        if not self._warned:
+        if not self._warned and not (master is not None and search.learns(master)):  # whose next trials may read it
             queue.say_unread([unread(point.experiment, point.overrides) for point in points])
             self._warned = True
         self._meet(runs)

@@ -172,8 +172,10 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, repl
                 require_whole(folder)
                 try:
                     store.commit(order["key"], _record(store, context, order, metrics))
-                except PermissionError as error:
-                    raise unusable(error) from error
+                except OSError as error:
+                    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV):
+                        raise unusable(error) from error
+                    raise
 
 
 def require_whole(folder: Path) -> None:

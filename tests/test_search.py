@@ -228,14 +228,43 @@ def test_what_cannot_be_looked_for_is_one_line(settings: list[str], line: str, s
         ("reward", "reward.terms.sentiment.weight=interval(0.1,2)"),
         ("reward", "reward=choice(sentiment,length)"),
         ("relevance", "reward.terms.relevance.source.version=choice(a,b)"),
+        ("reward", "++reward.terms.sentiment.weight=interval(0.1,2)"),
     ],
 )
 def test_a_search_is_not_among_judges(metric: str, vary: str, sweep: Any) -> None:
     """Or the largest weight would be the best one."""
-    said = rf"`{vary.partition('=')[0]}` is varied, and decides how {metric} is measured"
+    said = rf"`{vary.partition('=')[0].lstrip('+')}` is varied, and decides how {metric} is measured"
     with pytest.raises(ConfigError, match=said) as caught:
         sweep(of_beta, f"objective=[{metric}]", vary=(vary,))
     assert caught.value.where == "objective"
+
+
+def test_a_reward_model_that_judges_is_not_searched_by_what_it_says(sweep: Any) -> None:
+    """`experiment=rlhf` trains one on given pairs, and RLOO and the evaluations read it."""
+    varied = ("stage.reward_model.learning_rate=interval(1e-5,1e-4)",)
+    with pytest.raises(ConfigError, match=r"`stage\.reward_model\.learning_rate` is varied, and decides how reward is"):
+        sweep(of_beta, "experiment=rlhf", "objective=[reward]", vary=varied)
+
+
+@pytest.mark.parametrize(
+    ("term", "vary"),
+    [
+        ("reward=[sentiment,length] reward.terms.length.weight=0.0", "reward.terms.length.low=range(1,3)"),
+        ("reward=endpoint reward.terms.judge.url=http://localhost:1/v1 reward.terms.judge.model=m",
+         "reward.terms.judge.timeout_s=interval(1.0,9.0)"),
+    ],
+    ids=["of weight 0", "in no key"],
+)  # fmt: skip
+def test_what_does_not_decide_the_reward_may_be_searched(term: str, vary: str, sweep: Any) -> None:
+    sweep(
+        lambda number, experiment: 1.0,
+        "hydra.sweeper.n_trials=1",
+        "experiment",
+        "pipeline=rloo",
+        *term.split(),
+        vary=(vary,),
+    )
+    assert states() == ["COMPLETE"]
 
 
 def test_a_term_s_weight_may_be_searched_by_what_it_does_not_decide(sweep: Any) -> None:

@@ -222,12 +222,17 @@ def no_choice(overrides: Iterable[str], origin: Origin) -> Explained:
 def _odd_defaults(folder: Path) -> Iterator[ConfigError]:
     """Of files whose `defaults` have a list of something else than names; Hydra tells neither file nor line."""
     for file in sorted(folder.rglob("*.yaml")):
-        text = file.read_text(encoding="utf-8")
-        defaults = (yaml.safe_load(text) or {}).get("defaults") or []
-        for group, names in (pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()):
+        try:
+            text = file.read_text(encoding="utf-8")
+            content = yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue  # another's, or it is told itself
+        defaults = content.get("defaults") if isinstance(content, dict) else None
+        entries = [one for one in defaults if isinstance(one, dict)] if isinstance(defaults, list) else []
+        for group, names in (pair for entry in entries for pair in entry.items()):
             odd = [item for item in names if not isinstance(item, str)] if isinstance(names, list) else []
             if odd:
-                line = next(n for n, one in enumerate(text.splitlines(), start=1) if str(group) in one)
+                line = next((n for n, one in enumerate(text.splitlines(), start=1) if str(group) in one), 1)
                 what = f"`{group}` lists {odd[0]!r}, which is no file's name"
                 yield ConfigError(what, where=f"{file}:{line}", fix="names alone: [length, format]")
 

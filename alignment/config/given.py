@@ -24,11 +24,13 @@ def refuse_twice(overrides: Iterable[str]) -> None:
 
 
 def _twice(value: str) -> Iterator[str]:
-    """Keys that stand twice in one mapping of a value; of what is no YAML none, which Hydra reads or refuses."""
-    if not value.startswith(("{", "[")):
+    """Keys that stand twice in one mapping of a value, or of several that are swept over; of what is no YAML none,
+    which Hydra reads or refuses."""
+    if "{" not in value:
         return
+    inside = re.sub(r"^\s*\w+\((.*)\)\s*$", r"\1", value, flags=re.S)  # choice(...)
     try:
-        nodes: list[Any] = [yaml.compose(re.sub(r":(?=\S)", ": ", value))]  # Hydra needs no blank there
+        nodes: list[Any] = [yaml.compose(re.sub(r":(?=\S)", ": ", f"[{inside}]"))]  # Hydra needs no blank there
     except yaml.YAMLError:
         return
     while nodes:

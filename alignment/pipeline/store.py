@@ -6,7 +6,6 @@ locks/<key16>    who works on a key now                       runs/<run id>/  ru
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -66,7 +65,7 @@ class Store:
         it, and now has its place. The caller holds the key's lock."""
         record, _ = self._look(key, self.work(key))
         if record is not None:
-            for name in PASSING:
+            for name in (*PASSING, "error.json"):  # the last: of the refusal itself
                 remove(self.work(key) / name)
             self._place(key, record)
         return record
@@ -110,12 +109,7 @@ class Store:
         folder, results = self.work(key), self.result(key).parent
         for needed in (folder, results):
             needed.mkdir(parents=True, exist_ok=True)
-        if not os.access(results, os.W_OK | os.X_OK):
-            raise OSError(errno.EACCES, "no result can be put there", str(results))
-        if folder.stat().st_dev != results.stat().st_dev:
-            raise OSError(
-                errno.EXDEV, f"is another file system than {folder.parent}, so results cannot move", str(results)
-            )
+        _require_way(folder, results)
         aside = folder.with_name(f".{folder.name}.{time.time_ns()}")
         for path in list(folder.iterdir()):
             if path.name not in KEPT:
@@ -213,6 +207,20 @@ class Store:
                 where=str(self.root),
                 fix="free some space, or set store=... or min_free_gb=...",
             )
+
+
+def _require_way(folder: Path, results: Path) -> None:
+    """Raises OSError unless what stands beside this work folder can be renamed into the results: neither rights nor the
+    numbers of file systems tell. What a kill leaves goes at the next attempt."""
+    probe = folder.with_name(f".{folder.name}.{time.time_ns()}")
+    probe.mkdir()
+    try:
+        os.rename(probe, results / probe.name)
+    except OSError as error:
+        probe.rmdir()
+        raise OSError(error.errno, f"no result can be put there: {error.strerror}", str(results)) from error
+    for left in results.glob(f".{folder.name}.*"):
+        left.rmdir()
 
 
 def _wrong(folder: Path, name: str, size: Any) -> str | None:

@@ -268,7 +268,7 @@ def conclusion(content: Row) -> str:
 def _apart(content: Row) -> list[str]:
     """Why nothing is ranked, and by what it could be."""
     name, keys = content["objective"]["metric"], content["keys"]
-    decide = [short for key, short in keys.items() if key.partition(".")[0] == "reward"]
+    decide = [short for key, short in keys.items() if key.partition(".")[0] == "reward"] if name == "reward" else []
     by = f" ({', '.join(decide)})" if decide else ""
     parts = [f"{words_of(name).title} was not measured by one judge for all points{by}, so it does not rank them"]
     others = [metric for metric in content["metrics"] if metric not in content["apart"]]

@@ -85,13 +85,15 @@ def read(path: Path | None) -> Any:
 
 
 def tail(path: Path, size: int) -> str:
-    """The last bytes of a file as text, without a first line that is cut; empty if there is no file."""
+    """The last bytes of a file as text, without a first line that is cut, unless it is the only one; empty if there is
+    no file."""
     try:
         with open(path, "rb") as stream:
+            cut = b""
             if (start := path.stat().st_size - size) > 0:
                 stream.seek(start - 1)
-                stream.readline()
-            return stream.read().decode(errors="replace")
+                cut = stream.readline()[1:]
+            return (stream.read() or cut).decode(errors="replace")
     except OSError:
         return ""
 

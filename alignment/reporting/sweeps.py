@@ -143,8 +143,8 @@ def sweep_of_runs(names: list[str], store: Path) -> tuple[Row, Path]:
 def _differences(configs: list[Row]) -> list[Row]:
     """Of each config the settings in which they differ, by dotted key.
 
-    What some lack as a whole, as a term of the reward, is one setting. So is a pipeline of other nodes; what stages it
-    has that another lacks says no more, and is left out.
+    What some lack as a whole, as a term of the reward, is one setting. So is a pipeline of other nodes; that another
+    lacks one of its stages says no more, and is left out.
     """
     found: list[Row] = [{} for _ in configs]
     other = len({tuple(sorted((config.get("pipeline") or {}).get("nodes") or {})) for config in configs}) > 1
@@ -155,8 +155,11 @@ def _differences(configs: list[Row]) -> list[Row]:
         if group == "stage":
             for name, few in _each_name([config.get(group) or {} for config in configs]):
                 kinds = {stage.get("kind") for stage in few if isinstance(stage, dict)}
-                if not kinds & set(BEFOREHAND) and not (other and MISSING in few):
-                    _add_differences(found, f"stage.{name}", few)
+                theirs = [
+                    (one, stage) for one, stage in zip(found, few, strict=True) if not other or stage is not MISSING
+                ]
+                if not kinds & set(BEFOREHAND):
+                    _add_differences([one for one, _ in theirs], f"stage.{name}", [stage for _, stage in theirs])
         elif group not in SAYS_NOTHING and not (other and group == "pipeline"):
             _add_differences(found, group, [config.get(group, MISSING) for config in configs])
     return found
@@ -183,14 +186,21 @@ def _pipelines(configs: list[Row]) -> list[str]:
 
 
 def _add_differences(found: list[Row], key: str, values: list[Any]) -> None:
-    """In each of `found` its value of what differs at or below the key; what is of two kinds differs as a whole."""
-    if all(isinstance(value, dict) and value.get("kind") == values[0].get("kind") for value in values):
-        for name, few in _each_name(values):
-            _add_differences(found, f"{key}.{name}", few)
-    elif any(value != values[0] for value in values):
+    """In each of `found` its value of what differs at or below the key; what some lack, or is of two kinds, differs as
+    a whole, and below the key among those that have it alike."""
+    if not values or all(value == values[0] for value in values):
+        return
+    kinds: dict[Any, list[int]] = {}
+    for i, value in enumerate(values):
+        if isinstance(value, dict):
+            kinds.setdefault(value.get("kind"), []).append(i)
+    if [*kinds.values()] != [[*range(len(values))]]:
         for one, value in zip(found, values, strict=True):
             if value is not MISSING:
                 one[key] = value
+    for alike in kinds.values():
+        for name, few in _each_name([values[i] for i in alike]):
+            _add_differences([found[i] for i in alike], f"{key}.{name}", few)
 
 
 # --- its points ------------------------------------------------------------------------------------------------------

@@ -35,11 +35,12 @@ HOPELESS = {  # for every question
 
 
 class _Refused(Exception):
-    """One try went wrong. after: seconds the endpoint asks to be left alone. gone: there was no connection at all."""
+    """One try went wrong. after: seconds the endpoint asks to be left alone. gone: there was no connection at all.
+    odd: it replied, but with what is no answer; so it may reply for ever."""
 
-    def __init__(self, what: str, after: float = 0.0, gone: bool = False):
+    def __init__(self, what: str, after: float = 0.0, gone: bool = False, odd: bool = False):
         super().__init__(what)
-        self.after, self.gone = after, gone
+        self.after, self.gone, self.odd = after, gone, odd
 
 
 class _NoConnection(OSError):
@@ -140,7 +141,7 @@ class Client:
         Raises MachineError if it is hopeless, if no question was ever answered, or if it must be gone: there is no
         connection, or so many questions in a row had no answer.
         """
-        body, wait, gone = json.dumps(request).encode(), self.settings.backoff_s, False
+        body, wait, gone, odd = json.dumps(request).encode(), self.settings.backoff_s, False, False
         for left in range(self.settings.retries, -1, -1):
             try:
                 reply = self._once(body)
@@ -151,14 +152,14 @@ class Client:
                 return failed
             except _Refused as refused:
                 self.tries += 1
-                why, gone = str(refused), refused.gone
+                why, gone, odd = str(refused), refused.gone, refused.odd
                 spread = wait * random.uniform(0.5, 1.0)  # so that many do not come back at once
                 if not left or stop.wait(min(max(spread, refused.after), LONGEST_WAIT)):
                     break
                 wait *= 2
         self.unanswered += 1
         if stop.is_set() or (self.heard and not gone and self.unanswered < GONE):
-            return Failed(f"the endpoint {why}{AT_LAST}")
+            return Failed(f"the endpoint {why}{'' if odd else AT_LAST}")
         raise self._ended(why, gone)
 
     def _ended(self, why: str, gone: bool) -> MachineError:
@@ -190,9 +191,9 @@ class Client:
         try:
             reply = json.loads(text)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            raise _Refused("answered with something that is no chat completion") from None
+            raise _Refused("answered with something that is no chat completion", odd=True) from None
         if not isinstance(reply, str):
-            raise _Refused("answered without a text")
+            raise _Refused("answered without a text", odd=True)
         return reply.encode("utf-8", "replace").decode()  # half a character, as JSON can have it, could not be kept
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
@@ -230,5 +231,5 @@ def _read(response: http.client.HTTPResponse) -> bytes:
         parts.append(part)
         size += len(part)
         if size > LARGEST:
-            raise _Refused("sent more than a reply can have")
+            raise _Refused("sent more than a reply can have", odd=True)
     return b"".join(parts)

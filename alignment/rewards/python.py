@@ -59,19 +59,23 @@ def python(settings: Python, name: str, alive: Callable[[], None]) -> Term:
 
 @contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Gradients and the type of new tensors are the process's, in which a model may be training: what code for
+    """Gradients, type and device of new tensors are the process's, in which a model may be training: what code for
     inference often switches for itself stays so for itself."""
     if "torch" not in sys.modules:  # of which nothing here needs to know
         yield
         return
     import torch
 
-    gradients, kind = torch.is_grad_enabled(), torch.get_default_dtype()
+    gradients, kind, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     try:
         yield
     finally:
         torch.set_grad_enabled(gradients)
         torch.set_default_dtype(kind)
+        if torch.get_default_device() != device:
+            torch.set_default_device(
+                None if device.type == "cpu" else device
+            )  # None: no mode that all calls go through
 
 
 def _number(value: Any) -> Value:

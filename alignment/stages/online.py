@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from trl.trainer.base_config import _BaseConfig
 
 from alignment import generation
-from alignment.config.stages.online import Online
+from alignment.config.stages.online import Online, OnlineDpo, PolicyGradient
 from alignment.errors import InputError, TrainingError
 from alignment.files import read_jsonl
 from alignment.stages.context import StageContext
@@ -57,14 +57,15 @@ def run(context: StageContext, trainer: type) -> dict[str, Any]:
 
 def _warn_of_nothing(context: StageContext) -> None:
     """Where no prompt of the whole run had answers of which one is better than another: it would end as if all were
-    well. One answer to a prompt has none to be compared with."""
+    well. Not of PPO, which compares answers to other prompts, too."""
+    if not isinstance(context.settings, PolicyGradient | OnlineDpo):
+        return
     shares = [row["no_signal"] for row in read_jsonl(context.folder / "metrics.jsonl") if "no_signal" in row]
-    if shares and min(shares) == 1 and context.settings.completions_per_prompt > 1:
+    if shares and min(shares) == 1:
         cut = ", or were all cut (truncated=mask)" if context.settings.truncated == "mask" else ""
-        told = (
-            f"no prompt had answers of unequal reward in any of {len(shares)} logged steps{cut}: it has taught nothing"
-        )
-        context.warn(f"{told}; look at the reward's terms, or sample more answers to harder prompts")
+        told = f"no prompt had answers of unequal reward in any of {len(shares)} logged steps{cut}"
+        fix = "look at the reward's terms, or sample more answers to harder prompts"
+        context.warn(f"{told}: of the reward nothing was learned; {fix}")
 
 
 def _prompts(context: StageContext, tokenizer: Any) -> list[dict[str, Any]]:

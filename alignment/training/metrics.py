@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alignment.training.losses.pairs import ROUNDING
 from alignment.training.losses.policy import kl
 
 
@@ -62,7 +61,8 @@ METRICS: dict[str, Metric] = {
     "mismatch_k3": Metric("mean", "fresh_tokens"),
 }
 EXTREME = {"max": torch.maximum, "min": torch.minimum}
-NO_MARGIN = ROUNDING  # before the first update every margin is zero, and no pair is right
+# A margin of fewer nats is rounding: before the first update every margin is zero, and no pair is right.
+NO_MARGIN = 1e-3
 
 
 class Meter:

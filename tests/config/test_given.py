@@ -16,6 +16,8 @@ from alignment.errors import ConfigError
     [
         ("stage.dpo.loss={sigmoid: 1.0, sigmoid: 2.0}", "stage.dpo.loss", "sigmoid"),
         ("stage.dpo.loss={sigmoid:1.0,ipo_sum:1.0,sigmoid:2.0}", "stage.dpo.loss", "sigmoid"),
+        ("stage.dpo.loss={sigmoid:1.0,sigmoid:2.0},{sigmoid:3.0}", "stage.dpo.loss", "sigmoid"),
+        ("stage.dpo.loss=choice({sigmoid: 3.0}, {nll: 1.0, nll: 2.0})", "stage.dpo.loss", "nll"),
         ("+reward.terms.x={kind: model, members: {a: {kind: path, kind: hub}}}", "reward.terms.x", "kind"),
     ],
 )

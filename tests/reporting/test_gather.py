@@ -101,4 +101,6 @@ def test_of_the_end_of_a_file_no_line_is_half(tmp_path: Path) -> None:
     assert [tail(path, size) for size in (6, 7, 12, 13, 14, 99)] == [
         "third\n", "third\n", "third\n", "second\nthird\n", "second\nthird\n", "first\nsecond\nthird\n",
     ]  # fmt: skip
+    path.write_text("a line that is longer than that\n")
+    assert tail(path, 5) == "that\n"
     assert tail(tmp_path / "none", 9) == ""

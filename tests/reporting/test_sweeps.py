@@ -240,6 +240,31 @@ def test_of_two_pipelines_the_pipeline_is_one_setting(tmp_path: Path) -> None:
     assert same == [{}, {f"{nodes}.dpo.inputs": {"model": "on"}}], "of the same nodes, what differs"
 
 
+def test_a_run_of_another_pipeline_does_not_hide_what_the_others_differ_in(tmp_path: Path) -> None:
+    """Else two betas would be one combination, with two seeds."""
+    for run, kind, settings in (("a-1", "dpo", {BETA: 0.1}), ("a-2", "dpo", {BETA: 0.5}), ("a-3", "sft", {})):
+        told = {f"pipeline.nodes.{kind}.stage": kind, f"stage.{kind}.kind": kind, **settings}
+        write_run(tmp_path, run, told, {"reward": 0.1})
+    file = tmp_path / "runs" / "a-3" / "run.json"
+    run = json.loads(file.read_text())
+    del run["config"]["stage"]["dpo"]
+    file.write_text(json.dumps(run))
+    points = sweeps.sweep_of_runs(["a-1", "a-2", "a-3"], tmp_path)[0]["points"]
+    assert [point["settings"] for point in points] == [
+        {"pipeline": "dpo", BETA: 0.1}, {"pipeline": "dpo", BETA: 0.5}, {"pipeline": "sft"},
+    ]  # fmt: skip
+
+
+def test_what_some_lack_is_one_setting_and_the_others_differ_below_it(tmp_path: Path) -> None:
+    lora = "stage.dpo.lora"
+    for run, told in (("a-1", {lora: None}), ("a-2", {f"{lora}.rank": 8}), ("a-3", {f"{lora}.rank": 64})):
+        write_run(tmp_path, run, told, {"reward": 0.1})
+    points = sweeps.sweep_of_runs(["a-1", "a-2", "a-3"], tmp_path)[0]["points"]
+    assert [point["settings"] for point in points] == [
+        {lora: None}, {lora: {"rank": 8}, f"{lora}.rank": 8}, {lora: {"rank": 64}, f"{lora}.rank": 64},
+    ]  # fmt: skip
+
+
 def test_a_source_of_another_kind_is_one_setting(tmp_path: Path) -> None:
     source = "data.rows.source"
     for run, told in (("a-1", {"kind": "path", "path": "a"}), ("a-2", {"kind": "hub", "repo": "b"})):

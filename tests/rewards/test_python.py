@@ -45,10 +45,12 @@ def test_what_it_switches_of_pytorch_is_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "off.py"
     path.write_text(
         "import torch\ntorch.set_grad_enabled(False)\n"
-        "def reward(prompts, answers, rows):\n    torch.set_default_dtype(torch.float64)\n    yield 1.0\n"
+        "def reward(prompts, answers, rows):\n    torch.set_default_dtype(torch.float64)\n"
+        "    torch.set_default_device('meta')\n    yield 1.0\n"
     )
     assert [score["reward"] for score in judge_by(**own(path)).score([row()], ["a"])] == [1.0]
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.zeros(1).device.type == "cpu"
 
 
 def test_only_answers_that_it_raises_for_fail_with_file_and_line() -> None:

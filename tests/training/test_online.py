@@ -340,7 +340,7 @@ def test_a_run_that_could_learn_nothing_says_so(
     for judge in ("letters", "all_alike"):
         monkeypatch.setattr(online_stage, "judge_of", lambda context, judge=judge: online.letters(judge))
         run(tmp_path / judge, online.rloo(max_steps=2))
-        told = "no prompt had answers of unequal reward in any of 2 logged steps: it has taught nothing"
+        told = "no prompt had answers of unequal reward in any of 2 logged steps: of the reward nothing was learned"
         assert (told in capsys.readouterr().out) is (judge == "all_alike")
 
 
