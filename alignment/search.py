@@ -17,21 +17,19 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from alignment.config.redact import setting_without_secrets
-from alignment.config.reward_terms import Endpoint
-from alignment.config.rewards import HIGHER_IS_BETTER, Reward, better_of_terms
+from alignment.config.rewards import HIGHER_IS_BETTER, better_of_terms
 from alignment.config.schema import Experiment
-from alignment.config.shape import side
 from alignment.config.stages.answering import Compare, Evaluate
 from alignment.config.stages.reward_model import OF_REWARD_MODELS, EvaluateReward
 from alignment.errors import ConfigError, MachineError
 from alignment.reporting import queue, words
+from alignment.reporting.judges import deciding
 
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 LEARNS_NOTHING = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 DIRECTIONS = ("minimize", "maximize")
 KEY = "hydra.sweeper.direction"
 BETTER = {**OF_REWARD_MODELS, **HIGHER_IS_BETTER}
-CHANGES_NOTHING = {n for term in (Endpoint, Reward) for n, f in term.model_fields.items() if side(f) == "execution"}
 Objective = list[dict[str, str]]  # {"metric", "direction"}, the first is what a sweep is ranked by
 
 
@@ -98,37 +96,14 @@ def check_directions(metrics: Sequence[str], ways: Sequence[str], weights: Mappi
 
 def check_judge(metrics: Sequence[str], varied: Collection[str], config: DictConfig) -> None:
     """Raises ConfigError where what is varied decides how a metric is measured: the best trial would be the one that
-    measures most, as the largest weight makes the largest reward. Also where that is how a reward model is trained,
-    which judges. config: of the multirun."""
-    keys = {key.lstrip("+") for key in varied}
-    terms = OmegaConf.to_container(config.reward.terms) if OmegaConf.select(config, "reward.terms") else {}
-    assert isinstance(terms, dict)
-    idle = {str(name) for name, one in terms.items() if one.get("weight") == 0} - {
-        key.split(".")[2] for key in keys if key.endswith(".weight") and key.startswith("reward.terms.")
-    }
-    own = any(one.get("kind") == "model" and not one.get("members") for one in terms.values())
-    trained = (
-        {f"stage.{name}." for name, one in config.stage.items() if one.get("kind") == "reward_model"} if own else ()
-    )
+    measures most, as the largest weight makes the largest reward. config: of the multirun."""
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    keys = sorted(key.lstrip("+") for key in varied)
     for metric in metrics:
-        if metric in BETTER and metric != "reward":
-            continue
-        if key := next((k for k in sorted(keys) if _judges(k, metric, idle) or k.startswith(tuple(trained))), None):
+        if key := deciding(keys, metric, plain):
             what = f"`{key}` is varied, and decides how {metric} is measured: each trial would have its own judge"
             fix = "one that is measured in the same way in all trials, as a term of the reward that is not varied"
             raise ConfigError(what, where="objective", fix=fix)
-
-
-def _judges(key: str, metric: str, idle: Collection[str]) -> bool:
-    """idle: terms that weigh nothing."""
-    group, *below = key.split(".")
-    if group != "reward" or (below and below[-1] in CHANGES_NOTHING):
-        return False
-    if below in ([], ["terms"]):
-        return True
-    if metric == "reward":
-        return below[0] == "terms" and below[1] not in idle
-    return below[0] == "terms" and below[1] == metric and below[2:] != ["weight"]
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

@@ -239,11 +239,36 @@ def test_a_search_is_not_among_judges(metric: str, vary: str, sweep: Any) -> Non
     assert caught.value.where == "objective"
 
 
-def test_a_reward_model_that_judges_is_not_searched_by_what_it_says(sweep: Any) -> None:
-    """`experiment=rlhf` trains one on given pairs, and RLOO and the evaluations read it."""
-    varied = ("stage.reward_model.learning_rate=interval(1e-5,1e-4)",)
-    with pytest.raises(ConfigError, match=r"`stage\.reward_model\.learning_rate` is varied, and decides how reward is"):
-        sweep(of_beta, "experiment=rlhf", "objective=[reward]", vary=varied)
+@pytest.mark.parametrize(
+    "vary",
+    [
+        "stage.reward_model.learning_rate=interval(1e-5,1e-4)",
+        "stage.sft.learning_rate=interval(1e-5,1e-4)",
+        "data.preferences.max_rows=choice(100,200)",
+        "model=choice(demo,tiny)",
+    ],
+)
+def test_a_reward_model_that_judges_is_not_searched_by_what_it_says(vary: str, sweep: Any) -> None:
+    """`experiment=rlhf` trains one on given pairs from the SFT model, and RLOO and the evaluations read it."""
+    said = rf"`{vary.partition('=')[0]}` is varied, and decides how reward is"
+    with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
+        sweep(of_beta, "experiment=rlhf", "objective=[reward]", vary=(vary,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "vary"),
+    [
+        ("objective=[sentiment]", "stage.reward_model.learning_rate=interval(1e-5,1e-4)"),
+        ("reward.terms.preference.weight=0.0", "stage.reward_model.learning_rate=interval(1e-5,1e-4)"),
+        ("objective=[kl]", "stage.sft.learning_rate=interval(1e-5,1e-4)"),
+        ("objective=[reward]", "stage.reward_model.seed=range(0,3)"),
+        ("objective=[reward]", "stage.rloo.learning_rate=interval(1e-5,1e-4)"),
+    ],
+)
+def test_what_trains_no_judge_of_the_metric_may_be_searched(setting: str, vary: str, sweep: Any) -> None:
+    weighed = "reward.terms.sentiment.weight=1.0"  # or a reward without the model's term would be none
+    sweep(lambda number, experiment: 1.0, "hydra.sweeper.n_trials=1", "experiment=rlhf", weighed, setting, vary=(vary,))
+    assert states() == ["COMPLETE"]
 
 
 @pytest.mark.parametrize(

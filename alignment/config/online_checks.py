@@ -67,16 +67,14 @@ def _followed(settings: Clipped, key: str) -> Iterator[Fault]:
     """What a target follows is the mean over answers that are trained on: those alone have a reference."""
     if not settings.refers or settings.kl.target is None:
         return
-    target, left_out = f"{key}.kl.target", {"truncated": settings.truncated == "mask"}
-    if isinstance(settings, PolicyGradient):
-        left_out["resamples"] = settings.resamples > 0
-    if odd := next((name for name, leaves_out in left_out.items() if leaves_out), None):
-        other = f"{key}.{odd}"
-        what = (
-            f"`{target}` is {settings.kl.target:g}, and `{other}` {getattr(settings, odd)}: the distance would be that"
-        )
-        fix = f"{target}=null, or {other}={'keep or penalty' if odd == 'truncated' else 0}"
-        yield Fault(f"{what} of the answers which are left, not of the policy", (target, other), fix)
+    resamples = settings.resamples if isinstance(settings, PolicyGradient) else 0
+    leaves_out = [("truncated", "mask", "keep or penalty")] if settings.truncated == "mask" else []
+    leaves_out += [("resamples", str(resamples), "0")] if resamples else []
+    for name, value, instead in leaves_out:
+        target, other = f"{key}.kl.target", f"{key}.{name}"
+        what = f"`{target}` is {settings.kl.target:g}, and `{other}` {value}: the distance would be of the answers"
+        fix = f"{target}=null, or {other}={instead}"
+        yield Fault(f"{what} that are left, not of the policy", (target, other), fix)
 
 
 def _kl(kl: Kl, key: str) -> Iterator[Fault]:

@@ -211,16 +211,15 @@ class Store:
 
 def _require_way(folder: Path, results: Path) -> None:
     """Raises OSError unless what stands beside this work folder can be renamed into the results: neither rights nor the
-    numbers of file systems tell. What a kill leaves goes at the next attempt."""
-    probe = folder.with_name(f".{folder.name}.{time.time_ns()}")
-    probe.mkdir()
+    numbers of file systems tell. An empty folder that a kill left there is no hindrance, and goes."""
+    probe = folder.with_name(f".{folder.name}.way")
+    probe.mkdir(exist_ok=True)
     try:
         os.rename(probe, results / probe.name)
     except OSError as error:
         probe.rmdir()
         raise OSError(error.errno, f"no result can be put there: {error.strerror}", str(results)) from error
-    for left in results.glob(f".{folder.name}.*"):
-        left.rmdir()
+    (results / probe.name).rmdir()
 
 
 def _wrong(folder: Path, name: str, size: Any) -> str | None:

@@ -14,17 +14,10 @@ from alignment.reporting.gather import TRAINING, Model, Report, Row, Stage, chan
 from alignment.reporting.reward_models import reward_models
 
 HERE = Path(__file__).parent
-ASKED = (
-    "loss",
-    "beta",
-    "reference_update",
-    "learning_rate",
-    "schedule",
-    "global_batch_size",
-    "epochs",
-    "max_steps",
+ASKED = (  # of a stage that trains: its caption
+    "loss", "beta", "reference_update", "learning_rate", "schedule", "global_batch_size", "epochs", "max_steps",
     "precision",
-)  # of a stage that trains: its caption
+)  # fmt: skip
 TILES = ("reward", "relevance", "stop_rate", "kl")
 
 
@@ -204,20 +197,17 @@ def learning(report: Report) -> list[Row]:
         known = {name: stage.settings[name] for name in ASKED if stage.settings.get(name) is not None}
         facts = [(name.replace("_", " "), _in_words(value)) for name, value in known.items()]
         if failed := words.finite(stage.metrics.get("reward_failed")):
-            facts.append(
-                ("answers without a reward:", f"{words.count(failed)} of {words.count(stage.metrics['answers'])}")
-            )
+            of = words.finite(stage.metrics.get("answers"))  # which older results do not tell
+            facts.append(("answers without a reward:", words.count(failed) + (f" of {words.count(of)}" if of else "")))
         found.append({"stage": stage, "colour": colour, "panels": panels, "facts": facts})
     return found
 
 
 def _in_words(value: Any) -> Any:
     """A mix of losses, or another few settings in one: sigmoid 1, nll 0.2."""
-    return (
-        ", ".join(f"{name.replace('_', ' ')} {one}" for name, one in value.items())
-        if isinstance(value, dict)
-        else value
-    )
+    if not isinstance(value, dict):
+        return value
+    return ", ".join(f"{name.replace('_', ' ')} {one}" for name, one in value.items())
 
 
 def samples(report: Report) -> Row:

@@ -18,6 +18,13 @@ def is_seed(key: str) -> bool:
     return key == "seed" or key.endswith(".seed")
 
 
+def mapping_at(value: Any, *names: str) -> dict[str, Any]:
+    """The mapping that stands there in what a file says; empty if there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """stage.dpo.beta -> beta, or as many of its last parts as tell it from every other key."""
     names = {}

@@ -25,7 +25,7 @@ SILENT = 150.0
 FRESH = 15.0  # seconds after its last line in which a run between two stages counts as running
 LINES = 4  # of a failed stage's log
 NOISE = re.compile(r"(srun|slurmstepd\S*): |_step_signal: ")  # how SLURM ends what is left: no reason
-TAIL = 65_536  # bytes in which they are looked for
+TAIL = 16_384  # bytes in which they are looked for
 
 
 def read_runs(

@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.rewards import COUNTS
-from alignment.config.schema import STAGES, Experiment
-from alignment.config.shape import side
 from alignment.errors import ConfigError, InputError
 from alignment.files import digest
+from alignment.reporting.differences import differences
 from alignment.reporting.gather import TRAINING, Stage, read, read_stage
 from alignment.reporting.judges import judges
+from alignment.reporting.settings import mapping_at
 from alignment.reporting.status import Results, facts_text, jobs_of_runs, read_run
 from alignment.reporting.targets import refuse_no_name, run_folder
 from alignment.reporting.words import DONE, finite, label, listed
 
 Row = dict[str, Any]
 OBJECTIVE = {"metric": "reward", "direction": "maximize"}
-ONLY_BEFORE = {stage.optional_inputs[role] for stage in STAGES.values() for role in stage.ordering}
-BEFOREHAND = tuple(kind for kind, stage in STAGES.items() if stage.makes in ONLY_BEFORE)  # stages that change no other
-SAYS_NOTHING = tuple(n for n, f in Experiment.model_fields.items() if side(f) == "execution" and n != "pipeline")
 
 
 NOTHING_KNOWN: Row = {
@@ -30,8 +27,6 @@ NOTHING_KNOWN: Row = {
     "training": None, "report": False, "weights": {}, "judges": {},
 }  # fmt: skip
 EVALUATES = ("evaluate", "evaluate_reward")
-TRAINS_OR_ASKS = (*TRAINING, "sample", "judge", "merge")
-MISSING = object()
 
 # --- which sweep -----------------------------------------------------------------------------------------------------
 
@@ -114,7 +109,7 @@ def _plain(settings: Row) -> Row:
 
 def sweep_of_runs(names: list[str], store: Path) -> tuple[Row, Path]:
     """Runs taken together as a sweep of their own, and the folder for its page. Settings: those in which their configs
-    differ, without what cannot change a result (where and how the work was done). Raises ConfigError, InputError."""
+    differ. Raises ConfigError, InputError."""
     folders = list(dict.fromkeys(run_folder(name, store) for name in names))
     if len(folders) < 2:
         raise ConfigError(f"{' and '.join(names)} are one run", where=str(folders[0]), fix="name two different runs")
@@ -125,7 +120,7 @@ def sweep_of_runs(names: list[str], store: Path) -> tuple[Row, Path]:
         )
     runs = [read(folder / "run.json") for folder in folders]
     configs = [run.get("config") if isinstance(run, dict) else None for run in runs]
-    settings = _differences([config for config in configs if isinstance(config, dict)])
+    settings = differences([config for config in configs if isinstance(config, dict)])
     told = iter(settings)
     points = [
         {"run": folder.name, "settings": next(told) if isinstance(config, dict) else {}}
@@ -138,69 +133,6 @@ def sweep_of_runs(names: list[str], store: Path) -> tuple[Row, Path]:
     return {**sweep, "objective": [OBJECTIVE], "points": [_point(point) for point in points]}, roots[
         0
     ] / "sweeps" / name
-
-
-def _differences(configs: list[Row]) -> list[Row]:
-    """Of each config the settings in which they differ, by dotted key.
-
-    What some lack as a whole, as a term of the reward, is one setting. So is a pipeline of other nodes; that another
-    lacks one of its stages says no more, and is left out.
-    """
-    found: list[Row] = [{} for _ in configs]
-    other = len({tuple(sorted((config.get("pipeline") or {}).get("nodes") or {})) for config in configs}) > 1
-    if other:
-        for one, name in zip(found, _pipelines(configs), strict=True):
-            one["pipeline"] = name
-    for group in dict.fromkeys(group for config in configs for group in config):
-        if group == "stage":
-            for name, few in _each_name([config.get(group) or {} for config in configs]):
-                kinds = {stage.get("kind") for stage in few if isinstance(stage, dict)}
-                theirs = [
-                    (one, stage) for one, stage in zip(found, few, strict=True) if not other or stage is not MISSING
-                ]
-                if not kinds & set(BEFOREHAND):
-                    _add_differences([one for one, _ in theirs], f"stage.{name}", [stage for _, stage in theirs])
-        elif group not in SAYS_NOTHING and not (other and group == "pipeline"):
-            _add_differences(found, group, [config.get(group, MISSING) for config in configs])
-    return found
-
-
-def _each_name(values: list[Row]) -> list[tuple[str, list[Any]]]:
-    names = dict.fromkeys(name for value in values for name in value)
-    return [(name, [value.get(name, MISSING) for value in values]) for name in names]
-
-
-def _pipelines(configs: list[Row]) -> list[str]:
-    """Each pipeline in a word: its stages that make models, answers or pairs; a digest where that is not enough."""
-    digests, shapes = [], []
-    for config in configs:
-        nodes, stages = (config.get("pipeline") or {}).get("nodes") or {}, config.get("stage") or {}
-        names = [str(node["stage"]) for node in nodes.values()]
-        working = [name for name in names if (stages.get(name) or {}).get("kind") in TRAINS_OR_ASKS]
-        shapes.append(" ".join(working) or "no training")
-        digests.append(digest(nodes))
-    return [
-        f"{shape} #{mine[:6]}" if len({d for s, d in zip(shapes, digests, strict=True) if s == shape}) > 1 else shape
-        for shape, mine in zip(shapes, digests, strict=True)
-    ]
-
-
-def _add_differences(found: list[Row], key: str, values: list[Any]) -> None:
-    """In each of `found` its value of what differs at or below the key; what some lack, or is of two kinds, differs as
-    a whole, and below the key among those that have it alike."""
-    if not values or all(value == values[0] for value in values):
-        return
-    kinds: dict[Any, list[int]] = {}
-    for i, value in enumerate(values):
-        if isinstance(value, dict):
-            kinds.setdefault(value.get("kind"), []).append(i)
-    if [*kinds.values()] != [[*range(len(values))]]:
-        for one, value in zip(found, values, strict=True):
-            if value is not MISSING:
-                one[key] = value
-    for alike in kinds.values():
-        for name, few in _each_name([values[i] for i in alike]):
-            _add_differences([found[i] for i in alike], f"{key}.{name}", few)
 
 
 # --- its points ------------------------------------------------------------------------------------------------------
@@ -245,8 +177,8 @@ def _read_point(point: Row, results: Results, is_held: Callable[[str], bool], jo
     if run["state"] == "unreadable":
         return {"note": "its run.json cannot be read"}
     told: Row = {"state": run["state"], "note": _note(run), "report": (file.parent / "report.html").is_file()}
-    stages = [read_stage(node, results.root, _config(run)) for node in run["nodes"]]
-    told["weights"] = _weights(_config(run))
+    stages = [read_stage(node, results.root, mapping_at(run, "config")) for node in run["nodes"]]
+    told["weights"] = _weights(mapping_at(run, "config"))
     told["training"] = _training(stages, str(run.get("final") or ""))
     if point["pruned"]:
         return {**told, "state": "pruned", "note": run.get("pruned")}
@@ -256,15 +188,10 @@ def _read_point(point: Row, results: Results, is_held: Callable[[str], bool], jo
     return told
 
 
-def _config(run: Row) -> Row:
-    config = run.get("config")
-    return config if isinstance(config, dict) else {}
-
-
 def _weights(config: Row) -> dict[str, float]:
     """Of the terms of its reward."""
-    terms = (config.get("reward") or {}).get("terms") or {}
-    known = {name: finite(term.get("weight")) for name, term in terms.items()}
+    terms = mapping_at(config, "reward", "terms")
+    known = {name: finite(mapping_at(terms, name).get("weight")) for name in terms}
     return {name: weight for name, weight in known.items() if weight is not None}
 
 
@@ -291,7 +218,7 @@ def objective(run: Row, store: Path, metrics: Sequence[str]) -> float | tuple[fl
 
     None if any of them is not known.
     """
-    stages = [read_stage(node, store, _config(run)) for node in run.get("nodes") or []]
+    stages = [read_stage(node, store, mapping_at(run, "config")) for node in run.get("nodes") or []]
     known = measured(stages, str(run.get("final") or "")).get("metrics") or {}
     values = [known[name]["mean"] for name in metrics if name in known]
     if len(values) < len(metrics):

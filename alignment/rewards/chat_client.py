@@ -224,7 +224,7 @@ def gone_for_now(what: str, where: str) -> MachineError:
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
-    """All of it. Raises TimeoutError, _Refused if it has no end."""
+    """All of it. Raises TimeoutError, _Refused if it has no end, or ends before it should."""
     parts: list[bytes] = []
     size = 0
     while part := response.read1(1 << 16):
@@ -232,4 +232,6 @@ def _read(response: http.client.HTTPResponse) -> bytes:
         size += len(part)
         if size > LARGEST:
             raise _Refused("sent more than a reply can have", odd=True)
+    if response.length:  # what is left of Content-Length; parts of a chunked reply say so themselves
+        raise _Refused("broke off in its reply")
     return b"".join(parts)

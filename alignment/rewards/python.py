@@ -72,10 +72,8 @@ def _as_it_was() -> Iterator[None]:
     finally:
         torch.set_grad_enabled(gradients)
         torch.set_default_dtype(kind)
-        if torch.get_default_device() != device:
-            torch.set_default_device(
-                None if device.type == "cpu" else device
-            )  # None: no mode that all calls go through
+        if torch.get_default_device() != device:  # None for the CPU: a mode would have all calls go through it
+            torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def _number(value: Any) -> Value:

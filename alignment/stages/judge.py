@@ -95,7 +95,7 @@ def _fix(settings: Judge, bound: str) -> str:
     """What of these settings could let more through. bound: the key of one that answers have to reach."""
     ways = [f"lower stage.judge.{bound}"] if getattr(settings, bound) else []
     ways += ["set stage.judge.finished_only=false"] if settings.finished_only else []
-    return ", or ".join([*ways, "sample more and longer answers, or mend the reward that finds them alike"])
+    return ", or ".join([*ways, "sample more and longer answers, or mend the reward"])
 
 
 def _pairs(judged: list[Row], settings: Judge) -> Made:

@@ -284,6 +284,16 @@ def test_a_run_that_cannot_be_read_is_one_of_the_runs_compared(tmp_path: Path) -
     assert [point["settings"] for point in sweep["points"]] == [{BETA: 0.1}, {BETA: 0.3}, {}]
 
 
+def test_what_is_odd_in_a_run_does_not_hide_in_what_the_others_differ(tmp_path: Path) -> None:
+    for number, odd in enumerate([{}, {"pipeline": {"nodes": {"dpo": {}}}}, {"pipeline": [1], "stage": 2}], start=1):
+        write_run(tmp_path, f"a-{number}", {BETA: number / 10, "pipeline.nodes.dpo.stage": "dpo"}, {"reward": 0.1})
+        file = tmp_path / "runs" / f"a-{number}" / "run.json"
+        run = json.loads(file.read_text())
+        file.write_text(json.dumps({**run, "config": {**run["config"], **odd}}))
+    points = sweeps.sweep_of_runs(["a-1", "a-2", "a-3"], tmp_path)[0]["points"]
+    assert [point["settings"].get(BETA) for point in points] == [0.1, 0.2, None]
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,7 @@ FLAKY = {
     "no choices": (200, {}, b'{"choices": []}'),
     "no text": completion(None),
     "nested": (200, {}, b"[" * 100000),
+    "cut": (200, {"Content-Length": "400"}, b'{"choices": ['),
 }
 
 
@@ -241,10 +242,10 @@ def test_a_server_that_drops_what_it_is_asked_has_gone_where_too_many_answers_fa
         judge.failures([*scores, *judge.score([row()], ["no"])])
 
 
-@pytest.mark.parametrize("how", ["503", "slow"])
+@pytest.mark.parametrize("how", ["503", "slow", "cut"])
 def test_a_gateway_whose_server_has_died_has_gone_where_too_many_answers_fail(server: Server, how: str) -> None:
-    """It answers, for the server behind it, or hangs: no fault of the reward, and another attempt may find it up. What
-    was answered and has no score is."""
+    """It answers, for the server behind it, hangs, or breaks off: no fault of the reward, another attempt may find it
+    up. What was answered and has no score is."""
     over = threading.Event()
 
     def answer(question: dict[str, Any], before: int) -> Answer:
@@ -252,7 +253,7 @@ def test_a_gateway_whose_server_has_died_has_gone_where_too_many_answers_fail(se
             return FLAKY["garbage"]  # a reply, which may be the same for ever
         if before >= 6 and how == "slow":
             over.wait(60)
-        return completion("Score: 10") if before < 6 else FLAKY["503"]
+        return completion("Score: 10") if before < 6 else FLAKY["cut" if how == "cut" else "503"]
 
     server.answer = answer
     judge = judge_at(server.port, concurrency=1, retries=0, timeout_s=0.5)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-STRAIGHT = (
-    10.0  # exponent from which a divergence goes on along its tangent: what has fallen further is still pulled back
-)
+# Exponent from which a divergence goes on along its tangent: what has fallen further is still pulled back.
+STRAIGHT = 10.0
 EXPONENT = 40.0  # whose square is still a float32; beyond, losses and gradients would be infinite, or 0 times infinity
 
 

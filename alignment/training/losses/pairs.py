@@ -22,8 +22,9 @@ from torch.nn.functional import logsigmoid
 from alignment.training.losses.divergence import EXPONENT
 
 PairLoss = Callable[..., Tensor]
-# Nats of an answer, or of a margin, by which two computations of the same may differ: 1e-5 in fp32, up to 5e-3 in bf16.
-ROUNDING = 1e-2
+# Nats of an answer, or of a margin, by which two computations of the same may differ. Measured on a random Llama of
+# four layers in batches of two widths: 1.2e-5 in fp32; in bf16 8e-3 for answers of 200 tokens, 1.4e-2 for 800.
+ROUNDING = 3e-2
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def test_where_training_begins_rounding_decides_nothing(name: str) -> None:
     random, tokens = torch.Generator().manual_seed(0), torch.full((16,), 50)
     sums = (-100 * torch.rand(16, generator=random)).double().requires_grad_()
     for seed in range(4):
-        noise = 1e-3 * torch.randn(16, generator=torch.Generator().manual_seed(seed)).double()
+        noise = 1e-2 * torch.randn(16, generator=torch.Generator().manual_seed(seed)).double()
         pairs = objective.pairs_of(sums, sums.detach() + noise, -sums[:8], tokens, 50.0)
         objective.threshold = Threshold().after(pairs.margin.detach(), 0.9)
         loss = objective(pairs, noise=torch.rand(8, generator=torch.Generator().manual_seed(1)))
