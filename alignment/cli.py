@@ -257,9 +257,9 @@ def report(arguments: list[str]) -> int:
     _add_store(parser)
     given = parser.parse_args(arguments)
     from alignment.pipeline.store import Store
-    from alignment.reporting import page, targets, watching
+    from alignment.reporting import page, queue, targets, watching
 
-    folder = targets.run_folder(given.run, given.store)
+    folder = targets.run_folder(given.run, given.store, queue.note)
     store = Store(folder.parent.parent)
     (run,) = watching.look(store, [folder])
     print(page.write_report(folder, store.root, run if run["state"] != "unreadable" else None))
@@ -310,9 +310,9 @@ def chat(arguments: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 = greedy")
     _add_store(parser)
     given = parser.parse_args(arguments)
-    from alignment.reporting import targets
+    from alignment.reporting import queue, targets
 
-    models = targets.models(given.target, given.store, compare=given.compare)
+    models = targets.models(given.target, given.store, given.compare, queue.note)
     command = [sys.executable, "-m", "alignment.chat"]
     for name, folder in models.items():
         command += ["--model", f"{name}={folder}"]

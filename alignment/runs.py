@@ -30,6 +30,8 @@ from alignment.pipeline.following import Follower
 from alignment.pipeline.identity import one_look
 from alignment.pipeline.leading import Leader
 from alignment.reporting import cancelling, gather, page, pruning, queue, terminal, watching
+from alignment.reporting.settings import own_settings
+from alignment.reporting.status import UNKNOWN
 from alignment.reporting.sweeps import objective
 from alignment.reporting.words import DONE
 from alignment.signals import CANCELLED, Asked, Either, Listener, Stopped
@@ -48,6 +50,7 @@ class Session:
         self._trials = pruning.Trials(queue.say)
         self._failed: dict[str, AlignmentError] = {}  # stages that are not tried again for the next point
         self._errors: dict[str, AlignmentError] = {}  # points that failed
+        self._own: dict[str, str] = {}  # run -> in what it differs from the other points, in words
         self._refused: list[str] = []  # lines that are not yet said
         self._pruned: dict[str, str] = {}  # points that were stopped as hopeless, and why
         self._count = 0
@@ -64,7 +67,7 @@ class Session:
             if isinstance(point, Refused):
                 self._count += 1
                 self._errors[" ".join(point.overrides)] = point.error
-                self._refused.append(f"✗ {point.error}")
+                self._refused.append(f"✗ {'  '.join(filter(None, [_own(point, master), str(point.error)]))}")
         able = [point for point in points if isinstance(point, Point)]
         # Those that all points so far have in common may end the command, which says them then, once.
         if able or len({str(error) for error in self._errors.values()}) > 1 or self._count > len(self._refused):
@@ -80,6 +83,7 @@ class Session:
         with one_look():  # at each file that keys are made of
             runs = [runner.Run(point.experiment, point.command) for point in points]
         self._count += len(runs)
+        self._own |= {run.id: _own(point, master) for run, point in zip(runs, points, strict=True)}
         if not self._warned and not (master is not None and search.learns(master)):  # whose next trials may read it
             queue.say_unread([unread(point.experiment, point.overrides) for point in points])
             self._warned = True
@@ -145,6 +149,9 @@ class Session:
             self._trials.add(run)
         return self._sweep.id
 
+    def _called(self, run: runner.Run) -> str:
+        return "  ".join(filter(None, [run.id, self._own[run.id]]))
+
     def _is_cancelled(self) -> str | None:
         return CANCELLED if self._sweep is not None and self._sweep.is_cancelled() else None
 
@@ -165,7 +172,7 @@ class Session:
             if self._follower is not None:
                 _followed(run, self._follower)
             else:
-                _from_plan_to_report(run, doomed, self._failed, self._leader)
+                _from_plan_to_report(run, self._own[run.id], doomed, self._failed, self._leader)
         except (PreemptedError, Stopped):
             if self._stop.asked or not doomed.why:
                 raise
@@ -174,7 +181,7 @@ class Session:
             self._trials.drop(run)
             self._errors[run.id] = error
             if self._sweep is not None:
-                queue.say(f"✗ {run.id}  {error}")
+                queue.say(f"✗ {self._called(run)}  {error}")
 
     # --- stages that are jobs of a cluster ---------------------------------------------------------------------------
 
@@ -240,7 +247,7 @@ class Session:
         self._trials.drop(run)
         run.note_pruned(why)
         self._sweep.prune(run)
-        queue.say(f"✂ {run.id}  pruned: {why}")
+        queue.say(f"✂ {self._called(run)}  pruned: {why}")
 
     def _was_pruned(self, run: runner.Run) -> bool:
         """By the same command, when it was given before; what another one has made of it since counts."""
@@ -251,7 +258,7 @@ class Session:
             return False
         if run.id not in self._pruned:
             self._pruned[run.id] = "by this command, when it was given before"
-            queue.say(f"✂ {run.id}  was pruned {self._pruned[run.id]}")
+            queue.say(f"✂ {self._called(run)}  was pruned {self._pruned[run.id]}")
         self._trials.drop(run)
         return True
 
@@ -288,6 +295,11 @@ def _settings(master: DictConfig) -> list[str]:
     return [*master.hydra.overrides.task, *master.hydra.overrides.hydra]
 
 
+def _own(point: Point | Refused, master: DictConfig | None) -> str:
+    """In what it differs from the other points of its multirun, in words."""
+    return own_settings(point.overrides, _settings(master)) if master is not None else ""
+
+
 def _are_jobs(runs: Sequence[runner.Run]) -> bool:
     """Whether their stages are jobs of a cluster. Raises ConfigError for points that cannot be one graph."""
     clustered = {isinstance(run.experiment.launcher, SlurmLauncher) for run in runs}
@@ -299,7 +311,7 @@ def _are_jobs(runs: Sequence[runner.Run]) -> bool:
 
 def _failure(run: runner.Run, state: dict[str, Any]) -> AlignmentError | None:
     """Of a run whose jobs have ended: why not all of its stages are there, in the words of the first that failed."""
-    if state["state"] == "unreadable":
+    if state["state"] in UNKNOWN:
         return MachineError("its run.json cannot be read", where=str(run.folder), fix="alignment status")
     broken = [node for node in state["nodes"] if node["state"] not in DONE]
     if not broken:
@@ -326,9 +338,9 @@ def _followed(run: runner.Run, follower: Follower) -> None:
 
 
 def _from_plan_to_report(
-    run: runner.Run, stop: Asked, failed: dict[str, AlignmentError], leader: Leader | None
+    run: runner.Run, own: str, stop: Asked, failed: dict[str, AlignmentError], leader: Leader | None
 ) -> None:
-    terminal.announce(run.id, run.folder, runner.plan(run))
+    terminal.announce(run.id, run.folder, runner.plan(run), own)
     try:
         with leader.at(run) if leader else nullcontext(), terminal.StageProgress() as observer:
             runner.execute(run, observer, stop, failed)

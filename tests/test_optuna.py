@@ -28,10 +28,14 @@ def test_a_failed_trial_is_one_line_and_the_others_go_on(
     both = ["objective=[heldout_nll,kl]", "hydra.sweeper.direction=[minimize,minimize]"]
     done = forked(store, "run", "-m", *small_settings, *OPTUNA, *grid, *both, code=2)
     assert "4 trials: 1 done, 3 failed" in done.stdout and "best: held-out loss" in done.stdout
-    assert len([line for line in done.stdout.splitlines() if "5000" in line and line.startswith("✗")]) == 1
+    lines = [line for line in done.stdout.splitlines() if line.startswith("✗")]
+    assert len([line for line in lines if " ask for 6 held-out" in line]) == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("alignment: error: ") and "3 of 4 points failed; the first: " in line
-    assert done.stdout.count("✗ command line: `stage.prepare_sft.max_prompt_length` is 100000, more than") == 2
+    long = [line for line in lines if "  command line: `stage.prepare_sft.max_prompt_length` is 100000, more" in line]
+    points = [f"✗ train={train}, max_prompt_length=100000" for train in (24, 5000)]
+    assert sorted(line.partition("  ")[0] for line in long) == points, "each says which it is"
+    assert done.stdout.count("  train=24, max_prompt_length=96  ") == 1
     assert sorted(run["state"] for run in runs(command, store)) == ["done", "failed"]
     assert sweep_of(store)["objective"] == [
         {"metric": "heldout_nll", "direction": "minimize"},

@@ -48,7 +48,9 @@ def loss_faults(settings: Stage, key: str) -> Iterator[Fault]:
     if moves is not None and last is not None and last <= moves.every_steps:
         every, steps = f"{update}.every_steps", f"{key}.max_steps"
         what = f"`{every}` is {moves.every_steps} and `{steps}` {last}: the reference would never move"
-        yield Fault(what, (every, steps), f"{every}={max(last // 4, 1)}, or {update}=null")
+        yield Fault(
+            what, (every, steps), f"{steps} above {moves.every_steps}, {every}={max(last // 4, 1)}, or {update}=null"
+        )
     if "exo_pair" in settings.losses and settings.label_smoothing == 0:
         what = f"`{smoothing}` is 0, and exo_pair compares with smoothed labels: its loss would be infinite"
         yield Fault(what, (smoothing, loss), f"{smoothing}=0.001, as loss=exo_pair has it")

@@ -27,6 +27,11 @@ from alignment.config.stages.training import Train
 from alignment.errors import InputError, MachineError
 from alignment.files import MODEL_FILES, cache_home, canonical, digest, model_files, read_json, sha256, write_json
 
+OPTIONAL = {  # package -> the extra that installs it, and what for
+    "gguf": ("gguf", ", which GGUF files need"),
+    "vaderSentiment": ("sentiment", ", which the reward's sentiment needs"),
+    "bitsandbytes": ("qlora", ", which lora.quantize needs, on a CUDA GPU"),
+}
 FORMAT = 7  # raised when a key comes to mean something else, or a result to hold something else
 
 
@@ -108,7 +113,9 @@ def version(package: str) -> str:
     try:
         return metadata.version(package).split("+")[0]
     except metadata.PackageNotFoundError:
-        raise MachineError(f"the package {package} is not installed", fix=f"pip install {package}") from None
+        extra, needs = OPTIONAL.get(package, (None, ""))
+        fix = f"pip install 'alignment[{extra}]'" if extra else f"pip install {package}"
+        raise MachineError(f"the package {package} is not installed{needs}", fix=fix) from None
 
 
 @cache

@@ -281,10 +281,12 @@ def _leads(best: Row, content: Row) -> str:
     over = f"{value['n']} seeds" if value["n"] > 1 else "one seed"
     measured = sum(group["standing"] != NOTHING for group in content["groups"])
     broken = best["verdicts"].get("broken", 0)
-    warning = f", but its verdict is broken{_of(broken, value['n'])}" if broken else ""
+    tied = [group for group in content["groups"] if group["standing"] == TIED]
+    whose = f"the verdict of {best['label']}" if tied else "its verdict"
+    warning = f", but {whose} is broken{_of(broken, value['n'])}" if broken else ""
     if measured < 2:
         return f"{best['label']} has {text} ({over}), and nothing to be compared with{warning}"
-    if tied := [group for group in content["groups"] if group["standing"] == TIED]:
+    if tied:
         return f"{_names(tied, content['groups'][:measured])} tie with {text} ({over}){warning}"
     return f"{best['label']} leads with {text} ({over}){warning}"
 

@@ -11,17 +11,18 @@ from alignment.errors import ConfigError, InputError
 from alignment.files import CHUNK, fsync, remove, require_room
 from alignment.pipeline.store import Store
 from alignment.reporting.gather import MAKES_MODEL, MAKES_REWARD_MODEL, Row, read_run
-from alignment.reporting.targets import run_folder
+from alignment.reporting.targets import only_run_folder
 
 
 def export(run: str, target: Path, store: Path, stage: str | None = None, adapter: bool = False) -> Path:
     """Copy the model of a run's stage (none named: of its final one), or with `adapter` the adapter beside it, to the
     folder `target`, which must not be there, or be empty. Each file is checked against its SHA-256 in the record.
 
-    Returns the folder of the model that was copied, or that the adapter goes on. Raises ConfigError (no such run, stage
-    or adapter, the target is taken), InputError (not finished, damaged), MachineError (no room).
+    Returns the folder of the model that was copied, or that the adapter goes on. Raises ConfigError (no such run, or
+    several that begin so, no such stage or adapter, the target is taken), InputError (not finished, damaged),
+    MachineError (no room).
     """
-    folder = run_folder(run, store)
+    folder = only_run_folder(run, store)
     state, within = read_run(folder), Store(folder.parent.parent)
     node = _node(state, stage)
     if (record := within.record(node["key"])) is None:

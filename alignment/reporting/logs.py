@@ -11,7 +11,7 @@ from typing import Any
 from alignment.errors import ConfigError, InputError
 from alignment.pipeline.ledger import job_of
 from alignment.pipeline.store import Store
-from alignment.reporting import targets, watching
+from alignment.reporting import queue, targets, watching
 from alignment.reporting.gather import folder_of
 from alignment.reporting.words import label
 
@@ -30,7 +30,7 @@ def show(
 ) -> int:
     """lines: so many of the last ones; 0: all. Raises ConfigError or InputError."""
     store = Store(root)
-    folders, look = targets.run_or_sweep(run, store.root), watching.Look(store, clock)
+    folders, look = targets.run_or_sweep(run, store.root, queue.note), watching.Look(store, clock)
     folder, node = _meant(look(folders), stage)
     shown = 0
     for title, path in _files(store, node):

@@ -19,8 +19,8 @@ from alignment.pipeline.runner import Run
 from alignment.pipeline.submission import Submission
 from alignment.reporting import words
 from alignment.reporting.gather import Row
-from alignment.reporting.status import facts_text
-from alignment.reporting.terminal import log_lines, progress_line, silence_text, status_table, styled, unreadable_lines
+from alignment.reporting.status import UNKNOWN, facts_text
+from alignment.reporting.terminal import log_lines, progress_line, silence_text, status_table, styled, unknown_lines
 
 MANY = 8  # runs: of more, only how many of their stages are in which state
 SHOWN = 12  # stages that work or failed
@@ -34,6 +34,11 @@ ORDER = (
 
 def say(text: str) -> None:
     Console(highlight=False).print(Text(text), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Beside what a command says on stdout, which others may read."""
+    Console(highlight=False, stderr=True).print(Text(text), soft_wrap=True)
 
 
 def say_unread(few: Sequence[Sequence[str]]) -> None:
@@ -98,7 +103,7 @@ def overview(runs: Sequence[Row]) -> RenderableType:
         line for node in found[:SHOWN] for line in [_line(node), *(log_lines(node) if node in found[:LOGS] else [])]
     ]
     more = [Text(f"and {len(found) - SHOWN} more", "dim")] if len(found) > SHOWN else []
-    unknown = [line for run in runs if run["state"] == "unreadable" for line in unreadable_lines(run)]
+    unknown = [line for run in runs if run["state"] in UNKNOWN for line in unknown_lines(run)]
     return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines, *more, *unknown)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from alignment.config.redact import setting_without_secrets
 from alignment.files import canonical
 
 Row = dict[str, Any]
@@ -51,6 +52,13 @@ def shown(value: Any) -> str:
 
 def shown_of(settings: Row, key: str) -> str:
     return shown(settings[key]) if key in settings else UNSET
+
+
+def own_settings(overrides: Sequence[str], given: Sequence[str]) -> str:
+    """beta=0.1, seed=1: what a point was given, and its whole sweep was not. given: to the sweep."""
+    pairs = (one.lstrip("+").partition("=") for one in overrides if one not in given)
+    settings = {key: setting_without_secrets(f"{key}={value}").partition("=")[2] for key, _, value in pairs}
+    return called(settings, short_names([*settings]))
 
 
 def called(settings: Row, names: dict[str, str]) -> str:

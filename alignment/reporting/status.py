@@ -14,8 +14,10 @@ from alignment.errors import BY_CODE
 from alignment.files import listed
 from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
+from alignment.pipeline.sweeps import FILE
 from alignment.reporting import words
 from alignment.reporting.gather import Row, is_run, read, tail
+from alignment.reporting.settings import called, mapping_at, short_names
 from alignment.reporting.targets import unreadable
 from alignment.reporting.words import DONE, error_text, finite
 
@@ -23,6 +25,7 @@ from alignment.reporting.words import DONE, error_text, finite
 # is 95 s old though all is well: it is written back up to 35 s late, and what was seen of it here is believed for 60 s.
 SILENT = 150.0
 FRESH = 15.0  # seconds after its last line in which a run between two stages counts as running
+UNKNOWN = ("unreadable", "missing")  # states of a run of which nothing else is known
 LINES = 4  # of a failed stage's log
 NOISE = re.compile(r"(srun|slurmstepd\S*): |_step_signal: ")  # how SLURM ends what is left: no reason
 TAIL = 16_384  # bytes in which they are looked for
@@ -38,23 +41,28 @@ def read_runs(
     """Every run of the store, the newest first; or those in these folders, in their order.
 
     is_held(key) says whether a living process works on a key. jobs_of(keys): key -> what `jobs.read` says of the job of
-    a cluster that makes it. A run is run.json's content with, corrected,
-    "state": done | gone | running | waiting | queued | failed | cancelled | preempted | interrupted | pruned |
-    unreadable, "driven": whether a living process brings its stages into the store here, "seconds": of its own work,
-    "folder", and nodes whose "state" is reused or one of these; working ones have "progress", those that this run has
-    tried "attempts" (a count) and "causes" (why each that ended without a result did), those that are jobs of a cluster
-    "job" and, where it waits, "why", where it runs, "on" (its nodes); failed ones "log" (the last lines of what the
-    stage, or else its job, has written), and those of a cluster that have said why their "code" (of errors.BY_CODE, or
-    1).
+    a cluster that makes it. A run is run.json's content with, corrected, "state": done | gone | running | waiting |
+    queued | failed | cancelled | preempted | interrupted | pruned | unreadable | missing, "driven": whether a living
+    process brings its stages into the store here, "seconds": of its own work, "folder", "own": in what it differs from
+    the others of its sweep, in words, else empty, and nodes whose "state" is reused or one of these; working ones have
+    "progress", those that this run has tried "attempts" (a count) and "causes" (why each that ended without a result
+    did), those that are jobs of a cluster "job" and, where it waits, "why", where it runs, "on" (its nodes); failed
+    ones "log" (the last lines of what the stage, or else its job, has written), and those of a cluster that have said
+    why their "code" (of errors.BY_CODE, or 1).
     gone: it was done, but the store no longer has the result, or not whole ("error" says what is wrong with it); the
     same command makes it again.
     preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
-    unreadable: the run's "error" says what is wrong with its run.json; nothing else is known of it.
+    unreadable, missing (no folder at all): the run's "error" says what is wrong with its run.json; nothing else is
+    known of it.
     """
     files = sorted(store.glob("runs/*/run.json")) if folders is None else [folder / "run.json" for folder in folders]
     results = results or Results(store)
     jobs = jobs_of_runs(files, results, jobs_of)
     runs = [read_run(file, results, is_held, jobs) for file in files]
+    points = {sweep: _own(store, sweep) for run in runs if isinstance(sweep := run.get("sweep"), str)}
+    for run in runs:  # of what is missing nobody knows which sweep it is of
+        known = [points[run["sweep"]]] if run.get("sweep") in points else points.values()
+        run["own"] = next((few[run["run"]] for few in known if run["run"] in few), "")
     if folders is not None:
         return runs
     return sorted(runs, key=lambda run: finite(run.get("created")) or 0.0, reverse=True)
@@ -104,18 +112,23 @@ def jobs_of_runs(
     return jobs_of(missing) if missing else {}
 
 
+def _own(store: Path, sweep: str) -> dict[str, str]:
+    """Run -> in what it differs from the other points of the sweep."""
+    points = mapping_at(read(store / "sweeps" / sweep / FILE)).get("points")
+    points = [mapping_at(point) for point in points] if isinstance(points, list) else []
+    given = {str(point.get("run")): mapping_at(point, "settings") for point in points}
+    names = short_names(list({key: None for settings in given.values() for key in settings}))
+    return {run: called(own, {key: name for key, name in names.items() if key in own}) for run, own in given.items()}
+
+
 def read_run(file: Path, results: Results, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
     """One run by its run.json, as in `read_runs`. jobs: of `jobs_of_runs`."""
     run = read(file)
     if not is_run(run):
-        return {
-            "run": file.parent.name,
-            "state": "unreadable",
-            "error": str(unreadable(file)),
-            "folder": str(file.parent),
-            "seconds": None,
-            "nodes": [],
-        }
+        begun = file.parent.exists()
+        state, error = ("unreadable", str(unreadable(file))) if begun else ("missing", "not begun yet, or deleted")
+        told: Row = {"run": file.parent.name, "state": state, "error": error, "folder": str(file.parent)}
+        return {**told, "seconds": None, "nodes": []}
     nodes = [_node(node, results, is_held, jobs) for node in run.get("nodes") or []]
     for node in nodes:
         if node["state"] == "failed":

@@ -15,7 +15,7 @@ from alignment.reporting.gather import TRAINING, Stage, read, read_stage
 from alignment.reporting.judges import judges
 from alignment.reporting.settings import mapping_at
 from alignment.reporting.status import Results, facts_text, jobs_of_runs, read_run
-from alignment.reporting.targets import refuse_no_name, run_folder
+from alignment.reporting.targets import only_run_folder, refuse_no_name
 from alignment.reporting.words import DONE, finite, label, listed
 
 Row = dict[str, Any]
@@ -110,7 +110,7 @@ def _plain(settings: Row) -> Row:
 def sweep_of_runs(names: list[str], store: Path) -> tuple[Row, Path]:
     """Runs taken together as a sweep of their own, and the folder for its page. Settings: those in which their configs
     differ. Raises ConfigError, InputError."""
-    folders = list(dict.fromkeys(run_folder(name, store) for name in names))
+    folders = list(dict.fromkeys(only_run_folder(name, store) for name in names))
     if len(folders) < 2:
         raise ConfigError(f"{' and '.join(names)} are one run", where=str(folders[0]), fix="name two different runs")
     roots = list(dict.fromkeys(folder.parent.parent for folder in folders))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +10,52 @@ from alignment.errors import ConfigError, InputError
 from alignment.files import listed
 from alignment.pipeline.store import Store
 from alignment.pipeline.sweeps import FILE
+from alignment.reporting import words
 from alignment.reporting.gather import MAKES_MODEL, MAKES_REWARD_MODEL, read, read_run
 
+MORE = 5  # names in one line
 VISIBLE = "[!.]*"  # what begins with a dot is nobody's run: .DS_Store, .nfs0001
 
 
-def run_folder(name: str, store: Path) -> Path:
-    """A run folder by path, by its full name, or by the beginning of its name (the newest that fits)."""
+def run_folder(name: str, store: Path, say: Callable[[str], None] = lambda text: None) -> Path:
+    """A run folder by path, by its full name, or by the beginning of its name (the newest that fits). say: told which
+    others would."""
+    newest, *others = _fitting(name, store)
+    if others:
+        more = words.listed([folder.name for folder in others], MORE)
+        say(f"{newest.name}: of {len(others) + 1} runs that begin so, the newest; others: {more}")
+    return newest
+
+
+def only_run_folder(name: str, store: Path) -> Path:
+    """As `run_folder`. Raises ConfigError if several begin so."""
+    found = _fitting(name, store)
+    if len(found) > 1:
+        what = f"{name!r} is how {len(found)} runs begin: {words.listed([folder.name for folder in found], MORE)}"
+        raise ConfigError(what, where=str(store / "runs"), fix="the whole name of one")
+    return found[0]
+
+
+def _fitting(name: str, store: Path) -> list[Path]:
+    """Run folders that a name means, the newest first; at least one."""
     refuse_no_name(name)
     if (Path(name) / "run.json").is_file():
-        return Path(name).resolve()
-    runs = sorted(store.resolve().glob("runs/*/run.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in runs:
-        if file.parent.name.startswith(name):
-            return file.parent
-    known = ", ".join(file.parent.name for file in runs[:5])
-    raise ConfigError(
-        f"no run is called {name!r}", where=str(store / "runs"), fix=f"known: {known}" if known else "run one first"
-    )
+        return [Path(name).resolve()]
+    files = sorted(store.resolve().glob("runs/*/run.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    runs = [file.parent for file in files]
+    for fits in (name.__eq__, lambda one: one.startswith(name)):
+        if found := [folder for folder in runs if fits(folder.name)]:
+            return found
+    known = words.listed([folder.name for folder in runs], MORE)
+    fix = f"known: {known}" if known else "run one first"
+    raise ConfigError(f"no run is called {name!r}", where=str(store / "runs"), fix=fix)
 
 
-def run_or_sweep(name: str, store: Path) -> list[Path]:
+def run_or_sweep(name: str, store: Path, say: Callable[[str], None]) -> list[Path]:
     """Folder of a run, as `run_folder`; or those of the runs of the sweep of exactly this name."""
     refuse_no_name(name)
     sweep = store / "sweeps" / name / FILE
-    return _points(sweep, store) if sweep.is_file() else [run_folder(name, store)]
+    return _points(sweep, store) if sweep.is_file() else [run_folder(name, store, say)]
 
 
 def run_folders(names: Sequence[str], store: Path) -> list[Path] | None:
@@ -111,8 +132,9 @@ def whole(name: str, runs: Sequence[Path], sweeps: Mapping[str, list[Path]]) -> 
     return [folder for folder in runs if folder.name == name] or sweeps.get(name, [])
 
 
-def models(target: str, store: Path, compare: bool) -> dict[str, Path]:
-    """name -> model folder: the final model of a run, all its models with `compare`, or the folder given."""
+def models(target: str, store: Path, compare: bool, say: Callable[[str], None] = lambda text: None) -> dict[str, Path]:
+    """name -> model folder: the final model of a run, all its models with `compare`, or the folder given. say: as of
+    `run_folder`."""
     refuse_no_name(target)
     if compare and not (Path(target) / "run.json").is_file() and Path(target).is_dir():
         raise ConfigError("--compare needs a run: a model folder is one model", where=target, fix="leave out --compare")
@@ -122,7 +144,7 @@ def models(target: str, store: Path, compare: bool) -> dict[str, Path]:
         return {Path(target).resolve().name: Path(target).resolve() / "model"}
     if Path(target).is_dir() and not (Path(target) / "run.json").is_file():
         raise InputError("is neither a run nor a model folder (no config.json)", where=target)
-    folder = run_folder(target, store)
+    folder = run_folder(target, store, say)
     state = read_run(folder)
     found = model_folders(state, Store(folder.parent.parent))
     final = state.get("final")

@@ -20,7 +20,7 @@ from rich.text import Text
 from alignment.files import near, program
 from alignment.reporting import words
 from alignment.reporting.gather import Row
-from alignment.reporting.status import facts_text
+from alignment.reporting.status import UNKNOWN, facts_text
 
 STYLES = {
     "done": "green", "reused": "cyan", "running": "bold yellow", "waiting": "dim", "failed": "bold red",
@@ -28,6 +28,7 @@ STYLES = {
     "reuse": "cyan", "wait": "magenta", "queued": "blue", "new": "bold yellow", "at work": "magenta",
     "cancelled": "red", "pruned": "magenta", "good": "green", "bad": "red", "moved": "bold", "same": "dim",
     "better": "bold green", "worse": "bold red", "broken": "bold red", "no measurable difference": "bold",
+    "missing": "dim",
 }  # fmt: skip
 MARKS = {"done": "✓", "reused": "↺", "failed": "✗", "interrupted": "✗", "preempted": "‖"}
 EVERY = 15.0  # seconds between two lines of a stage where nothing can move (a log file)
@@ -90,17 +91,17 @@ def status_table(runs: list[Row]) -> RenderableType:
     return Group(*(_run_table(run) for run in runs))
 
 
-def unreadable_lines(run: Row) -> list[Text]:
+def unknown_lines(run: Row) -> list[Text]:
     """Of a run of whose run.json nothing can be read: its name, and below it the path and what to do."""
-    head = Text.assemble((str(run["run"]), "bold"), "  ", styled(run["state"]))
+    head = Text.assemble(*_head(str(run["run"]), str(run.get("own") or "")), "  ", styled(run["state"]))
     return [head, Text(f"  {run['error']}")]
 
 
 def _run_table(run: Row) -> RenderableType:
-    if run["state"] == "unreadable":
-        return Group(*unreadable_lines(run), "")
+    if run["state"] in UNKNOWN:
+        return Group(*unknown_lines(run), "")
     head = Text.assemble(
-        (str(run["run"]), "bold"), "  ", styled(run["state"]),
+        *_head(str(run["run"]), str(run.get("own") or "")), "  ", styled(run["state"]),
         (f"  {words.duration(run.get('seconds'))} of work", "dim"), (f"  {words.moment(run.get('created'))}", "dim"),
     )  # fmt: skip
     nodes = run.get("nodes") or []
@@ -172,6 +173,8 @@ def progress_line(node: Row) -> str:
     if not isinstance(facts, dict):
         return ""
     left = words.finite(facts.get("left_s")) if node["state"] == "running" else None
+    if node["state"] != "running":
+        facts = {**facts, "note": None}  # what it was about to do
     parts = [facts_text(facts), progress_text(facts), f"{words.clock(left)} left" if left is not None else ""]
     return "  ".join(filter(None, parts))
 
@@ -229,16 +232,22 @@ def show_report(report: Path, console: Console | None = None) -> None:
     (console or Console(highlight=False)).print(_report_line(report), soft_wrap=True)
 
 
-def announce(run: str, folder: Path, plan: list[Row], table: bool = False, console: Console | None = None) -> None:
-    """Say what a run is going to do: one line, or the whole table."""
+def announce(
+    run: str, folder: Path, plan: list[Row], own: str = "", table: bool = False, console: Console | None = None
+) -> None:
+    """Say what a run is going to do: one line, or the whole table. own: in what it differs from others of its sweep."""
     console = console or Console(highlight=False)
     actions = [row["action"] for row in plan]
     counts = ", ".join(f"{actions.count(action)} to {action}" for action in dict.fromkeys(actions))
     console.print(
-        Text.assemble((run, "bold"), f"  {len(plan)} stages: {counts}  ", (near(folder), "dim")), soft_wrap=True
+        Text.assemble(*_head(run, own), f"  {len(plan)} stages: {counts}  ", (near(folder), "dim")), soft_wrap=True
     )
     if table:
         console.print(plan_table(plan))
+
+
+def _head(run: str, own: str) -> list[tuple[str, str]]:
+    return [(run, "bold"), *([(f"  {own}", "cyan")] if own else [])]
 
 
 def show_runs(runs: list[Row], store: Path, console: Console | None = None) -> None:

@@ -19,7 +19,7 @@ BETWEEN = re.compile(
     "(The above exception was the direct cause of|During handling of the above exception)"
 )  # tracebacks
 
-ACRONYMS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}
+ACRONYMS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO", "ppo": "PPO"}
 DONE = ("done", "reused")
 SHOWN = {"loss": "last loss", "reward": "reward", "reward_mean": "reward", "stop_rate": "stop rate", "rows": "rows"}
 SHOWN |= {"train": "train", "pairs": "pairs", "dropped": "dropped", "computed": "computed"}
@@ -228,6 +228,8 @@ def error_text(error: Any) -> str | None:
 def main_facts(facts: dict[str, Any], most: int = 4) -> str:
     """The few summary metrics of a stage that a person wants on its line."""
     known = [(name, finite(facts.get(name))) for name in SHOWN]
-    texts = [f"{SHOWN[name]} {value:.4g}" for name, value in known if value is not None]
+    no_news = {"reference_computed": 0.0}  # they were in the store, perhaps since this stage's last attempt
+    shown = SHOWN | ({"accuracy": "last accuracy"} if "loss" in facts else {})  # of the last step
+    texts = [f"{shown[name]} {value:.4g}" for name, value in known if value is not None and value != no_news.get(name)]
     failed = finite(facts.get("reward_failed"))
     return "  ".join(texts[:most] + ([f"{count(failed)} answers without a reward"] if failed else []))

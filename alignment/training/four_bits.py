@@ -27,7 +27,7 @@ def require_four_bits(lora: Lora | None) -> None:
         what = "QLoRA needs a CUDA GPU, and there is none: bitsandbytes is fast there alone, and tested nowhere else"
         raise MachineError(what, where="lora.quantize", fix="lora.quantize=null")
     if find_spec("bitsandbytes") is None:
-        raise MachineError("QLoRA needs bitsandbytes", where="lora.quantize", fix="pip install bitsandbytes")
+        raise MachineError("QLoRA needs bitsandbytes", where="lora.quantize", fix="pip install 'alignment[qlora]'")
 
 
 def loading(lora: Lora | None, precision: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class References:
 
     def _ask(self, take: Callable[[], bool]) -> bool:
         self._safe_point(False)
-        self._progress(0, 0, note="reference log-probs: waiting for their lock")  # who waits is not hung
+        self._progress(0, 0, note="reference log-probs: asking for their lock")  # who waits is not hung
         return bool(broadcast(take))
 
     def compute(self, trainer: Any, rows: np.ndarray) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from alignment import cli
 from alignment.files import write_json
 from alignment.pipeline.store import Store
+from alignment.reporting import targets
 
 KEYS = {name: letter * 64 for name, letter in (("start", "a"), ("sft", "b"), ("dpo", "c"), ("evaluate", "d"))}
 KINDS = {"start": "import_model", "sft": "sft", "dpo": "dpo", "evaluate": "evaluate"}
@@ -43,6 +45,20 @@ def export(store: Path, *arguments: str) -> int:
 
 def contents(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_of_several_runs_that_begin_so_none_is_copied(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest would be a model of any point of a sweep."""
+    shutil.copytree(store / "runs" / "mine-0123", store / "runs" / "mine-01234")
+    assert export(store, "mine", str(tmp_path / "new")) == 2 and not (tmp_path / "new").exists()
+    assert "'mine' is how 2 runs begin: " in capsys.readouterr().err
+    assert export(store, "mine-0123", str(tmp_path / "new")) == 0, "the whole name means one"
+    said: list[str] = []
+    newest = targets.run_folder("mine", store, said.append).name
+    (other,) = {"mine-0123", "mine-01234"} - {newest}
+    assert said == [f"{newest}: of 2 runs that begin so, the newest; others: {other}"]
 
 
 @pytest.mark.parametrize(("more", "name"), [((), "sft"), (("--stage", "start"), "start")])

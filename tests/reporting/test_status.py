@@ -11,6 +11,7 @@ from alignment import cli
 from alignment.pipeline.store import Store
 from alignment.reporting.status import facts_text, read_runs
 from alignment.reporting.terminal import attempts_text
+from tests.reporting.fake_sweeps import BETA, write_run, write_sweep
 
 MakeRun = Callable[..., tuple[Path, Path]]
 AFTER_SFT = ("samples", "judged", "pairs", "dpo", "evaluate_start", "evaluate_sft", "evaluate_dpo", "verdict")
@@ -126,6 +127,25 @@ def test_runs_come_newest_first_and_a_damaged_one_does_not_hide_the_others(make_
         ("damaged", "unreadable"),
     ]
     assert read_runs(store / "nowhere", lambda key: False) == []
+
+
+def test_points_of_a_sweep_say_in_what_they_differ_and_those_not_begun_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = [{"run": f"beta-{i}", "settings": {BETA: i / 10, "seed": i}} for i in range(3)]
+    for point in points[:2]:
+        write_run(tmp_path, point["run"], point["settings"], {"reward": 0.1})
+        file = tmp_path / "runs" / point["run"] / "run.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "sweep": "beta-0a1b2c3d"}))
+    write_sweep(tmp_path, points)
+    assert cli.main(["status", "beta-0a1b2c3d", "--store", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    heads = [line for line in said.splitlines() if line.startswith("beta-")]
+    assert heads[1].startswith("beta-1  beta=0.1, seed=1  done"), said
+    assert heads[2] == "beta-2  beta=0.2, seed=2  missing" and "  not begun yet, or deleted" in said
+    assert "squeue" not in said, "nobody has lost anything"
+    shutil.rmtree(tmp_path / "sweeps")
+    assert [run["own"] for run in read_runs(tmp_path, lambda key: False)] == ["", ""]
 
 
 def test_a_run_that_cannot_be_read_is_shown_with_its_file_and_what_to_do(
