@@ -30,9 +30,12 @@ PASSING = ("beats", "lost.json", OUTCOME, NEXT, SAMPLED)  # of a stage at work o
 VOLATILE = tuple(f"{name}/" for name in ("wandb", "log.txt", "progress.json", "stacks", CHECKPOINTS, *PASSING))
 # Variable of processes that a machine has started which has joined a run by hand: the lock that it holds meanwhile.
 JOINED = "ALIGNMENT_JOINED"
+METRICS = "metrics.jsonl"
+ROLLOUTS = "rollouts.jsonl"  # some of the answers that were trained on online
+ROWS = (METRICS, ROLLOUTS)  # by step; of those after a checkpoint each is written again
 WARNINGS = "warnings.txt"  # a line a warning, in the stage's folder
 # What a new attempt takes over from those before: training state, answers, what they have told, who they were.
-KEPT = frozenset({CHECKPOINTS, SAMPLED, NEXT, "metrics.jsonl", "attempts.jsonl", "log.txt", "stacks", "wandb_run_id"})
+KEPT = frozenset({CHECKPOINTS, SAMPLED, NEXT, *ROWS, "attempts.jsonl", "log.txt", "stacks", "wandb_run_id"})
 
 FOLDERS = frozenset({CHECKPOINTS, "stacks"})  # of what is kept; the rest are plain files
 

@@ -12,6 +12,7 @@ from alignment.files import write_text
 from alignment.reporting import charts, lineage, words
 from alignment.reporting.gather import TRAINING, Model, Report, Row, Stage, changes, choose, collect, gather, read
 from alignment.reporting.reward_models import reward_models
+from alignment.reporting.rollouts import rollouts
 
 HERE = Path(__file__).parent
 ASKED = (  # of a stage that trains: its caption
@@ -189,7 +190,7 @@ def tiles(report: Report) -> list[Row]:
 
 
 def learning(report: Report) -> list[Row]:
-    """Training stages with their curves: {"stage", "colour", "panels", "facts"}."""
+    """Training stages with their curves: {"stage", "colour", "panels", "facts", "rollouts"}."""
     found = []
     for stage in report.of(*TRAINING):
         colour = report.colours.get(stage.name, 0)
@@ -199,7 +200,8 @@ def learning(report: Report) -> list[Row]:
         if failed := words.finite(stage.metrics.get("reward_failed")):
             of = words.finite(stage.metrics.get("answers"))  # which older results do not tell
             facts.append(("answers without a reward:", words.count(failed) + (f" of {words.count(of)}" if of else "")))
-        found.append({"stage": stage, "colour": colour, "panels": panels, "facts": facts})
+        seen = rollouts(stage)
+        found.append({"stage": stage, "colour": colour, "panels": panels, "facts": facts, "rollouts": seen})
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from alignment.config.schema import Experiment
 from alignment.files import append, read_json, write_json, write_text
 from alignment.life import LONGEST
-from alignment.pipeline.store import NEXT, WARNINGS
+from alignment.pipeline.store import METRICS, NEXT, ROWS, WARNINGS
 from alignment.signals import Listener
 
 
@@ -69,7 +69,8 @@ class StageContext:
     _shown: float = 0.0
     _count: _Count | None = None
     _unsaid: list[str] = field(default_factory=list)  # warnings
-    _unwritten: list[str] = field(default_factory=list)  # rows of metrics that a full disk did not take
+    # Rows that a full disk did not take, by file.
+    _unwritten: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in ROWS})
 
     @property
     def is_main(self) -> bool:
@@ -166,41 +167,52 @@ class StageContext:
         if not self.is_main:
             return
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._unwritten.append(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
-        try:
-            self.flush()
-        except OSError as error:
-            if len(self._unwritten) == 1:
-                self.warn(f"rows of metrics.jsonl wait in memory: {error.strerror or error}")
+        self.write_row(METRICS, {"step": step, "time": time.time(), **metrics})
         for listener in self.listeners:
             listener(step, metrics)
 
-    def flush(self) -> None:
-        """Write the rows of metrics that wait, durably, all of them or none. Raises OSError if that cannot be done."""
-        self._say()
-        if not self._unwritten:
+    def write_row(self, file: str, row: dict[str, Any]) -> None:
+        """Append it to one of ROWS. row: has its "step". Rows that cannot be written now wait in memory."""
+        if not self.is_main:
             return
-        append(self.folder / "metrics.jsonl", "".join(self._unwritten))
-        self._unwritten.clear()
+        self._unwritten[file].append(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            self.flush()
+        except OSError as error:
+            if len(self._unwritten[file]) == 1:
+                self.warn(f"rows of {file} wait in memory: {error.strerror or error}")
+
+    def flush(self) -> None:
+        """Write the rows that wait, durably, of a file all of them or none. Raises OSError if that cannot be done."""
+        self._say()
+        for file, rows in self._unwritten.items():
+            if rows:
+                append(self.folder / file, "".join(rows))
+                rows.clear()
 
     def metrics_digest(self) -> str:
         """SHA-256 of all rows of metrics so far, also of those that are not on disk yet."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS
         digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
-        digest.update("".join(self._unwritten).encode())
+        digest.update("".join(self._unwritten[METRICS]).encode())
         return digest.hexdigest()
 
     def rewind(self, step: int) -> None:
-        """Forget the rows of metrics after `step`, and what a killed process had half written: they come again."""
-        path = self.folder / "metrics.jsonl"
-        if not self.is_main or not path.exists():
-            return
-        kept, whole = [], path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        for line in whole:
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-        if kept != whole:
-            write_text(path, "".join(kept))
+        """Forget the rows of ROWS after `step`, and what a killed process had half written: they come again."""
+        for path in (self.folder / name for name in ROWS):
+            if self.is_main and path.exists():
+                _rewind(path, step)
+
+
+def _rewind(path: Path, step: int) -> None:
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as stream:
+        whole = list(stream)  # texts may have other ends of lines in them
+    kept = []
+    for line in whole:
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if kept != whole:
+        write_text(path, "".join(kept))

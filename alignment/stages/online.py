@@ -14,14 +14,16 @@ from alignment import generation
 from alignment.config.stages.online import Online, OnlineDpo, PolicyGradient
 from alignment.errors import InputError, TrainingError
 from alignment.files import read_jsonl
+from alignment.pipeline.store import METRICS, ROLLOUTS
 from alignment.stages.context import StageContext
 from alignment.stages.parts import judge_of, rows_of
 from alignment.stages.train import train
 from alignment.training import engine
 from alignment.training.model import load, lora_config
-from alignment.training.rollouts import Answer
+from alignment.training.rollouts import Answer, Group
 from alignment.training.rows import Sizes
 
+SHOWN = 200  # rollouts
 TOGETHER = 16  # answers judged between two signs of life
 Alive = Callable[[int, int], None]
 
@@ -46,6 +48,7 @@ def run(context: StageContext, trainer: type) -> dict[str, Any]:
             judge=_judging(judge, tokenizer, rows),
             check_share=judge.check_share,
             tell=_teller(context),
+            show=_shower(context, tokenizer, rows, common["batches"].steps),
             **common,
         )
 
@@ -60,7 +63,7 @@ def _warn_of_nothing(context: StageContext) -> None:
     well. Not of PPO, which compares answers to other prompts, too."""
     if not isinstance(context.settings, PolicyGradient | OnlineDpo):
         return
-    shares = [row["no_signal"] for row in read_jsonl(context.folder / "metrics.jsonl") if "no_signal" in row]
+    shares = [row["no_signal"] for row in read_jsonl(context.folder / METRICS) if "no_signal" in row]
     if shares and min(shares) == 1:
         cut = ", or were all cut (truncated=mask)" if context.settings.truncated == "mask" else ""
         told = f"no prompt had answers of unequal reward in any of {len(shares)} logged steps{cut}"
@@ -101,6 +104,31 @@ def _teller(context: StageContext) -> Callable[[str, int, int], None]:
     return tell
 
 
+def _shower(context: StageContext, tokenizer: Any, rows: Sequence[dict[str, Any]], steps: int) -> Any:
+    """Writes the answers to the first prompt of a rollout into rollouts.jsonl, of as many rollouts, evenly, as a person
+    can look through: what training sees, if the reward is hacked, is seen in no metric."""
+    rollouts = -(-steps // context.settings.steps_per_rollout())
+    every = -(-rollouts // SHOWN)
+
+    def show(number: int, step: int, group: Group) -> None:
+        if number % every and number != rollouts - 1:
+            return
+        completions = [
+            {"completion": _text(tokenizer, answer), "tokens": len(answer.ids), "finished": answer.finished,
+             "reward": answer.reward, "terms": answer.terms, **({"failed": answer.failed} if answer.failed else {})}
+            for answer in group.answers
+        ]  # fmt: skip
+        row = rows[group.number]
+        told = {"id": row["id"], "prompt": row["prompt"], "completions": completions}
+        context.write_row(ROLLOUTS, {"step": step, "rollout": number + 1, **told})
+
+    return show
+
+
+def _text(tokenizer: Any, answer: Answer) -> str:
+    return str(tokenizer.decode(answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def _sampler(settings: Online, tokenizer: Any) -> Any:
     def sample(model: Any, prompts: Sequence[Sequence[int]], noise: Any, alive: Alive) -> list[list[Answer]]:
         stop = generation.stop_tokens(model, tokenizer)
@@ -121,8 +149,7 @@ def _sampler(settings: Online, tokenizer: Any) -> Any:
 
 def _judging(judge: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
     def judging(numbers: Sequence[int], answers: Sequence[Answer], alive: Alive) -> None:
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        texts = [tokenizer.decode(answer.ids, **how) for answer in answers]
+        texts = [_text(tokenizer, answer) for answer in answers]
         scores: list[dict[str, Any]] = []
         for first in range(0, len(answers), TOGETHER):
             few = slice(first, first + TOGETHER)

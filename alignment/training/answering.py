@@ -40,9 +40,12 @@ class Answering(AlignedTrainer):
         judge: Judging,
         check_share: ShareCheck = lambda failed, without, count: None,
         tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+        show: Callable[[int, int, Group], None] = lambda number, step, group: None,
         **kwargs: Any,
     ) -> None:
-        """tell(what is done, how far, of how much): called often, as a sign of life too."""
+        """tell(what is done, how far, of how much): called often, as a sign of life too. show(rollout, the step that it
+        is first trained on, from 1, its first group): of each rollout."""
+        self._show = show
         self.settings, self._sample_answers, self._judge, self._tell = settings, sample, judge, tell
         self._check_share = check_share
         self._taken = 0  # prompts of the stream

@@ -99,6 +99,7 @@ class OnlineTrainer(Answering, Policies):
             left = self.batches.steps - step
             enough = -(-left // self.settings.epochs_per_rollout)
             self._rollout = self._make_rollout(number, min(self.settings.batches_per_rollout, enough))
+            self._show(number, step + 1, self._rollout.groups[0])
         rollout, size = self._rollout, self.batches.global_batch_size
         first = within * size % len(rollout.groups)
         groups = rollout.groups[first : first + size]

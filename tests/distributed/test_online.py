@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from alignment.pipeline.store import ROLLOUTS
 from alignment.stages import grpo, online_dpo, ppo, rloo
 from alignment.stages import online as online_stage
 from tests.distributed.launching import STRATEGIES, launch, rows_of, weights_of
@@ -99,3 +100,5 @@ def test_two_ranks_do_what_one_process_does(name: str, together: Path, alone: An
 @pytest.mark.parametrize("name", RESUMED)
 def test_interrupted_it_goes_on_bit_for_bit(name: str, together: Path) -> None:
     assert bits(together / f"{name}_parts") == bits(together / name)
+    parts, whole = ((together / folder / ROLLOUTS).read_bytes() for folder in (f"{name}_parts", name))
+    assert parts == whole, "nor are there other answers to be looked at"

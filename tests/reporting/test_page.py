@@ -13,6 +13,7 @@ import pytest
 from markupsafe import escape
 from rich.console import Console
 
+from alignment.files import write_jsonl
 from alignment.reporting.gather import gather
 from alignment.reporting.page import flows, headline, render, samples, table, timing, write_report
 from alignment.reporting.terminal import comparison_table
@@ -227,3 +228,30 @@ def test_a_stage_s_caption_says_what_it_was_trained_by_in_words(make_run: MakeRu
     shown = " ".join(render(replace(found, stages=stages)).split())
     for fact in ("loss sigmoid 0.8, nll 0.2", "reference update every steps 4, share 0.6", "beta 0.1"):
         assert f"<span>{fact}</span>" in shown
+
+
+def test_what_a_policy_answered_while_it_was_trained_is_shown_first_middle_and_last(make_run: MakeRun) -> None:
+    folder, store = make_run()
+    answers = [{"completion": f"<b>{i}</b>", "tokens": 3, "finished": i > 0, "reward": i / 8, "terms": {"own": i}}
+               for i in range(6)]  # fmt: skip
+    prompt = [{"role": "user", "content": "Why?"}]
+    told = [{"step": step, "rollout": step, "prompt": prompt, "completions": answers} for step in range(1, 10)]
+    dpo = next(stage for stage in gather(folder, store).stages if stage.name == "dpo")
+    assert dpo.folder and "while it was trained" not in render(gather(folder, store))
+    write_jsonl(dpo.folder / "rollouts.jsonl", told)
+    shown = render(gather(folder, store))
+    for step in (1, 5, 9):
+        assert f"Rollout {step}, first trained on at step {step}; 2 more answers are in rollouts.jsonl." in shown
+    assert shown.count("&lt;b&gt;3&lt;/b&gt;") == 3 and "&lt;b&gt;4&lt;" not in shown and "<b>3</b>" not in shown
+    write_jsonl(dpo.folder / "rollouts.jsonl", [{}, {"prompt": 3, "completions": ["a"]}])
+    assert "while it was trained" in render(gather(folder, store)), "and what is odd in it does no harm"
+
+
+def test_answers_without_a_reward_are_counted_as_far_as_is_known(make_run: MakeRun) -> None:
+    """Results of older releases do not say of how many."""
+    found = gather(*make_run())
+    for answers, said in (({"answers": 40.0}, "3 of 40"), ({}, "3")):
+        metrics = {"reward_failed": 3.0, **answers}
+        stages = [replace(stage, record={**stage.record, "metrics": metrics}) if stage.name == "dpo" else stage
+                  for stage in found.stages]  # fmt: skip
+        assert f"answers without a reward: {said}</span>" in render(replace(found, stages=stages))

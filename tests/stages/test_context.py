@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.pipeline.store import ROLLOUTS
 from alignment.stages import context as module
 from alignment.stages.context import LONGEST, StageContext
 from tests.conftest import fill
@@ -107,6 +108,15 @@ def test_rewinding_forgets_later_rows_and_a_torn_one(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     context.rewind(0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_rows_of_answers_are_rewound_too_whatever_is_written_in_them(tmp_path: Path) -> None:
+    context = tiny.context(tmp_path, {}, tiny.sft(), tiny.engine())
+    for step in (1, 3):
+        context.write_row(ROLLOUTS, {"step": step, "text": "a\u2028b\x85c\r\nd\x0b"})
+    context.rewind(2)
+    (row,) = (tmp_path / ROLLOUTS).read_text().split("\n")[:-1]
+    assert json.loads(row) == {"step": 1, "text": "a\u2028b\x85c\r\nd\x0b"}
 
 
 def test_a_value_that_is_no_number_is_left_out_of_its_row(stage: StageContext) -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from alignment.errors import InputError, MachineError, PreemptedError, TrainingError
-from alignment.pipeline.store import NEXT
+from alignment.files import read_jsonl
+from alignment.pipeline.store import NEXT, ROLLOUTS
 from alignment.rewards import Judge
 from alignment.stages import grpo as grpo_stage
 from alignment.stages import online as online_stage
@@ -260,6 +261,26 @@ def test_interrupted_is_uninterrupted_bit_for_bit_in_the_middle_of_a_rollout(
     run(tmp_path / "parts", settings)
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    parts, whole = ((tmp_path / name / ROLLOUTS).read_bytes() for name in ("parts", "whole"))
+    assert parts == whole and [json.loads(line)["step"] for line in whole.splitlines()] == [1, 5]
+
+
+def test_some_of_the_answers_are_written_down_evenly(
+    tmp_path: Path, judged: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first prompt of a rollout all, with their rewards: of every third of 7 rollouts, and of the last."""
+    monkeypatch.setattr(online_stage, "SHOWN", 3)
+    monkeypatch.setattr(online_stage, "judge_of", lambda context: online.letters("letters", "moody"))
+    run(tmp_path / "run", online.rloo(max_steps=7))
+    told = [json.loads(line) for line in (tmp_path / "run" / ROLLOUTS).read_text().splitlines()]
+    assert [(row["rollout"], row["step"]) for row in told] == [(1, 1), (4, 4), (7, 7)]
+    prompts = {row["id"]: row["prompt"] for row in read_jsonl(online.write_inputs(tmp_path)["data"] / "prompts.jsonl")}
+    logged = rows(tmp_path / "run")
+    for row in told:
+        assert row["prompt"] == prompts[row["id"]] and len(row["completions"]) == 4
+        for one in row["completions"]:
+            assert one["reward"] == one["terms"]["letters"] and 1 <= one["tokens"] <= 8
+    assert logged[0]["reward"] > 0 and any(one["completion"] for row in told for one in row["completions"])
 
 
 def test_two_answers_of_online_dpo_are_as_long_as_two_answers(
