@@ -67,6 +67,9 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(start, local_files_only=True)
     rows = (rows_of or tokenised)(context, tokenizer)
     setup = engine.as_before(setup, keeper.layout_before())
+    if context.is_main and len(rows) < context.settings.global_batch_size:
+        size = context.settings.global_batch_size
+        context.warn(f"global_batch_size is {size}, and there are {len(rows)} rows: a batch has rows more than once")
     plan = plan_of(context, setup, start, sizes(rows))
     keeper.layout.update(plan.choice.layout())
     keeper.say(plan.choice.why)

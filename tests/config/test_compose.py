@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from alignment.config import shape
 from alignment.config.compose import compose
 from alignment.config.launchers import SlurmLauncher
+from alignment.config.nearest import ELSEWHERE
 from alignment.config.paths import CONF
-from alignment.config.schema import Experiment
+from alignment.config.schema import STAGES, Experiment
 from alignment.config.stages.answering import Compare, Evaluate
+from alignment.config.stages.online import Kl
 from alignment.config.stages.training import Lora, Sft
 from alignment.errors import ConfigError
 from alignment.pipeline import graph
@@ -53,6 +55,13 @@ def test_every_pipeline_makes_a_graph_whose_parents_come_first(pipeline: str) ->
     names = [node.name for node in nodes]
     for node in nodes:
         assert all(names.index(parent.name) < names.index(node.name) for parent in node.parents.values())
+
+
+@pytest.mark.parametrize("ours", sorted(set(ELSEWHERE.values())))
+def test_what_other_tools_call_a_setting_leads_to_one_that_is_there(ours: str) -> None:
+    first, _, below = ours.partition(".")
+    stages = [stage for stage in STAGES.values() if first in stage.model_fields]
+    assert stages and (not below or below in Kl.model_fields)
 
 
 def test_every_comparison_shows_the_best_of_several_answers() -> None:
@@ -98,7 +107,8 @@ REFUSED = [
     (["stage.sft.global_batch_size=true"], "`stage.sft.global_batch_size` should be a valid integer, got True"),
     (["stage.sft.lora={rnk: 8}"], "line: unknown key `stage.sft.lora.rnk` (did you mean `stage.sft.lora.rank`?)"),
     (["stage.sft.lora=null", "stage.sft.lora.rank=8"], "`stage.sft.lora` is null (write +stage.sft.lora.rank=...)"),
-    (["stage.sft={lr: 1e-4}"], "command line: unknown key `stage.sft.lr`"),
+    (["stage.sft={lr: 1e-4}"], "unknown key `stage.sft.lr` (here it is `stage.sft.learning_rate`)"),
+    (["stage.dpo.loss_type=ipo"], "unknown key `stage.dpo.loss_type` (here it is `stage.dpo.loss`)"),
     (
         ["stage.dpo.reference_update={share: 0.5}"],
         "`stage.dpo.reference_update.every_steps` is missing (it has no value of its own: stage.dpo.reference_up",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,13 @@ def test_a_run_that_could_learn_nothing_says_so(
         run(tmp_path / judge, online.rloo(max_steps=2))
         told = "no prompt had answers of unequal reward in any of 2 logged steps: of the reward nothing was learned"
         assert (told in capsys.readouterr().out) is (judge == "all_alike")
+
+
+def test_a_batch_that_has_rows_more_than_once_is_told(
+    tmp_path: Path, judged: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "run", online.rloo(max_steps=1, global_batch_size=40))
+    assert re.search(r"global_batch_size is 40, and there are \d+ rows: a batch has rows m", capsys.readouterr().out)
 
 
 def test_who_waits_for_a_judge_reads_that_it_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
