@@ -39,7 +39,6 @@ from alignment.pipeline.store import CHECKPOINTS, JOINED, OUTCOME, Lock, Store
 from alignment.signals import Listener, Stopped
 
 if TYPE_CHECKING:  # imported, like all that takes long, once signals are heard
-    from alignment.config.schema import Experiment
     from alignment.stages.context import StageContext
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in the processes that it starts
@@ -153,6 +152,8 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, repl
         stage = importlib.import_module(f"alignment.stages.{context.settings.kind}")
     pulse.got_on = context.got_on
     _require_parents(store, order, context.settings.ordering, stop)
+    if context.is_main:
+        _require_same_input(context, order, "since it was planned: this would be another result than that of its key")
     if not (folder / CHECKPOINTS).exists():  # it begins anew; who has looked for checkpoints knows better
         context.rewind(-1)
     with ExitStack() as deferred:
@@ -166,7 +167,7 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, repl
                 tracker.result(order["name"], order["key"], metrics)
         if context.is_main:
             with context.busy("storing the result"):
-                _require_same_input(context.experiment, context, order)
+                _require_same_input(context, order, "while it ran: the result is of neither")
                 if replaced():
                     raise LostError("another attempt has taken the place of this one")
                 require_whole(folder)
@@ -248,17 +249,19 @@ def _require_parents(store: Store, order: dict[str, Any], ordering: Collection[s
             )
 
 
-def _require_same_input(experiment: Experiment, context: StageContext, order: dict[str, Any]) -> None:
-    """A file that was edited while the stage ran must not lie in the store under the digest of what it was before."""
-    from alignment.pipeline.identity import stage_identity
+def _require_same_input(context: StageContext, order: dict[str, Any], since: str) -> None:
+    """A file that was edited meanwhile must not lie in the store under the digest of what it was before."""
+    from alignment.pipeline.identity import difference, one_look, stage_identity
 
     parents = {role: parent["key"] for role, parent in order["parents"].items()}
-    if digest(stage_identity(experiment, context.settings, parents)) != order["key"]:
-        raise InputError(
-            "its data, model or packages changed while it ran: the result is of neither",
-            where=f"stage {order['name']}",
-            fix="run the same command again",
-        )
+    with one_look(context.read):
+        now = stage_identity(context.experiment, context.settings, parents)
+    if digest(now) != order["key"]:
+        place, before, after = difference(order["identity"], now)
+        what = place.removeprefix("groups.").removesuffix(".sha256")
+        was = f" ({str(before)[:12]}, now {str(after)[:12]})" if isinstance(before, str | None) else ""
+        fix = "run the same command again; with it as it was, a stage that trains goes on from its last checkpoint"
+        raise InputError(f"`{what}`{was} changed {since}", where=f"stage {order['name']}", fix=fix)
 
 
 def _all_done(context: StageContext) -> None:

@@ -129,3 +129,15 @@ def test_a_sweep_makes_what_differs_and_is_compared(store: Path, forked: Command
     assert made == [set(), {"merged", "evaluate_merged", "verdict"}]
     told = json.loads(forked(store, "compare", "apart", "--json").stdout)
     assert len(told["points"]) == 2
+
+
+def test_a_reward_file_may_be_edited_while_it_judges(
+    tmp_path: Path, forked: Command, small_settings: list[str]
+) -> None:
+    """What judges is the text that was read when the stage began; as it stood then it is in the key."""
+    own = tmp_path / "own.py"
+    edit = "open(__file__, 'a').write('# a comment\\n')"
+    own.write_text(f"def reward(prompts, answers, rows):\n    {edit}\n    return [1.0] * len(answers)\n")
+    reward = ["reward=python", f"reward.terms.own.source.path={own}"]
+    done = forked(tmp_path / "store", "run", *small_settings, "stage.sft.max_steps=1", *reward)
+    assert own.read_text().endswith("# a comment\n") and "measured" in done.stdout

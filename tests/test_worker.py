@@ -11,13 +11,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from alignment import worker
-from alignment.errors import LostError, MachineError, PreemptedError
+from alignment.config.compose import compose
+from alignment.errors import InputError, LostError, MachineError, PreemptedError
+from alignment.files import digest
+from alignment.pipeline.identity import stage_identity
 from alignment.pipeline.store import Store
 from alignment.signals import PASSED_ON, SIGNALS, Listener, Stopped
 from tests.conftest import fill
@@ -196,3 +201,20 @@ def test_a_work_folder_that_was_emptied_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "stage.json").unlink()
     with pytest.raises(MachineError, match="files were removed from its work folder while it ran"):
         worker.require_whole(tmp_path)
+
+
+def test_a_file_that_was_edited_meanwhile_is_named(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("a")
+    experiment = compose(["experiment=quickstart", "data=path", f"data.instructions.source.path={data}"])
+    settings = experiment.stage["prepare_sft"]
+    told = stage_identity(experiment, settings, {"model": "ab"})
+    order = {"key": digest(told), "identity": told, "name": "rows", "parents": {"model": {"key": "ab"}}}
+    context: Any = SimpleNamespace(experiment=experiment, settings=settings, read={})
+    worker._require_same_input(context, order, "while it ran")
+    data.write_text("another")
+    said = r"stage rows: `data\.source` \(\w{12}, now \w{12}\) changed while it ran \(run the same command again"
+    with pytest.raises(InputError, match=said):
+        worker._require_same_input(context, order, "while it ran")
+    context.read[data] = told["groups"]["data"]["source"]["sha256"]
+    worker._require_same_input(context, order, "while it ran")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -130,10 +130,10 @@ _seen: ContextVar[dict[Path, str] | None] = ContextVar("seen", default=None)
 
 
 @contextmanager
-def one_look() -> Iterator[None]:
+def one_look(seen: Mapping[Path, str] | None = None) -> Iterator[None]:
     """In here a source is looked at once, and all who ask are told what was seen: a graph is of one moment, and so may
-    be all graphs of a sweep. Nothing is remembered after it."""
-    token = _seen.set({}) if _seen.get() is None else None
+    be all graphs of a sweep. Nothing is remembered after it. seen: digests of what was looked at before."""
+    token = _seen.set(dict(seen or {})) if _seen.get() is None else None
     try:
         yield
     finally:

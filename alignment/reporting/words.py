@@ -24,6 +24,7 @@ DONE = ("done", "reused")
 SHOWN = {"loss": "last loss", "reward": "reward", "reward_mean": "reward", "stop_rate": "stop rate", "rows": "rows"}
 SHOWN |= {"train": "train", "pairs": "pairs", "dropped": "dropped", "computed": "computed"}
 SHOWN |= {"reference_computed": "reference log-probs computed"}
+SHOWN |= {"kl_answer": "KL to the start", "no_signal": "without signal"}
 SHOWN |= {"accuracy": "accuracy", "ece": "ECE", "spearman": "rank correlation", "tensors": "tensors"}
 BETTER = {
     "better": "Better",
@@ -227,7 +228,8 @@ def error_text(error: Any) -> str | None:
 
 def main_facts(facts: dict[str, Any], most: int = 4) -> str:
     """The few summary metrics of a stage that a person wants on its line."""
-    known = [(name, finite(facts.get(name))) for name in SHOWN]
+    online = {"loss"} if "answer_tokens" in facts else set()  # which says nothing there (docs/online.md)
+    known = [(name, finite(facts.get(name))) for name in SHOWN if name not in online]
     no_news = {"reference_computed": 0.0}  # they were in the store, perhaps since this stage's last attempt
     shown = SHOWN | ({"accuracy": "last accuracy"} if "loss" in facts else {})  # of the last step
     texts = [f"{shown[name]} {value:.4g}" for name, value in known if value is not None and value != no_news.get(name)]

@@ -24,6 +24,7 @@ Request = dict[str, Any]
 LONGEST_WAIT = 60.0  # seconds between two tries
 LARGEST = 4 << 20  # bytes of a reply
 GONE = 64  # questions in a row without an answer, each after all its tries
+UP = "is it up?"
 AT_LAST = ", at the last try"  # so ends why, of a question that was given up: later the same one may be answered
 TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
 HOPELESS = {  # for every question
@@ -160,14 +161,15 @@ class Client:
         self.unanswered += 1
         if stop.is_set() or (self.heard and not gone and self.unanswered < GONE):
             return Failed(f"the endpoint {why}{'' if odd else AT_LAST}")
-        raise self._ended(why, gone)
+        raise self._ended(why, gone, odd)
 
-    def _ended(self, why: str, gone: bool) -> MachineError:
+    def _ended(self, why: str, gone: bool, odd: bool) -> MachineError:
         what = f"the endpoint has gone: it {why}"
         if not self.heard or not gone:
-            since = f"of the last {self.unanswered} questions" if self.heard else "yet"
-            what = f"the endpoint {why}, and has answered nothing {since}"
-        return gone_for_now(what, self._place())
+            since = f"of the last {self.unanswered} questions" if self.heard else "that this attempt asked"
+            what = f"the endpoint {why}, and has answered none {since}"
+        fix = "is it a chat endpoint, and its `url` right up to /v1?" if odd and not self.heard else UP
+        return gone_for_now(what, self._place(), fix)
 
     def _once(self, body: bytes) -> str:
         """Raises _Refused (worth another try), Failed (this question is refused), MachineError (all will be)."""
@@ -216,9 +218,9 @@ def place(where: str, settings: ChatEndpoint) -> str:
     return f"{where} ({settings.url})"
 
 
-def gone_for_now(what: str, where: str) -> MachineError:
+def gone_for_now(what: str, where: str, fix: str = UP) -> MachineError:
     """Another attempt at the stage may find it up."""
-    error = MachineError(what, where=where, fix="is it up?")
+    error = MachineError(what, where=where, fix=fix)
     error.retry = True
     return error
 

@@ -31,11 +31,11 @@ def run(context: StageContext) -> dict[str, Any]:
     judged: list[Row] = []
     for start in range(0, len(samples), BATCH):
         judged += look(judge, samples[start : start + BATCH])
-        context.log(len(judged), {"reward_mean": _reward_mean(judged)})
+        context.log(len(judged), _reward_mean(judged, settings))
         progress(len(judged), len(samples))
     counts = _failures(judge, judged, settings)
     made = [make(judged, settings) for make in (_pairs, _best, _labelled)]
-    metrics = {**_answers(judged), **counts}
+    metrics = {**_answers(judged, settings), **counts}
     metrics |= {name: count for one in made for name, count in one.counts.items()}
     context.log(len(judged), metrics)
     for one in made:
@@ -139,8 +139,11 @@ def _labelled(judged: list[Row], settings: Judge) -> Made:
     return Made({"unpaired.jsonl": rows}, counts, f"none of {len(judged)} prompts has a usable answer", fix)
 
 
-def _reward_mean(judged: list[Row]) -> float:
-    return _mean([c["reward"] for row in judged for c in row["completions"]])
+def _reward_mean(judged: list[Row], settings: Judge) -> dict[str, float]:
+    """None of comparisons, in which one's gain is the other's loss: it is 0."""
+    if settings.judging == "pairwise":
+        return {}
+    return {"reward_mean": _mean([c["reward"] for row in judged for c in row["completions"]])}
 
 
 def _mean(values: list[float | None]) -> float:
@@ -151,11 +154,11 @@ def _mean(values: list[float | None]) -> float:
     return 0.0 if cancelled else total / len(known)
 
 
-def _answers(judged: list[Row]) -> dict[str, float]:
+def _answers(judged: list[Row], settings: Judge) -> dict[str, float]:
     answers = [c for row in judged for c in row["completions"]]
     terms = {f"{name}_mean": _mean([c["terms"][name] for c in answers]) for name in answers[0]["terms"]}
     return {
-        "reward_mean": _reward_mean(judged),
+        **_reward_mean(judged, settings),
         **terms,
         "prompts": float(len(judged)),
         "answers": float(len(answers)),

@@ -178,12 +178,25 @@ def test_a_key_that_is_not_there_or_is_none_is_told_by_the_name_of_its_variable(
 
 def test_an_endpoint_that_never_answered_ends_the_stage_for_now(server: Server) -> None:
     """Nothing listens at port 1; another attempt at the stage may find it up."""
-    with pytest.raises(MachineError, match=r"cannot be reached .*has answered nothing yet") as error:
+    with pytest.raises(MachineError, match=r"cannot be reached .*has answered none that this attempt asked") as error:
         judge_at(1, retries=1).score([row()], ["a"])
     assert error.value.retry
     server.answer = lambda question, before: FLAKY["503"]
-    with pytest.raises(MachineError, match="answered with HTTP 503, and has answered nothing yet"):
+    with pytest.raises(MachineError, match="answered with HTTP 503, and has answered none that this attempt asked"):
         judge_at(server.port).score([row()], ["a"])
+
+
+def test_what_is_no_chat_endpoint_is_said_to_be_none(server: Server) -> None:
+    server.answer = lambda question, before: FLAKY["garbage"]
+    with pytest.raises(MachineError, match=r"no chat completion, .*\(is it a chat endpoint, and its `url` right up to"):
+        judge_at(server.port, retries=0).score([row()], ["a"])
+
+
+def test_one_reply_without_a_score_is_shown(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answer = lambda question, before: completion("I refuse, " * 100)
+    judge_at(server.port, concurrency=1).score([row()] * 3, list("abc"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("reward.terms.term: the judge's reply has no score: 'I refuse, I refuse, ") and len(line) < 300
 
 
 def test_an_endpoint_that_has_gone_ends_the_stage_for_now(
@@ -193,7 +206,7 @@ def test_an_endpoint_that_has_gone_ends_the_stage_for_now(
     monkeypatch.setattr(chat_client, "GONE", 3)
     server.answer = lambda question, before: completion("Score: 10") if before < 10 else FLAKY["503"]
     texts = [str(i) for i in range(40)]
-    with pytest.raises(MachineError, match="HTTP 503, and has answered nothing of the last 3 questions") as error:
+    with pytest.raises(MachineError, match="HTTP 503, and has answered none of the last 3 questions") as error:
         judge_at(server.port, tmp_path, concurrency=1, retries=0).score([row()] * 40, texts)
     assert error.value.retry
     assert len(server.asked) == 10 + 3
