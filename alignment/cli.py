@@ -205,10 +205,10 @@ def status(arguments: list[str]) -> int:
     from alignment.reporting import queue, targets, terminal, watching
 
     store = Store(given.store)
-    folders = targets.run_folders(given.runs, store.root)
+    folders, named = targets.run_folders(given.runs, store.root), targets.sweeps_named(given.runs, store.root)
     if given.watch:
-        return watching.watch(store, lambda: targets.run_folders(given.runs, store.root))
-    runs = watching.look(store, folders)
+        return watching.watch(store, lambda: targets.run_folders(given.runs, store.root), sweeps=named)
+    runs = watching.look(store, folders, named)
     if given.json:
         _print_json(runs)
     elif folders:
@@ -276,18 +276,18 @@ def compare(arguments: list[str]) -> int:
     _add_store(parser)
     given = parser.parse_args(arguments)
     from alignment.pipeline.store import Store
-    from alignment.reporting import compare_page, compare_terminal, comparison, jobs, queue, sweeps
+    from alignment.reporting import compare_page, compare_terminal, comparison, jobs, queue, sweep_files, sweeps
 
     if not given.names:
-        known = sweeps.list_sweeps(given.store)
+        known = sweep_files.list_sweeps(given.store)
         _print_json(known) if given.json else compare_terminal.show_list(known, given.store)
         return 0
     if len(given.names) > 1:
         sweep, folder = sweeps.sweep_of_runs(given.names, given.store)
     else:
         say = (lambda text: None) if given.json else queue.say
-        folder = sweeps.sweep_folder(given.names[0], given.store, say)
-        sweep = sweeps.read_sweep(folder)
+        folder = sweep_files.sweep_folder(given.names[0], given.store, say)
+        sweep = sweep_files.read_sweep(folder)
     store = Store(folder.parent.parent)
     content = comparison.compare(
         sweep, sweeps.read_points(sweep, store.root, store.is_held, jobs.Jobs(store).read), given.metric

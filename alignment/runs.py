@@ -50,7 +50,6 @@ class Session:
         self._trials = pruning.Trials(queue.say)
         self._failed: dict[str, AlignmentError] = {}  # stages that are not tried again for the next point
         self._errors: dict[str, AlignmentError] = {}  # points that failed
-        self._own: dict[str, str] = {}  # run -> in what it differs from the other points, in words
         self._refused: list[str] = []  # lines that are not yet said
         self._pruned: dict[str, str] = {}  # points that were stopped as hopeless, and why
         self._count = 0
@@ -81,9 +80,8 @@ class Session:
         if why := self._is_cancelled():  # between two rounds of a search
             raise Stopped(why)
         with one_look():  # at each file that keys are made of
-            runs = [runner.Run(point.experiment, point.command) for point in points]
+            runs = [runner.Run(point.experiment, point.command, own=_own(point, master)) for point in points]
         self._count += len(runs)
-        self._own |= {run.id: _own(point, master) for run, point in zip(runs, points, strict=True)}
         if not self._warned and not (master is not None and search.learns(master)):  # whose next trials may read it
             queue.say_unread([unread(point.experiment, point.overrides) for point in points])
             self._warned = True
@@ -149,9 +147,6 @@ class Session:
             self._trials.add(run)
         return self._sweep.id
 
-    def _called(self, run: runner.Run) -> str:
-        return "  ".join(filter(None, [run.id, self._own[run.id]]))
-
     def _is_cancelled(self) -> str | None:
         return CANCELLED if self._sweep is not None and self._sweep.is_cancelled() else None
 
@@ -172,7 +167,7 @@ class Session:
             if self._follower is not None:
                 _followed(run, self._follower)
             else:
-                _from_plan_to_report(run, self._own[run.id], doomed, self._failed, self._leader)
+                _from_plan_to_report(run, doomed, self._failed, self._leader)
         except (PreemptedError, Stopped):
             if self._stop.asked or not doomed.why:
                 raise
@@ -181,7 +176,7 @@ class Session:
             self._trials.drop(run)
             self._errors[run.id] = error
             if self._sweep is not None:
-                queue.say(f"✗ {self._called(run)}  {error}")
+                queue.say(f"✗ {_called(run)}  {error}")
 
     # --- stages that are jobs of a cluster ---------------------------------------------------------------------------
 
@@ -247,7 +242,7 @@ class Session:
         self._trials.drop(run)
         run.note_pruned(why)
         self._sweep.prune(run)
-        queue.say(f"✂ {self._called(run)}  pruned: {why}")
+        queue.say(f"✂ {_called(run)}  pruned: {why}")
 
     def _was_pruned(self, run: runner.Run) -> bool:
         """By the same command, when it was given before; what another one has made of it since counts."""
@@ -258,7 +253,7 @@ class Session:
             return False
         if run.id not in self._pruned:
             self._pruned[run.id] = "by this command, when it was given before"
-            queue.say(f"✂ {self._called(run)}  was pruned {self._pruned[run.id]}")
+            queue.say(f"✂ {_called(run)}  was pruned {self._pruned[run.id]}")
         self._trials.drop(run)
         return True
 
@@ -293,6 +288,10 @@ def plan_sweep(
 def _settings(master: DictConfig) -> list[str]:
     """That were given for a multirun."""
     return [*master.hydra.overrides.task, *master.hydra.overrides.hydra]
+
+
+def _called(run: runner.Run) -> str:
+    return "  ".join(filter(None, [run.id, run.own]))
 
 
 def _own(point: Point | Refused, master: DictConfig | None) -> str:
@@ -338,9 +337,9 @@ def _followed(run: runner.Run, follower: Follower) -> None:
 
 
 def _from_plan_to_report(
-    run: runner.Run, own: str, stop: Asked, failed: dict[str, AlignmentError], leader: Leader | None
+    run: runner.Run, stop: Asked, failed: dict[str, AlignmentError], leader: Leader | None
 ) -> None:
-    terminal.announce(run.id, run.folder, runner.plan(run), own)
+    terminal.announce(run.id, run.folder, runner.plan(run), run.own)
     try:
         with leader.at(run) if leader else nullcontext(), terminal.StageProgress() as observer:
             runner.execute(run, observer, stop, failed)

@@ -16,6 +16,7 @@ from alignment.config.compose import compose
 from alignment.config.schema import Experiment
 from alignment.config.stages.preference import Dpo
 from alignment.errors import ConfigError, LostError, MachineError
+from alignment.reporting.judges import deciding
 from alignment.runs import Session
 from alignment.search import Pruned
 from alignment.signals import Listener
@@ -246,6 +247,8 @@ def test_a_search_is_not_among_judges(metric: str, vary: str, sweep: Any) -> Non
         "stage.sft.learning_rate=interval(1e-5,1e-4)",
         "data.preferences.max_rows=choice(100,200)",
         "model=choice(demo,tiny)",
+        "pipeline.nodes.evaluate_rloo.inputs.reward_model=choice(reward_model,sft)",
+        "pipeline.nodes.pairs.inputs.model=choice(sft,start)",
     ],
 )
 def test_a_reward_model_that_judges_is_not_searched_by_what_it_says(vary: str, sweep: Any) -> None:
@@ -263,6 +266,7 @@ def test_a_reward_model_that_judges_is_not_searched_by_what_it_says(vary: str, s
         ("objective=[kl]", "stage.sft.learning_rate=interval(1e-5,1e-4)"),
         ("objective=[reward]", "stage.reward_model.seed=range(0,3)"),
         ("objective=[reward]", "stage.rloo.learning_rate=interval(1e-5,1e-4)"),
+        ("objective=[reward]", "stage.reward_model.log_every=range(1,3)"),
     ],
 )
 def test_what_trains_no_judge_of_the_metric_may_be_searched(setting: str, vary: str, sweep: Any) -> None:
@@ -290,6 +294,23 @@ def test_what_does_not_decide_the_reward_may_be_searched(term: str, vary: str, s
         vary=(vary,),
     )
     assert states() == ["COMPLETE"]
+
+
+def test_what_decides_a_metric_is_told_of_configs_that_nobody_has_validated() -> None:
+    """A model that is trained by RLOO is made of the reward too, and no evaluation compares pairs."""
+    model = {"kind": "model", "roles": "reward_model", "weight": 1.0}
+    nodes = {
+        "rm": {"stage": "rm", "inputs": {"model": "on"}}, "on": {"stage": "on", "inputs": {"model": "start"}},
+        "eval": {"stage": "eval", "inputs": {"reward_model": "rm", "model": 3}}, "odd": 3, "other": {"stage": "none"},
+    }  # fmt: skip
+    stages = {"rm": {"kind": "reward_model"}, "on": {"kind": "rloo"}, "eval": {"kind": "evaluate"}, "odd": None}
+    config = {"reward": {"terms": {"m": model, "odd": None}}, "pipeline": {"nodes": nodes}, "stage": stages}
+    assert deciding(["reward.comparison.model", "reward.comparison"], "reward", config) is None
+    assert deciding(["reward.terms.other.low"], "m", config) == "reward.terms.other.low", "RLOO was taught by it"
+    assert deciding(["stage.on.beta", "stage.on.epochs"], "m", config) == "stage.on.epochs"
+    assert deciding(["pipeline.nodes.rm.inputs.model"], "reward", config) == "pipeline.nodes.rm.inputs.model"
+    for empty in ({}, {"reward": None}, {"reward": {"terms": {"m": model}}, "pipeline": [1], "stage": None}):
+        assert deciding(["stage.rm.epochs"], "reward", empty) is None
 
 
 def test_a_term_s_weight_may_be_searched_by_what_it_does_not_decide(sweep: Any) -> None:

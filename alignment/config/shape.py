@@ -78,6 +78,11 @@ def side(field: FieldInfo) -> str | None:
     return str(extra["side"]) if isinstance(extra, dict) and "side" in extra else None
 
 
+def of_side(which: str, settings: type[BaseModel]) -> tuple[str, ...]:
+    """Names of the fields that are of one side, in order."""
+    return tuple(name for name, field in settings.model_fields.items() if side(field) == which)
+
+
 def _is_model(place: Any) -> bool:
     return isinstance(place, type) and issubclass(place, BaseModel)
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,7 @@ def _fields(value: Settings) -> dict[str, Any]:
     return {name: identity_side(getattr(value, name)) for name in _identity_keys(type(value)) if name not in idle}
 
 
-@cache
-def _identity_keys(settings: type[Settings]) -> tuple[str, ...]:
-    return tuple(name for name, field in settings.model_fields.items() if shape.side(field) == "identity")
+_identity_keys = cache(partial(shape.of_side, "identity"))
 
 
 def _group(experiment: Experiment, settings: Stage, group: str) -> Any:

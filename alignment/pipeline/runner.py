@@ -46,6 +46,7 @@ class Run:
     command: str
     writes: bool = True
     sweep: str | None = None  # that it belongs to
+    own: str = ""  # in what it differs from others of its sweep, in words
     nodes: list[Node] = field(init=False)
     store: Store = field(init=False)
     state: dict[str, Any] = field(init=False)

@@ -48,7 +48,7 @@ class Sweep:
             run.belongs_to(self.id)
             self._points[run.id] = [setting_without_secrets(one) for one in overrides]
             for one in self._points[run.id]:
-                _setting(one)  # takes its time here rather than while others wait for the lock
+                setting(one)  # takes its time here rather than while others wait for the lock
         if first is None:
             return
         self.folder = first.store.root / "sweeps" / self.id
@@ -143,7 +143,7 @@ def _readable(overrides: Any) -> list[str]:
     for one in overrides if isinstance(overrides, list) else ():
         with suppress(HydraException):
             if isinstance(one, str):
-                _setting(one)
+                setting(one)
                 found.append(one)
     return found
 
@@ -156,7 +156,7 @@ def name_of(first: Run, settings: Sequence[str]) -> str:
 def with_settings(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each point with "settings": its values of those settings that are not the same in all points."""
     given = [
-        {"settings": {name: _plain(value) for name, value in map(_setting, point["overrides"])}} for point in points
+        {"settings": {name: _plain(value) for name, value in map(setting, point["overrides"])}} for point in points
     ]
     different = varied(given)
     return [
@@ -166,8 +166,9 @@ def with_settings(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @cache
-def _setting(override: str) -> tuple[str, Any]:
-    """Key or group, and value. Hydra's parser takes milliseconds, and points have most of their settings in common."""
+def setting(override: str) -> tuple[str, Any]:
+    """Key or group, and value, of what Hydra takes for one. Its parser takes milliseconds, and points have most of
+    their settings in common."""
     from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import, and readers need none
 
     parsed = OverridesParser.create().parse_override(override)

@@ -44,7 +44,7 @@ def _add_stages(found: list[Row], stages: list[Row], other: bool) -> None:
     """other: their pipelines are, and what one lacks comes from that."""
     for name, values in _each_name(stages):
         theirs = [i for i, stage in enumerate(values) if not other or stage is not MISSING]
-        if not {mapping_at(stage).get("kind") for stage in values} & set(BEFOREHAND):
+        if not {str(mapping_at(stage).get("kind")) for stage in values} & set(BEFOREHAND):
             _add([found[i] for i in theirs], f"stage.{name}", [values[i] for i in theirs])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from alignment.config.schema import STAGES
 from alignment.config.stages.training import Train
 from alignment.errors import InputError
+from alignment.pipeline.store import METRICS
 from alignment.reporting.words import DONE, error_text, finite, label
 
 Row = dict[str, Any]
@@ -265,7 +266,7 @@ def summarise(run: Row, store: Path) -> Row:
 
 def curve_rows(stage: Stage) -> list[Row]:
     """Rows of metrics.jsonl by step. A step written twice (before and after a restart) counts as it was last."""
-    rows = read_rows(stage.folder / "metrics.jsonl") if stage.folder else []
+    rows = read_rows(stage.folder / METRICS) if stage.folder else []
     by_step = {row["step"]: row for row in rows if finite(row.get("step")) is not None}
     return [by_step[step] for step in sorted(by_step)]
 

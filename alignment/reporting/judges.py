@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 from alignment.config.reward_terms import Endpoint
-from alignment.config.shape import side
+from alignment.config.schema import STAGES
+from alignment.config.shape import of_side
+from alignment.config.stages.answering import Evaluate
 from alignment.files import digest
 from alignment.reporting.settings import is_seed, mapping_at
 
 Row = dict[str, Any]
-PATIENCE = {name for name, field in Endpoint.model_fields.items() if side(field) == "execution"}  # in no key
+PATIENCE = set(of_side("execution", Endpoint))  # in no key
 
 # --- what has judged --------------------------------------------------------------------------------------------------
 
@@ -27,10 +29,12 @@ def judges(record: Row) -> Row:
     reward. Empty where the record does not tell.
     """
     identity = mapping_at(record, "identity")
-    terms, parents = mapping_at(identity, "groups", "reward", "terms"), mapping_at(identity, "parents")
+    terms = {name: mapping_at(term) for name, term in mapping_at(identity, "groups", "reward", "terms").items()}
+    parents = mapping_at(identity, "parents")
+    begins = {name: str(term.get("roles") or "") for name, term in terms.items()}
     models = {
-        name: {role: key for role, key in parents.items() if (begin := term.get("roles")) and role.startswith(begin)}
-        for name, term in terms.items()
+        name: {role: key for role, key in parents.items() if begin and role.startswith(begin)}
+        for name, begin in begins.items()
     }
     weighing = {name: term for name, term in terms.items() if term.get("weight")}
     found = {name: _digests({**term, "weight": None}, models[name]) for name, term in terms.items()}
@@ -84,12 +88,14 @@ def deciding(keys: Sequence[str], metric: str, config: Row) -> str | None:
 
 def _says(place: str, metric: str, idle: Collection[str]) -> bool:
     """Whether a setting decides what the terms say that a metric is made of. idle: those that it is not made of."""
+    if place in ("reward", "reward.terms"):
+        return True
     group, *path = place.split(".")
-    if group != "reward" or len(path) < 2:  # all of it, or all of its terms
-        return place in ("reward", "reward.terms")
+    if group != "reward" or path[0] != "terms":  # how pairs are compared, which no evaluation does
+        return False
     _, name, *setting = path
     weight_of_its_own = metric != "reward" and setting == ["weight"]
-    return name not in idle and (metric in ("reward", name)) and not weight_of_its_own and not PATIENCE & set(setting)
+    return name not in idle and metric in ("reward", name) and not weight_of_its_own and not PATIENCE & set(setting)
 
 
 def _within(place: str, whole: str) -> bool:
@@ -97,27 +103,34 @@ def _within(place: str, whole: str) -> bool:
 
 
 def _trainers(config: Row, terms: Sequence[Row]) -> Iterator[str]:
-    """Where the settings are of the stages that the terms' reward models come from, these themselves, and all that
-    they are made of."""
+    """Where what the terms' reward models come from stands: who judges, the stages that train them, and all that these
+    are made of."""
     nodes, stages = mapping_at(config, "pipeline", "nodes"), mapping_at(config, "stage")
     begins = tuple(str(term.get("roles")) for term in terms if term.get("kind") == "model" and not term.get("members"))
-
-    def parents(name: str, roles: Callable[[str], bool] = lambda role: True) -> list[str]:
-        return [str(parent) for role, parent in mapping_at(nodes, name, "inputs").items() if roles(role)]
 
     def stage_of(name: str) -> str:
         return str(mapping_at(nodes, name).get("stage"))
 
-    asked = [name for name in nodes if mapping_at(stages, stage_of(name)).get("kind") == "evaluate"]
-    open_, seen = [one for name in asked for one in parents(name, lambda role: role.startswith(begins))], set[str]()
+    def kind_of(name: str) -> Any:
+        return STAGES.get(str(mapping_at(stages, stage_of(name)).get("kind")))
+
+    open_, seen = list[str](), set[str]()
+    for name in (name for name in nodes if kind_of(name) is Evaluate):
+        for role, parent in mapping_at(nodes, name, "inputs").items():
+            if role.startswith(begins):
+                yield f"pipeline.nodes.{name}.inputs.{role}"
+                open_.append(str(parent))
     while open_:
-        if (name := open_.pop()) in seen or name not in nodes:
+        name = open_.pop()
+        kind = kind_of(name)
+        if name in seen or kind is None:
             continue
         seen.add(name)
-        open_ += parents(name)
+        inputs = mapping_at(nodes, name, "inputs")
+        open_ += [str(parent) for role, parent in inputs.items() if role not in kind.ordering]
+        yield f"pipeline.nodes.{name}"
+        yield from (f"stage.{stage_of(name)}.{field}" for field in of_side("identity", kind))
         settings = mapping_at(stages, stage_of(name))
-        yield f"stage.{stage_of(name)}"
-        if settings.get("kind") == "import_model":
-            yield "model"
-        if settings.get("dataset"):
-            yield f"data.{settings['dataset']}"
+        reward = "reward" if settings.get("judging") == "pairwise" else "reward.terms"
+        data = f"data.{settings['dataset']}" if settings.get("dataset") else None
+        yield from filter(None, ({"reward": reward, "data": data}.get(group, group) for group in kind.groups))

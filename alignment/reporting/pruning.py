@@ -13,13 +13,13 @@ from alignment.config.checks import trains
 from alignment.config.execution import PercentilePruning
 from alignment.pipeline.graph import Node
 from alignment.pipeline.runner import Run
+from alignment.pipeline.store import METRICS
 from alignment.reporting import words
 from alignment.reporting.gather import folder_of, read_rows
 from alignment.reporting.words import finite
 from alignment.signals import PRUNED, Asked
 
 Curve = dict[int, float]  # step -> the metric's value
-ROWS = "metrics.jsonl"
 EVERY = 1.0  # seconds between two looks at a stage at work
 
 
@@ -116,7 +116,7 @@ class Trials:
     def _curve(self, folder: Path | None, metric: str) -> Curve:
         """Of a stage's folder; read anew if its rows have changed."""
         try:
-            told = (folder / ROWS).stat() if folder else None
+            told = (folder / METRICS).stat() if folder else None
         except OSError:
             told = None
         if folder is None or told is None:
@@ -127,7 +127,7 @@ class Trials:
         return self._curves[place][1]
 
     def _warn(self, work: Path, rule: PercentilePruning, name: str) -> None:
-        if not self._warned and (rows := read_rows(work / ROWS)):
+        if not self._warned and (rows := read_rows(work / METRICS)):
             self._warned = True
             known = ", ".join(sorted({key for row in rows for key in row} - {"step", "time"}))
             self._say(
@@ -145,7 +145,7 @@ def judged(run: Run) -> Node:
 
 def curve_of(folder: Path, metric: str) -> Curve:
     """A step written twice (before and after a restart) counts as it was last."""
-    values = ((row.get("step"), finite(row.get(metric))) for row in read_rows(folder / ROWS))
+    values = ((row.get("step"), finite(row.get(metric))) for row in read_rows(folder / METRICS))
     return {step: value for step, value in values if isinstance(step, int) and value is not None}
 
 

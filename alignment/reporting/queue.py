@@ -19,7 +19,7 @@ from alignment.pipeline.runner import Run
 from alignment.pipeline.submission import Submission
 from alignment.reporting import words
 from alignment.reporting.gather import Row
-from alignment.reporting.status import UNKNOWN, facts_text
+from alignment.reporting.status import facts_text
 from alignment.reporting.terminal import log_lines, progress_line, silence_text, status_table, styled, unknown_lines
 
 MANY = 8  # runs: of more, only how many of their stages are in which state
@@ -100,18 +100,24 @@ def overview(runs: Sequence[Row]) -> RenderableType:
     failed, running = ([n for n in nodes.values() if n["state"] == state] for state in ("failed", "running"))
     found = failed + sorted(running, key=lambda node: not silence_text(node))  # the silent first: they are few
     lines = [
-        line for node in found[:SHOWN] for line in [_line(node), *(log_lines(node) if node in found[:LOGS] else [])]
+        line
+        for node in found[:SHOWN]
+        for line in [_line(node, runs), *(log_lines(node) if node in found[:LOGS] else [])]
     ]
     more = [Text(f"and {len(found) - SHOWN} more", "dim")] if len(found) > SHOWN else []
-    unknown = [line for run in runs if run["state"] in UNKNOWN for line in unknown_lines(run)]
-    return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines, *more, *unknown)
+    unread = [line for run in runs if run["state"] == "unreadable" for line in unknown_lines(run)]
+    missing = sum(run["state"] == "missing" for run in runs)
+    not_begun = [Text(f"{missing} not begun yet, or deleted", "dim")] if missing else []
+    return Group(Text(f"{len(runs)} runs, {len(nodes)} stages", "bold"), table, *lines, *more, *not_begun, *unread)
 
 
-def _line(node: Row) -> Text:
-    """What there is to say of a stage that works or failed."""
+def _line(node: Row, runs: Sequence[Row]) -> Text:
+    """What there is to say of a stage that works or failed; if it is one run's alone, of which."""
+    mine = [run for run in runs if any(other["key"] == node["key"] for other in run["nodes"])]
+    whose = str(mine[0].get("own") or mine[0]["run"]) if len(mine) == 1 else ""
     job = f"job {node['job']}" if node.get("job") else ""
     on = f"on {node['on']}" if node.get("on") else ""
-    parts = [job, on, node.get("error") or "", silence_text(node) or progress_line(node)]
+    parts = [whose, job, on, node.get("error") or "", silence_text(node) or progress_line(node)]
     return Text.assemble(styled(node["state"]), f"  {words.label(node['name'])}  ", "  ".join(filter(None, parts)))
 
 
@@ -127,7 +133,9 @@ def changes(runs: Sequence[dict[str, Any]], said: dict[str, str]) -> Iterator[st
             note = node.get("why") if state == "queued" else node.get("error") or facts_text(node.get("progress"))
             took = words.duration(node["seconds"]) if node.get("seconds") and state == "done" else ""
             job = f"job {node['job']}" if node.get("job") else ""
-            yield "  ".join(filter(None, [run["run"], words.label(node["name"]), state, job, took, str(note or "")]))
+            yield "  ".join(
+                filter(None, [run["run"], run.get("own"), words.label(node["name"]), state, job, took, str(note or "")])
+            )
             yield from (f"    {line}" for line in node.get("log") or [])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from alignment.config.redact import setting_without_secrets
 from alignment.files import canonical
+from alignment.pipeline.sweeps import setting
 
 Row = dict[str, Any]
 UNSET = "not set"
@@ -55,9 +56,10 @@ def shown_of(settings: Row, key: str) -> str:
 
 
 def own_settings(overrides: Sequence[str], given: Sequence[str]) -> str:
-    """beta=0.1, seed=1: what a point was given, and its whole sweep was not. given: to the sweep."""
-    pairs = (one.lstrip("+").partition("=") for one in overrides if one not in given)
-    settings = {key: setting_without_secrets(f"{key}={value}").partition("=")[2] for key, _, value in pairs}
+    """beta=0.1, seed=1: what a point was given, and its whole sweep was not. given: to the sweep, in other words
+    perhaps: of the point Hydra has written 1e-4 as 0.0001."""
+    common = [setting(one) for one in given]
+    settings = dict(setting(setting_without_secrets(one)) for one in overrides if setting(one) not in common)
     return called(settings, short_names([*settings]))
 
 

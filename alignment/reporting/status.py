@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from alignment import life
-from alignment.errors import BY_CODE
+from alignment.errors import BY_CODE, InputError
 from alignment.files import listed
 from alignment.pipeline import attempts
 from alignment.pipeline.store import Store
 from alignment.pipeline.sweeps import FILE
 from alignment.reporting import words
 from alignment.reporting.gather import Row, is_run, read, tail
-from alignment.reporting.settings import called, mapping_at, short_names
+from alignment.reporting.settings import called, short_names
+from alignment.reporting.sweep_files import read_sweep
 from alignment.reporting.targets import unreadable
 from alignment.reporting.words import DONE, error_text, finite
 
@@ -28,7 +30,9 @@ FRESH = 15.0  # seconds after its last line in which a run between two stages co
 UNKNOWN = ("unreadable", "missing")  # states of a run of which nothing else is known
 LINES = 4  # of a failed stage's log
 NOISE = re.compile(r"(srun|slurmstepd\S*): |_step_signal: ")  # how SLURM ends what is left: no reason
-TAIL = 16_384  # bytes in which they are looked for
+TAIL = 65_536  # bytes in which they are looked for
+
+Known = dict[str, tuple[tuple[int, ...], Row]]  # name -> the file as it was (inode, time, size), and what it said
 
 
 def read_runs(
@@ -37,6 +41,7 @@ def read_runs(
     folders: Sequence[Path] | None = None,
     jobs_of: Callable[[list[str]], dict[str, Row]] = lambda keys: {},
     results: Results | None = None,
+    sweeps: Sequence[str] = (),
 ) -> list[Row]:
     """Every run of the store, the newest first; or those in these folders, in their order.
 
@@ -52,17 +57,16 @@ def read_runs(
     gone: it was done, but the store no longer has the result, or not whole ("error" says what is wrong with it); the
     same command makes it again.
     preempted: stopped in order. pruned: stopped as a hopeless trial of a sweep. interrupted: killed, or ended at once.
-    unreadable, missing (no folder at all): the run's "error" says what is wrong with its run.json; nothing else is
-    known of it.
+    unreadable, missing (a point of a sweep that has no folder yet): the run's "error" says what is wrong with its
+    run.json; nothing else is known of it. sweeps: names of those that were asked for, of which "own" is.
     """
     files = sorted(store.glob("runs/*/run.json")) if folders is None else [folder / "run.json" for folder in folders]
     results = results or Results(store)
     jobs = jobs_of_runs(files, results, jobs_of)
     runs = [read_run(file, results, is_held, jobs) for file in files]
-    points = {sweep: _own(store, sweep) for run in runs if isinstance(sweep := run.get("sweep"), str)}
-    for run in runs:  # of what is missing nobody knows which sweep it is of
-        known = [points[run["sweep"]]] if run.get("sweep") in points else points.values()
-        run["own"] = next((few[run["run"]] for few in known if run["run"] in few), "")
+    theirs = [run["sweep"] for run in runs if isinstance(run.get("sweep"), str)]
+    known = {sweep: results.sweep(sweep) for sweep in dict.fromkeys([*sweeps, *theirs])}
+    runs = [_placed(run, known, sweeps) for run in runs]
     if folders is not None:
         return runs
     return sorted(runs, key=lambda run: finite(run.get("created")) or 0.0, reverse=True)
@@ -76,7 +80,8 @@ class Results:
     def __init__(self, root: Path):
         self.root = root
         self._store = Store(root)
-        self._known: dict[str, tuple[tuple[int, ...], Row]] = {}
+        self._known: Known = {}  # records, by key
+        self._sweeps: Known = {}
 
     def is_driven(self, run: str) -> bool:
         return self._store.run_lock(run).is_held()
@@ -86,20 +91,42 @@ class Results:
 
     def record(self, key: str) -> Row | None:
         """{"seconds", "attempts"} of a committed result, else None."""
-        try:
-            now = os.stat(self._store.result(key) / "record.json")
-        except OSError:
+
+        def look() -> Row | None:
+            record = self._store.record(key)
+            return None if record is None else {name: record.get(name) for name in ("seconds", "attempts")}
+
+        return _once(self._known, key, self._store.result(key) / "record.json", look)
+
+    def sweep(self, name: str) -> Row:
+        """{"launcher": of a sweep, "own": run -> in what the point differs from the others, in words}."""
+        folder = self.root / "sweeps" / name
+
+        def look() -> Row | None:
+            with suppress(InputError):
+                told = read_sweep(folder)
+                points = {point["run"]: point["settings"] for point in told["points"] if point["run"]}
+                names = short_names(list({key: None for settings in points.values() for key in settings}))
+                own = {run: called(few, {key: names[key] for key in few}) for run, few in points.items()}
+                return {"launcher": told["launcher"], "own": own}
             return None
-        mark = (now.st_ino, now.st_mtime_ns, now.st_size)
-        before, told = self._known.get(key, (None, None))
-        if before == mark:
-            return told
-        record = self._store.record(key)
-        if record is None:
+
+        return _once(self._sweeps, name, folder / FILE, look) or {"launcher": None, "own": {}}
+
+
+def _once(known: Known, name: str, file: Path, look: Callable[[], Row | None]) -> Row | None:
+    """What a look at a file has found, which is not repeated while the file is the same."""
+    try:
+        now = os.stat(file)
+    except OSError:
+        return None
+    mark = (now.st_ino, now.st_mtime_ns, now.st_size)
+    before, told = known.get(name, (None, None))
+    if before != mark:
+        if (told := look()) is None:
             return None
-        told = {name: record.get(name) for name in ("seconds", "attempts")}
-        self._known[key] = mark, told
-        return told
+        known[name] = mark, told
+    return told
 
 
 def jobs_of_runs(
@@ -112,23 +139,23 @@ def jobs_of_runs(
     return jobs_of(missing) if missing else {}
 
 
-def _own(store: Path, sweep: str) -> dict[str, str]:
-    """Run -> in what it differs from the other points of the sweep."""
-    points = mapping_at(read(store / "sweeps" / sweep / FILE)).get("points")
-    points = [mapping_at(point) for point in points] if isinstance(points, list) else []
-    given = {str(point.get("run")): mapping_at(point, "settings") for point in points}
-    names = short_names(list({key: None for settings in given.values() for key in settings}))
-    return {run: called(own, {key: name for key, name in names.items() if key in own}) for run, own in given.items()}
+def _placed(run: Row, known: Mapping[str, Row], asked: Sequence[str]) -> Row:
+    """With what its sweep says of it: one that was asked for, else its own; of a run without a word of its own, any."""
+    own = run.get("sweep") if isinstance(run.get("sweep"), str) else None
+    few = [known[sweep] for sweep in [*asked, *([own] if own else known)]]
+    found = next((sweep for sweep in few if run["run"] in sweep["own"]), None)
+    told = {**run, "own": found["own"][run["run"]] if found else ""}
+    if found and found["launcher"] != "slurm" and run["state"] == "unreadable" and not Path(run["folder"]).exists():
+        told.update(state="missing", error="not begun yet, or deleted")  # nor has it jobs that nobody knows of
+    return told
 
 
 def read_run(file: Path, results: Results, is_held: Callable[[str], bool], jobs: dict[str, Row]) -> Row:
     """One run by its run.json, as in `read_runs`. jobs: of `jobs_of_runs`."""
     run = read(file)
     if not is_run(run):
-        begun = file.parent.exists()
-        state, error = ("unreadable", str(unreadable(file))) if begun else ("missing", "not begun yet, or deleted")
-        told: Row = {"run": file.parent.name, "state": state, "error": error, "folder": str(file.parent)}
-        return {**told, "seconds": None, "nodes": []}
+        told: Row = {"run": file.parent.name, "state": "unreadable", "error": str(unreadable(file))}
+        return {**told, "folder": str(file.parent), "seconds": None, "nodes": []}
     nodes = [_node(node, results, is_held, jobs) for node in run.get("nodes") or []]
     for node in nodes:
         if node["state"] == "failed":

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
+from alignment.pipeline.store import METRICS
 from alignment.reporting.charts import DPO_PANELS, OTHER_PANELS, SFT_PANELS, Panel, thinned
 from alignment.reporting.words import finite
 
@@ -36,7 +37,7 @@ def read_curves(groups: list[Row]) -> list[Row]:
 def read(folder: Path) -> dict[str, Curve]:
     """metric -> its curve, of at most MOST_ROWS rows of metrics.jsonl, first and last among them."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
     rows: dict[float, Row] = {}

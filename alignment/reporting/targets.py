@@ -17,7 +17,7 @@ MORE = 5  # names in one line
 VISIBLE = "[!.]*"  # what begins with a dot is nobody's run: .DS_Store, .nfs0001
 
 
-def run_folder(name: str, store: Path, say: Callable[[str], None] = lambda text: None) -> Path:
+def run_folder(name: str, store: Path, say: Callable[[str], None]) -> Path:
     """A run folder by path, by its full name, or by the beginning of its name (the newest that fits). say: told which
     others would."""
     newest, *others = _fitting(name, store)
@@ -72,6 +72,11 @@ def run_folders(names: Sequence[str], store: Path) -> list[Path] | None:
         mine = [folder for folders in sweeps.values() for folder in folders] + runs
         found += whole(name, runs, sweeps) or mine
     return list(dict.fromkeys(found))
+
+
+def sweeps_named(names: Sequence[str], store: Path) -> list[str]:
+    """The sweeps among what these names mean."""
+    return [sweep for name in names for sweep in named(name, store)[1]]
 
 
 def refuse_no_name(name: str) -> None:
@@ -132,7 +137,7 @@ def whole(name: str, runs: Sequence[Path], sweeps: Mapping[str, list[Path]]) -> 
     return [folder for folder in runs if folder.name == name] or sweeps.get(name, [])
 
 
-def models(target: str, store: Path, compare: bool, say: Callable[[str], None] = lambda text: None) -> dict[str, Path]:
+def models(target: str, store: Path, compare: bool, say: Callable[[str], None]) -> dict[str, Path]:
     """name -> model folder: the final model of a run, all its models with `compare`, or the folder given. say: as of
     `run_folder`."""
     refuse_no_name(target)

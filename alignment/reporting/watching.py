@@ -28,14 +28,15 @@ class Look:
         with suppress(MachineError, OSError):  # what SLURM does not say is told of each job
             ledger.recall(store)
 
-    def __call__(self, folders: Sequence[Path] | None) -> list[dict[str, Any]]:
-        """Of all runs, or those in these folders."""
-        return status.read_runs(self._store.root, self._store.is_held, folders, self._jobs.read, self._results)
+    def __call__(self, folders: Sequence[Path] | None, sweeps: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Of all runs, or those in these folders. sweeps: those that were asked for."""
+        known = self._jobs.read, self._results, sweeps
+        return status.read_runs(self._store.root, self._store.is_held, folders, *known)
 
 
-def look(store: Store, folders: Sequence[Path] | None) -> list[dict[str, Any]]:
+def look(store: Store, folders: Sequence[Path] | None, sweeps: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Once."""
-    return Look(store)(folders)
+    return Look(store)(folders, sweeps)
 
 
 def watch(
@@ -43,6 +44,7 @@ def watch(
     folders: Callable[[], Sequence[Path] | None],
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
+    sweeps: Sequence[str] = (),
 ) -> int:
     """Until all have ended: in a terminal the table, which changes; elsewhere a line for each stage that does. Returns
     the exit code: 0 if all are done or pruned, else 1. folders: of the runs, as many as there are by now: a search
@@ -51,7 +53,7 @@ def watch(
     moving = console.is_terminal and not console.is_dumb_terminal
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            runs = look(folders())
+            runs = look(folders(), sweeps)
             if moving:
                 live.update(queue.table(runs), refresh=True)
             else:

@@ -228,12 +228,15 @@ def gone_for_now(what: str, where: str, fix: str = UP) -> MachineError:
 def _read(response: http.client.HTTPResponse) -> bytes:
     """All of it. Raises TimeoutError, _Refused if it has no end, or ends before it should."""
     parts: list[bytes] = []
-    size = 0
-    while part := response.read1(1 << 16):
-        parts.append(part)
-        size += len(part)
-        if size > LARGEST:
-            raise _Refused("sent more than a reply can have", odd=True)
-    if response.length:  # what is left of Content-Length; parts of a chunked reply say so themselves
+    size, whole = 0, response.length or 0  # of a chunked reply the parts say where it ends
+    try:
+        while part := response.read1(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > LARGEST:
+                raise _Refused("sent more than a reply can have", odd=True)
+    except (http.client.IncompleteRead, ConnectionError):
+        raise _Refused("broke off in its reply") from None
+    if size < whole:
         raise _Refused("broke off in its reply")
     return b"".join(parts)

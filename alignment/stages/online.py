@@ -23,7 +23,7 @@ from alignment.training.model import load, lora_config
 from alignment.training.rollouts import Answer, Group
 from alignment.training.rows import Sizes
 
-SHOWN = 200  # rollouts
+WRITTEN = 200  # rollouts, at most
 TOGETHER = 16  # answers judged between two signs of life
 Alive = Callable[[int, int], None]
 
@@ -107,11 +107,11 @@ def _teller(context: StageContext) -> Callable[[str, int, int], None]:
 def _shower(context: StageContext, tokenizer: Any, rows: Sequence[dict[str, Any]], steps: int) -> Any:
     """Writes the answers to the first prompt of a rollout into rollouts.jsonl, of as many rollouts, evenly, as a person
     can look through: what training sees, if the reward is hacked, is seen in no metric."""
-    rollouts = -(-steps // context.settings.steps_per_rollout())
-    every = -(-rollouts // SHOWN)
+    last = -(-steps // context.settings.steps_per_rollout()) - 1
+    written = {round(place * last / (WRITTEN - 1)) for place in range(WRITTEN)}
 
     def show(number: int, step: int, group: Group) -> None:
-        if number % every and number != rollouts - 1:
+        if number not in written:
             return
         completions = [
             {"completion": _text(tokenizer, answer), "tokens": len(answer.ids), "finished": answer.finished,

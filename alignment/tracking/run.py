@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from alignment.config.redact import without_secrets
 from alignment.files import program, write_text
+from alignment.pipeline.store import METRICS
 from alignment.tracking.upload import Upload
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _harmless(
             self._run = None
             self._warn(
                 f"W&B tracking has ended early ({type(error).__name__}: {error}). The stage goes on; "
-                f"{self._folder / 'metrics.jsonl'} holds every row."
+                f"{self._folder / METRICS} holds every row."
             )
 
     return guarded
@@ -200,7 +201,7 @@ class WandbTracker(Tracker):
         if not _close(self._run, exit_code=0 if ok else 1):
             self._warn(
                 "W&B's log file could not be closed; its last rows may be missing. "
-                f"{self._folder / 'metrics.jsonl'} holds every row."
+                f"{self._folder / METRICS} holds every row."
             )
         self._run = None
         folder = self._final_folder if ok else self._folder
@@ -223,7 +224,7 @@ class WandbTracker(Tracker):
             return
         self._replayed = True
         rows: dict[int, dict[str, Any]] = {}
-        path = self._folder / "metrics.jsonl"
+        path = self._folder / METRICS
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 row = json.loads(line)

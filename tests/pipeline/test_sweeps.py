@@ -15,7 +15,7 @@ from alignment.pipeline.runner import Run
 from alignment.pipeline.store import Store
 from alignment.pipeline.sweeps import Sweep
 from alignment.reporting.settings import called
-from alignment.reporting.sweeps import read_sweep
+from alignment.reporting.sweep_files import read_sweep
 
 
 def test_a_point_has_no_value_of_a_setting_that_it_was_not_given(tmp_path: Path) -> None:

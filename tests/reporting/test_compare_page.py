@@ -14,7 +14,7 @@ from markupsafe import escape
 from rich.console import Console
 
 from alignment import cli
-from alignment.reporting import compare_charts, compare_page, compare_terminal, sweep_curves, sweeps
+from alignment.reporting import compare_charts, compare_page, compare_terminal, sweep_curves, sweep_files, sweeps
 from alignment.reporting.comparison import compare
 from tests.reporting.fake_sweeps import BETA, RATE, curve, grid, key, write, write_run, write_sweep
 
@@ -24,7 +24,7 @@ HOSTILE = '<img src=x onerror="document.title=1">&\'"</script>'
 
 
 def content(store: Path, points: list[Any], **facts: Any) -> dict[str, Any]:
-    sweep = sweeps.read_sweep(write_sweep(store, points, **facts))
+    sweep = sweep_files.read_sweep(write_sweep(store, points, **facts))
     return compare(sweep, sweeps.read_points(sweep, store, lambda key: False))
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from alignment.errors import ConfigError
-from alignment.reporting import compare_page, sweeps
+from alignment.reporting import compare_page, sweep_files, sweeps
 from alignment.reporting.comparison import compare, pareto, plain
 from alignment.reporting.inference import two_sided
 from tests.reporting.fake_sweeps import BETA, grid, write_run, write_sweep
 
 
 def content(store: Path, points: list[Any], metric: str | None = None, **facts: Any) -> dict[str, Any]:
-    sweep = sweeps.read_sweep(write_sweep(store, points, **facts))
+    sweep = sweep_files.read_sweep(write_sweep(store, points, **facts))
     return compare(sweep, sweeps.read_points(sweep, store, lambda key: False), metric)
 
 

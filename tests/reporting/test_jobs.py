@@ -266,6 +266,9 @@ def test_a_job_that_never_came_to_an_attempt_shows_what_it_printed(
     told = node(store, capsys)
     assert told["error"] == "sft is not what was submitted"
     assert told["log"] == ["begins", "alignment: error: sft is not what was submitted"]
+    many = "".join(f"srun: error: node{n:03}: task {n}: Exited with exit code 1\n" for n in range(384))
+    out.write_text(f"begins\nalignment: error: sft is not what was submitted\n{many}")
+    assert node(store, capsys)["log"] == told["log"], "srun has a line for each of many tasks"
     out.unlink()
     slurm.accounts(("13", "OUT_OF_MEMORY", ago(1)))
     told = node(store, capsys)

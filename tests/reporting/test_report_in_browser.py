@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from alignment.reporting import compare_page, comparison, sweeps
+from alignment.reporting import compare_page, comparison, sweep_files, sweeps
 from alignment.reporting.page import write_report
 from tests.reporting.fake_sweeps import BETA, grid, write_run, write_sweep
 
@@ -160,7 +160,7 @@ def sweep(tmp_path: Path) -> Path:
     write_run(tmp_path, "bad", {BETA: 1.0, "seed": 3}, {"reward": 0.0}, states=states, error=error)
     points += [{"run": run, "settings": {BETA: 1.0, "seed": 3}} for run in ("bad", "nowhere")]
     folder = write_sweep(tmp_path, points)
-    told = sweeps.read_sweep(folder)
+    told = sweep_files.read_sweep(folder)
     found = comparison.compare(told, sweeps.read_points(told, tmp_path, lambda key: False))
     return compare_page.write_page(found, folder)
 

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from alignment import cli
 from alignment.pipeline.store import Store
-from alignment.reporting.status import facts_text, read_runs
+from alignment.reporting import queue, status
+from alignment.reporting.status import Results, facts_text, read_runs
+from alignment.reporting.sweep_files import read_sweep
 from alignment.reporting.terminal import attempts_text
-from tests.reporting.fake_sweeps import BETA, write_run, write_sweep
+from tests.reporting.fake_sweeps import BETA, RATE, write_run, write_sweep
 
 MakeRun = Callable[..., tuple[Path, Path]]
 AFTER_SFT = ("samples", "judged", "pairs", "dpo", "evaluate_start", "evaluate_sft", "evaluate_dpo", "verdict")
@@ -129,23 +133,56 @@ def test_runs_come_newest_first_and_a_damaged_one_does_not_hide_the_others(make_
     assert read_runs(store / "nowhere", lambda key: False) == []
 
 
+def in_sweep(store: Path, run: str, sweep: object) -> None:
+    file = store / "runs" / run / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sweep": sweep}))
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
 def test_points_of_a_sweep_say_in_what_they_differ_and_those_not_begun_are_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    launcher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of a point that was queued nobody knows what became of its jobs."""
     points = [{"run": f"beta-{i}", "settings": {BETA: i / 10, "seed": i}} for i in range(3)]
     for point in points[:2]:
         write_run(tmp_path, point["run"], point["settings"], {"reward": 0.1})
-        file = tmp_path / "runs" / point["run"] / "run.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "sweep": "beta-0a1b2c3d"}))
-    write_sweep(tmp_path, points)
-    assert cli.main(["status", "beta-0a1b2c3d", "--store", str(tmp_path)]) == 0
+        in_sweep(tmp_path, point["run"], "another-one")
+    sweep = write_sweep(tmp_path, points, launcher=launcher).name
+    write_sweep(tmp_path, [{"run": "beta-1", "settings": {RATE: 7}}], "another").rename(tmp_path / "sweeps/another-one")
+    assert cli.main(["status", sweep, "--store", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     heads = [line for line in said.splitlines() if line.startswith("beta-")]
     assert heads[1].startswith("beta-1  beta=0.1, seed=1  done"), said
-    assert heads[2] == "beta-2  beta=0.2, seed=2  missing" and "  not begun yet, or deleted" in said
-    assert "squeue" not in said, "nobody has lost anything"
+    state = "missing" if launcher == "local" else "unreadable"
+    assert heads[2] == f"beta-2  beta=0.2, seed=2  {state}"
+    assert ("  not begun yet, or deleted" in said) is (launcher == "local") and ("squeue" in said) is (
+        state != "missing"
+    )
+    assert [run["own"] for run in read_runs(tmp_path, lambda key: False)] == ["", "learning_rate=7"]
     shutil.rmtree(tmp_path / "sweeps")
+    in_sweep(tmp_path, "beta-0", ["odd"])
     assert [run["own"] for run in read_runs(tmp_path, lambda key: False)] == ["", ""]
+
+
+def test_a_sweep_of_many_points_is_read_once_a_change_and_says_few_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [{"run": f"beta-{i:02}", "settings": {BETA: i}} for i in range(40)]
+    for point in points[:3]:
+        write_run(tmp_path, point["run"], point["settings"], {"reward": 0.1}, states={"dpo": "failed"}, error="no room")
+        in_sweep(tmp_path, point["run"], "beta-0a1b2c3d")
+    write_sweep(tmp_path, points)
+    seen = []
+    monkeypatch.setattr(status, "read_sweep", lambda folder: (seen.append(folder), read_sweep(folder))[1])
+    results, folders = Results(tmp_path), [tmp_path / "runs" / point["run"] for point in points]
+    for _ in range(3):
+        runs = read_runs(tmp_path, lambda key: False, folders, results=results)
+    assert len(seen) == 1 and [run["own"] for run in runs] == [f"beta={i}" for i in range(40)]
+    printed = io.StringIO()
+    Console(width=100, file=printed).print(queue.table(runs))
+    said = printed.getvalue()
+    assert "37 not begun yet, or deleted" in said and len(said.splitlines()) < 20
+    assert all(f"failed  DPO  beta={i}  no room" in said for i in range(3)), said
 
 
 def test_a_run_that_cannot_be_read_is_shown_with_its_file_and_what_to_do(

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,8 @@ from alignment import cli
 from alignment.config.rewards import COUNTS
 from alignment.config.varied import level, varied
 from alignment.errors import ConfigError, InputError
-from alignment.reporting import sweeps
-from alignment.reporting.settings import called, is_seed, short_names, shown
+from alignment.reporting import sweep_files, sweeps
+from alignment.reporting.settings import called, is_seed, own_settings, short_names, shown
 from tests.reporting.conftest import key as run_key
 from tests.reporting.fake_sweeps import BETA, CREATED, RATE, grid, key, write, write_run, write_sweep
 
@@ -22,7 +23,7 @@ WAITING = {"evaluate_dpo": "waiting", "verdict": "waiting"}
 
 
 def points_of(folder: Path, held: tuple[str, ...] = ()) -> list[dict]:
-    return sweeps.read_points(sweeps.read_sweep(folder), folder.parent.parent, lambda asked: asked in held)
+    return sweeps.read_points(sweep_files.read_sweep(folder), folder.parent.parent, lambda asked: asked in held)
 
 
 def one(store: Path, **facts: object) -> dict:
@@ -167,20 +168,20 @@ def test_sweeps_are_listed_newest_first_and_a_damaged_one_does_not_hide_the_othe
     write_sweep(tmp_path, [], "new", created=CREATED + 1)
     (tmp_path / "sweeps" / "bad").mkdir()
     (tmp_path / "sweeps" / "bad" / "sweep.json").write_text("{")
-    found = [(sweep["sweep"], sweep["points"], bool(sweep["problem"])) for sweep in sweeps.list_sweeps(tmp_path)]
+    found = [(sweep["sweep"], sweep["points"], bool(sweep["problem"])) for sweep in sweep_files.list_sweeps(tmp_path)]
     assert found == [("new-0a1b2c3d", 0, False), ("old-0a1b2c3d", 1, False), ("bad", 0, True)]
-    assert sweeps.list_sweeps(tmp_path / "nowhere") == []
+    assert sweep_files.list_sweeps(tmp_path / "nowhere") == []
 
 
 def test_a_sweep_is_found_by_name_beginning_or_folder(tmp_path: Path) -> None:
     folder, other = write_sweep(tmp_path, [], "beta"), write_sweep(tmp_path, [], "beta2", created=CREATED + 1)
-    assert sweeps.sweep_folder("beta-0a1b2c3d", tmp_path) == folder.resolve()
-    assert sweeps.sweep_folder("beta", tmp_path) == other.resolve(), "the newest that fits"
-    assert sweeps.sweep_folder(str(folder), Path("elsewhere")) == folder.resolve()
+    assert sweep_files.sweep_folder("beta-0a1b2c3d", tmp_path) == folder.resolve()
+    assert sweep_files.sweep_folder("beta", tmp_path) == other.resolve(), "the newest that fits"
+    assert sweep_files.sweep_folder(str(folder), Path("elsewhere")) == folder.resolve()
     with pytest.raises(ConfigError, match=r"no sweep is called 'no' \(known: beta2-0a1b2c3d, beta-0a1b2c3d; runs are"):
-        sweeps.sweep_folder("no", tmp_path)
+        sweep_files.sweep_folder("no", tmp_path)
     with pytest.raises(ConfigError, match="alignment run -m"):
-        sweeps.sweep_folder("no", tmp_path / "nowhere")
+        sweep_files.sweep_folder("no", tmp_path / "nowhere")
 
 
 def test_of_several_sweeps_that_begin_so_the_newest_is_compared_and_the_others_are_named(
@@ -202,7 +203,7 @@ def test_a_damaged_sweep_json_is_one_line(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path, [])
     (folder / "sweep.json").write_text('{"points": 3}')
     with pytest.raises(InputError, match=r"sweep\.json: is no sweep\.json that can be read"):
-        sweeps.read_sweep(folder)
+        sweep_files.read_sweep(folder)
 
 
 def test_runs_become_a_sweep_of_the_settings_in_which_they_differ(tmp_path: Path) -> None:
@@ -284,17 +285,29 @@ def test_a_run_that_cannot_be_read_is_one_of_the_runs_compared(tmp_path: Path) -
     assert [point["settings"] for point in sweep["points"]] == [{BETA: 0.1}, {BETA: 0.3}, {}]
 
 
+ODD: list[dict[str, Any]] = [  # parts of a config
+    {}, {"pipeline": {"nodes": {"dpo": {}}}}, {"pipeline": [1], "stage": 2}, {"stage": {"dpo": {"kind": ["dpo"]}}},
+]  # fmt: skip
+
+
 def test_what_is_odd_in_a_run_does_not_hide_in_what_the_others_differ(tmp_path: Path) -> None:
-    for number, odd in enumerate([{}, {"pipeline": {"nodes": {"dpo": {}}}}, {"pipeline": [1], "stage": 2}], start=1):
+    for number, odd in enumerate(ODD, start=1):
         write_run(tmp_path, f"a-{number}", {BETA: number / 10, "pipeline.nodes.dpo.stage": "dpo"}, {"reward": 0.1})
         file = tmp_path / "runs" / f"a-{number}" / "run.json"
         run = json.loads(file.read_text())
         file.write_text(json.dumps({**run, "config": {**run["config"], **odd}}))
-    points = sweeps.sweep_of_runs(["a-1", "a-2", "a-3"], tmp_path)[0]["points"]
-    assert [point["settings"].get(BETA) for point in points] == [0.1, 0.2, None]
+    points = sweeps.sweep_of_runs([f"a-{number}" for number in range(1, len(ODD) + 1)], tmp_path)[0]["points"]
+    assert [point["settings"].get(BETA) for point in points] == [0.1, 0.2, None, None]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_what_all_points_were_given_is_no_point_s_own_however_hydra_writes_it() -> None:
+    given = ["stage.dpo.learning_rate=1e-4", "objective=[reward, kl]", "~x", "+a.b=true", "stage.dpo.beta=0.1,0.3"]
+    of_point = ["stage.dpo.learning_rate=0.0001", "objective=[reward,kl]", "~x=null", "+a.b=True", "stage.dpo.beta=0.3"]
+    assert own_settings(of_point, given) == "beta=0.3"
+    assert own_settings([*of_point, "+stage.dpo.seed=1"], given) == "beta=0.3, seed=1"
 
 
 def test_settings_are_told_apart_by_value_and_called_by_their_shortest_name() -> None:

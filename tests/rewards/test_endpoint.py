@@ -196,7 +196,8 @@ def test_one_reply_without_a_score_is_shown(server: Server, capsys: pytest.Captu
     server.answer = lambda question, before: completion("I refuse, " * 100)
     judge_at(server.port, concurrency=1).score([row()] * 3, list("abc"))
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("reward.terms.term: the judge's reply has no score: 'I refuse, I refuse, ") and len(line) < 300
+    assert line.startswith("reward.terms.term: the judge's reply has no score: 'I refuse, I refuse, ")
+    assert len(line) < 300
 
 
 def test_an_endpoint_that_has_gone_ends_the_stage_for_now(
