@@ -149,12 +149,14 @@ def plan(arguments: list[str]) -> int:
         "--check", action="store_true", help="launcher=slurm: ask the cluster whether it could start them"
     )
     given = parser.parse_intermixed_args(arguments)
+    from alignment.config.given import lost, unread
+    from alignment.reporting import queue, terminal
+
+    queue.note_lost(lost(given.overrides, alone=not given.multirun))
     if given.multirun:
         return _plan_sweep(given)
     from alignment.config.compose import compose
-    from alignment.config.given import unread
     from alignment.pipeline import runner
-    from alignment.reporting import queue, terminal
 
     prepared = runner.Run(compose(given.overrides, tuple(given.config_dir)), "")
     if given.show_scripts:

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import compose, explain
-from alignment.config.given import refuse_twice
+from alignment.config.given import lost, refuse_twice
 from alignment.config.guard import refuse_code
 from alignment.config.listed import refuse_overlaps
 from alignment.config.paths import CONF
@@ -38,6 +38,7 @@ from alignment.config.provenance import Origin
 from alignment.config.redact import run_command
 from alignment.config.schema import Experiment
 from alignment.errors import AlignmentError, ConfigError
+from alignment.reporting import queue
 from alignment.search import OPTUNA, Search, learns
 
 
@@ -140,6 +141,7 @@ def main(arguments: list[str], execute: Execute) -> int:
     its sweeper asks for them."""
     given = _read(arguments)
     refuse_twice(given.overrides)
+    queue.note_lost(lost(given.overrides, alone=not given.multirun))
     places, single = _places(given), list[Point]()
     origin = Origin(tuple(given.overrides), (Path(given.config_dir).resolve(),) if given.config_dir else ())
 

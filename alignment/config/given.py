@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import yaml
 
 from alignment.config.provenance import COMMAND_LINE
+from alignment.config.redact import setting_without_secrets as shown
 from alignment.config.schema import Experiment
 from alignment.config.settings import Settings
 from alignment.errors import ConfigError
+
+SEARCH = ("sweep", "hydra/sweeper", "hydra.sweeper.")  # settings of a sweeper
 
 
 def refuse_twice(overrides: Iterable[str]) -> None:
@@ -21,6 +24,19 @@ def refuse_twice(overrides: Iterable[str]) -> None:
         if twice := next(_twice(value), None):
             what = f"`{key.lstrip('+')}` has `{twice}` twice"
             raise ConfigError(what, where=COMMAND_LINE, fix="give it once: of two the first would be lost")
+
+
+def lost(overrides: Sequence[str], alone: bool) -> list[str]:
+    """What of these settings counts for nothing, a line each. alone: for one run, no multirun."""
+    found = []
+    for place, override in enumerate(overrides):
+        key = override.partition("=")[0].lstrip("+")
+        later = [one for one in overrides[place + 1 :] if one.partition("=")[0].lstrip("+") == key]
+        if "=" in override and later and later[-1] != override:
+            found.append(f"`{shown(override)}` counts for nothing: `{shown(later[-1])}` comes after it")
+        elif alone and key.startswith(SEARCH):
+            found.append(f"`{shown(override)}` is for a sweep, and without -m this is one run")
+    return found
 
 
 def _twice(value: str) -> Iterator[str]:

@@ -28,6 +28,7 @@ KEYS = {  # a format is recognised by these keys of the first row, in this order
     "scored": ("prompt", "completion", "score"),  # also a prompt_completion: only looked for where scores are wanted
 }
 
+LABEL = "true for an answer that is wanted, false for one that is not"
 LABELLED = ("messages", "sharegpt", "prompt_completion")  # an unpaired row is one of these with a label
 
 
@@ -106,10 +107,12 @@ def _unpaired(row: Row) -> dict[str, list[Message]]:
 
 def wanted(row: Row) -> bool:
     """The label of an unpaired row. Raises InputError."""
-    label = row.value.get("label")
+    if "label" not in row.value:
+        raise InputError(f"has no 'label' (keys found: {', '.join(row.value)})", where=row.where, fix=LABEL)
+    label = row.value["label"]
     if not isinstance(label, bool):
         what = f"'label' must be true or false, is {type_name(label)}"
-        raise InputError(what, where=row.where, fix="true for an answer that is wanted")
+        raise InputError(what, where=row.where, fix=LABEL)
     return label
 
 
@@ -118,7 +121,10 @@ def _scored(row: Row) -> dict[str, list[Message]]:
     if [m["role"] for m in answer] != ["assistant"]:
         raise InputError("'completion' must be one answer", where=row.where)
     if finite(row, "score") is None:
-        what = f"'score' must be a number of at most {LARGEST:g} in size, is {row.value.get('score')!r}"
+        given = row.value.get("score")
+        is_number = isinstance(given, int | float) and not isinstance(given, bool)
+        found = given if is_number else type_name(given)
+        what = f"'score' must be a number of at most {LARGEST:g} in size, is {found}"
         raise InputError(what, where=row.where)
     system = _text(row, "system", optional=True)
     return {"prompt": ([_message("system", system)] if system else []) + prompt, "completion": answer}

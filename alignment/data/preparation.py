@@ -243,9 +243,9 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     """train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json -> summary numbers; of
     pairs and of answers with a score also heldout/, as train/, for what measures reward models."""
     train, heldout = prepared.parts["train"], prepared.parts["heldout"]
-    with_margin = sum("margin" in example.columns for example in (*train, *heldout))
     names = [name for name in train[0].columns if name != "margin"]
-    if with_margin == len(train) + len(heldout):  # of what some rows lack nothing can be made
+    without = [example.row.where for example in (*train, *heldout) if "margin" not in example.columns]
+    if not without:  # of what some rows lack nothing can be made
         names.append("margin")
     mismatched = {}
     if prepared.form == "unpaired":
@@ -273,7 +273,9 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
         },
     }
     if prepared.form == "preference":
-        report["margins"] = {"rows": with_margin, "used": "margin" in names}
+        count = len(train) + len(heldout) - len(without)
+        first = {"first_without": without[0]} if without and count else {}
+        report["margins"] = {"rows": count, "used": not without, **first}
     write_json(folder / "data_report.json", report)
     trained = sum(_trained(example) for example in train)
     dropped = sum(prepared.tally.counts.values())

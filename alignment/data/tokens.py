@@ -98,13 +98,3 @@ def check_end_of_turn(dataset: Any, eos_id: int) -> None:
                 raise InputError(what, where=where, fix="prepare the data with this model's tokenizer")
             if len(trained) == 1:
                 raise InputError("nothing but the end-of-turn token is trained", where=f"row {number}, column {column}")
-
-
-def check_numbers(dataset: Any, column: str, low: float | None = None, high: float | None = None) -> None:
-    """That the rows have such a number each, within the bounds. Raises InputError that names the first bad row."""
-    if column not in dataset.column_names:
-        fix = "the source's rows need one each; data_report.json counts those that have it"
-        raise InputError(f"the rows have no `{column}`", fix=fix)
-    for number, value in enumerate(dataset[column]):
-        if not ((low is None or value >= low) and (high is None or value <= high)):
-            raise InputError(f"`{column}` is {value}, not within {low} and {high}", where=f"row {number}")

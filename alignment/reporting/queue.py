@@ -41,6 +41,11 @@ def note(text: str) -> None:
     Console(highlight=False, stderr=True).print(Text(text), soft_wrap=True)
 
 
+def note_lost(lines: Sequence[str]) -> None:
+    for line in lines:
+        note(f"warning: {line}")
+
+
 def say_unread(few: Sequence[Sequence[str]]) -> None:
     """few: of each point the settings that nothing of it reads; where another point reads one, all is well."""
     for key in few[0] if few else []:

@@ -15,6 +15,7 @@ from datasets import load_from_disk
 
 from alignment.config.stages.reward_model import MEMBERS, EvaluateReward
 from alignment.data.chat import Chat
+from alignment.data.numbers import check_scores
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
 from alignment.evaluation import reward_metrics
@@ -22,7 +23,7 @@ from alignment.files import read_json, write_json, write_jsonl
 from alignment.rewards.model import Scorer
 from alignment.stages.context import StageContext
 from alignment.stages.parts import Parts, rows_of
-from alignment.stages.reward_model import TOLD
+from alignment.stages.reward_model import CHANCES, TOLD
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -31,6 +32,8 @@ def run(context: StageContext) -> dict[str, Any]:
     rows, ids = _heldout(data), [row["id"] for row in rows_of(data, "heldout.jsonl")]
     members = {role: context.inputs[role] for role in MEMBERS if role in context.inputs}
     loss, margin = _trained(members)
+    if loss == "bce":
+        check_scores(data, *CHANCES)
     for folder in members.values():
         _check_same_text(folder / "model", data, rows)
     sides = ("chosen", "rejected") if "chosen_ids" in rows.column_names else ("completion",)

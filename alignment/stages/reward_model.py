@@ -9,7 +9,7 @@ from typing import Any
 import trl
 
 from alignment.config.stages.reward_model import RewardModel
-from alignment.data.tokens import check_numbers
+from alignment.data.numbers import check_margins, check_scores
 from alignment.files import write_json
 from alignment.stages.context import StageContext
 from alignment.stages.train import train
@@ -18,10 +18,12 @@ from alignment.training.reward_model import Regression, Reward
 from alignment.training.rows import Sizes, pair_sizes, scored_sizes
 
 TOLD = "reward_model.json"
+CHANCES = (0.0, 1.0)  # what bce learns
 
 
 def run(context: StageContext) -> dict[str, Any]:
     settings: RewardModel = context.settings
+    _check_numbers(context, settings)
     metrics = train(context, partial(sizes, settings), make_trainer, partial(load_classifier, seed=settings.seed))
     if context.is_main:  # what a number of this model means
         margin = settings.margin if settings.loss == "bradley_terry" else 0.0
@@ -29,14 +31,17 @@ def run(context: StageContext) -> dict[str, Any]:
     return metrics
 
 
-def sizes(settings: RewardModel, rows: Any) -> Sizes:
+def _check_numbers(context: StageContext, settings: RewardModel) -> None:
     """Raises InputError for rows that lack a number which the loss needs, or have one that it cannot take."""
-    if settings.loss == "bradley_terry":
-        if settings.margin:
-            check_numbers(rows, "margin")
-        return pair_sizes(rows)
-    check_numbers(rows, "score", *((0.0, 1.0) if settings.loss == "bce" else ()))
-    return scored_sizes(rows)
+    data = context.inputs["data"]
+    if settings.loss != "bradley_terry":
+        check_scores(data, *CHANCES if settings.loss == "bce" else ())
+    elif settings.margin and (below := check_margins(data)) and context.is_main:
+        context.warn(f"{below} pairs have a margin below 0: they may be ranked the other way round")
+
+
+def sizes(settings: RewardModel, rows: Any) -> Sizes:
+    return pair_sizes(rows) if settings.loss == "bradley_terry" else scored_sizes(rows)
 
 
 def make_trainer(context: StageContext, start: Path, arguments: dict[str, Any], **common: Any) -> Reward | Regression:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignment.config.compose import compose
-from alignment.config.given import unread
+from alignment.config.given import lost, unread
 from alignment.errors import ConfigError
 
 
@@ -42,6 +42,21 @@ def test_a_key_twice_in_one_mapping_is_refused(override: str, key: str, twice: s
 def test_a_setting_that_nothing_reads_is_told(overrides: list[str], told: list[str]) -> None:
     overrides = ["experiment=quickstart", *overrides]
     assert unread(compose(overrides), overrides) == told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "alone", "told"),
+    [
+        (["loss=sigmoid", "loss=simpo"], True, ["`loss=sigmoid` counts for nothing: `loss=simpo` comes after it"]),
+        (["loss=simpo", "loss=simpo", "~x", "~x"], True, []),
+        (["+a=1", "a=2", "a.b=3"], False, ["`+a=1` counts for nothing: `a=2` comes after it"]),
+        (["sweep=optuna_dpo"], True, ["`sweep=optuna_dpo` is for a sweep, and without -m this is one run"]),
+        (["sweep=optuna_dpo", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=2"], False, []),
+        (["hydra/sweeper=optuna"], True, ["`hydra/sweeper=optuna` is for a sweep, and without -m this is one run"]),
+    ],
+)
+def test_settings_that_count_for_nothing_are_told(overrides: list[str], alone: bool, told: list[str]) -> None:
+    assert lost(overrides, alone) == told
 
 
 def test_what_no_kl_reads_is_told() -> None:

@@ -208,13 +208,16 @@ def test_answers_with_a_score_keep_it_and_a_prompt_may_have_several(chat: Chat, 
 
 def test_margins_of_pairs_are_kept_where_all_have_one_and_counted_where_not(chat: Chat, tmp_path: Path) -> None:
     pairs = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b", "margin": i} for i in range(4)]
-    for name, rows, used in (("all", pairs, True), ("some", [{**pairs[0], "margin": None}, *pairs[1:]], False)):
+    odd = [pairs[0], {**pairs[1], "margin": "big"}, *pairs[2:]]
+    for name, rows, used in (("all", pairs, True), ("some", odd, False)):
         made = run(chat, rows, task="preference", heldout=1)
         preparation.write(made, tmp_path / name, "here", chat)
         for part in ("train", "heldout"):
             columns = datasets.load_from_disk(str(tmp_path / name / part)).column_names
             assert columns == ["prompt_ids", "chosen_ids", "rejected_ids", *(["margin"] if used else [])]
-        assert read_json(tmp_path / name / "data_report.json")["margins"] == {"rows": 4 if used else 3, "used": used}
+        assert read_json(tmp_path / name / "data_report.json")["margins"] == (
+            {"rows": 4, "used": True} if used else {"rows": 3, "used": False, "first_without": "rows.jsonl:2"}
+        )
 
 
 def labelled(question: str, answer: str, label: Any) -> dict[str, Any]:
@@ -276,6 +279,7 @@ def test_answers_to_other_prompts_are_of_both_kinds_where_pairs_were_taken_apart
 @pytest.mark.parametrize(
     ("values", "what"),
     [
+        ([labelled("p", "a", True), qa("q", "b")], r"rows.jsonl:2: has no 'label' \(keys found: prompt, completion"),
         ([labelled("p", "a", 1), labelled("q", "b", True)], "'label' must be true or false, is a number"),
         ([labelled("p", "a", True), labelled("p", "b", False)], "no answer to another prompt fits beside this one"),
         ([labelled(q, "a", True) for q in "pqr"], "of the answers to train on 3 are wanted and 0 are not"),

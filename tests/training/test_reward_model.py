@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from alignment.errors import InputError, PreemptedError
+from alignment.files import write_json, write_jsonl
 from alignment.stages import reward_model
 from alignment.training.classifier import load_classifier
 from tests.conftest import write_tiny_model
@@ -131,8 +132,12 @@ def test_the_head_is_drawn_from_the_seed_alone(start: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "settings", "line"),
     [
-        (tiny.pair_rows(8), {"margin": 1.0}, "the rows have no `margin`"),
-        ([*scored_of(told_pairs(4)), {**tiny.scored_rows(1)[0], "score": 1.5}], {"loss": "bce"}, "`score` is 1.5, not"),
+        (tiny.pair_rows(8), {"margin": 1.0}, "no pair has a `margin`"),
+        (
+            [*scored_of(told_pairs(4)), {**tiny.scored_rows(1)[0], "score": 1.5}],
+            {"loss": "bce"},
+            "row 9: `score` is 1.5, not from 0 to 1, as chances are",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_the_loss_are_refused(
@@ -140,6 +145,28 @@ def test_rows_that_do_not_fit_the_loss_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=line):
         trained(tmp_path / "run", start, given, **settings)
+
+
+def test_what_is_held_out_and_margins_below_0_are_looked_at_too(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are called as their source has them."""
+    data = tmp_path / "scores-rows"
+    for split, odd in (("train", 0.5), ("heldout", 2.0)):
+        rows_ = [*scored_of(told_pairs(4)), {**tiny.scored_rows(1)[0], "score": odd}]
+        Dataset.from_list(rows_).save_to_disk(data / split)
+        write_jsonl(data / f"{split}.jsonl", [{"id": f"mine-{number}"} for number in range(len(rows_))])
+    write_json(data / "data_report.json", {"source": "scores.jsonl"})
+    with pytest.raises(InputError, match=r"scores\.jsonl, row mine-8: `score` is 2, not from 0 to 1, as chances are"):
+        trained(tmp_path / "scores", start, [], loss="bce")
+    trained(tmp_path / "pairs", start, [{**row, "margin": -1.0} for row in tiny.pair_rows(8)], margin=1.0, max_steps=1)
+    assert "8 pairs have a margin below 0: they may be ranked the other way round" in capsys.readouterr().out
+    report = {"source": "pairs.jsonl", "margins": {"rows": 7, "used": False, "first_without": "pairs.jsonl:4"}}
+    (tmp_path / "few-rows").mkdir()
+    Dataset.from_list(tiny.pair_rows(8)).save_to_disk(tmp_path / "few-rows" / "train")
+    write_json(tmp_path / "few-rows" / "data_report.json", report)
+    with pytest.raises(InputError, match=r"`margin` is not of all .*: 7 have .*the first without is pairs\.jsonl:4"):
+        trained(tmp_path / "few", start, [], margin=1.0)
 
 
 @pytest.mark.parametrize(
