@@ -78,7 +78,8 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
     if fault["type"] == "string_pattern_mismatch" and context["pattern"] in IN_WORDS:
         what = f"`{key}` is not written as it should be, got {fault['input']!r}{more}"
         return ConfigError(what, where=where, fix=IN_WORDS[context["pattern"]])
-    message = re.sub(r"^(Input|Value) ", "", str(fault["msg"]))
+    of_its_own = fault["type"] in ("model_type", "model_attributes_type")
+    message = "should be settings, {name: value, ...}" if of_its_own else re.sub(r"^(Input|Value) ", "", fault["msg"])
     unsaid = isinstance(fault.get("input"), dict | list) or fault["type"] == "secret"
     given = "" if unsaid else f", got {fault.get('input')!r}"
     fix = str(context["fix"]) if "fix" in context else _allowed(fault)

@@ -108,6 +108,11 @@ REFUSED = [
     (["stage.sft.lora={rnk: 8}"], "line: unknown key `stage.sft.lora.rnk` (did you mean `stage.sft.lora.rank`?)"),
     (["stage.sft.lora=null", "stage.sft.lora.rank=8"], "`stage.sft.lora` is null (write +stage.sft.lora.rank=...)"),
     (["stage.sft={lr: 1e-4}"], "unknown key `stage.sft.lr` (here it is `stage.sft.learning_rate`)"),
+    (["stage.dpo.lora=8"], "`stage.dpo.lora` should be settings, {name: value, ...}, got 8"),
+    (
+        ["reward=sentiment", "reward.terms.sentiment.normalise=soft"],
+        "`reward.terms.sentiment.normalise` should be settings, {name: value, ...}, got 'soft'",
+    ),
     (["stage.dpo.loss_type=ipo"], "unknown key `stage.dpo.loss_type` (here it is `stage.dpo.loss`)"),
     (
         ["stage.dpo.reference_update={share: 0.5}"],
