@@ -207,10 +207,10 @@ def status(arguments: list[str]) -> int:
     from alignment.reporting import queue, targets, terminal, watching
 
     store = Store(given.store)
-    folders, named = targets.run_folders(given.runs, store.root), targets.sweeps_named(given.runs, store.root)
+    folders, sweeps = targets.meant(given.runs, store.root)
     if given.watch:
-        return watching.watch(store, lambda: targets.run_folders(given.runs, store.root), sweeps=named)
-    runs = watching.look(store, folders, named)
+        return watching.watch(store, lambda: targets.meant(given.runs, store.root))
+    runs = watching.look(store, folders, sweeps)
     if given.json:
         _print_json(runs)
     elif folders:

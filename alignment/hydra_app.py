@@ -136,12 +136,13 @@ class Loader(ConfigLoaderImpl):
                 HydraConfig.instance().cfg = before
 
 
-def main(arguments: list[str], execute: Execute) -> int:
+def main(arguments: list[str], execute: Execute, warn: bool = True) -> int:
     """Let Hydra read the arguments, and have the experiments that they mean executed: one, or the jobs of a multirun as
     its sweeper asks for them."""
     given = _read(arguments)
     refuse_twice(given.overrides)
-    queue.note_lost(lost(given.overrides, alone=not given.multirun))
+    if warn:
+        queue.note_lost(lost(given.overrides, alone=not given.multirun))
     places, single = _places(given), list[Point]()
     origin = Origin(tuple(given.overrides), (Path(given.config_dir).resolve(),) if given.config_dir else ())
 

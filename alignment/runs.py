@@ -278,7 +278,7 @@ def plan_sweep(
     with tempfile.TemporaryDirectory() as aside:  # for what Hydra's sweeper writes, before it asks for any job
         elsewhere = f"hydra.sweep.dir={quoted(aside)}"
         folders = ["--config-dir", str(config_dir)] if config_dir else []
-        hydra_app.main(["--multirun", *folders, *settings, elsewhere], note)
+        hydra_app.main(["--multirun", *folders, *settings, elsewhere], note, warn=False)
     with one_look():
         runs = [runner.Run(point.experiment, point.command) for point in points]
     _are_jobs(runs)

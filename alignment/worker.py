@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import importlib
 import os
 import pickle
@@ -152,8 +153,10 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, repl
         stage = importlib.import_module(f"alignment.stages.{context.settings.kind}")
     pulse.got_on = context.got_on
     _require_parents(store, order, context.settings.ordering, stop)
-    if context.is_main:
-        _require_same_input(context, order, "since it was planned: this would be another result than that of its key")
+    _read_code(context)
+    if context.is_main or context.code:  # which each process reads for itself
+        with context.busy("looking at its inputs"):
+            _require_same_input(context, order, "since it was planned: this would be another result than its key says")
     if not (folder / CHECKPOINTS).exists():  # it begins anew; who has looked for checkpoints knows better
         context.rewind(-1)
     with ExitStack() as deferred:
@@ -249,12 +252,24 @@ def _require_parents(store: Store, order: dict[str, Any], ordering: Collection[s
             )
 
 
+def _read_code(context: StageContext) -> None:
+    """What judges all along is the text that the key is of, whatever is edited meanwhile."""
+    from alignment.config.reward_terms import Python
+
+    if "reward" not in context.settings.groups:
+        return
+    for term in context.experiment.reward.read(context.settings.compares).terms.values():
+        if isinstance(term, Python):
+            with suppress(OSError):  # told where it is needed
+                context.code[Path(term.source.path)] = Path(term.source.path).read_bytes()
+
+
 def _require_same_input(context: StageContext, order: dict[str, Any], since: str) -> None:
     """A file that was edited meanwhile must not lie in the store under the digest of what it was before."""
     from alignment.pipeline.identity import difference, one_look, stage_identity
 
     parents = {role: parent["key"] for role, parent in order["parents"].items()}
-    with one_look(context.read):
+    with one_look({path: hashlib.sha256(text).hexdigest() for path, text in context.code.items()}):
         now = stage_identity(context.experiment, context.settings, parents)
     if digest(now) != order["key"]:
         place, before, after = difference(order["identity"], now)

@@ -301,13 +301,15 @@ def test_what_decides_a_metric_is_told_of_configs_that_nobody_has_validated() ->
     model = {"kind": "model", "roles": "reward_model", "weight": 1.0}
     nodes = {
         "rm": {"stage": "rm", "inputs": {"model": "on"}}, "on": {"stage": "on", "inputs": {"model": "start"}},
-        "eval": {"stage": "eval", "inputs": {"reward_model": "rm", "model": 3}}, "odd": 3, "other": {"stage": "none"},
+        "eval": {"stage": "eval", "inputs": {"reward_model": "rm", "model": 3, 4: "on"}}, "odd": 3,
+        "other": {"stage": "none"},
     }  # fmt: skip
     stages = {"rm": {"kind": "reward_model"}, "on": {"kind": "rloo"}, "eval": {"kind": "evaluate"}, "odd": None}
     config = {"reward": {"terms": {"m": model, "odd": None}}, "pipeline": {"nodes": nodes}, "stage": stages}
     assert deciding(["reward.comparison.model", "reward.comparison"], "reward", config) is None
     assert deciding(["reward.terms.other.low"], "m", config) == "reward.terms.other.low", "RLOO was taught by it"
     assert deciding(["stage.on.beta", "stage.on.epochs"], "m", config) == "stage.on.epochs"
+    assert deciding(["reward.terms.m.timeout_s", "reward.max_failed_share"], "m", config) is None
     assert deciding(["pipeline.nodes.rm.inputs.model"], "reward", config) == "pipeline.nodes.rm.inputs.model"
     for empty in ({}, {"reward": None}, {"reward": {"terms": {"m": model}}, "pipeline": [1], "stage": None}):
         assert deciding(["stage.rm.epochs"], "reward", empty) is None

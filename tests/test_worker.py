@@ -24,6 +24,7 @@ from alignment.errors import InputError, LostError, MachineError, PreemptedError
 from alignment.files import digest
 from alignment.pipeline.identity import stage_identity
 from alignment.pipeline.store import Store
+from alignment.rewards import Judge
 from alignment.signals import PASSED_ON, SIGNALS, Listener, Stopped
 from tests.conftest import fill
 
@@ -210,11 +211,31 @@ def test_a_file_that_was_edited_meanwhile_is_named(tmp_path: Path) -> None:
     settings = experiment.stage["prepare_sft"]
     told = stage_identity(experiment, settings, {"model": "ab"})
     order = {"key": digest(told), "identity": told, "name": "rows", "parents": {"model": {"key": "ab"}}}
-    context: Any = SimpleNamespace(experiment=experiment, settings=settings, read={})
+    context: Any = SimpleNamespace(experiment=experiment, settings=settings, code={})
     worker._require_same_input(context, order, "while it ran")
     data.write_text("another")
     said = r"stage rows: `data\.source` \(\w{12}, now \w{12}\) changed while it ran \(run the same command again"
     with pytest.raises(InputError, match=said):
         worker._require_same_input(context, order, "while it ran")
-    context.read[data] = told["groups"]["data"]["source"]["sha256"]
+    context.code[data] = b"a"
     worker._require_same_input(context, order, "while it ran")
+
+
+def test_code_is_read_once_before_all_else(tmp_path: Path) -> None:
+    """By each process for itself: one that reads another text than the key is of is refused."""
+    own = tmp_path / "own.py"
+    own.write_text("def reward(prompts, answers, rows):\n    return [1.0] * len(answers)\n")
+    experiment = compose(["pipeline=sft_rloo", "reward=python", f"reward.terms.own.source.path={own}"])
+    settings = experiment.stage["evaluate"]
+    told = stage_identity(experiment, settings, {"model": "ab"})
+    order = {"key": digest(told), "identity": told, "name": "evaluate", "parents": {"model": {"key": "ab"}}}
+    first, second = (SimpleNamespace(experiment=experiment, settings=settings, code={}) for _ in range(2))
+    worker._read_code(first)  # type: ignore[arg-type]
+    own.write_text("def reward(prompts, answers, rows):\n    return [-1.0] * len(answers)\n")
+    worker._read_code(second)  # type: ignore[arg-type]
+    worker._require_same_input(first, order, "while it ran")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"`reward\.terms\.own\.source` .* changed since it was planned"):
+        worker._require_same_input(second, order, "since it was planned")  # type: ignore[arg-type]
+    judge = Judge(experiment.reward, {}, code=first.code)
+    row = {"prompt": [{"role": "user", "content": "Why?"}]}
+    assert [score["reward"] for score in judge.score([row], ["so"])] == [1.0]

@@ -1,4 +1,5 @@
-"""What the command line gives and would be lost without a word: a key twice in one mapping, a setting nobody reads."""
+"""What the command line gives and would be lost without a word: a key twice in one mapping, a setting that nobody
+reads, that a later one overrules, or that only a sweep knows."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from alignment.config.schema import Experiment
 from alignment.config.settings import Settings
 from alignment.errors import ConfigError
 
-SEARCH = ("sweep", "hydra/sweeper", "hydra.sweeper.")  # settings of a sweeper
+SEARCH = ("hydra/sweeper", "hydra.sweeper.")  # how settings of a sweeper begin
+SWEEPS = {"hydra.mode=MULTIRUN"}  # as -m
 
 
 def refuse_twice(overrides: Iterable[str]) -> None:
@@ -32,9 +34,10 @@ def lost(overrides: Sequence[str], alone: bool) -> list[str]:
     for place, override in enumerate(overrides):
         key = override.partition("=")[0].lstrip("+")
         later = [one for one in overrides[place + 1 :] if one.partition("=")[0].lstrip("+") == key]
-        if "=" in override and later and later[-1] != override:
+        merged = later and later[-1].partition("=")[2].startswith("{")  # Hydra adds to what is there
+        if "=" in override and later and later[-1] != override and not merged:
             found.append(f"`{shown(override)}` counts for nothing: `{shown(later[-1])}` comes after it")
-        elif alone and key.startswith(SEARCH):
+        elif alone and (key == "sweep" or key.startswith(SEARCH)) and not SWEEPS & set(overrides):
             found.append(f"`{shown(override)}` is for a sweep, and without -m this is one run")
     return found
 

@@ -274,8 +274,8 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     }
     if prepared.form == "preference":
         count = len(train) + len(heldout) - len(without)
-        first = {"first_without": without[0]} if without and count else {}
-        report["margins"] = {"rows": count, "used": not without, **first}
+        one = {"one_without": without[0]} if without and count else {}
+        report["margins"] = {"rows": count, "used": not without, **one}
     write_json(folder / "data_report.json", report)
     trained = sum(_trained(example) for example in train)
     dropped = sum(prepared.tally.counts.values())

@@ -258,9 +258,8 @@ class Supervisor:
 
     def _hung(self, what: str) -> bool:
         """Have every process of this host write where it is, a stopped one too."""
-        with suppress(OSError, ValueError, AttributeError):  # a full disk has cut it short
-            if note := read_json(self._folder / "progress.json").get("note"):
-                what += f", in: {note}"
+        if note := (self._facts or {}).get("note"):
+            what += f", in: {note}"
         here = [beat for beat in self._beats.values() if beat.here and not beat.gone]
         files = {beat.rank: life.stacks(self._folder, beat.rank) for beat in here}
         sizes = {}

@@ -80,6 +80,8 @@ def deciding(keys: Sequence[str], metric: str, config: Row) -> str | None:
     idle = set(terms) - weighed if metric == "reward" else set(terms) - {metric}
     trainers = set(_trainers(config, [term for name, term in terms.items() if name not in idle]))
     for key, place in places.items():
+        if place.startswith("reward.") and place.rpartition(".")[2] in PATIENCE:
+            continue
         trains = any(_within(place, one) or _within(one, place) for one in trainers)
         if (trains or _says(place, metric, idle)) and not is_seed(place):
             return key
@@ -95,7 +97,7 @@ def _says(place: str, metric: str, idle: Collection[str]) -> bool:
         return False
     _, name, *setting = path
     weight_of_its_own = metric != "reward" and setting == ["weight"]
-    return name not in idle and metric in ("reward", name) and not weight_of_its_own and not PATIENCE & set(setting)
+    return name not in idle and metric in ("reward", name) and not weight_of_its_own
 
 
 def _within(place: str, whole: str) -> bool:
@@ -117,7 +119,7 @@ def _trainers(config: Row, terms: Sequence[Row]) -> Iterator[str]:
     open_, seen = list[str](), set[str]()
     for name in (name for name in nodes if kind_of(name) is Evaluate):
         for role, parent in mapping_at(nodes, name, "inputs").items():
-            if role.startswith(begins):
+            if str(role).startswith(begins):
                 yield f"pipeline.nodes.{name}.inputs.{role}"
                 open_.append(str(parent))
     while open_:
@@ -131,6 +133,7 @@ def _trainers(config: Row, terms: Sequence[Row]) -> Iterator[str]:
         yield f"pipeline.nodes.{name}"
         yield from (f"stage.{stage_of(name)}.{field}" for field in of_side("identity", kind))
         settings = mapping_at(stages, stage_of(name))
-        reward = "reward" if settings.get("judging") == "pairwise" else "reward.terms"
+        compares = settings.get("judging") == "pairwise" and mapping_at(config, "reward", "comparison")
+        reward = "reward.comparison" if compares else "reward.terms"
         data = f"data.{settings['dataset']}" if settings.get("dataset") else None
         yield from filter(None, ({"reward": reward, "data": data}.get(group, group) for group in kind.groups))

@@ -59,7 +59,8 @@ def own_settings(overrides: Sequence[str], given: Sequence[str]) -> str:
     """beta=0.1, seed=1: what a point was given, and its whole sweep was not. given: to the sweep, in other words
     perhaps: of the point Hydra has written 1e-4 as 0.0001."""
     common = [setting(one) for one in given]
-    settings = dict(setting(setting_without_secrets(one)) for one in overrides if setting(one) not in common)
+    mine = [one for one in overrides if setting(one) not in common]
+    settings = {setting(one)[0]: setting_without_secrets(one).partition("=")[2] for one in mine}
     return called(settings, short_names([*settings]))
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from alignment.pipeline.sweeps import FILE
 from alignment.reporting import words
 from alignment.reporting.gather import Row, is_run, read, tail
 from alignment.reporting.settings import called, short_names
-from alignment.reporting.sweep_files import read_sweep
+from alignment.reporting.sweep_files import is_name, read_sweep
 from alignment.reporting.targets import unreadable
 from alignment.reporting.words import DONE, error_text, finite
 
@@ -64,7 +63,7 @@ def read_runs(
     results = results or Results(store)
     jobs = jobs_of_runs(files, results, jobs_of)
     runs = [read_run(file, results, is_held, jobs) for file in files]
-    theirs = [run["sweep"] for run in runs if isinstance(run.get("sweep"), str)]
+    theirs = [run["sweep"] for run in runs if is_name(run.get("sweep"))]
     known = {sweep: results.sweep(sweep) for sweep in dict.fromkeys([*sweeps, *theirs])}
     runs = [_placed(run, known, sweeps) for run in runs]
     if folders is not None:
@@ -91,27 +90,28 @@ class Results:
 
     def record(self, key: str) -> Row | None:
         """{"seconds", "attempts"} of a committed result, else None."""
+        return _once(self._known, key, self._store.result(key) / "record.json", lambda: self._record(key))
 
-        def look() -> Row | None:
-            record = self._store.record(key)
-            return None if record is None else {name: record.get(name) for name in ("seconds", "attempts")}
-
-        return _once(self._known, key, self._store.result(key) / "record.json", look)
+    def _record(self, key: str) -> Row | None:
+        record = self._store.record(key)
+        return None if record is None else {name: record.get(name) for name in ("seconds", "attempts")}
 
     def sweep(self, name: str) -> Row:
         """{"launcher": of a sweep, "own": run -> in what the point differs from the others, in words}."""
         folder = self.root / "sweeps" / name
+        found = _once(self._sweeps, name, folder / FILE, lambda: _own_of(folder))
+        return found or {"launcher": None, "own": {}}
 
-        def look() -> Row | None:
-            with suppress(InputError):
-                told = read_sweep(folder)
-                points = {point["run"]: point["settings"] for point in told["points"] if point["run"]}
-                names = short_names(list({key: None for settings in points.values() for key in settings}))
-                own = {run: called(few, {key: names[key] for key in few}) for run, few in points.items()}
-                return {"launcher": told["launcher"], "own": own}
-            return None
 
-        return _once(self._sweeps, name, folder / FILE, look) or {"launcher": None, "own": {}}
+def _own_of(folder: Path) -> Row | None:
+    try:
+        told = read_sweep(folder)
+    except InputError:
+        return None
+    points = {point["run"]: point["settings"] for point in told["points"] if point["run"]}
+    names = short_names(list({key: None for settings in points.values() for key in settings}))
+    own = {run: called(few, {key: names[key] for key in few}) for run, few in points.items()}
+    return {"launcher": told["launcher"], "own": own}
 
 
 def _once(known: Known, name: str, file: Path, look: Callable[[], Row | None]) -> Row | None:
@@ -122,9 +122,9 @@ def _once(known: Known, name: str, file: Path, look: Callable[[], Row | None]) -
         return None
     mark = (now.st_ino, now.st_mtime_ns, now.st_size)
     before, told = known.get(name, (None, None))
-    if before != mark:
-        if (told := look()) is None:
-            return None
+    if before == mark:
+        return told
+    if (told := look()) is not None:
         known[name] = mark, told
     return told
 
@@ -141,8 +141,8 @@ def jobs_of_runs(
 
 def _placed(run: Row, known: Mapping[str, Row], asked: Sequence[str]) -> Row:
     """With what its sweep says of it: one that was asked for, else its own; of a run without a word of its own, any."""
-    own = run.get("sweep") if isinstance(run.get("sweep"), str) else None
-    few = [known[sweep] for sweep in [*asked, *([own] if own else known)]]
+    own = [run["sweep"]] if is_name(run.get("sweep")) else []
+    few = [known[sweep] for sweep in [*(own if {*own} & {*asked} else []), *asked, *(own or known)]]
     found = next((sweep for sweep in few if run["run"] in sweep["own"]), None)
     told = {**run, "own": found["own"][run["run"]] if found else ""}
     if found and found["launcher"] != "slurm" and run["state"] == "unreadable" and not Path(run["folder"]).exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from alignment.errors import ConfigError, InputError
 from alignment.pipeline.sweeps import FILE
@@ -65,9 +65,8 @@ def read_sweep(folder: Path) -> Row:
         raise InputError(
             "is no sweep.json that can be read", where=where, fix="the command of the sweep writes it anew"
         )
-    objective = [
-        one for one in told.get("objective") or [] if isinstance(one, dict) and isinstance(one.get("metric"), str)
-    ]
+    named = _listed(told.get("objective"))
+    objective = [one for one in named if isinstance(one, dict) and isinstance(one.get("metric"), str)]
     kept = {name: told.get(name) for name in ("created", "command", "launcher", "wandb_group")}
     return {
         "sweep": folder.name,
@@ -82,10 +81,19 @@ def point_of(point: Row) -> Row:
     """A point of sweep.json, with every part of it in its place."""
     run, settings = point.get("run"), point.get("settings")
     if not isinstance(settings, dict):
-        pairs = [text.split("=", 1) for text in point.get("overrides") or [] if isinstance(text, str) and "=" in text]
+        texts = [text for text in _listed(point.get("overrides")) if isinstance(text, str)]
+        pairs = [text.split("=", 1) for text in texts if "=" in text]
         settings = {key.lstrip("+"): value for key, value in pairs}
-    named = isinstance(run, str) and run not in ("", ".", "..") and "/" not in run
-    return {"run": run if named else None, "settings": _plain(settings), "pruned": point.get("pruned") is True}
+    return {"run": run if is_name(run) else None, "settings": _plain(settings), "pruned": point.get("pruned") is True}
+
+
+def is_name(value: Any) -> TypeGuard[str]:
+    """Whether it can be that of a run or a sweep, and of its folder."""
+    return isinstance(value, str) and value not in ("", ".", "..") and not {"/", "\0"} & set(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _plain(settings: Row) -> Row:

@@ -58,25 +58,23 @@ def run_or_sweep(name: str, store: Path, say: Callable[[str], None]) -> list[Pat
     return _points(sweep, store) if sweep.is_file() else [run_folder(name, store, say)]
 
 
-def run_folders(names: Sequence[str], store: Path) -> list[Path] | None:
-    """Folders of all runs that these names, or beginnings of names, of runs and sweeps mean. No names: None, for all.
+def meant(names: Sequence[str], store: Path) -> tuple[list[Path] | None, list[str]]:
+    """Folders of all runs that these names, or beginnings of names, of runs and sweeps mean, and the sweeps among them.
+    No names: None, for all.
 
     Raises ConfigError for a name that means nothing, InputError for one that means what cannot be read.
     """
     if not names:
-        return None
+        return None, []
     found: list[Path] = []
+    asked: list[str] = []
     for name in names:
         runs, sweeps = named(name, store)
         # A sweep is named as its runs are: who gives no more than that means them too.
         mine = [folder for folders in sweeps.values() for folder in folders] + runs
         found += whole(name, runs, sweeps) or mine
-    return list(dict.fromkeys(found))
-
-
-def sweeps_named(names: Sequence[str], store: Path) -> list[str]:
-    """The sweeps among what these names mean."""
-    return [sweep for name in names for sweep in named(name, store)[1]]
+        asked += sweeps
+    return list(dict.fromkeys(found)), asked
 
 
 def refuse_no_name(name: str) -> None:

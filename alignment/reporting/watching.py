@@ -15,6 +15,7 @@ from alignment.errors import MachineError
 from alignment.pipeline import ledger
 from alignment.pipeline.store import Store
 from alignment.reporting import jobs, queue, status
+from alignment.reporting.sweep_files import is_name
 from alignment.signals import Listener, Stopped
 
 EVERY = 2.0  # seconds between two looks at the store; SLURM is asked more seldom (jobs.py)
@@ -41,33 +42,33 @@ def look(store: Store, folders: Sequence[Path] | None, sweeps: Sequence[str] = (
 
 def watch(
     store: Store,
-    folders: Callable[[], Sequence[Path] | None],
+    meant: Callable[[], tuple[Sequence[Path] | None, Sequence[str]]],
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
-    sweeps: Sequence[str] = (),
 ) -> int:
     """Until all have ended: in a terminal the table, which changes; elsewhere a line for each stage that does. Returns
-    the exit code: 0 if all are done or pruned, else 1. folders: of the runs, as many as there are by now: a search
-    makes more of them."""
+    the exit code: 0 if all are done or pruned, else 1. meant: folders of the runs, as many as there are by
+    now, and sweeps: a search makes more of them."""
     console, said, look = Console(highlight=False), dict[str, str](), Look(store, clock)
     moving = console.is_terminal and not console.is_dumb_terminal
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            runs = look(folders(), sweeps)
+            folders, sweeps = meant()
+            runs = look(folders, sweeps)
             if moving:
                 live.update(queue.table(runs), refresh=True)
             else:
                 for line in queue.changes(runs, said):
                     queue.say(line)
-            if all(status.is_over(run) for run in runs) and not _has_command(store, runs):
+            if all(status.is_over(run) for run in runs) and not _has_command(store, runs, sweeps):
                 return int(any(run["state"] not in ("done", "pruned") for run in runs))
             sleep(EVERY)
 
 
-def _has_command(store: Store, runs: Sequence[dict[str, Any]]) -> bool:
+def _has_command(store: Store, runs: Sequence[dict[str, Any]], sweeps: Sequence[str]) -> bool:
     """Whether a command works on a sweep of theirs still, which may come to its next points in a moment."""
-    sweeps = {sweep for run in runs if isinstance(sweep := run.get("sweep"), str)}
-    return any(store.driver_lock(sweep).is_held() for sweep in sorted(sweeps))
+    theirs = {sweep for run in runs if is_name(sweep := run.get("sweep"))}
+    return any(store.driver_lock(sweep).is_held() for sweep in sorted({*theirs, *sweeps}))
 
 
 def until_done(

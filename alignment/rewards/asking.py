@@ -18,6 +18,7 @@ from alignment.files import digest, read_json, write_json
 from alignment.rewards.chat_client import Client, Request
 from alignment.rewards.term import Failed, Row
 
+SHOWN = 200  # characters of a reply of which nothing can be made
 KEPT = "replies"  # folder of what runs share
 Reply = str | Failed
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class Asker:
 
     def __init__(self, settings: ChatEndpoint, where: str, alive: Callable[[], None], shared: Path | None):
         self.settings, self.alive = settings, alive
-        self.client = Client(settings, where)
+        self.client, self._shown = Client(settings, where), False
         self.kept = Replies(shared / KEPT if shared is not None and settings.cache else None)
 
     def __call__(self, texts: Sequence[str | Failed], read: Callable[[str], T]) -> list[T | Failed]:
@@ -45,14 +46,22 @@ class Asker:
                 found[text] = value
 
         def take(text: str, reply: Reply) -> None:
-            found[text] = _read(reply, read)
-            if isinstance(reply, str) and not isinstance(found[text], Failed):
+            value = found[text] = _read(reply, read)
+            if isinstance(reply, str) and isinstance(value, Failed):
+                self._show(reply, value)
+            elif isinstance(reply, str):
                 self.kept.put(names[text], reply)
             self.alive()
 
         unknown = {text: request for text, request in asked.items() if text not in found}
         ask_all(self.client, unknown, self.settings.concurrency, take, self.alive)
         return [found[text] if isinstance(text, str) else text for text in texts]
+
+    def _show(self, reply: str, failed: Failed) -> None:
+        """The first in the stage's log, so that one sees whether the judge or the pattern is wrong."""
+        if not self._shown:
+            print(f"{self.client.where}: {failed}: {reply[:SHOWN]!r}", flush=True)
+        self._shown = True
 
     def _request(self, text: str) -> Request:
         """What is sent, but for the key."""

@@ -166,7 +166,7 @@ class Client:
     def _ended(self, why: str, gone: bool, odd: bool) -> MachineError:
         what = f"the endpoint has gone: it {why}"
         if not self.heard or not gone:
-            since = f"of the last {self.unanswered} questions" if self.heard else "that this attempt asked"
+            since = f"of the last {self.unanswered} questions" if self.heard else "of this attempt's questions"
             what = f"the endpoint {why}, and has answered none {since}"
         fix = "is it a chat endpoint, and its `url` right up to /v1?" if odd and not self.heard else UP
         return gone_for_now(what, self._place(), fix)

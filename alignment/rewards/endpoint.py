@@ -14,8 +14,6 @@ from alignment.rewards.asking import Asker, filled
 from alignment.rewards.patterns import last
 from alignment.rewards.term import Answer, Failed, Term, Value, worded
 
-SHOWN = 200  # characters of a reply that has no score
-
 
 def endpoint(settings: Endpoint, name: str, alive: Callable[[], None], shared: Path | None) -> Term:
     """name: of the term. alive is called after each reply. shared: where replies are kept, in a folder of their own.
@@ -23,21 +21,11 @@ def endpoint(settings: Endpoint, name: str, alive: Callable[[], None], shared: P
     Raises MachineError if the key is not there; a call does if nothing is to be had from the endpoint at all.
     """
     asker = Asker(settings, f"reward.terms.{name}", alive, shared)
-    pattern, shown = re.compile(settings.pattern, re.S), False
-
-    def read(reply: str) -> float:
-        nonlocal shown
-        try:
-            return score(reply, pattern, settings)
-        except Failed as failed:
-            if not shown:  # the first, so that one sees whether the judge or the pattern is wrong
-                print(f"reward.terms.{name}: {failed}: {reply[:SHOWN]!r}", flush=True)
-            shown = True
-            raise
+    pattern = re.compile(settings.pattern, re.S)
 
     def values(answers: Sequence[Answer]) -> list[Value]:
         texts = [filled(settings.prompt, answer.row, {"answer": answer.text}) for answer in answers]
-        return asker(texts, read)
+        return asker(texts, lambda reply: score(reply, pattern, settings))
 
     return worded(values)
 

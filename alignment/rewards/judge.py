@@ -38,6 +38,7 @@ class Means:
     folders: Sequence[Path]
     alive: Callable[[], None]
     shared: Path | None
+    code: Mapping[Path, bytes]
 
 
 class Judge:
@@ -46,7 +47,7 @@ class Judge:
 
     folders: term -> folders of its models, in the order of `sources()`, or `reads()`, of its settings. alive: called
     now and then while it scores, so that who watches over the process sees that it gets on. shared: a folder in which
-    what was answered by endpoints is kept.
+    what was answered by endpoints is kept. code: files that were read already.
     compare: (rows, first, second) -> which answers are better; None where the reward has no comparison.
     reward: as much of it as is asked (`Reward.read`).
     """
@@ -57,10 +58,11 @@ class Judge:
         folders: Mapping[str, Sequence[Path]],
         alive: Callable[[], None] = lambda: None,
         shared: Path | None = None,
+        code: Mapping[Path, bytes] | None = None,
     ):
         self.reward = reward
         self.compare = Comparer(reward.comparison, alive, shared) if reward.comparison is not None else None
-        means = {name: Means(name, folders.get(name, ()), alive, shared) for name in reward.terms}
+        means = {name: Means(name, folders.get(name, ()), alive, shared, code or {}) for name in reward.terms}
         self._unscaled = {n for n, t in reward.terms.items() if isinstance(t, kinds.Relevance) and t.normalise}
         self._watched = {name for name, term in reward.terms.items() if not term.weight}
         self.terms = {name: MAKERS[type(term)](term, means[name]) for name, term in reward.terms.items()}
@@ -150,7 +152,7 @@ MAKERS: dict[type[kinds.Term], Callable[[Any, Means], Term]] = {
     kinds.Instructions: lambda term, means: instructions(term),
     kinds.Answer: lambda term, means: answer(term),
     kinds.Model: lambda term, means: _model(term, means),
-    kinds.Python: lambda term, means: python(term, means.name, means.alive),
+    kinds.Python: lambda term, means: python(term, means.name, means.alive, means.code),
     kinds.Endpoint: lambda term, means: endpoint(term, means.name, means.alive, means.shared),
 }
 

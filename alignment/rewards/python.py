@@ -22,11 +22,11 @@ UNORDERED = (str, bytes, Mapping, Set)  # what can be gone through, but is no li
 BATCH = 32  # answers that it is given at once
 
 
-def python(settings: Python, name: str, alive: Callable[[], None]) -> Term:
-    """name: of the term. alive is called after each batch. Raises InputError if the file cannot be run, or does not
-    define the function."""
+def python(settings: Python, name: str, alive: Callable[[], None], code: Mapping[Path, bytes]) -> Term:
+    """name: of the term. alive is called after each batch. code: files that were read already. Raises InputError if the
+    file cannot be run, or does not define the function."""
     path = Path(settings.source.path)
-    function = _load(path, settings.function, name)
+    function = _load(path, settings.function, name, code.get(path))
 
     def some(answers: Sequence[Answer]) -> list[Value]:
         rows = [deepcopy(answer.row) for answer in answers]  # what it does to them is forgotten
@@ -91,14 +91,15 @@ def _text(how: Callable[[Any], str], value: Any) -> str:
         return type(value).__name__
 
 
-def _load(path: Path, function: str, name: str) -> Callable[..., Any]:
+def _load(path: Path, function: str, name: str, text: bytes | None) -> Callable[..., Any]:
     """Runs the file, from its text: nothing is written beside it, and no older compiled one is taken."""
     module = ModuleType(f"alignment_reward_{name}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look themselves up there
     try:
+        text = path.read_bytes() if text is None else text
         with _as_it_was():
-            exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
+            exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
         made: Callable[..., Any] = getattr(module, function)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error

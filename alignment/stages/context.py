@@ -46,7 +46,8 @@ class StageContext:
     stop: whether this process was asked to stop. deadline: time.monotonic() by which an attempt must have ended.
         A stage that can use several processes must look at it where all of them can; of others a request is raised.
     checkpoints: names of those that stay beside the result.
-    read: digests of files that were read once, as they were then; what becomes of them later changes nothing here.
+    code: files of code that the reward names, as they were when the stage began; what becomes of them later changes
+        nothing here. Of one that is not there it is read when it is needed.
     """
 
     name: str
@@ -63,7 +64,7 @@ class StageContext:
     stop: Listener = field(default_factory=Listener)
     deadline: float | None = None
     checkpoints: list[str] = field(default_factory=list)
-    read: dict[Path, str] = field(default_factory=dict)
+    code: dict[Path, bytes] = field(default_factory=dict)
     _ticks: int = 0
     _alone: int = 0
     _busy_until: float = 0.0

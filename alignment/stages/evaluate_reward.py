@@ -32,8 +32,8 @@ def run(context: StageContext) -> dict[str, Any]:
     rows, ids = _heldout(data), [row["id"] for row in rows_of(data, "heldout.jsonl")]
     members = {role: context.inputs[role] for role in MEMBERS if role in context.inputs}
     loss, margin = _trained(members)
-    if loss == "bce":
-        check_scores(data, *CHANCES)
+    if loss == "bce" and "completion_ids" in rows.column_names:  # else pairs
+        check_scores(data, "heldout", CHANCES)
     for folder in members.values():
         _check_same_text(folder / "model", data, rows)
     sides = ("chosen", "rejected") if "chosen_ids" in rows.column_names else ("completion",)

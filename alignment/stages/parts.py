@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignment.config.reward_terms import Python
 from alignment.errors import InputError
 from alignment.files import read_jsonl
-from alignment.pipeline.identity import content_digest
 from alignment.rewards import Judge
 from alignment.stages.context import StageContext
 
@@ -52,10 +50,4 @@ def judge_of(context: StageContext) -> Judge:
     for name, term in reward.terms.items():
         trained = [context.inputs[role] / "model" for role in term.reads(context.inputs)]
         folders[name] = [*map(fetch, term.sources()), *trained]
-    code = [Path(term.source.path) for term in reward.terms.values() if isinstance(term, Python)]
-    before = {path: content_digest(path) for path in code}
-    judge = Judge(reward, folders, context.alone, context.shared)
-    if path := next((path for path in code if content_digest(path) != before[path]), None):
-        raise InputError("changed while it was read", where=str(path), fix="run the same command again")
-    context.read |= before
-    return judge
+    return Judge(reward, folders, context.alone, context.shared, context.code)

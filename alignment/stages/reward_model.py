@@ -35,7 +35,9 @@ def _check_numbers(context: StageContext, settings: RewardModel) -> None:
     """Raises InputError for rows that lack a number which the loss needs, or have one that it cannot take."""
     data = context.inputs["data"]
     if settings.loss != "bradley_terry":
-        check_scores(data, *CHANCES if settings.loss == "bce" else ())
+        for split in ("train", "heldout"):  # the latter is what it will be measured by
+            if split == "train" or (data / split).is_dir():
+                check_scores(data, split, CHANCES if settings.loss == "bce" else None)
     elif settings.margin and (below := check_margins(data)) and context.is_main:
         context.warn(f"{below} pairs have a margin below 0: they may be ranked the other way round")
 

@@ -49,6 +49,8 @@ def test_a_setting_that_nothing_reads_is_told(overrides: list[str], told: list[s
     [
         (["loss=sigmoid", "loss=simpo"], True, ["`loss=sigmoid` counts for nothing: `loss=simpo` comes after it"]),
         (["loss=simpo", "loss=simpo", "~x", "~x"], True, []),
+        (["stage.sft.lora={rank: 5}", "stage.sft.lora={alpha: 7}"], True, []),  # merged
+        (["sweep=optuna_dpo", "hydra.mode=MULTIRUN"], True, []),
         (["+a=1", "a=2", "a.b=3"], False, ["`+a=1` counts for nothing: `a=2` comes after it"]),
         (["sweep=optuna_dpo"], True, ["`sweep=optuna_dpo` is for a sweep, and without -m this is one run"]),
         (["sweep=optuna_dpo", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=2"], False, []),

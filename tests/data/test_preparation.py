@@ -216,7 +216,7 @@ def test_margins_of_pairs_are_kept_where_all_have_one_and_counted_where_not(chat
             columns = datasets.load_from_disk(str(tmp_path / name / part)).column_names
             assert columns == ["prompt_ids", "chosen_ids", "rejected_ids", *(["margin"] if used else [])]
         assert read_json(tmp_path / name / "data_report.json")["margins"] == (
-            {"rows": 4, "used": True} if used else {"rows": 3, "used": False, "first_without": "rows.jsonl:2"}
+            {"rows": 4, "used": True} if used else {"rows": 3, "used": False, "one_without": "rows.jsonl:2"}
         )
 
 

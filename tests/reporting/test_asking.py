@@ -56,7 +56,7 @@ def store(tmp_path: Path, slurm: FakeSlurm) -> Path:
 
 
 def watch(store: Path, clock: Clock) -> int:
-    return watching.watch(Store(store), lambda: [store / "runs" / "run"], clock.sleep, clock)
+    return watching.watch(Store(store), lambda: ([store / "runs" / "run"], []), clock.sleep, clock)
 
 
 def enough() -> None:
@@ -167,7 +167,7 @@ def test_a_search_is_watched_between_its_trials_too_and_the_new_ones_with_it(
 
     clock.at(5 * MINUTES, another)
     clock.at(10 * MINUTES, driver.release)
-    assert watching.watch(Store(store), lambda: sorted((store / "runs").iterdir()), clock.sleep, clock) == 0
+    assert watching.watch(Store(store), lambda: (sorted((store / "runs").iterdir()), []), clock.sleep, clock) == 0
     assert clock.now == 10 * MINUTES
     assert "next  SFT  done" in capsys.readouterr().out
 
@@ -253,3 +253,13 @@ def test_logs_are_followed_twice_a_second_and_slurm_is_not(
     assert "the last" in capsys.readouterr().out
     assert clock.now <= 10 * MINUTES + 2.5 and set(clock.sleeps) == {0.5}
     assert len(slurm.calls("squeue")) <= 10 * 2 + 4
+
+
+def test_a_sweep_whose_command_has_not_come_to_a_point_yet_is_waited_for(store: Path, clock: Clock) -> None:
+    """Its runs have no folder that could say which sweep they are of."""
+    here, folders = Store(store), [store / "runs" / "not-begun"]
+    lock = here.driver_lock("mine-1234")
+    assert lock.acquire("mine-1234")
+    clock.at(6.0, lock.release)
+    assert watching.watch(here, lambda: (folders, ["mine-1234"]), clock.sleep, clock) == 1
+    assert clock.now == 6.0

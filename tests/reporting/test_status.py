@@ -160,8 +160,14 @@ def test_points_of_a_sweep_say_in_what_they_differ_and_those_not_begun_are_missi
     )
     assert [run["own"] for run in read_runs(tmp_path, lambda key: False)] == ["", "learning_rate=7"]
     shutil.rmtree(tmp_path / "sweeps")
-    in_sweep(tmp_path, "beta-0", ["odd"])
-    assert [run["own"] for run in read_runs(tmp_path, lambda key: False)] == ["", ""]
+    for odd in (["odd"], "a\0b", "../..", 3):
+        in_sweep(tmp_path, "beta-0", odd)
+        assert [run["own"] for run in read_runs(tmp_path, lambda key: False)] == ["", ""]
+    for odd_json in ({"points": [], "objective": 3}, {"points": [{"run": "beta-0", "overrides": 3}, 4]}, {"points": 5}):
+        (tmp_path / "sweeps" / "odd").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sweeps" / "odd" / "sweep.json").write_text(json.dumps(odd_json))
+        in_sweep(tmp_path, "beta-0", "odd")
+        assert [run["own"] for run in read_runs(tmp_path, lambda key: False)] == ["", ""]
 
 
 def test_a_sweep_of_many_points_is_read_once_a_change_and_says_few_lines(

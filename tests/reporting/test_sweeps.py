@@ -308,6 +308,7 @@ def test_what_all_points_were_given_is_no_point_s_own_however_hydra_writes_it() 
     of_point = ["stage.dpo.learning_rate=0.0001", "objective=[reward,kl]", "~x=null", "+a.b=True", "stage.dpo.beta=0.3"]
     assert own_settings(of_point, given) == "beta=0.3"
     assert own_settings([*of_point, "+stage.dpo.seed=1"], given) == "beta=0.3, seed=1"
+    assert own_settings(["hydra.sweeper.storage=mysql://me:secret@there/db"], []) == "storage=[removed]"
 
 
 def test_settings_are_told_apart_by_value_and_called_by_their_shortest_name() -> None:

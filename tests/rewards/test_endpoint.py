@@ -178,11 +178,11 @@ def test_a_key_that_is_not_there_or_is_none_is_told_by_the_name_of_its_variable(
 
 def test_an_endpoint_that_never_answered_ends_the_stage_for_now(server: Server) -> None:
     """Nothing listens at port 1; another attempt at the stage may find it up."""
-    with pytest.raises(MachineError, match=r"cannot be reached .*has answered none that this attempt asked") as error:
+    with pytest.raises(MachineError, match=r"cannot be reached .*has answered none of this attempt's q") as error:
         judge_at(1, retries=1).score([row()], ["a"])
     assert error.value.retry
     server.answer = lambda question, before: FLAKY["503"]
-    with pytest.raises(MachineError, match="answered with HTTP 503, and has answered none that this attempt asked"):
+    with pytest.raises(MachineError, match="answered with HTTP 503, and has answered none of this attempt's q"):
         judge_at(server.port).score([row()], ["a"])
 
 
@@ -192,11 +192,16 @@ def test_what_is_no_chat_endpoint_is_said_to_be_none(server: Server) -> None:
         judge_at(server.port, retries=0).score([row()], ["a"])
 
 
-def test_one_reply_without_a_score_is_shown(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_reply_without_a_score_is_shown(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.answer = lambda question, before: completion("I refuse, " * 100)
     judge_at(server.port, concurrency=1).score([row()] * 3, list("abc"))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("reward.terms.term: the judge's reply has no score: 'I refuse, I refuse, ")
+    server.answer = lambda question, before: completion("Score: 7")
+    judge_at(server.port, shared=tmp_path).score([row()], ["a"])
+    server.answer = lambda question, before: completion("worth 6")
+    judge_at(server.port, shared=tmp_path, pattern=r"worth (\d)").score([row()], ["a"])
+    assert capsys.readouterr().out == "", "one that is kept, and is asked for anew, is no failure"
     assert len(line) < 300
 
 

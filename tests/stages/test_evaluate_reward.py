@@ -125,6 +125,7 @@ def test_scores_are_compared_as_the_loss_meant_them(folder: Path, tmp_path: Path
         scores = {row["id"]: row["score"] for row in read_jsonl(folder / "scored" / "train.jsonl")}
         assert len(scores) == 14 and metrics["rows"] == len(rewards) == 10
         assert ("mse" in metrics) == (loss != "bradley_terry") and -1 <= metrics["spearman"] <= 1
+    assert "accuracy" in measure(folder, tmp_path / "out-pairs", "preference", tmp_path / "bce"), "which have no score"
 
 
 def test_margins_of_a_model_trained_to_keep_pairs_apart_are_taken_for_no_log_odds(folder: Path, tmp_path: Path) -> None:

@@ -161,11 +161,11 @@ def test_what_is_held_out_and_margins_below_0_are_looked_at_too(
         trained(tmp_path / "scores", start, [], loss="bce")
     trained(tmp_path / "pairs", start, [{**row, "margin": -1.0} for row in tiny.pair_rows(8)], margin=1.0, max_steps=1)
     assert "8 pairs have a margin below 0: they may be ranked the other way round" in capsys.readouterr().out
-    report = {"source": "pairs.jsonl", "margins": {"rows": 7, "used": False, "first_without": "pairs.jsonl:4"}}
+    report = {"source": "pairs.jsonl", "margins": {"rows": 7, "used": False, "one_without": "pairs.jsonl:4"}}
     (tmp_path / "few-rows").mkdir()
     Dataset.from_list(tiny.pair_rows(8)).save_to_disk(tmp_path / "few-rows" / "train")
     write_json(tmp_path / "few-rows" / "data_report.json", report)
-    with pytest.raises(InputError, match=r"`margin` is not of all .*: 7 have .*the first without is pairs\.jsonl:4"):
+    with pytest.raises(InputError, match=r"`margin` is not of all .*: 7 have .*one without is pairs\.jsonl:4"):
         trained(tmp_path / "few", start, [], margin=1.0)
 
 
