@@ -39,6 +39,7 @@ from alignment.config.redact import run_command
 from alignment.config.schema import Experiment
 from alignment.errors import AlignmentError, ConfigError
 from alignment.reporting import queue
+from alignment.reporting.settings import own_settings
 from alignment.search import OPTUNA, Search, learns
 
 
@@ -110,7 +111,7 @@ class Loader(ConfigLoaderImpl):
                 compose.validate(config, config.hydra)
             except ConfigError as error:
                 if not isinstance(error.__cause__, OmegaConfBaseException):  # such as ${hydra:job.num}: a job knows it
-                    raise Aside(error) from error
+                    raise Aside(_of_point(error, sweep_overrides, master_config)) from error
         return config
 
     def experiment(self, master_config: DictConfig, sweep_overrides: list[str], number: int) -> Experiment:
@@ -134,6 +135,14 @@ class Loader(ConfigLoaderImpl):
                 return compose.validate(config, HydraConfig.get())
             finally:
                 HydraConfig.instance().cfg = before
+
+
+def _of_point(error: ConfigError, overrides: list[str], master: DictConfig) -> ConfigError:
+    """Which of a sweep's points it is that cannot be. Of a search this is said beside it."""
+    given = as_given(master.hydra.overrides.task)
+    if learns(master) or not (own := own_settings(overrides, given)):
+        return error
+    return ConfigError(f"the point {own}: {error.what}", where=error.where, fix=error.fix)
 
 
 def main(arguments: list[str], execute: Execute, warn: bool = True) -> int:

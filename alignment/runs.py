@@ -85,6 +85,7 @@ class Session:
         if not self._warned and not (master is not None and search.learns(master)):  # whose next trials may read it
             queue.say_unread([unread(point.experiment, point.overrides) for point in points])
             self._warned = True
+        queue.say_alike(runs)
         self._meet(runs)
         if self._follower is not None:
             for run in runs:
@@ -282,7 +283,9 @@ def plan_sweep(
     with one_look():
         runs = [runner.Run(point.experiment, point.command) for point in points]
     _are_jobs(runs)
-    return sweeps.name_of(runs[0], given), runs, [unread(point.experiment, point.overrides) for point in points]
+    queue.say_alike(runs)
+    different = list({run.id: run for run in runs}.values())
+    return sweeps.name_of(runs[0], given), different, [unread(point.experiment, point.overrides) for point in points]
 
 
 def _settings(master: DictConfig) -> list[str]:

@@ -172,6 +172,9 @@ def test_a_sweep_is_planned_as_the_one_graph_that_run_would_make_of_it(tmp_path:
     assert (counts["start"], counts["sft"], counts["dpo"]) == (["import_model", "1"], ["sft", "2"], ["dpo", "4"])
     assert list(tmp_path.iterdir()) == []
 
+    alike = alignment("plan", "-m", *sweep, "tracking=none,wandb_offline", cwd=tmp_path)
+    assert "8 points are 4 runs: some differ in nothing that changes a result" in alike.stderr
+    assert re.search(r"4 runs, \d+ stages", alike.stdout)
     plan = json.loads(alignment("plan", *sweep, "-m", "--json", cwd=tmp_path).stdout)
     alignment("run", "-m", *sweep, "min_free_gb=1e9", cwd=tmp_path, code=4)
     told = json.loads(alignment("plan", "-m", *sweep, "min_free_gb=1e9", "--json", cwd=tmp_path).stdout)
@@ -233,7 +236,7 @@ def test_a_sweep_of_jobs_that_is_refused_is_none(tmp_path: Path) -> None:
         (["run", "experiment=quickstart", "seed=-1"], 2, "command line: `seed` should be greater than or equal to 0"),
         (["run", "stage.dpo.beta=strong"], 2, "command line: `stage.dpo.beta` should be a valid number, got 'strong'"),
         (["run", "launcher.kind=slrm"], 2, "`launcher.kind` should be one of 'local', 'torchrun', 'slurm', got 'slrm'"),
-        (["run", "-m", "seed=0,-1"], 2, "command line: `seed` should be greater than or equal to 0"),
+        (["run", "-m", "seed=0,-1"], 2, "command line: the point seed=-1: `seed` should be greater than or equal to 0"),
         (["run", "-m", "model=path", "model.source.path=/a,/b"], 3, "/a: no such file or folder"),
         (["run", "-m", "name=run-${hydra:job.num}", "seed=-2,-1"], 2, "command line: `seed` should be greater than"),
         (["run", "-m", "seed=range(0)"], 2, "the sweep has no points: `seed=range(0)` has no value"),
@@ -247,7 +250,7 @@ def test_a_sweep_of_jobs_that_is_refused_is_none(tmp_path: Path) -> None:
         (["run", "--ex", "x.pickle"], 2, "it loads a pickle"),
         (["run", "--config-name=mine"], 2, "the first config is conf/config.yaml"),
         (["run", "-cp", "."], 2, "the first config is conf/config.yaml"),
-        (["plan", "-m", "seed=0,-1"], 2, "command line: `seed` should be greater than or equal to 0"),
+        (["plan", "-m", "seed=0,-1"], 2, "command line: the point seed=-1: `seed` should be greater than or equal"),
         (["plan", "-m", "sweep=optuna_dpo"], 2, "there is no sweep to plan"),
         (["plan", "-m", "launcher=slurm", "launcher.processes=1", "store=a,b"], 2, "share one launcher and one store"),
         (["plan", "-m", "seed=0,1", "--show-scripts"], 2, "there are no scripts to show"),

@@ -143,7 +143,7 @@ def test_a_signal_to_a_rank_of_torchrun_that_still_starts_waits_for_it(
     assert not life.beats(work), "it has not shown life yet"
     early.signal(signal.SIGTERM)
     output = ended(driver, 75, 60)
-    assert "SIGTERM on rank 1: nothing was trained yet" in output
+    assert "SIGTERM on rank 1: nothing was made yet" in output
     forked(store, "run", *settings)
 
 

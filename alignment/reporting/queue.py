@@ -46,6 +46,12 @@ def note_lost(lines: Sequence[str]) -> None:
         note(f"warning: {line}")
 
 
+def say_alike(runs: Sequence[Run]) -> None:
+    """Points of a sweep that are one run: they stand for one, in its lists too."""
+    if (count := len({run.id for run in runs})) < len(runs):
+        note(f"{len(runs)} points are {count} run{'s' * (count > 1)}: some differ in nothing that changes a result")
+
+
 def say_unread(few: Sequence[Sequence[str]]) -> None:
     """few: of each point the settings that nothing of it reads; where another point reads one, all is well."""
     for key in few[0] if few else []:

@@ -107,7 +107,9 @@ def _read_point(point: Row, results: Results, is_held: Callable[[str], bool], jo
         return {**told, "state": "pruned", "note": run.get("pruned")}
     told.update(measured(stages, str(run.get("final") or "")))
     if not told.get("measured") and run["state"] == "done":
-        told["note"] = "its final model was not evaluated, or the evaluation cannot be read"
+        evaluated = any(stage.kind in (*EVALUATES, "compare") for stage in stages)
+        unread = "its evaluation cannot be read, or is of another model"
+        told["note"] = unread if evaluated else "its pipeline evaluates no model"
     return told
 
 

@@ -206,7 +206,7 @@ class Keeper:
         reasons = ranks.all_gather(self._why_stop())
         if any(reasons):
             newest = next(iter(self.checkpoints.found()), 0)
-            left = f"the checkpoint of step {newest} is kept" if newest else "nothing was trained yet"
+            left = f"the checkpoint of step {newest} is kept" if newest else "nothing was made yet"
             left += ", what was computed is kept" if kept else ""
             error = PreemptedError(f"{_reason(reasons)}: {left}")
             error.kept = kept

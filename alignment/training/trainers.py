@@ -114,8 +114,9 @@ class AlignedTrainer(Resumable):
             reason, attention = trial(plain, self.model_wrapped, min(self.branches, 2), precision, self.args.device)
         reason = next((one for one in all_gather(reason) if one), None)  # one that cannot, and nobody does
         if reason is not None and sequence.size() > 1:
-            what = f"packs alone can be shared by processes, and this model's rows are padded: {reason}"
-            raise ConfigError(what, where="engine.sequence_parallel", fix="engine.sequence_parallel=1")
+            what = f"this model's packs cannot be shared by processes: {reason}"
+            fix = "1, or, if it is their number, one that divides both heads and heads of keys"
+            raise ConfigError(what, where="engine.sequence_parallel", fix=fix)
         if reason is not None:
             self.say(f"rows are padded, not packed: {reason}")
             if self.packing.compile:

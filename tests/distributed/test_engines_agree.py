@@ -262,7 +262,7 @@ def test_those_who_share_packs_keep_reference_log_probs_once(four: Path) -> None
 def test_processes_that_cannot_share_the_heads_of_a_model_are_told(four: Path) -> None:
     for rank in range(4):
         said = (four / "heads" / f"error-{rank}.txt").read_text()
-        assert said.startswith("engine.sequence_parallel: packs alone can be shared by processes")
+        assert said.startswith("engine.sequence_parallel: this model's packs cannot be shared by processes: 4 ")
         assert "4 processes cannot share 4 heads and 2 of keys equally" in said
 
 

@@ -99,7 +99,7 @@ def test_a_pass_that_is_asked_to_stop_keeps_what_it_has_and_says_so(
         told(step, total, **facts)
 
     monkeypatch.setattr(context, "progress", progress)
-    with pytest.raises(PreemptedError, match="SIGTERM: nothing was trained yet") as stopped:
+    with pytest.raises(PreemptedError, match="SIGTERM: nothing was made yet") as stopped:
         dpo_stage.run(context)
     assert stopped.value.kept is True
     assert len(scored) == 16

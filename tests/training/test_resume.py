@@ -239,7 +239,7 @@ def test_asked_before_the_first_step_nothing_is_trained(tmp_path: Path) -> None:
     inputs = tiny.write_inputs(tmp_path, "dpo")
     context = tiny.context(tmp_path / "run", inputs, tiny.dpo(), tiny.engine())
     context.stop.asked = "SIGUSR1"
-    with pytest.raises(PreemptedError, match="SIGUSR1: nothing was trained yet") as stopped:
+    with pytest.raises(PreemptedError, match="SIGUSR1: nothing was made yet") as stopped:
         dpo.run(context)
     assert stopped.value.kept is False
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
