@@ -142,7 +142,9 @@ def _of_point(error: ConfigError, overrides: list[str], master: DictConfig) -> C
     given = as_given(master.hydra.overrides.task)
     if learns(master) or not (own := own_settings(overrides, given)):
         return error
-    return ConfigError(f"the point {own}: {error.what}", where=error.where, fix=error.fix)
+    told = ConfigError(f"the point {own}: {error.what}", where=error.where, fix=error.fix)
+    told.__cause__ = error.__cause__
+    return told
 
 
 def main(arguments: list[str], execute: Execute, warn: bool = True) -> int:

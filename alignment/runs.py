@@ -85,8 +85,9 @@ class Session:
         if not self._warned and not (master is not None and search.learns(master)):  # whose next trials may read it
             queue.say_unread([unread(point.experiment, point.overrides) for point in points])
             self._warned = True
-        queue.say_alike(runs)
         self._meet(runs)
+        if self._follower is None and not (master is not None and search.learns(master)):  # who may ask for one twice
+            queue.say_alike(runs)
         if self._follower is not None:
             for run in runs:
                 self._here(run)
@@ -284,8 +285,11 @@ def plan_sweep(
         runs = [runner.Run(point.experiment, point.command) for point in points]
     _are_jobs(runs)
     queue.say_alike(runs)
-    different = list({run.id: run for run in runs}.values())
-    return sweeps.name_of(runs[0], given), different, [unread(point.experiment, point.overrides) for point in points]
+    different: dict[Any, runner.Run] = {}
+    for run in runs:  # the first of those that are alike makes it
+        different.setdefault(run.place, run)
+    idle = [unread(point.experiment, point.overrides) for point in points]
+    return sweeps.name_of(runs[0], given), [*different.values()], idle
 
 
 def _settings(master: DictConfig) -> list[str]:

@@ -153,10 +153,7 @@ def _run(folder: Path, order: dict[str, Any], stop: Listener, pulse: Pulse, repl
         stage = importlib.import_module(f"alignment.stages.{context.settings.kind}")
     pulse.got_on = context.got_on
     _require_parents(store, order, context.settings.ordering, stop)
-    _read_code(context)
-    if context.is_main or context.code:  # which each process reads for itself
-        with context.busy("looking at its inputs"):
-            _require_same_input(context, order, "since it was planned: this would be another result than its key says")
+    _look_at_inputs(context, order)
     if not (folder / CHECKPOINTS).exists():  # it begins anew; who has looked for checkpoints knows better
         context.rewind(-1)
     with ExitStack() as deferred:
@@ -252,16 +249,22 @@ def _require_parents(store: Store, order: dict[str, Any], ordering: Collection[s
             )
 
 
-def _read_code(context: StageContext) -> None:
-    """What judges all along is the text that the key is of, whatever is edited meanwhile."""
+def _look_at_inputs(context: StageContext, order: dict[str, Any]) -> None:
+    """That they are those of the key. Code that judges is read here, once, by each process: what judges all along is
+    the text that the key is of, whatever is edited meanwhile. Raises InputError."""
     from alignment.config.reward_terms import Python
 
-    if "reward" not in context.settings.groups:
-        return
-    for term in context.experiment.reward.read(context.settings.compares).terms.values():
-        if isinstance(term, Python):
-            with suppress(OSError):  # told where it is needed
-                context.code[Path(term.source.path)] = Path(term.source.path).read_bytes()
+    if "reward" in context.settings.groups:
+        for term in context.experiment.reward.read(context.settings.compares).terms.values():
+            if isinstance(term, Python):
+                path = Path(term.source.path)
+                try:
+                    context.code[path] = path.read_bytes()
+                except OSError as error:
+                    raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    if context.is_main or context.code:
+        with context.busy("looking at its inputs"):
+            _require_same_input(context, order, "since it was planned: this would be another result than its key says")
 
 
 def _require_same_input(context: StageContext, order: dict[str, Any], since: str) -> None:

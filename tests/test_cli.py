@@ -175,6 +175,8 @@ def test_a_sweep_is_planned_as_the_one_graph_that_run_would_make_of_it(tmp_path:
     alike = alignment("plan", "-m", *sweep, "tracking=none,wandb_offline", cwd=tmp_path)
     assert "8 points are 4 runs: some differ in nothing that changes a result" in alike.stderr
     assert re.search(r"4 runs, \d+ stages", alike.stdout)
+    apart = alignment("plan", "-m", *sweep[:2], "store=a,b", cwd=tmp_path)
+    assert "are" not in apart.stderr and "4 runs" in apart.stdout, "each store has its own"
     plan = json.loads(alignment("plan", *sweep, "-m", "--json", cwd=tmp_path).stdout)
     alignment("run", "-m", *sweep, "min_free_gb=1e9", cwd=tmp_path, code=4)
     told = json.loads(alignment("plan", "-m", *sweep, "min_free_gb=1e9", "--json", cwd=tmp_path).stdout)

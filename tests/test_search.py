@@ -310,6 +310,7 @@ def test_what_decides_a_metric_is_told_of_configs_that_nobody_has_validated() ->
     assert deciding(["reward.terms.other.low"], "m", config) == "reward.terms.other.low", "RLOO was taught by it"
     assert deciding(["stage.on.beta", "stage.on.epochs"], "m", config) == "stage.on.epochs"
     assert deciding(["reward.terms.m.timeout_s", "reward.max_failed_share"], "m", config) is None
+    assert deciding(["reward.terms.url"], "reward", config) == "reward.terms.url", "a term of that name"
     assert deciding(["pipeline.nodes.rm.inputs.model"], "reward", config) == "pipeline.nodes.rm.inputs.model"
     for empty in ({}, {"reward": None}, {"reward": {"terms": {"m": model}}, "pipeline": [1], "stage": None}):
         assert deciding(["stage.rm.epochs"], "reward", empty) is None

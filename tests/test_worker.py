@@ -24,8 +24,9 @@ from alignment.errors import InputError, LostError, MachineError, PreemptedError
 from alignment.files import digest
 from alignment.pipeline.identity import stage_identity
 from alignment.pipeline.store import Store
-from alignment.rewards import Judge
 from alignment.signals import PASSED_ON, SIGNALS, Listener, Stopped
+from alignment.stages.context import StageContext
+from alignment.stages.parts import judge_of
 from tests.conftest import fill
 
 # What safetensors 0.8 raises on a full disk: a class of its own, the system's error number only in its text.
@@ -221,21 +222,29 @@ def test_a_file_that_was_edited_meanwhile_is_named(tmp_path: Path) -> None:
     worker._require_same_input(context, order, "while it ran")
 
 
-def test_code_is_read_once_before_all_else(tmp_path: Path) -> None:
-    """By each process for itself: one that reads another text than the key is of is refused."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_judges_by_the_code_of_the_key_or_not_at_all(rank: int, tmp_path: Path) -> None:
+    """It is read once, before anything else; one that reads another text is refused, and so is one that reads none."""
     own = tmp_path / "own.py"
     own.write_text("def reward(prompts, answers, rows):\n    return [1.0] * len(answers)\n")
     experiment = compose(["pipeline=sft_rloo", "reward=python", f"reward.terms.own.source.path={own}"])
     settings = experiment.stage["evaluate"]
     told = stage_identity(experiment, settings, {"model": "ab"})
     order = {"key": digest(told), "identity": told, "name": "evaluate", "parents": {"model": {"key": "ab"}}}
-    first, second = (SimpleNamespace(experiment=experiment, settings=settings, code={}) for _ in range(2))
-    worker._read_code(first)  # type: ignore[arg-type]
+
+    def process() -> Any:
+        common = {"experiment": experiment, "settings": settings, "inputs": {}, "key": order["key"], "name": "evaluate"}
+        return StageContext(**common, run="test", folder=tmp_path / "work", rank=rank, world_size=2)
+
+    (tmp_path / "work").mkdir()
+    first = process()
+    worker._look_at_inputs(first, order)
     own.write_text("def reward(prompts, answers, rows):\n    return [-1.0] * len(answers)\n")
-    worker._read_code(second)  # type: ignore[arg-type]
-    worker._require_same_input(first, order, "while it ran")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"`reward\.terms\.own\.source` .* changed since it was planned"):
-        worker._require_same_input(second, order, "since it was planned")  # type: ignore[arg-type]
-    judge = Judge(experiment.reward, {}, code=first.code)
+    worker._require_same_input(first, order, "while it ran")
     row = {"prompt": [{"role": "user", "content": "Why?"}]}
-    assert [score["reward"] for score in judge.score([row], ["so"])] == [1.0]
+    assert [score["reward"] for score in judge_of(first).score([row], ["so"])] == [1.0]
+    with pytest.raises(InputError, match=r"`reward\.terms\.own\.source` .* changed since it was planned"):
+        worker._look_at_inputs(process(), order)
+    own.unlink()
+    with pytest.raises(InputError, match=r"own\.py: cannot be read: No such file"):
+        worker._look_at_inputs(process(), order)

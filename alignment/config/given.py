@@ -16,7 +16,6 @@ from alignment.config.settings import Settings
 from alignment.errors import ConfigError
 
 SEARCH = ("hydra/sweeper", "hydra.sweeper.")  # how settings of a sweeper begin
-SWEEPS = {"hydra.mode=MULTIRUN"}  # as -m
 
 
 def refuse_twice(overrides: Iterable[str]) -> None:
@@ -30,16 +29,35 @@ def refuse_twice(overrides: Iterable[str]) -> None:
 
 def lost(overrides: Sequence[str], alone: bool) -> list[str]:
     """What of these settings counts for nothing, a line each. alone: for one run, no multirun."""
-    found = []
+    found, sweeps = [], "hydra.mode=MULTIRUN" in [one.lstrip("+") for one in overrides]  # as -m
     for place, override in enumerate(overrides):
         key = override.partition("=")[0].lstrip("+")
         later = [one for one in overrides[place + 1 :] if one.partition("=")[0].lstrip("+") == key]
-        merged = later and later[-1].partition("=")[2].startswith("{")  # Hydra adds to what is there
-        if "=" in override and later and later[-1] != override and not merged:
+        if "=" in override and later and later[-1] != override and not _merge(override, later[-1]):
             found.append(f"`{shown(override)}` counts for nothing: `{shown(later[-1])}` comes after it")
-        elif alone and (key == "sweep" or key.startswith(SEARCH)) and not SWEEPS & set(overrides):
+        elif alone and not sweeps and (key == "sweep" or key.startswith(SEARCH)):
             found.append(f"`{shown(override)}` is for a sweep, and without -m this is one run")
     return found
+
+
+def _merge(override: str, later: str) -> bool:
+    """Whether both give mappings that have nothing in common: Hydra adds to what is there."""
+    mine, theirs = ([*_mappings(one.partition("=")[2])] for one in (override, later))
+    return bool(mine and theirs) and not any(_share(one, other) for one in mine for other in theirs)
+
+
+def _share(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    both = [(one[key], other[key]) for key in one.keys() & other.keys()]
+    return any(not (isinstance(a, dict) and isinstance(b, dict)) or _share(a, b) for a, b in both)
+
+
+def _mappings(value: str) -> list[dict[Any, Any]]:
+    """The mapping that a value is, or those that are swept over; none if any of them is something else."""
+    try:
+        found = yaml.safe_load(re.sub(r":(?=\S)", ": ", f"[{value}]"))
+    except yaml.YAMLError:
+        return []
+    return found if all(isinstance(one, dict) for one in found) else []
 
 
 def _twice(value: str) -> Iterator[str]:

@@ -20,7 +20,8 @@ def check_margins(data: Path) -> int:
     where = str(_report(data).get("source") or data)
     if told.get("rows"):
         what = f"`margin` is not of all pairs: {told['rows']} have one"
-        raise InputError(what, where=where, fix=f"one without is {told.get('one_without')}")
+        one = f"one without is {told['one_without']}" if "one_without" in told else "data_report.json counts them"
+        raise InputError(what, where=where, fix=one)
     raise InputError("no pair has a `margin`", where=where, fix="the rows need one each, or margin=0.0")
 
 

@@ -75,6 +75,11 @@ class Run:
             ],
         }  # fmt: skip
 
+    @property
+    def place(self) -> tuple[Path, str]:
+        """Runs of one place are one: what their settings differ in changes no result."""
+        return self.store.root, self.id
+
     def belongs_to(self, sweep: str) -> None:
         self.sweep = self.state["sweep"] = sweep
 

@@ -80,7 +80,8 @@ def deciding(keys: Sequence[str], metric: str, config: Row) -> str | None:
     idle = set(terms) - weighed if metric == "reward" else set(terms) - {metric}
     trainers = set(_trainers(config, [term for name, term in terms.items() if name not in idle]))
     for key, place in places.items():
-        if place.startswith("reward.") and place.rpartition(".")[2] in PATIENCE:
+        *above, last = place.split(".")
+        if above[:1] == ["reward"] and above != ["reward", "terms"] and last in PATIENCE:  # else it is a term's name
             continue
         trains = any(_within(place, one) or _within(one, place) for one in trainers)
         if (trains or _says(place, metric, idle)) and not is_seed(place):

@@ -48,7 +48,7 @@ def note_lost(lines: Sequence[str]) -> None:
 
 def say_alike(runs: Sequence[Run]) -> None:
     """Points of a sweep that are one run: they stand for one, in its lists too."""
-    if (count := len({run.id for run in runs})) < len(runs):
+    if (count := len({run.place for run in runs})) < len(runs):
         note(f"{len(runs)} points are {count} run{'s' * (count > 1)}: some differ in nothing that changes a result")
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from alignment.config.redact import setting_without_secrets
+from alignment.config.redact import REMOVED, setting_without_secrets
 from alignment.files import canonical
 from alignment.pipeline.sweeps import setting
 
@@ -60,7 +60,7 @@ def own_settings(overrides: Sequence[str], given: Sequence[str]) -> str:
     perhaps: of the point Hydra has written 1e-4 as 0.0001."""
     common = [setting(one) for one in given]
     mine = [one for one in overrides if setting(one) not in common]
-    settings = {setting(one)[0]: setting_without_secrets(one).partition("=")[2] for one in mine}
+    settings = dict(setting(one) if setting_without_secrets(one) == one else (setting(one)[0], REMOVED) for one in mine)
     return called(settings, short_names([*settings]))
 
 

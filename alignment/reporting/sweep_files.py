@@ -14,6 +14,7 @@ from alignment.reporting.targets import refuse_no_name
 from alignment.reporting.words import finite, listed
 
 Row = dict[str, Any]
+LONGEST = 200  # bytes of a name; those of its files are a little longer, and may have 255
 OBJECTIVE = {"metric": "reward", "direction": "maximize"}
 
 
@@ -89,7 +90,9 @@ def point_of(point: Row) -> Row:
 
 def is_name(value: Any) -> TypeGuard[str]:
     """Whether it can be that of a run or a sweep, and of its folder."""
-    return isinstance(value, str) and value not in ("", ".", "..") and not {"/", "\0"} & set(value)
+    if not isinstance(value, str) or value in ("", ".", "..") or {"/", "\0"} & set(value):
+        return False
+    return len(value.encode(errors="replace")) <= LONGEST and value.isprintable()
 
 
 def _listed(value: Any) -> list[Any]:

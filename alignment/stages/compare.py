@@ -24,7 +24,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if "reward" not in comparison.metrics:
         what = "no prompt has an answer with a reward of every model: there is nothing to compare"
         raise InputError(what, where=context.name, fix="mend the reward: reward_failed of the evaluations counts them")
-    context.progress(1, 3, note="intervals")
+    context.progress(1, 3, note="intervals", force=True)
     table = comparison.table(settings.baseline)
     context.progress(2, 3, note="verdict")
     relevant = [name for name, term in context.experiment.reward.terms.items() if term.kind == "relevance"]

@@ -223,8 +223,8 @@ def test_a_save_that_never_ends_is_a_hang(kind: str, engine: str, what: str, mak
     case = make(kind, engine)
     rest = {"moment": what, "nth": 2, "do": "rest", "seconds": 1000}
     driver = case.run("engine.watchdog_s=5", code=0, faults=[Fault("at", rest, 0)])
-    note = r", in: saving step \d+" if what == "saving" else ""
-    assert re.search(rf"hung: no process has got on .*for \d+ s{note}; attempt 2", driver.told), driver.told
+    note = r", in: saving step \d+" + ("" if what == "saving" else "|")  # a slow disk may be at the one before still
+    assert re.search(rf"hung: no process has got on .*for \d+ s({note}); attempt 2", driver.told), driver.told
     assert case.outcomes() == ["lost", "done"]
     assert case.begun()[1] >= 1
     case.require_same()

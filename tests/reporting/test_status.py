@@ -160,7 +160,7 @@ def test_points_of_a_sweep_say_in_what_they_differ_and_those_not_begun_are_missi
     )
     assert [run["own"] for run in read_runs(tmp_path, lambda key: False)] == ["", "learning_rate=7"]
     shutil.rmtree(tmp_path / "sweeps")
-    for odd in (["odd"], "a\0b", "../..", 3):
+    for odd in (["odd"], "a\0b", "../..", 3, "\ud800", "x" * 5000):
         in_sweep(tmp_path, "beta-0", odd)
         assert [run["own"] for run in read_runs(tmp_path, lambda key: False)] == ["", ""]
     for odd_json in ({"points": [], "objective": 3}, {"points": [{"run": "beta-0", "overrides": 3}, 4]}, {"points": 5}):
