@@ -1,5 +1,5 @@
 """What the command line gives and would be lost without a word: a key twice in one mapping, a setting that nobody
-reads, that a later one overrules, or that only a sweep knows."""
+reads, or only a sweep, a choice that a later one replaces."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from alignment.config.paths import GROUPS
 from alignment.config.provenance import COMMAND_LINE
 from alignment.config.redact import setting_without_secrets as shown
 from alignment.config.schema import Experiment
@@ -28,36 +29,18 @@ def refuse_twice(overrides: Iterable[str]) -> None:
 
 
 def lost(overrides: Sequence[str], alone: bool) -> list[str]:
-    """What of these settings counts for nothing, a line each. alone: for one run, no multirun."""
+    """What of these settings counts for nothing, a line each: a choice that another one of its group replaces, as two
+    are not taken together. (Of a value that is given again the last counts, as scripts rely on.) alone: for one run, no
+    multirun."""
     found, sweeps = [], "hydra.mode=MULTIRUN" in [one.lstrip("+") for one in overrides]  # as -m
     for place, override in enumerate(overrides):
         key = override.partition("=")[0].lstrip("+")
         later = [one for one in overrides[place + 1 :] if one.partition("=")[0].lstrip("+") == key]
-        if "=" in override and later and later[-1] != override and not _merge(override, later[-1]):
+        if key.partition("@")[0] in GROUPS and later and later[-1] != override:
             found.append(f"`{shown(override)}` counts for nothing: `{shown(later[-1])}` comes after it")
         elif alone and not sweeps and (key == "sweep" or key.startswith(SEARCH)):
             found.append(f"`{shown(override)}` is for a sweep, and without -m this is one run")
     return found
-
-
-def _merge(override: str, later: str) -> bool:
-    """Whether both give mappings that have nothing in common: Hydra adds to what is there."""
-    mine, theirs = ([*_mappings(one.partition("=")[2])] for one in (override, later))
-    return bool(mine and theirs) and not any(_share(one, other) for one in mine for other in theirs)
-
-
-def _share(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    both = [(one[key], other[key]) for key in one.keys() & other.keys()]
-    return any(not (isinstance(a, dict) and isinstance(b, dict)) or _share(a, b) for a, b in both)
-
-
-def _mappings(value: str) -> list[dict[Any, Any]]:
-    """The mapping that a value is, or those that are swept over; none if any of them is something else."""
-    try:
-        found = yaml.safe_load(re.sub(r":(?=\S)", ": ", f"[{value}]"))
-    except yaml.YAMLError:
-        return []
-    return found if all(isinstance(one, dict) for one in found) else []
 
 
 def _twice(value: str) -> Iterator[str]:

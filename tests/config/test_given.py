@@ -49,13 +49,13 @@ def test_a_setting_that_nothing_reads_is_told(overrides: list[str], told: list[s
     [
         (["loss=sigmoid", "loss=simpo"], True, ["`loss=sigmoid` counts for nothing: `loss=simpo` comes after it"]),
         (["loss=simpo", "loss=simpo", "~x", "~x"], True, []),
-        (["stage.sft.lora={rank: 5}", "stage.sft.lora={alpha: 7}"], True, []),  # merged
-        (["a={b:{x:1}}", "a={b:{y:2},c:3}"], True, []),
-        (["a={b:1}", "a={b:2}"], True, ["`a={b:1}` counts for nothing: `a={b:2}` comes after it"]),
-        (["a=b", "a={b:2}"], True, ["`a=b` counts for nothing: `a={b:2}` comes after it"]),
-        (["a={b:1}", "a={c:1},{b:2}"], False, ["`a={b:1}` counts for nothing: `a={c:1},{b:2}` comes after it"]),
+        (["stage.sft.seed=1", "stage.sft.seed=2", "a={b: 1}", "a={c: 2}"], True, []),
+        (
+            ["data@data.rows=a", "data@data.other=b", "+reward=length", "reward=format"],
+            False,
+            ["`+reward=length` counts for nothing: `reward=format` comes after it"],
+        ),
         (["sweep=optuna_dpo", "++hydra.mode=MULTIRUN"], True, []),
-        (["+a=1", "a=2", "a.b=3"], False, ["`+a=1` counts for nothing: `a=2` comes after it"]),
         (["sweep=optuna_dpo"], True, ["`sweep=optuna_dpo` is for a sweep, and without -m this is one run"]),
         (["sweep=optuna_dpo", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=2"], False, []),
         (["hydra/sweeper=optuna"], True, ["`hydra/sweeper=optuna` is for a sweep, and without -m this is one run"]),
