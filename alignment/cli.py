@@ -327,7 +327,7 @@ def chat(arguments: list[str]) -> int:
 def export(arguments: list[str]) -> int:
     """Copy a run's model, or the adapter that made it, out of the store, to a folder that any tool can load."""
     parser = _parser("export", "alignment export <run> <folder> [--stage STAGE] [--adapter]", export)
-    parser.add_argument("run", help="a run's name, its beginning, or its folder")
+    parser.add_argument("run", help="a run's name, its beginning if no other run has it, or its folder")
     parser.add_argument("folder", type=Path, help="where to: a folder that is not there yet, or is empty")
     parser.add_argument("--stage", help="of which stage; none = the run's final model")
     parser.add_argument("--adapter", action="store_true", help="PEFT's adapter in the place of the merged model")

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from alignment import worker
 from alignment.config.compose import compose
+from alignment.config.schema import Experiment
 from alignment.errors import InputError, LostError, MachineError, PreemptedError
 from alignment.files import digest
 from alignment.pipeline.identity import stage_identity
@@ -205,17 +206,21 @@ def test_a_work_folder_that_was_emptied_is_no_result(tmp_path: Path) -> None:
         worker.require_whole(tmp_path)
 
 
+def ordered(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """What a driver orders of a stage, as its files are now."""
+    told = stage_identity(experiment, experiment.stage[stage], {"model": "ab"})
+    return {"key": digest(told), "identity": told, "name": stage, "parents": {"model": {"key": "ab"}}}
+
+
 def test_a_file_that_was_edited_meanwhile_is_named(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("a")
     experiment = compose(["experiment=quickstart", "data=path", f"data.instructions.source.path={data}"])
-    settings = experiment.stage["prepare_sft"]
-    told = stage_identity(experiment, settings, {"model": "ab"})
-    order = {"key": digest(told), "identity": told, "name": "rows", "parents": {"model": {"key": "ab"}}}
-    context: Any = SimpleNamespace(experiment=experiment, settings=settings, code={})
+    order = ordered(experiment, "prepare_sft")
+    context: Any = SimpleNamespace(experiment=experiment, settings=experiment.stage["prepare_sft"], code={})
     worker._require_same_input(context, order, "while it ran")
     data.write_text("another")
-    said = r"stage rows: `data\.source` \(\w{12}, now \w{12}\) changed while it ran \(run the same command again"
+    said = r"stage prepare_sft: `data\.source` \(\w{12}, now \w{12}\) changed while it ran \(run the same command again"
     with pytest.raises(InputError, match=said):
         worker._require_same_input(context, order, "while it ran")
     context.code[data] = b"a"
@@ -228,13 +233,13 @@ def test_each_process_judges_by_the_code_of_the_key_or_not_at_all(rank: int, tmp
     own = tmp_path / "own.py"
     own.write_text("def reward(prompts, answers, rows):\n    return [1.0] * len(answers)\n")
     experiment = compose(["pipeline=sft_rloo", "reward=python", f"reward.terms.own.source.path={own}"])
-    settings = experiment.stage["evaluate"]
-    told = stage_identity(experiment, settings, {"model": "ab"})
-    order = {"key": digest(told), "identity": told, "name": "evaluate", "parents": {"model": {"key": "ab"}}}
+    order = ordered(experiment, "evaluate")
 
-    def process() -> Any:
-        common = {"experiment": experiment, "settings": settings, "inputs": {}, "key": order["key"], "name": "evaluate"}
-        return StageContext(**common, run="test", folder=tmp_path / "work", rank=rank, world_size=2)
+    def process() -> StageContext:
+        return StageContext(
+            name="evaluate", run="test", key=order["key"], folder=tmp_path / "work", rank=rank, world_size=2,
+            settings=experiment.stage["evaluate"], experiment=experiment, inputs={},
+        )  # fmt: skip
 
     (tmp_path / "work").mkdir()
     first = process()

@@ -47,7 +47,7 @@ class StageContext:
         A stage that can use several processes must look at it where all of them can; of others a request is raised.
     checkpoints: names of those that stay beside the result.
     code: files of code that the reward names, as they were when the stage began; what becomes of them later changes
-        nothing here. Of one that is not there it is read when it is needed.
+        nothing here. A file that is not among them is read when it is needed.
     """
 
     name: str
