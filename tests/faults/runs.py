@@ -31,6 +31,7 @@ CUTTING = ("zero2", "zero3")
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
 STEPS = 6
 PATIENCE = 240  # seconds; whatever takes longer hangs
+OF_THE_DISK = {"saving", "committing", "removing", "fsync", "rename", "replace"}  # moments: the faster it is, the more
 ATTEMPT = re.compile(r"^--- attempt (\d+), ", re.MULTILINE)  # in log.txt
 DIFFERENT = ("time", "tokens_per_s")  # of two runs that are alike
 CONF = Path(__file__).with_name("conf")
@@ -158,6 +159,8 @@ class Case:
     started: list[Driver] = field(default_factory=list)
 
     def start(self, *settings: str, faults: Sequence[Fault] = (), **environment: str) -> Driver:
+        if any(fault.options.get("moment") in OF_THE_DISK and fault.options["do"] != "rest" for fault in faults):
+            faults = [Fault("keep_up"), *faults]  # or that moment might not come for the nth time
         order = Order(
             ["run", *self.arguments(*settings)],
             self.folder / f"told-{len(self.started)}.txt",
