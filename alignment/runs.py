@@ -47,6 +47,7 @@ class Session:
     def __init__(self, stop: Listener, wait: bool, arguments: Sequence[str]):
         self._stop, self._wait, self._arguments = stop, wait, arguments
         self._sweep: sweeps.Sweep | None = None
+        self._local = False  # its stages run here
         self._trials = pruning.Trials(queue.say)
         self._failed: dict[str, AlignmentError] = {}  # stages that are not tried again for the next point
         self._errors: dict[str, AlignmentError] = {}  # points that failed
@@ -113,6 +114,8 @@ class Session:
     def finish(self) -> None:
         """Raises the failure of the only run, or what became of the points of a sweep."""
         errors = list(self._errors.values())
+        if self._sweep is not None and self._local:
+            queue.say_ended(self._sweep.id, self._count, len(errors), len(self._pruned))
         if not errors:
             return
         first = errors[0]
@@ -145,6 +148,9 @@ class Session:
             looked_at = search.objective(master, runs[0].experiment)
             self._sweep = sweeps.Sweep(_settings(master), self._arguments, looked_at)
         self._sweep.add([(run, point.overrides) for run, point in zip(runs, points, strict=True)], write)
+        if write and not self._local:  # of jobs it is said with their numbers
+            queue.say_begun(self._sweep.id)
+            self._local = True
         for run in runs:
             self._trials.add(run)
         return self._sweep.id

@@ -70,7 +70,8 @@ def first_fault(error: ValidationError, origin: Origin) -> ConfigError:
         return ConfigError(what, where=where, fix="choose another pipeline, or leave it out")
     if fault["type"] == "union_tag_not_found":
         what = f"`{key}` is set, but nothing that is chosen brings its `kind`{more}"
-        return ConfigError(what, where=where, fix="choose what does, or leave it out")
+        without = f": '~{key}'" if where != COMMAND_LINE else ""
+        return ConfigError(what, where=where, fix=f"choose what does, or leave it out{without}")
     if fault["type"] == "union_tag_invalid":
         kinds, kind = context["expected_tags"], context["tag"]
         what = f"`{key}.kind` should be one of {kinds}, got {kind!r}{more}"

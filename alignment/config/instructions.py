@@ -86,7 +86,8 @@ def checks_of(value: Any) -> list[Check]:
     try:
         return CHECKS.validate_python(plain)
     except ValidationError as error:
-        fault = error.errors()[0]
+        # A key that is unknown often is the one that is missing, misspelt.
+        fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
         number, *path = fault["loc"]
         at = ".".join([f"checks[{number}]", *map(str, path[1:])])  # path[0] is the kind
         if fault["type"] == "union_tag_invalid":

@@ -25,6 +25,8 @@ ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
 PROGRESS_EVERY = 50  # rows
 WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
+LONG_PROMPT, LONG_ROW = "prompt longer than max_prompt_length", "longer than max_length"
+TOO_LONG = {LONG_PROMPT: "max_prompt_length", LONG_ROW: "max_length"}  # reason -> the limit
 HELD_OUT = "its first prompt is held out for evaluation"
 
 
@@ -92,7 +94,9 @@ def prepare(
         parts = split(fit, settings.splits, settings.seed, lambda reason, example: tally.add(reason, example.row))
     except InputError as error:
         what = f"{error.what} (of {len(rows)}: {tally})"
-        raise InputError(what, where=rows[0].file, fix="lower the stage's splits or raise its max_length") from None
+        limits = [name for reason, name in TOO_LONG.items() if reason in tally.counts]
+        fix = "lower the stage's splits" + (f" or raise its {' and '.join(limits)}" if limits else ", or mend the rows")
+        raise InputError(what, where=rows[0].file, fix=fix) from None
     return Prepared(form, len(rows), len(fit), parts, tally)
 
 
@@ -181,9 +185,9 @@ def _fit(row: Row, made: Example | Drop, settings: Prepare, seen: _Seen) -> Exam
         raise made
     over = None
     if made.prompt_tokens > settings.max_prompt_length:
-        over = f"prompt of {made.prompt_tokens} tokens", "prompt longer than max_prompt_length"
+        over = f"prompt of {made.prompt_tokens} tokens", LONG_PROMPT
     elif made.tokens > settings.max_length:
-        over = f"row of {made.tokens} tokens", "longer than max_length"
+        over = f"row of {made.tokens} tokens", LONG_ROW
     if over and settings.over_long == "error":
         limits = f"max_length is {settings.max_length}, max_prompt_length {settings.max_prompt_length}"
         raise InputError(f"{over[0]}: {limits}", where=row.where, fix="raise the limit, or set over_long: drop")

@@ -14,6 +14,7 @@ model is shown beside them and does not decide: it costs n answers where the can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def verdict(
     """{"verdict", "sentence", "reasons"} as in verdict.json. relevance: the metrics that the relevance gate watches.
     prompts: how many the reward is compared on. shown: models that are there to be seen, and do not
     decide."""
-    broken = [_stop_rate(comparison, candidate, limits)]
+    broken = [_stop_rate(comparison, candidate, limits, prompts)]
     broken += [_relevance(comparison, name, candidate, baseline, limits) for name in relevance]
     lowest = {name: comparison.difference(name, candidate, baseline).low for name in relevance}
     unshown = [name for name, low in lowest.items() if low < -limits.max_relevance_drop]
@@ -79,7 +80,8 @@ def verdict(
         word = "no measurable difference"
     because = _because(word, broken, gain, kept, unshown, limits)
     also = [model for model, d in versus.items() if d.low > 0] if word == "better" else []
-    sentence = f"{_claim(word, candidate, [baseline, *also])} on {prompts} held-out prompts: {because}."
+    claim, many = _claim(word, candidate, [baseline, *also]), "" if prompts == 1 else "s"
+    sentence = f"{claim} on {prompts} held-out prompt{many}: {because}."
     return {"verdict": word, "sentence": sentence, "reasons": [asdict(gate) for gate in (*broken, gain, *kept)]}
 
 
@@ -106,9 +108,11 @@ def _because(
     return ", ".join(gate.detail for gate in (gain, *kept, *broken))
 
 
-def _stop_rate(comparison: Comparison, candidate: str, limits: Limits) -> Gate:
-    rate = comparison.mean("stop_rate", candidate).mean
-    detail = f"{rate:.0%} of its answers end by themselves (at least {limits.min_stop_rate:.0%} asked)"
+def _stop_rate(comparison: Comparison, candidate: str, limits: Limits, prompts: int) -> Gate:
+    """prompts: how many the sentence says."""
+    rate, own = comparison.mean("stop_rate", candidate).mean, comparison.prompts("stop_rate")
+    which = "its answers" if own == prompts else f"its answers to {own}"
+    detail = f"{rate:.0%} of {which} end by themselves (at least {limits.min_stop_rate:.0%} asked)"
     return Gate("stop_rate", rate >= limits.min_stop_rate, detail)
 
 
@@ -120,4 +124,6 @@ def _relevance(comparison: Comparison, name: str, candidate: str, baseline: str,
 
 
 def _show(value: Interval, comparison: Comparison) -> str:
+    if value.low == -math.inf:
+        return f"{value.mean:+.2f} (on one prompt, which has no interval)"
     return f"{value.mean:+.2f} ({comparison.confidence:.0%} interval {value.low:+.2f} to {value.high:+.2f})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,11 +16,15 @@ BLOCK = 1 << 20  # values drawn at once: 16 MB
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the bounds of its confidence interval."""
+    """A mean and the bounds of its confidence interval; of what says nothing about how sure it is, infinite ones."""
 
     mean: float
     low: float
     high: float
+
+    def told(self) -> dict[str, float | None]:
+        """As results hold it: bounds that are not known are None."""
+        return {name: value if np.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def bootstrap_mean(values: Sequence[float], *, confidence: float, resamples: int, seed: int) -> Interval:
@@ -27,11 +32,13 @@ def bootstrap_mean(values: Sequence[float], *, confidence: float, resamples: int
 
     Each resample draws as many values as there are, with replacement; the bounds are quantiles of the resamples' means.
     Deterministic in seed. With fewer than about 20 values the interval is too narrow, and of equal values it has no
-    width: it says nothing about what was never seen. Raises ValueError without values.
+    width: it says nothing about what was never seen. One value has no bounds. Raises ValueError without values.
     """
     if not len(values):
         raise ValueError("no values")
     sample = np.asarray(values, dtype=np.float64)
+    if len(sample) == 1:
+        return Interval(float(sample[0]), -math.inf, math.inf)
     draw = np.random.default_rng(seed)
     block = max(1, BLOCK // len(sample))
     resampled = [
@@ -85,8 +92,8 @@ class Comparison:
                 "metric": metric,
                 "higher_is_better": self.better.get(metric, True),
                 "prompts": self.prompts(metric),
-                "values": {model: asdict(self.mean(metric, model)) for model in self.values},
-                "difference": {m: asdict(self.difference(metric, m, baseline)) for m in self.values if m != baseline},
+                "values": {model: self.mean(metric, model).told() for model in self.values},
+                "difference": {m: self.difference(metric, m, baseline).told() for m in self.values if m != baseline},
             }
             for metric in self.metrics
         ]

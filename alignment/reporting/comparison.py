@@ -280,10 +280,8 @@ def _leads(best: Row, content: Row) -> str:
     text = f"{words_of(name).title.lower()} {metric_value(name, value['mean'])}"
     over = f"{value['n']} seeds" if value["n"] > 1 else "one seed"
     measured = sum(group["standing"] != NOTHING for group in content["groups"])
-    broken = best["verdicts"].get("broken", 0)
     tied = [group for group in content["groups"] if group["standing"] == TIED]
-    whose = f"the verdict of {best['label']}" if tied else "its verdict"
-    warning = f", but {whose} is broken{_of(broken, value['n'])}" if broken else ""
+    warning = _broken(tied or [best])
     if measured < 2:
         return f"{best['label']} has {text} ({over}), and nothing to be compared with{warning}"
     if tied:
@@ -291,8 +289,17 @@ def _leads(best: Row, content: Row) -> str:
     return f"{best['label']} leads with {text} ({over}){warning}"
 
 
-def _of(count: int, all_: int) -> str:
-    return f" in {count} of {all_} seeds" if all_ > 1 else ""
+def _broken(best: list[Row]) -> str:
+    """A clause for those of the best whose verdict is that they are broken."""
+    found = [group for group in best if group["verdicts"].get("broken")]
+    if not found:
+        return ""
+    if len(found) > 1:
+        return f", but the verdicts of {'all of them' if len(found) == len(best) else _names(found, best)} are broken"
+    (group,) = found
+    runs, seeds = group["verdicts"]["broken"], sum(group["verdicts"].values())
+    whose = "its verdict" if len(best) == 1 else f"the verdict of {group['label']}"
+    return f", but {whose} is broken" + (f" in {runs} of {seeds} seeds" if seeds > 1 else "")
 
 
 def _others(known: list[Row]) -> list[str]:

@@ -46,6 +46,16 @@ def note_lost(lines: Sequence[str]) -> None:
         note(f"warning: {line}")
 
 
+def say_begun(sweep: str) -> None:
+    say(f"sweep {sweep}: {program('alignment')} status {sweep}")
+
+
+def say_ended(sweep: str, points: int, failed: int, pruned: int) -> None:
+    became = {"failed": failed, "stopped as hopeless": pruned, "done": points - failed - pruned}
+    told = ", ".join(f"{count} {word}" for word, count in became.items() if count)
+    say(f"sweep {sweep}: {points} point{'s' * (points > 1)}, {told}: {program('alignment')} compare {sweep}")
+
+
 def say_alike(runs: Sequence[Run]) -> None:
     """Points of a sweep that are one run: they stand for one, in its lists too."""
     if (count := len({run.place for run in runs})) < len(runs):

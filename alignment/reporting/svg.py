@@ -49,7 +49,11 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     largest = max((abs(v) for v in values), default=0.0)
     gap = min((b - a for a, b in pairwise(values)), default=largest) or 1.0
     if 0 < largest < 1e-2:
-        return ["0" if abs(v) < gap / 1e6 else f"{v:.0e}".replace("e-0", "e-").replace("-", MINUS) for v in values]
+        exact = (d for d in range(6) if all(abs(float(f"{v:.{d}e}") - v) < gap / 10 for v in values))
+        digits = next(exact, 6)
+        return [
+            "0" if abs(v) < gap / 1e6 else f"{v:.{digits}e}".replace("e-0", "e-").replace("-", MINUS) for v in values
+        ]
     if largest >= 10_000:
         return [f"{v / 1000:g}k".replace("-", MINUS) for v in values]
     decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
@@ -57,11 +61,11 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 
 
 def padded(values: Iterable[float], share: float = 0.06) -> tuple[float, float]:
-    """The range of the values with some air, never of zero width."""
+    """The range of the values with some air, never of zero width; below 0 only where a value is."""
     known = [v for v in values if math.isfinite(v)]
     low, high = min(known, default=0.0), max(known, default=1.0)
     air = (high - low) * share or max(abs(high) * 0.1, 0.5)
-    return low - air, high + air
+    return low - air if low < 0 else max(low - air, 0.0), high + air
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import ConfigError, InputError
-from alignment.files import listed
+from alignment.files import listed, read_json
 from alignment.pipeline.store import Store
 from alignment.pipeline.sweeps import FILE
 from alignment.reporting import words
@@ -141,10 +142,10 @@ def models(target: str, store: Path, compare: bool, say: Callable[[str], None]) 
     refuse_no_name(target)
     if compare and not (Path(target) / "run.json").is_file() and Path(target).is_dir():
         raise ConfigError("--compare needs a run: a model folder is one model", where=target, fix="leave out --compare")
-    if (Path(target) / "config.json").is_file():
-        return {Path(target).resolve().name: Path(target).resolve()}
-    if (Path(target) / "model" / "config.json").is_file():
-        return {Path(target).resolve().name: Path(target).resolve() / "model"}
+    for folder in (Path(target), Path(target) / "model"):
+        if (folder / "config.json").is_file():
+            _refuse_classifier(folder)
+            return {Path(target).resolve().name: folder.resolve()}
     if Path(target).is_dir() and not (Path(target) / "run.json").is_file():
         raise InputError("is neither a run nor a model folder (no config.json)", where=target)
     folder = run_folder(target, store, say)
@@ -158,6 +159,14 @@ def models(target: str, store: Path, compare: bool, say: Callable[[str], None]) 
     if not wanted:
         raise InputError(f"the run {folder.name} has no finished model yet", where=str(folder), fix="alignment status")
     return wanted
+
+
+def _refuse_classifier(folder: Path) -> None:
+    with suppress(OSError, ValueError, AttributeError, TypeError):  # whoever loads it says what is wrong with it
+        made_for = [str(name) for name in read_json(folder / "config.json").get("architectures") or []]
+        if any(name.endswith("ForSequenceClassification") for name in made_for):
+            what = f"is a {made_for[0]}, which judges and does not talk"
+            raise ConfigError(what, where=str(folder), fix="give a model that generates")
 
 
 def model_folders(state: dict[str, Any], store: Store) -> dict[str, Path]:

@@ -134,7 +134,7 @@ def _columns(widths: list[int]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for width in (2, *widths):
         table.add_column(min_width=width)
-    table.add_column()
+    table.add_column(overflow="fold")  # a path is of use only whole
     return table
 
 

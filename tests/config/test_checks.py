@@ -117,6 +117,20 @@ def test_an_impossible_setting_of_a_file_names_the_file_and_its_line(
     assert f"error: {own / 'mine.yaml'}:5: `stage.compare.candidate` names `dop`" in capsys.readouterr().err
 
 
+def test_a_setting_of_a_file_for_a_term_that_is_not_chosen_is_told_how_to_leave_it_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "experiment"
+    own.mkdir()
+    (own / "mine.yaml").write_text("# @package _global_\nreward:\n  terms:\n    relevance:\n      weight: 0.7\n")
+    mine = ["plan", "--config-dir", str(tmp_path), "experiment=mine", "reward=length", f"store={tmp_path / 'store'}"]
+    assert cli.main(mine) == 2
+    told = capsys.readouterr().err
+    assert f"{own / 'mine.yaml'}:4: `reward.terms.relevance` is set" in told
+    assert "(choose what does, or leave it out: '~reward.terms.relevance')" in told
+    assert cli.main([*mine, "~reward.terms.relevance"]) == 0
+
+
 def test_a_file_that_the_command_line_chooses_is_named_for_its_own_values(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +172,8 @@ OTHERS = {
     "pipeline=dpo stage.dpo.loss=hinge stage.dpo.label_smoothing=0.1": "is 0.1, and hinge smooths no labels (stage.dpo",
     "pipeline=dpo stage.dpo.loss=[sigmoid]": "`stage.dpo.loss` is neither a name nor names with weights (stage.dpo.los",
     "pipeline=sft_rloo loss=simpo": "command line: `stage.dpo` is set by loss=simpo, but the pipeline has no such st",
-    "experiment=rlhf reward=model": "`reward.terms.sentiment` is set, but nothing that is chosen brings its `kind` (ch",
+    "experiment=rlhf reward=model": None,
+    "reward=length +reward.terms.form.weight=1": "is chosen brings its `kind` (choose what does, or leave it out)",
     "experiment=rlhf pipeline=sft_grpo": "`pipeline.nodes.rloo` is set, but the pipeline has no such node; 1 more",
     "experiment=rlhf ~pipeline.nodes.best_of_n.inputs.reward_model": "and `best_of_n` no role `reward_model`",
 }

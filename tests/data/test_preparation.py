@@ -152,7 +152,7 @@ def test_too_few_rows_say_how_many_there_are_and_where_the_others_went(chat: Cha
         run(chat, values, heldout=1, prompts=1, train=2)
     assert str(caught.value) == (
         "rows.jsonl: 1 rows are fit to use, the splits ask for 1 held-out + 1 prompts + 2 train "
-        "(of 3: 1 duplicate prompt, 1 empty answer) (lower the stage's splits or raise its max_length)"
+        "(of 3: 1 duplicate prompt, 1 empty answer) (lower the stage's splits, or mend the rows)"
     )
     with pytest.raises(InputError, match="at least 1 train"):
         run(chat, values, heldout=1)

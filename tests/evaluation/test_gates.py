@@ -126,3 +126,20 @@ def test_every_verdict_is_one_sentence_with_numbers(arguments: dict[str, Any]) -
     assert "\n" not in sentence
     assert "10 held-out prompts" in sentence
     assert "%" in sentence
+
+
+def test_a_gain_on_one_prompt_is_no_measurable_difference_and_says_so() -> None:
+    """The others have no reward; that answers stop is known of all ten."""
+    none: list[float | None] = [None] * 9
+    values = {
+        "start": {"reward": [0.0, *none], "stop_rate": column(1.0)},
+        "dpo": {"reward": [9.0, *none], "stop_rate": column(1.0)},
+    }
+    comparison = Comparison(values, {}, 0.95, 100, 0)
+    found = gates.verdict(comparison, candidate="dpo", baseline="start", limits=LIMITS, relevance=(), prompts=1)
+    assert found["verdict"] == "no measurable difference"
+    assert found["sentence"] == (
+        "dpo is not shown to be better than start on 1 held-out prompt: "
+        "its reward differs by +9.00 (on one prompt, which has no interval) from start's (all above 0 asked), "
+        "100% of its answers to 10 end by themselves (at least 90% asked)."
+    )

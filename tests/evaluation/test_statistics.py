@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -27,6 +29,16 @@ def test_of_one_in_five_the_quantiles_are_those_of_the_binomial() -> None:
 
 def test_of_equal_values_the_interval_has_no_width() -> None:
     assert bootstrap_mean([3.0] * 9, **HOW) == Interval(3.0, 3.0, 3.0)
+
+
+def test_one_value_says_nothing_about_how_sure_it_is() -> None:
+    """No bounds, and None where results hold them: a single prompt is no interval without width."""
+    found = bootstrap_mean([10.0], confidence=0.95, resamples=100, seed=0)
+    assert (found.mean, found.low, found.high) == (10.0, -math.inf, math.inf)
+    assert found.told() == {"mean": 10.0, "low": None, "high": None}
+    values = {"start": {"reward": [1.0, None]}, "dpo": {"reward": [11.0, 3.0]}}
+    (row,) = Comparison(values, {}, 0.95, 100, 0).table("start")
+    assert row["prompts"] == 1 and row["difference"] == {"dpo": {"mean": 10.0, "low": None, "high": None}}
 
 
 def test_for_many_values_the_interval_is_that_of_the_normal_distribution() -> None:

@@ -25,6 +25,7 @@ def test_ticks_are_round_and_as_near_to_the_number_asked_for_as_can_be() -> None
 def test_tick_labels_have_equal_decimals_and_a_true_minus() -> None:
     assert tick_labels([-0.5, 0.0, 0.5]) == ["−0.5", "0.0", "0.5"]
     assert tick_labels([0.0, 5e-4, 1e-3]) == ["0", "5e−4", "1e−3"]
+    assert tick_labels([8.8e-6, 9e-6, 9.2e-6]) == ["8.8e−6", "9.0e−6", "9.2e−6"], "that tell them apart"
     assert tick_labels([0.0, 20_000.0]) == ["0k", "20k"]
 
 
@@ -37,6 +38,8 @@ def test_a_gap_breaks_the_line_and_markup_in_attributes_is_escaped() -> None:
     assert path([(0, 0), (1, 1), None, (3, 3)]) == "M0.0 0.0L1.0 1.0M3.0 3.0"
     assert tag("g", data_tip='"><script>') == '<g data-tip="&#34;&gt;&lt;script&gt;"></g>'
     assert padded([2.0, 2.0]) == (1.5, 2.5)
+    assert padded([0.0, 0.0]) == (0.0, 0.5), "a share of nothing is not drawn among shares below nothing"
+    assert padded([-1.0, 1.0]) == (-1.12, 1.12)
 
 
 def test_running_means_shrink_at_the_ends_and_keep_gaps() -> None:

@@ -153,6 +153,20 @@ def test_a_broken_winner_is_said_to_be_broken(tmp_path: Path) -> None:
     assert "(2 seeds), and nothing to be compared with, but its verdict is broken in 2 of 2 seeds" in told["conclusion"]
 
 
+def test_of_those_that_tie_all_that_are_broken_are_named(tmp_path: Path) -> None:
+    """Three that tie, of which one, two and all are broken."""
+    ends = {
+        1: ", but the verdict of beta=0.1 is broken.",
+        2: ", but the verdicts of beta=0.1 and beta=0.2 are broken.",
+        3: ", but the verdicts of all of them are broken.",
+    }
+    for broken, end in ends.items():
+        store = tmp_path / str(broken)
+        points = grid(store, {beta: [0.3] for beta in (0.1, 0.2, 0.3)[:broken]}, interval=0.1, verdict="broken")
+        points += grid(store, {beta: [0.3] for beta in (0.1, 0.2, 0.3)[broken:]}, interval=0.1)
+        assert content(store, points)["conclusion"].endswith(end)
+
+
 @pytest.mark.parametrize(
     ("points", "said"),
     [

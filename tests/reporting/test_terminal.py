@@ -71,6 +71,11 @@ def test_status_lists_states_times_and_keys(make_run: MakeRun) -> None:
     lines = written(screen).splitlines()
     assert lines[0].startswith("quickstart-1f0c9a2b  failed  4 min 57 s of work")
     assert lines[3].split()[:5] == ["sft", "done", "1", "min", "33"]
+    runs = read_runs(store, lambda key: False)
+    (node,) = [one for run in runs for one in run["nodes"] if one["name"] == "dpo"]
+    node["error"] = path = f"/a/{'long/' * 20}path"
+    terminal.show_runs(runs, store, narrow := console(width=80))
+    assert path in "".join(written(narrow).split()), "a path is shown whole"
     empty = console()
     terminal.show_runs([], store, empty)
     assert written(empty).startswith("no runs in")

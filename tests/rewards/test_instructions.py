@@ -112,6 +112,7 @@ WRONG = [
     ([{"kind": "words", "relation": "exactly"}], "checks[0].count: field required"),
     ([*FEW, {"kind": "words", "relation": "about", "count": 1}], "checks[2].relation: input should be 'exactly'"),
     ([{"kind": "json", "count": 1}], "checks[0].count: extra inputs are not permitted"),
+    ([{"kind": "words", "relation": "exactly", "cuont": 2}], "checks[0].cuont: extra inputs are not permitted"),
     ([{"kind": "include", "words": []}], "checks[0].words: list should have at least 1 item"),
 ]
 
