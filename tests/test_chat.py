@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment import chat, generation
+from alignment import chat, cli, generation
 from tests.conftest import write_tiny_model
 from tests.generation.conftest import sharpen
 
@@ -120,3 +120,12 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came() -> None:
         {"role": "assistant", "content": "Once upon"},
         {"role": "user", "content": "Go on"},
     ]
+
+
+def test_a_reward_model_s_folder_is_not_talked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (tmp_path, tmp_path / "model"):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+        assert cli.main(["chat", str(tmp_path), "--prompt", "hi"]) == 2
+        assert f"{folder}: is a LlamaForSequenceClassification, which judges and does" in capsys.readouterr().err
+        (folder / "config.json").unlink()

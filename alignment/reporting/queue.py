@@ -51,9 +51,9 @@ def say_begun(sweep: str) -> None:
 
 
 def say_ended(sweep: str, points: int, failed: int, pruned: int) -> None:
-    became = {"failed": failed, "stopped as hopeless": pruned, "done": points - failed - pruned}
-    told = ", ".join(f"{count} {word}" for word, count in became.items() if count)
-    say(f"sweep {sweep}: {points} point{'s' * (points > 1)}, {told}: {program('alignment')} compare {sweep}")
+    counts = {f"point{'s' * (points > 1)}": points, "failed": failed, "pruned": pruned}
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    say(f"sweep {sweep}: {told}: {program('alignment')} compare {sweep}")
 
 
 def say_alike(runs: Sequence[Run]) -> None:

@@ -107,28 +107,31 @@ def in_conf(file: str, beginning: str) -> str:
     return f"conf/{file}:{1 + next(i for i, line in enumerate(lines) if line.strip().startswith(beginning))}"
 
 
+def with_own(folder: Path, experiment: str) -> tuple[Path, list[str]]:
+    """The file of an experiment of one's own, and the command that plans it."""
+    file = folder / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(f"# @package _global_\n{experiment}")
+    return file, ["plan", "--config-dir", str(folder), "experiment=mine", f"store={folder / 'store'}"]
+
+
 def test_an_impossible_setting_of_a_file_names_the_file_and_its_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = tmp_path / "experiment"
-    own.mkdir()
-    (own / "mine.yaml").write_text("# @package _global_\nstage:\n  compare:\n    seed: 1\n    candidate: dop\n")
-    assert cli.main(["plan", "--config-dir", str(tmp_path), "experiment=mine"]) == 2
-    assert f"error: {own / 'mine.yaml'}:5: `stage.compare.candidate` names `dop`" in capsys.readouterr().err
+    file, plan = with_own(tmp_path, "stage:\n  compare:\n    seed: 1\n    candidate: dop\n")
+    assert cli.main(plan) == 2
+    assert f"error: {file}:5: `stage.compare.candidate` names `dop`" in capsys.readouterr().err
 
 
 def test_a_setting_of_a_file_for_a_term_that_is_not_chosen_is_told_how_to_leave_it_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = tmp_path / "experiment"
-    own.mkdir()
-    (own / "mine.yaml").write_text("# @package _global_\nreward:\n  terms:\n    relevance:\n      weight: 0.7\n")
-    mine = ["plan", "--config-dir", str(tmp_path), "experiment=mine", "reward=length", f"store={tmp_path / 'store'}"]
-    assert cli.main(mine) == 2
+    file, plan = with_own(tmp_path, "reward:\n  terms:\n    relevance:\n      weight: 0.7\n")
+    assert cli.main([*plan, "reward=length"]) == 2
     told = capsys.readouterr().err
-    assert f"{own / 'mine.yaml'}:4: `reward.terms.relevance` is set" in told
+    assert f"{file}:4: `reward.terms.relevance` is set" in told
     assert "(choose what does, or leave it out: '~reward.terms.relevance')" in told
-    assert cli.main([*mine, "~reward.terms.relevance"]) == 0
+    assert cli.main([*plan, "reward=length", "~reward.terms.relevance"]) == 0
 
 
 def test_a_file_that_the_command_line_chooses_is_named_for_its_own_values(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-import shutil
 from functools import reduce
 from pathlib import Path
 
@@ -65,27 +63,6 @@ def test_what_other_tools_call_a_setting_leads_to_one_that_is_there(ours: str) -
     first, _, below = ours.partition(".")
     stages = [stage for stage in STAGES.values() if first in stage.model_fields]
     assert stages and (not below or below in Kl.model_fields)
-
-
-SHOWN = re.compile(r"^    alignment (?:run|plan) (?!-m )((?:[^\n\\]|\\\n|\\.)+)", re.MULTILINE)  # -m: values are lists
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OWN = ("experiment=mine", "...", "--config-dir", "$")  # the reader's
-
-
-def test_every_command_of_the_documentation_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run each, as it is written; of the files that it names the code must be there."""
-    shutil.copy(ROOT / "tests" / "rewards" / "own_reward.py", tmp_path / "my_reward.py")
-    monkeypatch.chdir(tmp_path)
-    count = 0
-    for page in PAGES:
-        for written in SHOWN.findall(page.read_text()):
-            words = shlex.split(written.replace("\\\n", " "), comments=True)
-            settings = [word for word in words if not word.startswith("--")]
-            if not any(own in written for own in OWN):
-                compose(settings)
-                count += 1
-    assert count > 20
 
 
 def test_every_comparison_shows_the_best_of_several_answers() -> None:

@@ -1,0 +1,32 @@
+"""What README and docs tell people to type can be typed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from alignment.config.compose import compose
+
+SHOWN = re.compile(r"^    alignment (?:run|plan) (?!-m )((?:[^\n\\]|\\\n|\\.)+)", re.MULTILINE)  # -m: values are lists
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN = ("experiment=mine", "...", "--config-dir", "$")  # the reader's
+
+
+def test_every_run_of_the_documentation_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is written, sweeps aside; of the files that it names the code must be there."""
+    shutil.copy(ROOT / "tests" / "rewards" / "own_reward.py", tmp_path / "my_reward.py")
+    monkeypatch.chdir(tmp_path)
+    count = 0
+    for page in PAGES:
+        for written in SHOWN.findall(page.read_text()):
+            words = shlex.split(written.replace("\\\n", " "), comments=True)
+            settings = [word for word in words if not word.startswith("--")]
+            if not any(own in written for own in OWN):
+                compose(settings)
+                count += 1
+    assert count > 20
