@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from alignment.config.data_checks import Checks
+from alignment.config.paths import CONF
 from alignment.imports import kept
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", WANDB_SILENT="true")
@@ -30,6 +33,12 @@ def pytest_collection() -> Generator[None, object, object]:
     """It imports all that tests use."""
     with kept():
         return (yield)
+
+
+def default_checks(**changes: Any) -> Checks:
+    """Those of conf/, but for the share that may be dropped: rows of tests are mostly faulty on purpose."""
+    values = yaml.safe_load((CONF / "data/checks/default.yaml").read_text(encoding="utf-8"))
+    return Checks(**{**values, "max_dropped": 1.0, **changes})
 
 
 TEMPLATE = (

@@ -11,6 +11,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
+from alignment.config.data_checks import Checks
 from alignment.config.execution import Checkpoint, Engine, Pruning, Tracking
 from alignment.config.launchers import LocalLauncher, SlurmLauncher, TorchrunLauncher
 from alignment.config.patterns import NAME, RUN
@@ -93,6 +94,7 @@ class Experiment(Settings):
     pipeline: Pipeline = execution()
     model: Model = identity()
     data: dict[Annotated[str, Field(pattern=NAME)], Dataset] = identity()
+    checks: Checks = identity()
     stage: dict[Annotated[str, Field(pattern=NAME)], AnyStage] = identity()
     reward: Reward = identity()
     engine: Engine = execution()

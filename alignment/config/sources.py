@@ -59,8 +59,14 @@ class Model(Settings):
 
 
 class Dataset(Settings):
+    """columns: our key -> the rows' own column that stands for it. auto: each row's format by its keys."""
+
     source: Source = identity()
     format: Literal[
         "auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference", "unpaired", "scored"
     ] = identity()
+    columns: dict[str, str] = identity()
     limit: int | None = identity(gt=0)
+
+    def idle(self) -> frozenset[str]:
+        return frozenset(() if self.columns else {"columns"})

@@ -1,56 +1,113 @@
-"""What makes a row unfit for training, counted by reason; and splits that share no prompt."""
+"""What makes a row unfit for training, and what becomes of it; and splits that share no prompt."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from alignment.config.data_checks import FAULTS, Checks
 from alignment.config.stages.preparing import Splits
 from alignment.data.formats import Message
 from alignment.data.sources import Row
 from alignment.errors import InputError
 
-EXAMPLES = 5  # rows named per reason in the report
+EXAMPLES = 5  # rows named per fault in the report
 
 
 class Drop(Exception):
-    """This row cannot be trained on; the others can. reason: a short phrase, the same for every row it fits."""
+    """This row cannot be trained on; the others can. fault: of FAULTS. why: what of this row, if it says more."""
 
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+    def __init__(self, fault: str, why: str = ""):
+        super().__init__(fault, why)
+        self.fault, self.why = fault, why
+
+
+class Policy:
+    """What the settings say of each fault; kept: faults that the row at hand has and is trained on with."""
+
+    def __init__(self, checks: Checks):
+        self.checks, self.kept = checks, list[str]()
+
+    def meet(self, fault: str, row: Row, why: str = "") -> None:
+        """The row has the fault. Raises Drop or InputError unless it is kept."""
+        action = getattr(self.checks, fault, "drop")
+        if action == "error":
+            what = f"{fault}: {why or FAULTS[fault]}"
+            raise InputError(what, where=row.where, fix=f"mend the row, or set checks.{fault}=drop")
+        if action == "drop":
+            raise Drop(fault, why)
+        self.kept.append(fault)
+
+    def passed(self) -> list[str]:
+        """What was kept since the last call."""
+        kept, self.kept = self.kept, []
+        return kept
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that was left out, and why."""
+
+    row: Row
+    fault: str
+    why: str = ""
+
+    def told(self) -> dict[str, Any]:
+        why = self.why or FAULTS[self.fault]
+        place = {"file": self.row.file, "row": self.row.number, "line": self.row.line}
+        return {"fault": self.fault, "why": why, **place, "value": self.row.value}
 
 
 @dataclass
 class Tally:
-    """Dropped rows, by reason."""
+    """Rows that have a fault: those dropped, and how many were kept with it."""
 
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    kept: dict[str, int] = field(default_factory=dict)
 
-    def add(self, reason: str, row: Row) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        if self.counts[reason] <= EXAMPLES:
-            self.examples.append({"reason": reason, "row": row.number, "line": row.line})
+    def drop(self, row: Row, drop: Drop) -> None:
+        self.dropped.append(Dropped(row, drop.fault, drop.why))
+
+    def keep(self, faults: Sequence[str]) -> None:
+        for fault in faults:
+            self.kept[fault] = self.kept.get(fault, 0) + 1
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """fault -> rows dropped for it."""
+        found: dict[str, int] = {}
+        for one in self.dropped:
+            found[one.fault] = found.get(one.fault, 0) + 1
+        return found
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """The first rows of each fault."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for one in self.dropped:
+            found.setdefault(one.fault, [])
+            if len(found[one.fault]) < EXAMPLES:
+                found[one.fault].append({"reason": one.fault, "row": one.row.number, "line": one.row.line})
+        return [example for examples in found.values() for example in examples]
 
     def __str__(self) -> str:
         by_count = sorted(self.counts.items(), key=lambda item: -item[1])
-        return ", ".join(f"{count} {reason}" for reason, count in by_count) or "none dropped"
+        return ", ".join(f"{count} {fault}" for fault, count in by_count) or "none dropped"
 
 
-def check_turns(messages: list[Message]) -> None:
-    """An optional system turn, then user and assistant in turn, an answer last, nothing empty. Raises Drop."""
+def turn_faults(messages: list[Message]) -> Iterator[str]:
+    """Of what should be an optional system turn, then user and assistant in turn, an answer last, nothing empty."""
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns or turns[-1]["role"] != "assistant":
-        raise Drop("no answer at the end")
+        yield "no_answer"
     if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
-        raise Drop("turns do not alternate user, assistant")
+        yield "turn_order"
     if any(not turn["content"].strip() for turn in turns if turn["role"] == "assistant"):
-        raise Drop("empty answer")
-    if any(not turn["content"].strip() for turn in turns):
-        raise Drop("empty prompt")
+        yield "empty_answer"
+    if any(not turn["content"].strip() for turn in turns if turn["role"] != "assistant"):
+        yield "empty_prompt"
 
 
 def prompt_key(messages: list[Message]) -> str:
@@ -69,14 +126,13 @@ class HasOpening(Protocol):
 
 
 T = TypeVar("T", bound=HasOpening)
-LEAK = "shares its first prompt with another split"
 
 
-def split(rows: Sequence[T], sizes: Splits, seed: int, drop: Callable[[str, T], None]) -> dict[str, list[T]]:
+def split(rows: Sequence[T], sizes: Splits, seed: int, leaks: Callable[[T], bool]) -> dict[str, list[T]]:
     """Rows of each split, by one seeded shuffle: held-out first, then prompts, then train; what is over is "unused".
 
-    No opening lies in two splits: a row whose opening another split already has goes to `drop`. The same rows, sizes
-    and seed give the same splits. Raises InputError if there are too few rows.
+    leaks(row): its opening lies in another split; whether it is dropped for it. The same rows, sizes and seed give the
+    same splits. Raises InputError if there are too few rows.
     """
     order = list(rows)
     random.Random(seed).shuffle(order)
@@ -86,9 +142,7 @@ def split(rows: Sequence[T], sizes: Splits, seed: int, drop: Callable[[str, T], 
     owner: dict[str, str] = {}
     for row in order:
         name = next(name for name, size in room.items() if len(parts[name]) < size)
-        if name != "unused" and owner.setdefault(row.opening, name) != name:
-            drop(LEAK, row)
-        else:
+        if name == "unused" or owner.setdefault(row.opening, name) == name or not leaks(row):
             parts[name].append(row)
     if any(len(parts[name]) < size for name, size in least.items()):
         asked = f"{sizes.heldout} held-out + {sizes.prompts} prompts + {sizes.train or 'at least 1'} train"

@@ -8,7 +8,10 @@ unpaired row is a conversation and a label, whether its last answer is wanted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from alignment.config.instructions import checks_of
@@ -19,7 +22,7 @@ from alignment.errors import ConfigError, InputError
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-KEYS = {  # a format is recognised by these keys of the first row, in this order
+KEYS = {  # a format is recognised by these keys of a row, in this order
     "preference": ("chosen", "rejected"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -33,15 +36,42 @@ LABELLED = ("messages", "sharegpt", "prompt_completion")  # an unpaired row is o
 
 
 def detect(row: Row, wanted: Sequence[str] = ()) -> str:
-    """The format whose keys the row has, first of the wanted ones. Raises InputError that lists the keys found and the
-    formats known."""
+    """The format whose keys the row has, first of the wanted ones. Raises InputError that lists the keys found, and of
+    the nearest format what is missing."""
     if "unpaired" in wanted and "label" in row.value and any(KEYS[name][0] in row.value for name in LABELLED):
         return "unpaired"
     for name in (*(name for name in wanted if name in KEYS), *KEYS):
         if all(key in row.value for key in KEYS[name]):
             return name
-    known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KEYS.items())
-    raise InputError(f"no known format has the keys {', '.join(row.value) or '(none)'}", where=row.where, fix=known)
+    what = f"no known format has the keys {', '.join(row.value) or '(none)'}"
+    raise InputError(what, where=row.where, fix=_nearest(row, wanted))
+
+
+def _nearest(row: Row, wanted: Sequence[str]) -> str:
+    """The format that lacks least, those that are wanted first; keys that are spelled alike count half."""
+
+    def found(key: str) -> float:
+        return 1.0 if key in row.value else 0.5 * bool(get_close_matches(key, row.value, 1, 0.7))
+
+    names = [*(name for name in wanted if name in KEYS), *(name for name in KEYS if name not in wanted)]
+    name = max(names, key=lambda name: sum(map(found, KEYS[name])) / len(KEYS[name]))
+    if not any(map(found, KEYS[name])):
+        return "known: " + "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KEYS.items())
+    lacks = ", ".join(key for key in KEYS[name] if key not in row.value)
+    return f"nearest is {name} ({', '.join(KEYS[name])}), which lacks {lacks}: the data set's `columns` names yours"
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with our names for its columns. columns: our key -> theirs. Raises InputError if it lacks one."""
+    for key, theirs in columns.items():
+        if theirs not in row.value:
+            near = get_close_matches(theirs, row.value, 1, 0.5)
+            fix = f"nearest: {near[0]}" if near else f"columns found: {', '.join(row.value) or 'none'}"
+            raise InputError(f"has no column {theirs!r}, which `columns` names for {key!r}", where=row.where, fix=fix)
+    if not columns:
+        return row
+    left = {key: value for key, value in row.value.items() if key not in columns.values()}
+    return replace(row, value={**left, **{key: row.value[theirs] for key, theirs in columns.items()}})
 
 
 def canonical(row: Row, form: str) -> dict[str, list[Message]]:
@@ -78,8 +108,26 @@ def _sharegpt(row: Row) -> dict[str, list[Message]]:
     return {"messages": ([_message("system", system)] if system else []) + _messages(row, "conversations")}
 
 
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def _dialogue(row: Row, key: str) -> list[Message] | None:
+    """A text that is a whole conversation, as Anthropic's HH-RLHF has it: "\n\nHuman: ...\n\nAssistant: ...". None if
+    it is none."""
+    text = row.value.get(key)
+    if not isinstance(text, str) or not re.match(r"\s*Human:", text):
+        return None
+    parts = re.split(r"(?:^\s*|\n\n)(Human|Assistant):", text)[1:]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [_message(SPEAKERS[speaker], said.strip()) for speaker, said in turns]
+
+
+def _side(row: Row, key: str) -> list[Message]:
+    return _dialogue(row, key) or _turns(row, key, "assistant")
+
+
 def _preference(row: Row) -> dict[str, list[Message]]:
-    chosen, rejected = (_turns(row, side, "assistant") for side in ("chosen", "rejected"))
+    chosen, rejected = (_side(row, side) for side in ("chosen", "rejected"))
     key = next((key for key in ("prompt", "conversations", "messages") if row.value.get(key) is not None), None)
     if len(chosen) == len(rejected) == 1 and key:
         prompt = _turns(row, key, "user")

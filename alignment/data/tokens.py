@@ -17,7 +17,6 @@ from alignment.errors import InputError
 
 IGNORED = -100  # the label that cross-entropy leaves out
 TRAINED = ("labels", "chosen_ids", "rejected_ids", "completion_ids")  # columns of what a model is to say, or to judge
-MERGES = "answer merges with the prompt's last token"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def conversation(chat: Chat, messages: list[Message], where: str) -> Conversatio
         prompt = chat.encode(text[: answer.start])
         first = len(prompt)
         if ids[:first] != prompt:
-            raise Drop(MERGES)
+            raise Drop("merged_prompt")
         try:
             end = ids.index(chat.eos_id, first) + 1
         except ValueError:
@@ -63,8 +62,6 @@ def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: lis
     (asked, good), (asked_too, bad) = (answered(chat, prompt + side, where) for side in (chosen, rejected))
     if asked != asked_too:
         raise InputError("the chat template renders the prompt differently for the two answers", where=where)
-    if good == bad:
-        raise Drop("identical sides")
     return Pair(asked, good, bad)
 
 
@@ -76,8 +73,9 @@ def answered(chat: Chat, messages: list[Message], where: str) -> tuple[list[int]
 
 
 def _refuse_control_tokens(chat: Chat, messages: list[Message]) -> None:
-    if any(chat.control_token(message["content"]) for message in messages):
-        raise Drop("control token in text")
+    for message in messages:
+        if found := chat.control_token(message["content"]):
+            raise Drop("control_token", f"the {message['role']} turn spells out the control token {found!r}")
 
 
 def check_end_of_turn(dataset: Any, eos_id: int) -> None:

@@ -267,7 +267,10 @@ def _prepared(told: Row) -> Row:
         ],
         "lengths": _lengths(told.get("lengths") or {}),
         "facts": _flat(
-            {"format": told.get("format"), "chat_template": (told.get("template_sha256") or "")[:16] or None}
+            {
+                "format": ", ".join(told.get("formats") or {}),
+                "chat_template": (told.get("template_sha256") or "")[:16] or None,
+            }
         ),
     }
 

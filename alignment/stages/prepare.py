@@ -7,10 +7,12 @@ from typing import Any
 
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
+from alignment.data.examples import Reading
 from alignment.data.fetch import fetch
 from alignment.data.models import context_window
-from alignment.data.preparation import describe, prepare, write
+from alignment.data.preparation import prepare
 from alignment.data.sources import Row, read_rows
+from alignment.data.writing import describe, write
 from alignment.errors import ConfigError
 from alignment.stages.context import StageContext
 from alignment.stages.parts import rows_of
@@ -20,10 +22,10 @@ def run(context: StageContext) -> dict[str, Any]:
     context.progress(0, 1, note="reading rows", force=True)
     model = context.inputs["model"] / "model"
     _check_window(context, context_window(model))
-    rows, form, source = _rows(context)
+    rows, form, columns, source = _rows(context)
     chat, heldout = Chat.load(model), _heldout(context)
-    prepared = prepare(rows, form, chat, context.settings, context.progress, heldout)
-    return write(prepared, context.folder, source, chat)
+    reading = Reading(form, columns, context.settings.task, context.experiment.checks, chat)
+    return write(prepare(rows, reading, context.settings, context.progress, heldout), context.folder, source, chat)
 
 
 PAIRS = ("pairs.jsonl", "preference", "pairs of the parent stage")
@@ -34,16 +36,16 @@ JUDGED = {  # what a judge has made for a task, the first that is there: its fil
 }
 
 
-def _rows(context: StageContext) -> tuple[list[Row], str, str]:
-    """The rows, their format, and where they come from: a data set of the config, or what the parent has judged."""
+def _rows(context: StageContext) -> tuple[list[Row], str, dict[str, str], str]:
+    """The rows, their format and columns, and where they come from: a data set, or what the parent has judged."""
     name = context.settings.dataset
     if name is None:
         folder, made = context.inputs["data"], JUDGED[context.settings.task]
         file, form, source = next((one for one in made if (folder / one[0]).is_file()), made[-1])
-        return list(read_rows(folder / file)), form, source
+        return list(read_rows(folder / file)), form, {}, source
     dataset = context.experiment.data[name]
     rows = islice(read_rows(fetch(dataset.source, what="data")), dataset.limit)
-    return list(rows), dataset.format, describe(dataset.source)
+    return list(rows), dataset.format, dataset.columns, describe(dataset.source)
 
 
 def _heldout(context: StageContext) -> set[str]:

@@ -113,9 +113,23 @@ def test_a_malformed_row_is_an_error_with_file_and_line(case: str) -> None:
     assert str(caught.value).startswith(f"rows.jsonl:9: {message}")
 
 
-def test_unknown_keys_name_the_formats_that_exist() -> None:
+def test_unknown_keys_name_the_formats_that_exist_or_the_nearest_one() -> None:
     with pytest.raises(InputError, match=r"no known format has the keys text, label.*alpaca: instruction, output"):
         detect(row(text="x", label=1))
+    with pytest.raises(InputError, match=r"nearest is alpaca \(instruction, output\), which lacks output"):
+        detect(row(instruction="x", response="y"))
+    with pytest.raises(
+        InputError, match=r"nearest is prompt_completion \(prompt, completion\), which lacks completion"
+    ):
+        detect(row(prompt="x", completions="y"))
+
+
+def test_conversations_written_as_text_become_turns() -> None:
+    """HH-RLHF (Bai et al. 2022, arXiv:2204.05862): a pair of texts that begin alike."""
+    begin = "\n\nHuman: hi\nthere\n\nAssistant: yes?\n\nHuman: Human: who?\n\nAssistant:"
+    made = canonical(row(chosen=begin + " me", rejected=begin + " no"), "preference")
+    assert made["prompt"] == [user("hi\nthere"), assistant("yes?"), user("Human: who?")]
+    assert (made["chosen"], made["rejected"]) == ([assistant("me")], [assistant("no")])
 
 
 def test_answers_with_a_score_are_found_where_they_are_wanted() -> None:

@@ -5,15 +5,18 @@ from typing import Any
 
 import datasets
 import pytest
+from pydantic import ValidationError
 
 from alignment.config.stages.preparing import Prepare, Splits
-from alignment.data import preparation
+from alignment.data import examples, preparation, writing
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
+from alignment.data.examples import Reading
 from alignment.data.preparation import Prepared, prepare
 from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl
+from tests.conftest import default_checks
 
 from .conftest import assistant, make_tokenizer, user
 
@@ -33,8 +36,9 @@ def settings(task: str = "sft", **changes: Any) -> Prepare:
 
 def run(chat: Chat, values: list[dict[str, Any]], form: str = "auto", **changes: Any) -> Prepared:
     rows = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(values, start=1)]
-    elsewhere = changes.pop("elsewhere", frozenset())
-    return prepare(rows, form, chat, settings(**changes), lambda *a, **k: None, elsewhere)
+    elsewhere, checks = changes.pop("elsewhere", frozenset()), default_checks(**changes.pop("checks", {}))
+    reading = Reading(form, changes.pop("columns", {}), changes.get("task", "sft"), checks, chat)
+    return prepare(rows, reading, settings(**changes), lambda *a, **k: None, elsewhere)
 
 
 def qa(question: str, answer: str) -> dict[str, str]:
@@ -56,18 +60,18 @@ def test_unfit_conversations_are_dropped_and_counted_by_reason(chat: Chat) -> No
     ]  # fmt: skip
     made = run(chat, values + [{"messages": messages} for messages in turns])
     assert made.tally.counts == {
-        "longer than max_length": 1,
-        "prompt longer than max_prompt_length": 1,
-        "duplicate prompt": 1,
-        "empty answer": 1,
-        "empty prompt": 1,
-        "control token in text": 1,
-        "turns do not alternate user, assistant": 1,
-        "no answer at the end": 1,
+        "long_row": 1,
+        "long_prompt": 1,
+        "duplicate": 1,
+        "empty_answer": 1,
+        "empty_prompt": 1,
+        "control_token": 1,
+        "turn_order": 1,
+        "no_answer": 1,
     }
-    assert (made.form, made.total, made.fit) == ("messages", 10, 2)
+    assert (made.forms, made.total, made.fit) == ({"messages": 2}, 10, 2)
     assert sorted(example.row.number for example in made.parts["train"]) == [1, 4]
-    assert made.tally.examples[0] == {"reason": "longer than max_length", "row": 2, "line": 2}
+    assert made.tally.examples[0] == {"reason": "long_row", "row": 2, "line": 2}
 
 
 def test_unfit_pairs_are_dropped_and_counted_by_reason(chat: Chat) -> None:
@@ -79,11 +83,11 @@ def test_unfit_pairs_are_dropped_and_counted_by_reason(chat: Chat) -> None:
     values = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
     made = run(chat, values, task="preference")
     assert made.tally.counts == {
-        "duplicate pair": 1,
-        "contradicts an earlier pair": 1,
-        "identical sides": 1,
-        "empty answer": 1,
-        "longer than max_length": 1,
+        "duplicate": 1,
+        "contradiction": 1,
+        "identical_sides": 1,
+        "empty_answer": 1,
+        "long_row": 1,
     }
     assert made.fit == 2
 
@@ -120,7 +124,7 @@ def test_held_out_prompts_are_never_trained_on(chat: Chat) -> None:
         made = run(chat, values, heldout=3, prompts=3, seed=seed)
         openings = [{example.opening for example in made.parts[name]} for name in ("heldout", "prompts", "train")]
         assert not openings[0] & openings[1] and not (openings[0] | openings[1]) & openings[2]
-        leaks += made.tally.counts.get("shares its first prompt with another split", 0)
+        leaks += made.tally.counts.get("leak", 0)
         assert made.fit == sum(map(len, made.parts.values())) + sum(made.tally.counts.values())
     assert leaks > 0
 
@@ -142,7 +146,7 @@ def test_rows_that_are_held_out_elsewhere_are_dropped_and_counted(chat: Chat) ->
     heldout = {opening([user("q1")]), opening([user("q3")])}
     for form, part in (("prompt_completion", values[:4]), ("messages", values[4:])):
         made = run(chat, part, form, elsewhere=heldout)
-        assert made.tally.counts == {"its first prompt is held out for evaluation": 2}
+        assert made.tally.counts == {"heldout": 2}
         assert sorted(example.opening for example in made.parts["train"]) == ["user: q0", "user: q2"]
 
 
@@ -152,7 +156,7 @@ def test_too_few_rows_say_how_many_there_are_and_where_the_others_went(chat: Cha
         run(chat, values, heldout=1, prompts=1, train=2)
     assert str(caught.value) == (
         "rows.jsonl: 1 rows are fit to use, the splits ask for 1 held-out + 1 prompts + 2 train "
-        "(of 3: 1 duplicate prompt, 1 empty answer) (lower the stage's splits, or mend the rows)"
+        "(of 3: 1 duplicate, 1 empty_answer) (lower the stage's splits, or mend the rows)"
     )
     with pytest.raises(InputError, match="at least 1 train"):
         run(chat, values, heldout=1)
@@ -177,7 +181,7 @@ def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.M
     alone = run(chat, values, heldout=5, prompts=5)
     monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 20)
     monkeypatch.setattr(preparation, "CHUNK", 7)
-    monkeypatch.setattr(preparation, "_conversation", None)  # here; the workers have their own
+    monkeypatch.setattr(examples, "_conversation", None)  # here; the workers have their own
     several = run(chat, values, heldout=5, prompts=5)
     assert several.tally.counts == alone.tally.counts and several.fit == alone.fit
     assert {name: [e.columns for e in part] for name, part in several.parts.items()} == {
@@ -196,8 +200,8 @@ def scored(question: str, answer: str, score: float) -> dict[str, Any]:
 def test_answers_with_a_score_keep_it_and_a_prompt_may_have_several(chat: Chat, tmp_path: Path) -> None:
     values = [scored("q", "a", 0.5), scored("q", "b", 1), scored("q", "b", 0), scored("r", "a" * 40, 1)]
     made = run(chat, values, task="scored")
-    assert made.tally.counts == {"duplicate answer": 1, "longer than max_length": 1}
-    preparation.write(made, tmp_path, "here", chat)
+    assert made.tally.counts == {"duplicate": 1, "long_row": 1}
+    writing.write(made, tmp_path, "here", chat)
     train = datasets.load_from_disk(str(tmp_path / "train"))
     assert train.column_names == ["prompt_ids", "completion_ids", "score"]
     told = {(row["completion"][0]["content"], row["score"]) for row in read_jsonl(tmp_path / "train.jsonl")}
@@ -211,7 +215,7 @@ def test_margins_of_pairs_are_kept_where_all_have_one_and_counted_where_not(chat
     odd = [pairs[0], {**pairs[1], "margin": "big"}, *pairs[2:]]
     for name, rows, used in (("all", pairs, True), ("some", odd, False)):
         made = run(chat, rows, task="preference", heldout=1)
-        preparation.write(made, tmp_path / name, "here", chat)
+        writing.write(made, tmp_path / name, "here", chat)
         for part in ("train", "heldout"):
             columns = datasets.load_from_disk(str(tmp_path / name / part)).column_names
             assert columns == ["prompt_ids", "chosen_ids", "rejected_ids", *(["margin"] if used else [])]
@@ -227,8 +231,8 @@ def labelled(question: str, answer: str, label: Any) -> dict[str, Any]:
 def test_answers_with_a_label_keep_it_and_go_with_an_answer_to_another_prompt(chat: Chat, tmp_path: Path) -> None:
     values = [labelled("p", "a", True), labelled("p", "b", False), labelled("q", "c", True), labelled("r", "d", False)]
     made = run(chat, values, task="unpaired")
-    assert made.form == "unpaired"
-    preparation.write(made, tmp_path, "here", chat)
+    assert made.forms == {"unpaired": 4}
+    writing.write(made, tmp_path, "here", chat)
     rows, texts = datasets.load_from_disk(str(tmp_path / "train")), list(read_jsonl(tmp_path / "train.jsonl"))
     asked = {tuple(row["completion_ids"]): tuple(row["prompt_ids"]) for row in rows}
     for row, text in zip(rows, texts, strict=True):
@@ -242,14 +246,14 @@ def test_answers_with_a_label_keep_it_and_go_with_an_answer_to_another_prompt(ch
 def test_answers_with_a_label_that_say_it_twice_or_both_ways_are_dropped_and_counted(chat: Chat) -> None:
     values = [labelled("p", "a", True), labelled("P ", "a", True), labelled("p", "a", False), labelled("q", "a", False)]
     made = run(chat, values, task="unpaired")
-    assert made.tally.counts == {"duplicate answer": 1, "contradicts an earlier answer": 1}
+    assert made.tally.counts == {"duplicate": 1, "contradiction": 1}
 
 
 def test_the_answer_to_another_prompt_is_one_that_fits(chat: Chat, tmp_path: Path) -> None:
     """Q:p\\nA:a<eos>\\n is 9 tokens. Beside the longest prompt the longest answer would make more than any row has."""
     values = [labelled("p" * 20, "a", True), labelled("q", "b" * 15, False), labelled("r", "c", True)]
     made = run(chat, values, task="unpaired")
-    preparation.write(made, tmp_path, "here", chat)
+    writing.write(made, tmp_path, "here", chat)
     longest = max(example.tokens for example in made.parts["train"])
     rows = datasets.load_from_disk(str(tmp_path / "train"))
     assert all(len(row["prompt_ids"]) + len(row["mismatched_ids"]) <= longest for row in rows)
@@ -269,7 +273,7 @@ def test_answers_to_other_prompts_are_of_both_kinds_where_pairs_were_taken_apart
     """KTO's reference point is a mean over all answers: the next row of another prompt is not always the chosen one,
     as it would be in the order of the file."""
     pairs = [{"prompt": f"q{n}", "chosen": "yes", "rejected": "no"} for n in range(100)]
-    preparation.write(run(chat, pairs, task="unpaired"), tmp_path, "here", chat)
+    writing.write(run(chat, pairs, task="unpaired"), tmp_path, "here", chat)
     rows = datasets.load_from_disk(str(tmp_path / "train"))
     for label in (True, False):
         beside = [chat.tokenizer.decode(row["mismatched_ids"])[:2] for row in rows if row["label"] is label]
@@ -279,7 +283,7 @@ def test_answers_to_other_prompts_are_of_both_kinds_where_pairs_were_taken_apart
 @pytest.mark.parametrize(
     ("values", "what"),
     [
-        ([labelled("p", "a", True), qa("q", "b")], r"rows.jsonl:2: has no 'label' \(keys found: prompt, completion"),
+        ([labelled("p", "a", True), qa("q", "b")], r"rows.jsonl:2: .*cannot be prepared .*unpaired a label"),
         ([labelled("p", "a", 1), labelled("q", "b", True)], "'label' must be true or false, is a number"),
         ([labelled("p", "a", True), labelled("p", "b", False)], "no answer to another prompt fits beside this one"),
         ([labelled(q, "a", True) for q in "pqr"], "of the answers to train on 3 are wanted and 0 are not"),
@@ -291,4 +295,65 @@ def test_rows_of_which_kto_can_make_nothing_are_refused(
     values: list[dict[str, Any]], what: str, chat: Chat, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=what):
-        preparation.write(run(chat, values, task="unpaired"), tmp_path, "here", chat)
+        writing.write(run(chat, values, task="unpaired"), tmp_path, "here", chat)
+
+
+def test_the_format_is_found_row_by_row_and_counted(chat: Chat, tmp_path: Path) -> None:
+    values = [qa("q", "a"), {"messages": [user("r"), assistant("a")]}, {"instruction": "s", "output": "a"}]
+    made = run(chat, values)
+    assert made.forms == {"prompt_completion": 1, "messages": 1, "alpaca": 1}
+    with pytest.raises(InputError, match=r"rows.jsonl:2: has no 'prompt'"):
+        run(chat, values, "prompt_completion")
+
+
+def test_columns_name_what_the_rows_call_otherwise(chat: Chat) -> None:
+    made = run(chat, [{"question": "q", "reply": "a"}], columns={"prompt": "question", "completion": "reply"})
+    assert made.parts["train"][0].answer == assistant("a")
+    with pytest.raises(
+        InputError, match=r"no column 'questoin', which `columns` names for 'prompt' \(nearest: question"
+    ):
+        run(chat, [{"question": "q", "completion": "a"}], columns={"prompt": "questoin"})
+
+
+FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "malformed": ("sft", [qa("q", "a"), {"prompt": "q", "completion": None}]),
+    "unknown_format": ("sft", [qa("q", "a"), {"question": "q", "completion": "a"}]),
+    "no_answer": ("sft", [qa("q", "a"), {"messages": [user("r")]}]),
+    "empty_answer": ("sft", [qa("q", "a"), qa("r", " ")]),
+    "control_token": ("sft", [qa("q", "a"), qa("r", "<eos>")]),
+    "turn_order": ("sft", [qa("q", "a"), {"messages": [user("r"), user("s"), assistant("a")]}]),
+    "empty_prompt": ("sft", [qa("q", "a"), qa("", "a")]),
+    "duplicate": ("sft", [qa("q", "a"), qa("Q ", "b")]),
+    "identical_sides": ("preference", [{"prompt": "q", "chosen": "a", "rejected": r} for r in ("b", "a")]),
+    "contradiction": ("preference", [{"prompt": "q", "chosen": c, "rejected": r} for c, r in ("ab", "ba")]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_fault_is_an_error_a_drop_that_is_told_or_kept_and_counted(fault: str, chat: Chat, tmp_path: Path) -> None:
+    task, values = FAULTY[fault]
+    with pytest.raises(InputError, match=r"^rows.jsonl:2: "):
+        run(chat, values, task=task, checks={fault: "error"})
+    made = run(chat, values, task=task, checks={fault: "drop"})
+    writing.write(made, tmp_path, "here", chat)
+    (told,) = read_jsonl(tmp_path / "dropped.jsonl")
+    assert (told["fault"], told["file"], told["line"], told["value"]) == (fault, "rows.jsonl", 2, values[1])
+    assert told["why"] and made.tally.kept == {} and made.fit == 1
+    if fault in ("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction"):
+        made = run(chat, values, task=task, checks={fault: "keep"})
+        assert made.tally.kept == {fault: 1} and made.tally.counts == {} and made.fit == 2
+    else:
+        with pytest.raises(ValidationError, match="Input should be 'error' or 'drop'"):
+            default_checks(**{fault: "keep"})
+
+
+def test_too_large_a_share_of_dropped_rows_ends_the_stage_after_they_were_written(chat: Chat, tmp_path: Path) -> None:
+    values = [qa("q", "a"), qa("r", "a"), qa("s", ""), qa("t", "a" * 50)]
+    writing.write(run(chat, values, checks={"max_dropped": 0.5}), tmp_path, "here", chat)
+    with pytest.raises(InputError) as caught:
+        writing.write(run(chat, values, checks={"max_dropped": 0.49}), tmp_path, "here", chat)
+    assert str(caught.value) == (
+        "here: 2 of 4 rows are dropped, a larger share than checks.max_dropped: 1 empty_answer, 1 long_row "
+        "(raise the stage's max_length, or checks.max_dropped=0.49)"
+    )
+    assert len(list(read_jsonl(tmp_path / "dropped.jsonl"))) == 2

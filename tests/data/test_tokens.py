@@ -60,7 +60,7 @@ def test_pairs_share_the_prompt_and_end_with_the_end_of_turn(chat: Chat) -> None
 def test_an_answer_that_merges_with_the_prompt_is_dropped() -> None:
     """Pain 3: with the merge ": x" the last token of the prompt, ":", vanishes into the answer's first."""
     chat = Chat(make_tokenizer(merges=((":", "x"),)))
-    with pytest.raises(Drop, match="answer merges with the prompt's last token"):
+    with pytest.raises(Drop, match="merged_prompt"):
         tokens.conversation(chat, [user("q"), assistant("xyz")], "here")
     assert tokens.conversation(chat, [user("q"), assistant("zyx")], "here").prompt == 6
 
@@ -68,7 +68,7 @@ def test_an_answer_that_merges_with_the_prompt_is_dropped() -> None:
 @pytest.mark.parametrize("text", ["<|user|>", "a<eos>b", "<bos>"])
 def test_control_tokens_in_text_never_become_control_tokens(chat: Chat, text: str) -> None:
     for talk in ([user(text), assistant("a")], [user("q"), assistant(text)], [system(text), user("q"), assistant("a")]):
-        with pytest.raises(Drop, match="control token in text"):
+        with pytest.raises(Drop, match="control_token"):
             tokens.conversation(chat, talk, "here")
 
 

@@ -237,11 +237,11 @@ ROWS_REPORT = {
     "rows": 999,
     "fit": 484,
     "kept": SPLITS,
-    "dropped": {"longer_than_max_length": 471, "prompt_longer_than_max": 30, "duplicate_prompt": 14},
-    "examples": [{"reason": "longer_than_max_length", "row": i, "line": None} for i in (3, 4, 9, 11, 12)]
-    + [{"reason": "duplicate_prompt", "row": i, "line": 8 * i} for i in (81, 240)],
+    "dropped": {"long_row": 471, "long_prompt": 30, "duplicate": 14},
+    "examples": [{"reason": "long_row", "row": i, "line": None} for i in (3, 4, 9, 11, 12)]
+    + [{"reason": "duplicate", "row": i, "line": 8 * i} for i in (81, 240)],
     "template_sha256": key("template"),
-    "format": "alpaca",
+    "formats": {"alpaca": 484},
     "lengths": {
         "prompt_tokens": {"min": 17, "median": 31, "p95": 58, "max": 94},
         "row_tokens": {"min": 22, "median": 71.5, "p95": 124, "max": 128},
@@ -263,7 +263,7 @@ PAIRS_REPORT = {
     "dropped": {},
     "examples": [],
     "template_sha256": key("template"),
-    "format": "preference",
+    "formats": {"preference": 51},
     "lengths": {"prompt_tokens": {"min": 18, "median": 30, "p95": 61, "max": 77}},
 }
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": "all-linear"}

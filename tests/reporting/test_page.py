@@ -82,7 +82,7 @@ def test_data_are_accounted_for_to_the_last_row(make_run: MakeRun) -> None:
     counts = {part["name"]: part["count"] for part in rows["parts"]}
     assert counts == {"train": "200", "prompts": "60", "heldout": "60", "not needed": "164", "dropped": "515"}
     assert [(d["reason"], d["count"], len(d["examples"])) for d in rows["drops"]] == [
-        ("longer_than_max_length", "471", 5), ("prompt_longer_than_max", "30", 0), ("duplicate_prompt", "14", 2),
+        ("long_row", "471", 5), ("long_prompt", "30", 0), ("duplicate", "14", 2),
     ]  # fmt: skip
     assert judged["rows"] == "60"
     assert [(d["reason"], d["count"]) for d in judged["drops"]] == [

@@ -11,12 +11,15 @@ import pytest
 from alignment.config.rewards import Reward
 from alignment.config.stages.preparing import Prepare, Splits
 from alignment.data.chat import Chat
-from alignment.data.preparation import prepare, write
+from alignment.data.examples import Reading
+from alignment.data.preparation import prepare
 from alignment.data.sources import Row
+from alignment.data.writing import write
 from alignment.errors import InputError
 from alignment.files import read_jsonl, write_jsonl
 from alignment.stages import evaluate, judge, sample
 from alignment.stages.context import StageContext
+from tests.conftest import default_checks
 from tests.stages.conftest import MakeContext, make_context, models  # noqa: F401
 
 CHECKS = [{"kind": "words", "relation": "at_most", "count": 100}]
@@ -38,7 +41,12 @@ def prepared(folder: Path, model: Path, rows: list[dict[str, Any]], **splits: An
     )  # fmt: skip
     given = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(rows, start=1)]
     chat = Chat.load(model)
-    write(prepare(given, "auto", chat, settings, lambda *a, **k: None), folder, "rows.jsonl", chat)
+    write(
+        prepare(given, Reading("auto", {}, "sft", default_checks(), chat), settings, lambda *a, **k: None),
+        folder,
+        "rows.jsonl",
+        chat,
+    )
 
 
 def rewarded(context: StageContext, limit: float, *terms: str) -> StageContext:

@@ -15,8 +15,10 @@ from transformers import AutoModelForSequenceClassification
 from alignment.config.stages.preparing import Prepare, Splits
 from alignment.config.stages.reward_model import EvaluateReward
 from alignment.data.chat import Chat
-from alignment.data.preparation import prepare, write
+from alignment.data.examples import Reading
+from alignment.data.preparation import prepare
 from alignment.data.sources import Row
+from alignment.data.writing import write
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl, write_json
 from alignment.reporting.reward_models import SHOWN
@@ -25,7 +27,7 @@ from alignment.rewards.term import Answer
 from alignment.stages import evaluate_reward
 from alignment.stages.context import StageContext
 from alignment.training.classifier import load_classifier
-from tests.conftest import write_tiny_model
+from tests.conftest import default_checks, write_tiny_model
 
 PAIRS = [
     {"prompt": f"Is {i} nice?", "chosen": f"Yes, {i} is{' very' * (i % 3)} lovely.", "rejected": "No" + "!" * (i % 5)}
@@ -56,7 +58,12 @@ def prepared(target: Path, chat: Chat, values: list[dict[str, Any]], task: Any) 
         kind="prepare", task=task, dataset="x", max_length=90, max_prompt_length=60, over_long="drop", seed=0,
         splits=Splits(heldout=10, prompts=0, train=None),
     )  # fmt: skip
-    write(prepare(rows, "auto", chat, settings, lambda *a, **k: None), target, "here", chat)
+    write(
+        prepare(rows, Reading("auto", {}, task, default_checks(), chat), settings, lambda *a, **k: None),
+        target,
+        "here",
+        chat,
+    )
 
 
 def measure(folder: Path, target: Path, data: str, *members: Path) -> dict[str, Any]:

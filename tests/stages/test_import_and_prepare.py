@@ -67,7 +67,7 @@ def prepared(
     settings = Prepare(kind="prepare", splits=splits, **{**values, **changes})
     data = {}
     if rows:
-        data["mine"] = Dataset(source=PathSource(kind="path", path=str(rows)), format="auto", limit=limit)
+        data["mine"] = Dataset(source=PathSource(kind="path", path=str(rows)), format="auto", columns={}, limit=limit)
     experiment: Any = SimpleNamespace(data=data)
     context = StageContext("rows", "run", "key", folder, settings, experiment, {"model": start, **(inputs or {})})
     return prepare.run(context)
@@ -94,7 +94,7 @@ def test_instruction_rows_become_token_ids_prompts_and_a_report(
     report = read_json(tmp_path / "data_report.json")
     assert report["rows"] == 40 and report["dropped"] == {}
     assert report["kept"] == {"heldout": 5, "prompts": 4, "train": 31, "unused": 0}
-    assert report["format"] == "messages" and report["template_sha256"] == chat.template_sha256
+    assert report["formats"] == {"messages": 40} and report["template_sha256"] == chat.template_sha256
     assert numbers["trained_tokens"] == sum(label != -100 for row in train for label in row["labels"])
     assert read_json(tmp_path / "progress.json")["note"] == "messages: 40 of 40 rows fit"
 

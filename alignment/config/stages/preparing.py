@@ -40,7 +40,7 @@ class Prepare(Stage):
     inputs: ClassVar[dict[str, str]] = {"model": "a model"}
     optional_inputs: ClassVar[dict[str, str]] = {"data": "pairs", "heldout": "rows"}
     reads: ClassVar[Reads] = {"heldout": "heldout"}
-    groups = ("data",)
+    groups = ("data", "checks")
     packages = ("transformers", "tokenizers", "datasets")
     kind: Literal["prepare"] = identity()
     task: Literal["sft", "preference", "unpaired", "scored"] = identity()

@@ -1,0 +1,51 @@
+"""What becomes of rows that have a fault: a stop, a drop that is counted, or training on them as they are."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from alignment.config.settings import Settings, identity
+
+Unusable = Literal["error", "drop"]  # nothing can be trained on such a row
+Action = Literal["error", "drop", "keep"]
+
+
+class Checks(Settings):
+    """Of each fault what it does to the row; the faults in words: FAULTS. max_dropped: share of a data set's rows."""
+
+    malformed: Unusable = identity()
+    unknown_format: Unusable = identity()
+    template: Unusable = identity()
+    no_answer: Unusable = identity()
+    empty_answer: Unusable = identity()
+    merged_prompt: Unusable = identity()
+    control_token: Unusable = identity()
+    turn_order: Action = identity()
+    empty_prompt: Action = identity()
+    identical_sides: Action = identity()
+    duplicate: Action = identity()
+    contradiction: Action = identity()
+    leak: Action = identity()
+    heldout: Action = identity()
+    max_dropped: float = identity(ge=0, le=1)
+
+
+FAULTS = {
+    "malformed": "is not what its format asks for",
+    "unknown_format": "has no known format",
+    "template": "the chat template refuses or rewrites it",
+    "no_answer": "has no answer at its end",
+    "empty_answer": "has an empty answer",
+    "merged_prompt": "the answer's first letters merge with the prompt's last token",
+    "control_token": "spells out a control token",
+    "turn_order": "the turns do not alternate user, assistant",
+    "empty_prompt": "has an empty prompt",
+    "identical_sides": "has the same answer on both sides",
+    "duplicate": "stands in the data before",
+    "contradiction": "says the opposite of a row before",
+    "leak": "shares its first prompt with another split",
+    "heldout": "its first prompt is held out for evaluation",
+    # over_long of the stage, not a setting of checks
+    "long_prompt": "its prompt is longer than max_prompt_length",
+    "long_row": "is longer than max_length",
+}

@@ -1,0 +1,164 @@
+"""One row of any format -> examples: checked, rendered, tokenised; or why it was dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from alignment.config.data_checks import Checks
+from alignment.config.stages.preparing import FORMATS
+from alignment.data import tokens
+from alignment.data.chat import Chat
+from alignment.data.checks import Drop, Dropped, Policy, opening, turn_faults
+from alignment.data.formats import Message, canonical, detect, finite, kept, margin, renamed, wanted
+from alignment.data.sources import Row
+from alignment.errors import InputError
+
+WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
+
+
+@dataclass
+class Example:
+    """One row that passed: its messages, its columns for training (token ids, a number), and its lengths in tokens.
+
+    tokens: of the whole row; of its longer side for a pair. kept: faults that it is trained on with.
+    """
+
+    row: Row
+    id: str
+    form: str
+    prompt: list[Message]
+    answer: Message
+    rejected: Message | None
+    columns: dict[str, Any]
+    prompt_tokens: int
+    tokens: int
+    opening: str
+    kept: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read and judged: what a worker has to know."""
+
+    form: str
+    columns: Mapping[str, str]
+    task: str
+    checks: Checks
+    chat: Chat
+
+
+def examples(row: Row, name: str, reading: Reading) -> list[Example | Dropped]:
+    """What a row becomes: mostly one example. Raises InputError for a fault that is an error."""
+    policy = Policy(reading.checks)
+    try:
+        with _as("malformed", policy, row):
+            given = renamed(row, reading.columns)
+            kept(given)  # what is wrong with it is told whichever split the row goes to
+        with _as("unknown_format", policy, row):
+            form = detect(given, FORMATS[reading.task]) if reading.form == "auto" else reading.form
+            if form not in FORMATS[reading.task]:
+                what = f"rows of the format {form!r} cannot be prepared for the task {reading.task!r}"
+                raise InputError(what, where=row.where, fix=WANTED)
+        parts = [(given, name)]
+        if reading.task == "unpaired" and form == "preference":
+            with _as("malformed", policy, row):
+                parts = [(half, half.value.get("id") or name) for half in _halves(given)]
+    except Drop as drop:
+        return [Dropped(row, drop.fault, drop.why)]
+    form = "unpaired" if len(parts) > 1 else form
+    return [_example(part, own, form, reading.chat, policy) for part, own in parts]
+
+
+@contextmanager
+def _as(fault: str, policy: Policy, row: Row) -> Iterator[None]:
+    """What is wrong in here is this fault: it goes on as an InputError, or becomes a Drop."""
+    try:
+        yield
+    except InputError as error:
+        if getattr(policy.checks, fault) == "error":
+            raise
+        policy.meet(fault, row, error.what)
+
+
+def _example(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example | Dropped:
+    """Raises InputError for a fault that is an error."""
+    try:
+        try:
+            maker = {"preference": _preference, "unpaired": _unpaired, "scored": _scored}.get(form, _conversation)
+            example = maker(row, name, form, chat, policy)
+        except Drop as drop:  # of one that met no policy yet
+            policy.meet(drop.fault, row, drop.why)
+            raise
+    except Drop as drop:
+        return Dropped(row, drop.fault, drop.why)
+    example.kept = policy.passed()
+    return example
+
+
+def _halves(row: Row) -> Iterator[Row]:
+    """Both answers of a pair as unpaired rows."""
+    made = canonical(row, "preference")
+    for side, label in (("chosen", True), ("rejected", False)):
+        name = {"id": f"{row.value['id']}-{side}"} if row.value.get("id") else {}
+        yield replace(row, value={**name, "messages": [*made["prompt"], *made[side]], "label": label})
+
+
+def _checked(messages: list[Message], row: Row, policy: Policy) -> None:
+    for fault in turn_faults(messages):
+        policy.meet(fault, row)
+
+
+def _conversation(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example:
+    with _as("malformed", policy, row):
+        messages = canonical(row, form)["messages"]
+    _checked(messages, row, policy)
+    with _as("template", policy, row):
+        made = tokens.conversation(chat, messages, row.where)
+    columns, length, key = {"input_ids": made.ids, "labels": made.labels}, len(made.ids), opening(messages)
+    return Example(row, name, form, messages[:-1], messages[-1], None, columns, made.prompt, length, key)
+
+
+def _preference(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example:
+    with _as("malformed", policy, row):
+        made = canonical(row, form)
+    prompt, chosen, rejected = made["prompt"], made["chosen"], made["rejected"]
+    for side in (chosen, rejected):
+        _checked(prompt + side, row, policy)
+    with _as("template", policy, row):
+        pair = tokens.pair(chat, prompt, chosen, rejected, row.where)
+    if chosen[0]["content"].strip() == rejected[0]["content"].strip() or pair.chosen == pair.rejected:
+        policy.meet("identical_sides", row)
+    columns: dict[str, Any] = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+    if (said := margin(row)) is not None:
+        columns["margin"] = said
+    length, key = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)), opening(prompt + chosen)
+    return Example(row, name, form, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
+
+
+def _unpaired(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example:
+    with _as("malformed", policy, row):
+        messages, label = canonical(row, form)["messages"], wanted(row)
+    _checked(messages, row, policy)
+    return _answered(row, name, form, chat, policy, messages, label=label)
+
+
+def _scored(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example:
+    with _as("malformed", policy, row):
+        made = canonical(row, form)
+    messages = made["prompt"] + made["completion"]
+    _checked(messages, row, policy)
+    return _answered(row, name, form, chat, policy, messages, score=finite(row, "score"))
+
+
+def _answered(
+    row: Row, name: str, form: str, chat: Chat, policy: Policy, messages: list[Message], **more: Any
+) -> Example:
+    """A prompt, its answer, and what is said of it."""
+    with _as("template", policy, row):
+        prompt, answer = tokens.answered(chat, messages, row.where)
+    columns = {"prompt_ids": prompt, "completion_ids": answer, **more}
+    length, key = len(prompt) + len(answer), opening(messages)
+    return Example(row, name, form, messages[:-1], messages[-1], None, columns, len(prompt), length, key)
