@@ -105,6 +105,18 @@ class StageFailed(AlignmentError):
     exit_code = 1
 
 
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    something unforeseen; `--debug` shows the traceback
+  2    a setting or the command line is wrong
+  3    the data or the model given cannot be used
+  4    the machine lacks something (disk, package, network, memory)
+  5    training went wrong (NaN, wrong reference model, ...)
+  6    processes of a stage were lost (killed, crashed, hung), and retries did not help
+  75   stopped in order: a signal or a time limit; the same command goes on from there
+  130  ended at once, by a second signal"""
+
 BY_CODE: dict[int, type[AlignmentError]] = {
     c.exit_code: c for c in (ConfigError, InputError, MachineError, TrainingError, LostError, PreemptedError)
 }

@@ -19,7 +19,7 @@ class Checks(Settings):
     no_answer: Unusable = identity()
     empty_answer: Unusable = identity()
     merged_prompt: Unusable = identity()
-    control_token: Unusable = identity()
+    control_text: Unusable = identity()
     turn_order: Action = identity()
     empty_prompt: Action = identity()
     identical_sides: Action = identity()
@@ -37,7 +37,7 @@ FAULTS = {
     "no_answer": "has no answer at its end",
     "empty_answer": "has an empty answer",
     "merged_prompt": "the answer's first letters merge with the prompt's last token",
-    "control_token": "spells out a control token",
+    "control_text": "spells out a control token",
     "turn_order": "the turns do not alternate user, assistant",
     "empty_prompt": "has an empty prompt",
     "identical_sides": "has the same answer on both sides",

@@ -65,13 +65,7 @@ def _read(
 ) -> tuple[Any, Any]:
     """(model, tokenizer) as they are to be written. name: what to call the source in errors."""
     progress(0, STEPS, note="reading the tokenizer", force=True)
-    tokenizer = load_tokenizer(source, name)
-    set_tokens(tokenizer, settings, name)
-    template = chat_template(settings.chat_template, tokenizer, name)
-    tokenizer.chat_template = without_clock(template)
-    if tokenizer.chat_template != template:
-        warn("the chat template prints today's date; it is left its own default, the same every day")
-    Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer))
+    tokenizer = usable_tokenizer(source, settings, name, warn)
     progress(1, STEPS, note="reading the weights", force=True)
     model = _load(source, torch.float32 if settings.storage_precision == "fp32" else torch.bfloat16, name)
     progress(2, STEPS, note="checking", force=True)
@@ -144,6 +138,19 @@ def load_tokenizer(source: Path, name: str) -> Any:
         fix = "the folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json"
         what = f"has no tokenizer that can be read: {_cause(error, source, name)}"
         raise InputError(what, where=name, fix=fix) from error
+
+
+def usable_tokenizer(source: Path, settings: Model, name: str, warn: Callable[[str], None]) -> Any:
+    """The tokenizer with the settings' tokens and the run's chat template, which is tried. source: as for import_model,
+    a GGUF file alone in its folder. Raises InputError and ConfigError."""
+    tokenizer = load_tokenizer(source, name)
+    set_tokens(tokenizer, settings, name)
+    template = chat_template(settings.chat_template, tokenizer, name)
+    tokenizer.chat_template = without_clock(template)
+    if tokenizer.chat_template != template:
+        warn("the chat template prints today's date; it is left its own default, the same every day")
+    Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer))
+    return tokenizer
 
 
 def set_tokens(tokenizer: Any, settings: Model, name: str) -> None:

@@ -21,60 +21,72 @@ TOO_LONG = {"long_prompt": "max_prompt_length", "long_row": "max_length"}  # fau
 
 
 @dataclass
-class Prepared:
-    """parts: split -> rows, in training order. total counts the rows read, fit those that passed every check; forms:
-    format -> rows that passed in it."""
+class Judged:
+    """Rows that were read and tokenised, before they are split. total: rows read; forms: format -> rows that fit."""
 
     task: str
     total: int
-    fit: int
-    parts: dict[str, list[Example]]
+    fit: list[Example]
     forms: dict[str, int]
     tally: Tally
-    max_dropped: float
+    policy: Policy
 
 
-def prepare(
+@dataclass
+class Prepared:
+    """parts: split -> rows, in training order. total counts the rows read, fit those that passed every check."""
+
+    judged: Judged
+    fit: int
+    parts: dict[str, list[Example]]
+
+
+def judge(
     rows: Sequence[Row],
     reading: Reading,
     settings: Prepare,
     progress: Callable[..., None],
     heldout: Set[str] = frozenset(),
-) -> Prepared:
-    """Check, tokenise and split rows. heldout: openings that models are evaluated on elsewhere. progress(step, total,
-    **facts) is called while rows are read. Raises InputError at the first row with a fault that is an error, and for too
-    few rows.
-    """
-    tally, policy, seen, fit = Tally(), Policy(reading.checks), _Seen(), list[Example]()
-    forms: dict[str, int] = {}
+) -> Judged:
+    """Check and tokenise rows. heldout: openings that models are evaluated on elsewhere. progress(step, total, **facts)
+    is called while rows are read. Raises InputError at the first row with a fault that is an error."""
+    made = Judged(reading.task, len(rows), [], {}, Tally(), Policy(reading.checks))
+    seen = _Seen()
     for number, (row, found) in enumerate(zip(rows, _tokenised(rows, reading), strict=True), start=1):
-        for made in found:
+        for one in found:
             try:
-                example = _fit(made, settings, policy, seen, heldout)
+                example = _fit(one, settings, made.policy, seen, heldout)
             except Drop as drop:
-                tally.drop(row, drop)
+                made.tally.drop(row, drop)
             else:
-                fit.append(example)
-                tally.keep(example.kept)
-                forms[example.form] = forms.get(example.form, 0) + 1
+                made.fit.append(example)
+                made.tally.keep(example.kept)
+                made.forms[example.form] = made.forms.get(example.form, 0) + 1
         if number % PROGRESS_EVERY == 0 or number == len(rows):
-            progress(number, len(rows), note=f"{', '.join(forms) or 'rows'}: {len(fit)} of {number} rows fit")
+            note = f"{', '.join(made.forms) or 'rows'}: {len(made.fit)} of {number} rows fit"
+            progress(number, len(rows), note=note)
+    return made
+
+
+def divide(judged: Judged, settings: Prepare, source: str) -> Prepared:
+    """The rows that fit, split. Raises InputError for too few."""
+    fit, tally = len(judged.fit), judged.tally
     try:
-        parts = split(fit, settings.splits, settings.seed, lambda example: _leaks(example, policy, tally))
+        parts = split(judged.fit, settings.splits, settings.seed, lambda example: _leaks(example, judged))
     except InputError as error:
-        what = f"{error.what} (of {len(rows)}: {tally})"
-        raise InputError(what, where=rows[0].file, fix=_more_rows(tally)) from None
-    return Prepared(settings.task, len(rows), len(fit), parts, forms, tally, reading.checks.max_dropped)
+        what = f"{error.what} (of {judged.total}: {tally})"
+        raise InputError(what, where=source, fix=_more_rows(tally)) from None
+    return Prepared(judged, fit, parts)
 
 
-def check_dropped(prepared: Prepared, source: str) -> None:
+def check_dropped(judged: Judged, source: str) -> None:
     """Raises InputError where more of the rows were dropped than checks.max_dropped allows."""
-    rows = len({one.row.number for one in prepared.tally.dropped})
-    if rows <= prepared.max_dropped * prepared.total:
+    rows, most = len({one.row.number for one in judged.tally.dropped}), judged.policy.checks.max_dropped
+    if rows <= most * judged.total:
         return
-    what = f"{rows} of {prepared.total} rows are dropped, a larger share than checks.max_dropped: {prepared.tally}"
-    limits = _limits(prepared.tally)
-    fix = f"raise the stage's {limits}, or checks.max_dropped={prepared.max_dropped:g}" if limits else ""
+    what = f"{rows} of {judged.total} rows are dropped, a larger share than checks.max_dropped: {judged.tally}"
+    limits = _limits(judged.tally)
+    fix = f"raise the stage's {limits}, or checks.max_dropped={most:g}" if limits else ""
     raise InputError(what, where=source, fix=fix or "dropped.jsonl in the stage's folder has each; mend them")
 
 
@@ -87,13 +99,13 @@ def _more_rows(tally: Tally) -> str:
     return "lower the stage's splits" + (f" or raise its {limits}" if limits else ", or mend the rows")
 
 
-def _leaks(example: Example, policy: Policy, tally: Tally) -> bool:
+def _leaks(example: Example, judged: Judged) -> bool:
     try:
-        policy.meet("leak", example.row)
+        judged.policy.meet("leak", example.row)
     except Drop as drop:
-        tally.drop(example.row, drop)
+        judged.tally.drop(example.row, drop)
         return True
-    tally.keep(policy.passed())
+    judged.tally.keep(judged.policy.passed())
     return False
 
 

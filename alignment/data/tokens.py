@@ -75,7 +75,7 @@ def answered(chat: Chat, messages: list[Message], where: str) -> tuple[list[int]
 def _refuse_control_tokens(chat: Chat, messages: list[Message]) -> None:
     for message in messages:
         if found := chat.control_token(message["content"]):
-            raise Drop("control_token", f"the {message['role']} turn spells out the control token {found!r}")
+            raise Drop("control_text", f"the {message['role']} turn spells out the control token {found!r}")
 
 
 def check_end_of_turn(dataset: Any, eos_id: int) -> None:

@@ -21,19 +21,20 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     """dropped.jsonl, train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json ->
     summary
     numbers; of pairs and of answers with a score also heldout/, as train/, for what measures reward models."""
-    write_jsonl(folder / "dropped.jsonl", (one.told() for one in prepared.tally.dropped))
-    check_dropped(prepared, source)
+    judged, tally = prepared.judged, prepared.judged.tally
+    write_jsonl(folder / "dropped.jsonl", (one.told() for one in tally.dropped))
+    check_dropped(judged, source)
     train, heldout = prepared.parts["train"], prepared.parts["heldout"]
     names = [name for name in train[0].columns if name != "margin"]
     without = [example.row.where for example in (*train, *heldout) if "margin" not in example.columns]
     if not without:  # of what some rows lack nothing can be made
         names.append("margin")
     mismatched = {}
-    if prepared.task == "unpaired":
+    if judged.task == "unpaired":
         _check_labels(train)
         mismatched = {"mismatched_ids": _mismatched(train)}
     tokens.check_end_of_turn(_save(train, names, folder / "train", **mismatched), chat.eos_id)
-    if heldout and prepared.task in ("preference", "scored"):
+    if heldout and judged.task in ("preference", "scored"):
         _save(heldout, names, folder / "heldout")
     write_jsonl(folder / "train.jsonl", (_training_row(example) for example in train))
     for name in ("prompts", "heldout"):
@@ -41,28 +42,28 @@ def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str
     kept = {name: len(part) for name, part in prepared.parts.items()}
     report = {
         "source": source,
-        "formats": prepared.forms,
-        "rows": prepared.total,
+        "formats": judged.forms,
+        "rows": judged.total,
         "fit": prepared.fit,
         "kept": kept,
-        "dropped": prepared.tally.counts,
-        "kept_with": prepared.tally.kept,
-        "examples": prepared.tally.examples,
+        "dropped": tally.counts,
+        "kept_with": tally.kept,
+        "examples": tally.examples,
         "template_sha256": chat.template_sha256,
         "lengths": {
-            "prompt_tokens": _spread([example.prompt_tokens for example in train]),
-            "row_tokens": _spread([example.tokens for example in train]),
+            "prompt_tokens": spread([example.prompt_tokens for example in train]),
+            "row_tokens": spread([example.tokens for example in train]),
         },
     }
-    if prepared.task == "preference":
+    if judged.task == "preference":
         count = len(train) + len(heldout) - len(without)
         one = {"one_without": without[0]} if without and count else {}
         report["margins"] = {"rows": count, "used": not without, **one}
     write_json(folder / "data_report.json", report)
     trained = sum(_trained(example) for example in train)
-    dropped = len(prepared.tally.dropped)
+    dropped = len(tally.dropped)
     total = sum(example.tokens for example in train)
-    return {"rows": prepared.total, "dropped": dropped, **kept, "train_tokens": total, "trained_tokens": trained}
+    return {"rows": judged.total, "dropped": dropped, **kept, "train_tokens": total, "trained_tokens": trained}
 
 
 def _check_labels(train: Sequence[Example]) -> None:
@@ -125,8 +126,10 @@ def _trained(example: Example) -> int:
     return sum(label != tokens.IGNORED for ids in answers for label in ids)
 
 
-def _spread(lengths: Iterable[int]) -> dict[str, float]:
-    ordered = sorted(lengths)
+def spread(lengths: Iterable[int]) -> dict[str, float]:
+    """min, median, 95th percentile and max; of nothing, nothing."""
+    if not (ordered := sorted(lengths)):
+        return {}
     high = ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))]
     return {"min": ordered[0], "median": statistics.median(ordered), "p95": high, "max": ordered[-1]}
 

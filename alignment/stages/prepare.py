@@ -10,7 +10,7 @@ from alignment.data.checks import opening
 from alignment.data.examples import Reading
 from alignment.data.fetch import fetch
 from alignment.data.models import context_window
-from alignment.data.preparation import prepare
+from alignment.data.preparation import divide, judge
 from alignment.data.sources import Row, read_rows
 from alignment.data.writing import describe, write
 from alignment.errors import ConfigError
@@ -25,7 +25,8 @@ def run(context: StageContext) -> dict[str, Any]:
     rows, form, columns, source = _rows(context)
     chat, heldout = Chat.load(model), _heldout(context)
     reading = Reading(form, columns, context.settings.task, context.experiment.checks, chat)
-    return write(prepare(rows, reading, context.settings, context.progress, heldout), context.folder, source, chat)
+    judged = judge(rows, reading, context.settings, context.progress, heldout)
+    return write(divide(judged, context.settings, rows[0].file), context.folder, source, chat)
 
 
 PAIRS = ("pairs.jsonl", "preference", "pairs of the parent stage")

@@ -55,8 +55,16 @@ FAST = [
     ["~stage.dpo.beta=0.1", "++stage.dpo.beta=0.7"],
     ["~seed", "+seed=4"],
     ["+name=mine", "++seed=2"],
-    ["+data.more={source: {kind: path, path: x}, format: auto, limit: 5}", "stage.prepare_sft.dataset=more"],
-    ["+data.more.source={kind: path, path: x}", "+data.more.format=alpaca", "+data.more.limit=null"],
+    [
+        "+data.more={source: {kind: path, path: x}, format: auto, columns: {}, limit: 5}",
+        "stage.prepare_sft.dataset=more",
+    ],
+    [
+        "+data.more.source={kind: path, path: x}",
+        "+data.more.format=alpaca",
+        "+data.more.columns={}",
+        "+data.more.limit=null",
+    ],
     ["+pipeline.nodes.again={stage: dpo, inputs: {model: sft, data: pairs}}", "pipeline.final=again"],
     ["~pipeline.nodes.verdict"],
     ["stage.dpo.seed=7", "seed=9"],

@@ -12,7 +12,7 @@ from alignment.data import examples, preparation, writing
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
 from alignment.data.examples import Reading
-from alignment.data.preparation import Prepared, prepare
+from alignment.data.preparation import Prepared, divide, judge
 from alignment.data.sources import Row
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl
@@ -38,7 +38,8 @@ def run(chat: Chat, values: list[dict[str, Any]], form: str = "auto", **changes:
     rows = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(values, start=1)]
     elsewhere, checks = changes.pop("elsewhere", frozenset()), default_checks(**changes.pop("checks", {}))
     reading = Reading(form, changes.pop("columns", {}), changes.get("task", "sft"), checks, chat)
-    return prepare(rows, reading, settings(**changes), lambda *a, **k: None, elsewhere)
+    stage = settings(**changes)
+    return divide(judge(rows, reading, stage, lambda *a, **k: None, elsewhere), stage, "rows.jsonl")
 
 
 def qa(question: str, answer: str) -> dict[str, str]:
@@ -59,19 +60,19 @@ def test_unfit_conversations_are_dropped_and_counted_by_reason(chat: Chat) -> No
         ]
     ]  # fmt: skip
     made = run(chat, values + [{"messages": messages} for messages in turns])
-    assert made.tally.counts == {
+    assert made.judged.tally.counts == {
         "long_row": 1,
         "long_prompt": 1,
         "duplicate": 1,
         "empty_answer": 1,
         "empty_prompt": 1,
-        "control_token": 1,
+        "control_text": 1,
         "turn_order": 1,
         "no_answer": 1,
     }
-    assert (made.forms, made.total, made.fit) == ({"messages": 2}, 10, 2)
+    assert (made.judged.forms, made.judged.total, made.fit) == ({"messages": 2}, 10, 2)
     assert sorted(example.row.number for example in made.parts["train"]) == [1, 4]
-    assert made.tally.examples[0] == {"reason": "long_row", "row": 2, "line": 2}
+    assert made.judged.tally.examples[0] == {"reason": "long_row", "row": 2, "line": 2}
 
 
 def test_unfit_pairs_are_dropped_and_counted_by_reason(chat: Chat) -> None:
@@ -82,7 +83,7 @@ def test_unfit_pairs_are_dropped_and_counted_by_reason(chat: Chat) -> None:
     ]  # fmt: skip
     values = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
     made = run(chat, values, task="preference")
-    assert made.tally.counts == {
+    assert made.judged.tally.counts == {
         "duplicate": 1,
         "contradiction": 1,
         "identical_sides": 1,
@@ -124,8 +125,8 @@ def test_held_out_prompts_are_never_trained_on(chat: Chat) -> None:
         made = run(chat, values, heldout=3, prompts=3, seed=seed)
         openings = [{example.opening for example in made.parts[name]} for name in ("heldout", "prompts", "train")]
         assert not openings[0] & openings[1] and not (openings[0] | openings[1]) & openings[2]
-        leaks += made.tally.counts.get("leak", 0)
-        assert made.fit == sum(map(len, made.parts.values())) + sum(made.tally.counts.values())
+        leaks += made.judged.tally.counts.get("leak", 0)
+        assert made.fit == sum(map(len, made.parts.values())) + sum(made.judged.tally.counts.values())
     assert leaks > 0
 
 
@@ -146,7 +147,7 @@ def test_rows_that_are_held_out_elsewhere_are_dropped_and_counted(chat: Chat) ->
     heldout = {opening([user("q1")]), opening([user("q3")])}
     for form, part in (("prompt_completion", values[:4]), ("messages", values[4:])):
         made = run(chat, part, form, elsewhere=heldout)
-        assert made.tally.counts == {"heldout": 2}
+        assert made.judged.tally.counts == {"heldout": 2}
         assert sorted(example.opening for example in made.parts["train"]) == ["user: q0", "user: q2"]
 
 
@@ -183,7 +184,7 @@ def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.M
     monkeypatch.setattr(preparation, "CHUNK", 7)
     monkeypatch.setattr(examples, "_conversation", None)  # here; the workers have their own
     several = run(chat, values, heldout=5, prompts=5)
-    assert several.tally.counts == alone.tally.counts and several.fit == alone.fit
+    assert several.judged.tally.counts == alone.judged.tally.counts and several.fit == alone.fit
     assert {name: [e.columns for e in part] for name, part in several.parts.items()} == {
         name: [e.columns for e in part] for name, part in alone.parts.items()
     }
@@ -200,7 +201,7 @@ def scored(question: str, answer: str, score: float) -> dict[str, Any]:
 def test_answers_with_a_score_keep_it_and_a_prompt_may_have_several(chat: Chat, tmp_path: Path) -> None:
     values = [scored("q", "a", 0.5), scored("q", "b", 1), scored("q", "b", 0), scored("r", "a" * 40, 1)]
     made = run(chat, values, task="scored")
-    assert made.tally.counts == {"duplicate": 1, "long_row": 1}
+    assert made.judged.tally.counts == {"duplicate": 1, "long_row": 1}
     writing.write(made, tmp_path, "here", chat)
     train = datasets.load_from_disk(str(tmp_path / "train"))
     assert train.column_names == ["prompt_ids", "completion_ids", "score"]
@@ -231,7 +232,7 @@ def labelled(question: str, answer: str, label: Any) -> dict[str, Any]:
 def test_answers_with_a_label_keep_it_and_go_with_an_answer_to_another_prompt(chat: Chat, tmp_path: Path) -> None:
     values = [labelled("p", "a", True), labelled("p", "b", False), labelled("q", "c", True), labelled("r", "d", False)]
     made = run(chat, values, task="unpaired")
-    assert made.forms == {"unpaired": 4}
+    assert made.judged.forms == {"unpaired": 4}
     writing.write(made, tmp_path, "here", chat)
     rows, texts = datasets.load_from_disk(str(tmp_path / "train")), list(read_jsonl(tmp_path / "train.jsonl"))
     asked = {tuple(row["completion_ids"]): tuple(row["prompt_ids"]) for row in rows}
@@ -246,7 +247,7 @@ def test_answers_with_a_label_keep_it_and_go_with_an_answer_to_another_prompt(ch
 def test_answers_with_a_label_that_say_it_twice_or_both_ways_are_dropped_and_counted(chat: Chat) -> None:
     values = [labelled("p", "a", True), labelled("P ", "a", True), labelled("p", "a", False), labelled("q", "a", False)]
     made = run(chat, values, task="unpaired")
-    assert made.tally.counts == {"duplicate": 1, "contradiction": 1}
+    assert made.judged.tally.counts == {"duplicate": 1, "contradiction": 1}
 
 
 def test_the_answer_to_another_prompt_is_one_that_fits(chat: Chat, tmp_path: Path) -> None:
@@ -301,7 +302,7 @@ def test_rows_of_which_kto_can_make_nothing_are_refused(
 def test_the_format_is_found_row_by_row_and_counted(chat: Chat, tmp_path: Path) -> None:
     values = [qa("q", "a"), {"messages": [user("r"), assistant("a")]}, {"instruction": "s", "output": "a"}]
     made = run(chat, values)
-    assert made.forms == {"prompt_completion": 1, "messages": 1, "alpaca": 1}
+    assert made.judged.forms == {"prompt_completion": 1, "messages": 1, "alpaca": 1}
     with pytest.raises(InputError, match=r"rows.jsonl:2: has no 'prompt'"):
         run(chat, values, "prompt_completion")
 
@@ -320,7 +321,7 @@ FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "unknown_format": ("sft", [qa("q", "a"), {"question": "q", "completion": "a"}]),
     "no_answer": ("sft", [qa("q", "a"), {"messages": [user("r")]}]),
     "empty_answer": ("sft", [qa("q", "a"), qa("r", " ")]),
-    "control_token": ("sft", [qa("q", "a"), qa("r", "<eos>")]),
+    "control_text": ("sft", [qa("q", "a"), qa("r", "<eos>")]),
     "turn_order": ("sft", [qa("q", "a"), {"messages": [user("r"), user("s"), assistant("a")]}]),
     "empty_prompt": ("sft", [qa("q", "a"), qa("", "a")]),
     "duplicate": ("sft", [qa("q", "a"), qa("Q ", "b")]),
@@ -338,10 +339,10 @@ def test_a_fault_is_an_error_a_drop_that_is_told_or_kept_and_counted(fault: str,
     writing.write(made, tmp_path, "here", chat)
     (told,) = read_jsonl(tmp_path / "dropped.jsonl")
     assert (told["fault"], told["file"], told["line"], told["value"]) == (fault, "rows.jsonl", 2, values[1])
-    assert told["why"] and made.tally.kept == {} and made.fit == 1
+    assert told["why"] and made.judged.tally.kept == {} and made.fit == 1
     if fault in ("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction"):
         made = run(chat, values, task=task, checks={fault: "keep"})
-        assert made.tally.kept == {fault: 1} and made.tally.counts == {} and made.fit == 2
+        assert made.judged.tally.kept == {fault: 1} and made.judged.tally.counts == {} and made.fit == 2
     else:
         with pytest.raises(ValidationError, match="Input should be 'error' or 'drop'"):
             default_checks(**{fault: "keep"})

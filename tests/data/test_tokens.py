@@ -68,7 +68,7 @@ def test_an_answer_that_merges_with_the_prompt_is_dropped() -> None:
 @pytest.mark.parametrize("text", ["<|user|>", "a<eos>b", "<bos>"])
 def test_control_tokens_in_text_never_become_control_tokens(chat: Chat, text: str) -> None:
     for talk in ([user(text), assistant("a")], [user("q"), assistant(text)], [system(text), user("q"), assistant("a")]):
-        with pytest.raises(Drop, match="control_token"):
+        with pytest.raises(Drop, match="control_text"):
             tokens.conversation(chat, talk, "here")
 
 

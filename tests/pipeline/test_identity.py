@@ -134,6 +134,7 @@ def readers(path: tuple[Any, ...], nodes: Sequence[graph.Node] = NODES) -> set[s
         return {node.name for node in nodes}
     reads = {
         "stage": lambda node: node.stage == path[1],
+        "checks": lambda node: node.kind == "prepare",
         "data": lambda node: getattr(node.settings, "dataset", None) == path[1],
         "reward": lambda node: node.kind in JUDGING and path[1] != "comparison",  # nobody compares
     }[path[0]]

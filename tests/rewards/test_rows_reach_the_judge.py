@@ -10,9 +10,9 @@ import pytest
 
 from alignment.config.rewards import Reward
 from alignment.config.stages.preparing import Prepare, Splits
+from alignment.data import preparation
 from alignment.data.chat import Chat
 from alignment.data.examples import Reading
-from alignment.data.preparation import prepare
 from alignment.data.sources import Row
 from alignment.data.writing import write
 from alignment.errors import InputError
@@ -41,12 +41,9 @@ def prepared(folder: Path, model: Path, rows: list[dict[str, Any]], **splits: An
     )  # fmt: skip
     given = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(rows, start=1)]
     chat = Chat.load(model)
-    write(
-        prepare(given, Reading("auto", {}, "sft", default_checks(), chat), settings, lambda *a, **k: None),
-        folder,
-        "rows.jsonl",
-        chat,
-    )
+    reading = Reading("auto", {}, "sft", default_checks(), chat)
+    made = preparation.judge(given, reading, settings, lambda *a, **k: None)
+    write(preparation.divide(made, settings, "rows.jsonl"), folder, "rows.jsonl", chat)
 
 
 def rewarded(context: StageContext, limit: float, *terms: str) -> StageContext:

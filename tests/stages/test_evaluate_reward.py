@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 from alignment.config.stages.preparing import Prepare, Splits
 from alignment.config.stages.reward_model import EvaluateReward
+from alignment.data import preparation
 from alignment.data.chat import Chat
 from alignment.data.examples import Reading
-from alignment.data.preparation import prepare
 from alignment.data.sources import Row
 from alignment.data.writing import write
 from alignment.errors import InputError
@@ -58,12 +58,9 @@ def prepared(target: Path, chat: Chat, values: list[dict[str, Any]], task: Any) 
         kind="prepare", task=task, dataset="x", max_length=90, max_prompt_length=60, over_long="drop", seed=0,
         splits=Splits(heldout=10, prompts=0, train=None),
     )  # fmt: skip
-    write(
-        prepare(rows, Reading("auto", {}, task, default_checks(), chat), settings, lambda *a, **k: None),
-        target,
-        "here",
-        chat,
-    )
+    reading = Reading("auto", {}, task, default_checks(), chat)
+    made = preparation.judge(rows, reading, settings, lambda *a, **k: None)
+    write(preparation.divide(made, settings, "rows.jsonl"), target, "here", chat)
 
 
 def measure(folder: Path, target: Path, data: str, *members: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from alignment.errors import ConfigError, InputError
 from alignment.files import read_json, read_jsonl
 from alignment.stages import import_model, prepare, sft
 from alignment.stages.context import StageContext
+from tests.conftest import default_checks
 from tests.data.conftest import model_settings
 from tests.training import tiny
 
@@ -68,7 +69,7 @@ def prepared(
     data = {}
     if rows:
         data["mine"] = Dataset(source=PathSource(kind="path", path=str(rows)), format="auto", columns={}, limit=limit)
-    experiment: Any = SimpleNamespace(data=data)
+    experiment: Any = SimpleNamespace(data=data, checks=default_checks())
     context = StageContext("rows", "run", "key", folder, settings, experiment, {"model": start, **(inputs or {})})
     return prepare.run(context)
 
@@ -138,7 +139,7 @@ def test_pairs_whose_prompts_evaluate_the_models_are_not_trained_on(
     assert len(heldout) == 5 and trained == set(asked) - heldout
     assert numbers["dropped"] == 5
     report = read_json(tmp_path / "pairs" / "data_report.json")
-    assert report["dropped"] == {"its first prompt is held out for evaluation": 5}
+    assert report["dropped"] == {"heldout": 5}
 
 
 def test_the_pipeline_of_two_files_tells_its_pairs_what_it_evaluates_on() -> None:
@@ -206,5 +207,5 @@ def test_a_limit_takes_the_first_rows(start: Path, instruction_rows: Path, tmp_p
 def test_settings_that_cannot_be_are_one_line(start: Path, instruction_rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rows: max_length 513 is longer than the model's context window of 512"):
         prepared(tmp_path, start, instruction_rows, max_length=513)
-    with pytest.raises(InputError, match="of 40: 40 longer than max_length"):
+    with pytest.raises(InputError, match="of 40: 40 long_row"):
         prepared(tmp_path, start, instruction_rows, max_length=20)

@@ -1,0 +1,136 @@
+"""`alignment check` and `alignment data check`: what would stop a run, found in a minute instead of after a queue.
+
+What needs a tokenizer is looked at by a process of its own (alignment/preflight.py), as no torch is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from alignment.config.schema import Experiment
+from alignment.config.stages.preparing import Prepare
+from alignment.errors import BY_CODE, AlignmentError, MachineError
+from alignment.files import program, write_json
+from alignment.pipeline.runner import Run
+
+Finding = dict[str, Any]  # check, state (ok, note, warning, failed), what, where, fix, code
+ROWS = 2000  # of each data set, unless it is the data that is checked
+SECONDS = 3.0  # for the tracker's server to answer
+MARKS = {"ok": "✓", "note": " ", "warning": "!", "failed": "✗"}
+
+
+def check(experiment: Experiment, *, data_only: bool = False, as_json: bool = False) -> int:
+    """Look at everything, say it, and raise the first failure as the error that the run would have ended with."""
+    findings: list[Finding] = []
+    looks = _data(experiment, None) if data_only else _all(experiment)
+    for finding in looks:
+        findings.append(finding)
+        if not as_json:
+            _say(finding)
+    failed = [finding for finding in findings if finding["state"] == "failed"]
+    if as_json:
+        print(json.dumps({"ok": not failed, "findings": findings}, indent=1))
+    if not failed:
+        return 0
+    if as_json:
+        return int(failed[0]["code"])
+    first, more = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    raise _error(first, f"{first['check']}: {first['what']}{more}")
+
+
+def _error(finding: Finding, what: str) -> AlignmentError:
+    return BY_CODE.get(finding["code"], MachineError)(what, where=finding.get("where"), fix=finding.get("fix"))
+
+
+def _all(experiment: Experiment) -> Iterator[Finding]:
+    yield _finding(
+        "config", "ok", f"{len(experiment.pipeline.nodes)} stages, pipeline ends in {experiment.pipeline.final}"
+    )
+    try:
+        run = Run(experiment, "")
+        packages = {name: version for node in run.nodes for name, version in node.identity["packages"].items()}
+        yield _finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in sorted(packages.items())))
+        yield from _store(run)
+    except AlignmentError as error:
+        yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
+        return
+    yield from _tracker(experiment)
+    yield from _data(experiment, ROWS)
+
+
+def _finding(check: str, state: str, what: str, **more: Any) -> Finding:
+    return {"check": check, "state": state, "what": what, **more}
+
+
+def _store(run: Run) -> Iterator[Finding]:
+    root = run.store.root
+    try:
+        run.store.require_space(run.experiment.min_free_gb)
+        with tempfile.NamedTemporaryFile(dir=root, prefix=".check-") as stream:
+            stream.write(b"check")
+    except AlignmentError as error:
+        yield _finding("store", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
+    except OSError as error:
+        what = f"cannot be written: {error.strerror}"
+        yield _finding("store", "failed", what, where=str(root), fix="set store=...", code=MachineError.exit_code)
+    else:
+        yield _finding("store", "ok", f"{root} can be written, and has {run.experiment.min_free_gb:g} GB free or more")
+
+
+def _tracker(experiment: Experiment) -> Iterator[Finding]:
+    """Whether the server of W&B answers. A run goes on without it, so it is a warning."""
+    if experiment.tracking.kind != "wandb" or experiment.tracking.mode != "online":
+        yield _finding("tracking", "ok", f"{experiment.tracking.kind}, {experiment.tracking.mode}: no server is asked")
+        return
+    address = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), SECONDS).close()
+    except OSError as error:
+        what = f"W&B does not answer at {address.hostname}:{port}: {error}; metrics would be kept here until it does"
+        yield _finding("tracking", "warning", what, where="tracking.mode", fix="tracking=wandb_offline")
+    else:
+        yield _finding("tracking", "ok", f"W&B answers at {address.hostname}")
+
+
+def _data(experiment: Experiment, rows: int | None) -> Iterator[Finding]:
+    """rows: of each data set; None: all of them."""
+    nodes = experiment.pipeline.nodes
+    stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
+    prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.dataset]
+    order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize}
+    with tempfile.TemporaryDirectory(prefix="alignment-check-") as folder:
+        path = Path(folder) / "order.json"
+        write_json(path, order)
+        command = [sys.executable, "-m", "alignment.preflight", str(path)]
+        with open(Path(folder) / "stderr", "w+", encoding="utf-8") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8")
+            assert process.stdout is not None
+            try:
+                yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+            finally:
+                process.stdout.close()
+                if process.poll() is None:
+                    process.wait()
+            if process.returncode:
+                errors.seek(0)
+                last = (errors.read().strip().splitlines() or ["without a word"])[-1]
+                what = f"the look at model and data ended with code {process.returncode}: {last}"
+                fix = f"try {program('alignment')} plan, and the stage itself"
+                yield _finding("model", "failed", what, fix=fix, code=1)
+
+
+def _say(finding: Finding) -> None:
+    where = f" ({finding['where']})" if finding.get("where") and finding["state"] != "ok" else ""
+    print(f"{MARKS[finding['state']]} {finding['check']:<12} {finding['what']}{where}", flush=True)
+    if finding["state"] in ("failed", "warning") and finding.get("fix"):
+        print(f"  {'':<12} fix: {finding['fix']}", flush=True)

@@ -1,0 +1,97 @@
+"""The parts of the `alignment` command that look at what a run would do. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from alignment.commands.options import parser_of, print_json
+from alignment.config.schema import Experiment
+from alignment.errors import ConfigError
+
+
+def check(arguments: list[str]) -> int:
+    """Look for what would stop a run: settings, packages, store, model, template, and rows of each data set."""
+    parser = parser_of("check", "alignment check [setting=value ...]", check)
+    return _check(parser, arguments, data_only=False)
+
+
+def data(arguments: list[str]) -> int:
+    """Look at data: `data check` reads all rows of each data set, and says what would be dropped, and why."""
+    parser = parser_of("data", "alignment data check [setting=value ...]", data)
+    parser.add_argument("what", choices=["check"], help="check: all rows through the whole path, without a run")
+    return _check(parser, arguments, data_only=True)
+
+
+def _check(parser: argparse.ArgumentParser, arguments: list[str], *, data_only: bool) -> int:
+    parser.add_argument("overrides", nargs="*", metavar="setting=value")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="a further folder of configs")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    given = parser.parse_intermixed_args(arguments)
+    from alignment import checking
+
+    return checking.check(_composed(given), data_only=data_only, as_json=given.json)
+
+
+def _composed(given: argparse.Namespace) -> Experiment:
+    from alignment.config.compose import compose
+
+    return compose(given.overrides, tuple(given.config_dir))
+
+
+def plan(arguments: list[str]) -> int:
+    """Show what `run` would do and what it would reuse; takes the same settings, and -m."""
+    parser = parser_of("plan", "alignment plan [-m] [setting=value ...]", plan)
+    parser.add_argument("overrides", nargs="*", metavar="setting=value")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="a sweep, as one graph: how many stages of each name"
+    )
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="a further folder of configs")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--show-scripts", action="store_true", help="launcher=slurm: the jobs as they would be sent")
+    parser.add_argument(
+        "--check", action="store_true", help="launcher=slurm: ask the cluster whether it could start them"
+    )
+    given = parser.parse_intermixed_args(arguments)
+    from alignment.config.given import lost, unread
+    from alignment.reporting import queue, terminal
+
+    queue.note_lost(lost(given.overrides, alone=not given.multirun))
+    if given.multirun:
+        return _plan_sweep(given)
+    from alignment.config.compose import compose
+    from alignment.pipeline import runner
+
+    prepared = runner.Run(compose(given.overrides, tuple(given.config_dir)), "")
+    if given.show_scripts:
+        print("\n".join(queue.scripts([prepared], prepared.id)))
+        return 0
+    if given.check:
+        queue.check([prepared], prepared.id)
+    rows = runner.plan(prepared, queue.queued([prepared]))
+    if given.json:
+        print_json({"run": prepared.id, "nodes": rows})
+    else:
+        queue.say_unread([unread(prepared.experiment, given.overrides)])
+        terminal.announce(prepared.id, prepared.folder, rows, table=True)
+    return 0
+
+
+def _plan_sweep(given: argparse.Namespace) -> int:
+    from alignment import runs
+    from alignment.reporting import queue
+
+    if len(given.config_dir) > 1:
+        raise ConfigError("a sweep takes one --config-dir", where="command line", fix="put all of it into one folder")
+    name, prepared, unread = runs.plan_sweep(given.overrides, *given.config_dir)
+    if given.check:
+        queue.check(prepared, name)
+    scripts = queue.scripts(prepared, name) if given.show_scripts else []
+    rows = queue.plan(prepared)
+    if given.json:
+        print_json({"sweep": name, "runs": [run.id for run in prepared], "stages": rows, "scripts": scripts})
+        return 0
+    queue.say_unread(unread)
+    queue.show_plan(name, len(prepared), rows)
+    print("\n".join(scripts), end="\n" if scripts else "")
+    return 0
