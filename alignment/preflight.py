@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from alignment.config.data_checks import FAULTS
 from alignment.config.schema import Experiment
 from alignment.config.sources import Dataset
 from alignment.config.stages.preparing import Prepare
@@ -110,12 +111,13 @@ def _data(name: str, experiment: Experiment, settings: Prepare, chat: Chat, most
         "read": len(rows), "all": whole, "formats": judged.forms, "fit": len(fit), "dropped": judged.tally.counts,
         "kept_with": judged.tally.kept, "tokens": spread(example.tokens for example in lengths),
     }  # fmt: skip
-    what = f"{'all' if whole else 'the first'} {len(rows)} rows: {forms}; dropped: {judged.tally}"
+    dropped = f"dropped: {judged.tally}" if judged.tally.dropped else "none dropped"
+    what = f"{'all' if whole else 'the first'} {len(rows)} rows: {forms}; {dropped}"
     state = "warning" if judged.tally.dropped or judged.tally.kept else "ok"
     _tell(f"data {name}", state, what, where=describe(dataset.source), facts=facts)
-    for example in judged.tally.examples[:5]:
-        line = f"line {example['line']}" if example["line"] else f"row {example['row']}"
-        _tell(f"data {name}", "note", f"{example['reason']}: {line}", where=rows[0].file)
+    first = {one.fault: one for one in reversed(judged.tally.dropped)}
+    for fault, one in first.items():
+        _tell(f"data {name}", "note", f"{fault}, for instance: {one.why or FAULTS[fault]}", where=one.row.where)
 
 
 def _count(dataset: Dataset, most: int) -> int:

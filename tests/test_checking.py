@@ -1,0 +1,83 @@
+"""`alignment check` and `alignment data check`: what would stop a run is found before it, and nothing is made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Command, write_tiny_model
+
+
+SMALL = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
+
+
+def checked(command: Command, store: Path, *arguments: str, code: int = 0) -> dict[str, dict[str, Any]]:
+    """The last finding of each check; notes apart."""
+    done = command(store, *arguments, "--json", code=code)
+    told = json.loads(done.stdout)
+    assert told["ok"] is (code == 0)
+    return {found["check"]: found for found in told["findings"] if found["state"] != "note"}
+
+
+def test_a_run_that_can_be_is_told_what_was_looked_at(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    found = checked(command, tmp_path / "store", "check", "pipeline=sft_dpo", *tiny_settings, *SMALL)
+    states = {name: finding["state"] for name, finding in found.items()}
+    assert states == dict.fromkeys(
+        ("config", "packages", "store", "tracking", "template", "vocabulary", "window", "data rows", "data pairs"), "ok"
+    )
+    facts = found["data rows"]["facts"]
+    assert (facts["read"], facts["all"], facts["formats"], facts["dropped"]) == (40, True, {"messages": 40}, {})
+    assert not list((tmp_path / "store").rglob("record.json")), "nothing is made"
+
+
+def test_rows_that_would_end_the_run_end_the_check_with_its_code_and_words(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    good = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(9)
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in [*good, {"question": "q", "answer": "a"}]))
+    settings = [*tiny_settings, *SMALL, f"data.instructions.source.path={rows}"]
+    done = command(tmp_path / "store", "data", "check", "pipeline=sft", *settings, code=3)
+    where = f"{rows}:10: data rows: no known format has the keys question, answer"
+    assert f"alignment: error: {where}" in done.stderr
+    found = checked(
+        command, tmp_path / "store", "data", "check", "pipeline=sft", *settings, "checks.unknown_format=drop"
+    )
+    assert set(found) == {"template", "vocabulary", "window", "data rows"}
+    assert found["data rows"]["facts"]["dropped"] == {"unknown_format": 1}
+    assert found["data rows"]["state"] == "warning"
+
+
+@pytest.mark.parametrize("fault", ["vocabulary", "window", "template"])
+def test_a_model_that_cannot_be_trained_so_is_a_failure_of_its_check(
+    fault: str, tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    unended = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+    folder = write_tiny_model(tmp_path / "model", *([unended] if fault == "template" else []))
+    config = json.loads((folder / "config.json").read_text())
+    change = {"vocabulary": {"vocab_size": 200}, "window": {"max_position_embeddings": 8}}.get(fault, {})
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    settings = ["pipeline=sft", *tiny_settings, *SMALL, f"model.source.path={folder}"]
+    done = command(tmp_path / "store", "check", *settings, code=2 if fault == "window" else 3)
+    says = {
+        "vocabulary": "the tokenizer has token ids up to 260, the embedding 200 rows",
+        "window": r"is more than the model's window of 8 tokens",
+        "template": "the chat template does not end an answer with the end-of-turn token",
+    }[fault]
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_server_that_does_not_answer_is_a_warning(
+    tmp_path: Path, tiny_settings: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    settings = ["pipeline=sft", *SMALL, *(s for s in tiny_settings if s != "tracking=none"), "tracking=wandb"]
+    done = command(tmp_path / "store", "check", *settings)
+    assert "! tracking     W&B does not answer at 127.0.0.1:9" in done.stdout
