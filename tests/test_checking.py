@@ -10,7 +10,6 @@ import pytest
 
 from tests.conftest import Command, write_tiny_model
 
-
 SMALL = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
 
 

@@ -19,8 +19,7 @@ from alignment.files import write_json, write_jsonl
 
 def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str, float]:
     """dropped.jsonl, train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json ->
-    summary
-    numbers; of pairs and of answers with a score also heldout/, as train/, for what measures reward models."""
+    summary numbers; of pairs and of answers with a score also heldout/, as train/, for what measures reward models."""
     judged, tally = prepared.judged, prepared.judged.tally
     write_jsonl(folder / "dropped.jsonl", (one.told() for one in tally.dropped))
     check_dropped(judged, source)
