@@ -106,7 +106,7 @@ def _data(experiment: Experiment, rows: int | None) -> Iterator[Finding]:
     """rows: of each data set; None: all of them."""
     nodes = experiment.pipeline.nodes
     stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
-    prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.dataset]
+    prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]
     order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize}
     with tempfile.TemporaryDirectory(prefix="alignment-check-") as folder:
         path = Path(folder) / "order.json"

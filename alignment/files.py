@@ -24,11 +24,18 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "additi
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a file whole or not at all: a temporary neighbour, fsync, one rename."""
+    write_lines(path, [text], durable=durable)
+
+
+def write_lines(path: Path, lines: Iterable[str], *, durable: bool = True) -> int:
+    """As write_text, of texts that need not be in memory together; how many there were."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside, count = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
     try:
         with open(aside, "w", encoding="utf-8") as stream:
-            stream.write(text)
+            for line in lines:
+                stream.write(line)
+                count += 1
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -40,6 +47,7 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
             aside.unlink()
         error.filename = str(path)  # the system does not say where a disk is full
         raise
+    return count
 
 
 def append(path: Path, lines: str) -> None:
@@ -90,7 +98,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_lines(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

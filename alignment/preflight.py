@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from alignment.config.data_checks import FAULTS
 from alignment.config.schema import Experiment
-from alignment.config.sources import Dataset
 from alignment.config.stages.preparing import Prepare
 from alignment.errors import AlignmentError, InputError, unusable
 from alignment.files import read_json
@@ -24,12 +23,12 @@ from alignment.imports import kept
 
 with kept():
     from alignment.data.chat import Chat
-    from alignment.data.examples import Reading
     from alignment.data.fetch import fetch
     from alignment.data.gguf import opened
     from alignment.data.models import check_files, check_vocabulary, context_window, usable_tokenizer
-    from alignment.data.preparation import check_dropped, divide, judge
-    from alignment.data.sources import read_rows
+    from alignment.data.named import share_of, source_of
+    from alignment.data.preparation import Judged, judge
+    from alignment.data.splitting import check_dropped, divide
     from alignment.data.writing import describe, spread
 
 
@@ -42,7 +41,8 @@ def main(arguments: list[str]) -> int:
             with _told(f"data {name}"):
                 settings = experiment.stage[experiment.pipeline.nodes[name].stage]
                 assert isinstance(settings, Prepare)  # of whom the order is
-                _data(name, experiment, settings, chat, order["rows"])
+                with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
+                    _data(name, experiment, settings, chat, order["rows"], Path(folder))
     return 0
 
 
@@ -91,37 +91,41 @@ def _windows(experiment: Experiment, window: int | None) -> None:
     _tell("window", "ok", f"{window or 'no limit of'} tokens")
 
 
-def _data(name: str, experiment: Experiment, settings: Prepare, chat: Chat, most: int) -> None:
+def _data(name: str, experiment: Experiment, settings: Prepare, chat: Chat, most: int, folder: Path) -> None:
     """The first rows through the whole path: read, recognised, checked, rendered, tokenised; all of them if they are no
-    more than `most`, and then split too. Raises AlignmentError."""
-    dataset = experiment.data[settings.dataset or ""]
-    rows = list(islice(read_rows(fetch(dataset.source, what="data")), _count(dataset, most)))
-    if not rows:
-        raise InputError("has no rows", where=describe(dataset.source))
-    reading = Reading(dataset.format, dataset.columns, settings.task, experiment.checks, chat)
-    judged = judge(rows, reading, settings, lambda *a, **k: None)
-    whole = len(rows) < most or len(rows) == dataset.limit
-    check_dropped(judged, rows[0].file)
+    more than `most` of any data set, and then split too. Raises AlignmentError."""
+    data, checks = experiment.data, experiment.checks
+    sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
+    judged = judge(sources, folder, lambda *a, **k: None)
+    for one in settings.datasets:
+        if not judged.read.get(one):
+            raise InputError("has no rows", where=describe(data[one].source))
+    whole = all(judged.read[one] < most or judged.read[one] == data[one].limit for one in settings.datasets)
+    rows = judged.fit
     if whole:
-        fit, lengths = judged.fit, divide(judged, settings, rows[0].file).parts["train"]
-    else:
-        fit = lengths = judged.fit
-    forms = ", ".join(f"{count} {form}" for form, count in judged.forms.items())
-    facts = {
-        "read": len(rows), "all": whole, "formats": judged.forms, "fit": len(fit), "dropped": judged.tally.counts,
-        "kept_with": judged.tally.kept, "tokens": spread(example.tokens for example in lengths),
-    }  # fmt: skip
-    dropped = f"dropped: {judged.tally}" if judged.tally.dropped else "none dropped"
-    what = f"{'all' if whole else 'the first'} {len(rows)} rows: {forms}; {dropped}"
-    state = "warning" if judged.tally.dropped or judged.tally.kept else "ok"
-    _tell(f"data {name}", state, what, where=describe(dataset.source), facts=facts)
-    first = {one.fault: one for one in reversed(judged.tally.dropped)}
-    for fault, one in first.items():
-        _tell(f"data {name}", "note", f"{fault}, for instance: {one.why or FAULTS[fault]}", where=one.row.where)
+        rows = divide(judged, settings.splits, settings.seed, [share_of(data[one]) for one in settings.datasets])[
+            "train"
+        ]
+    judged.tally.close()
+    check_dropped(judged)
+    tokens = spread(judged.table.column("tokens")[rows])
+    for one in settings.datasets:
+        _tell_of(f"data {name}", judged, one, describe(data[one].source), whole, tokens)
+    for fault, (first, *_) in judged.tally.first.items():
+        _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
 
 
-def _count(dataset: Dataset, most: int) -> int:
-    return min(most, dataset.limit or most)
+def _tell_of(check: str, judged: Judged, name: str, where: str, whole: bool, tokens: dict[str, float]) -> None:
+    """Of one data set."""
+    read, forms = judged.read[name], judged.forms.get(name, {})
+    dropped, kept = judged.tally.dropped.get(name, {}), judged.tally.kept.get(name, {})
+    words = ", ".join(f"{count} {form}" for form, count in forms.items())
+    faults = ", ".join(f"{count} {fault}" for fault, count in dropped.items())
+    what = (
+        f"{'all' if whole else 'the first'} {read} rows: {words}; {f'dropped: {faults}' if faults else 'none dropped'}"
+    )
+    facts = {"read": read, "all": whole, "formats": forms, "dropped": dropped, "kept_with": kept, "tokens": tokens}
+    _tell(check, "warning" if dropped or kept else "ok", what, where=where, facts=facts)
 
 
 if __name__ == "__main__":

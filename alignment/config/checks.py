@@ -245,12 +245,26 @@ def _prepare(use: Use) -> Iterator[Fault]:
         what = f"`{key}.max_prompt_length` is {settings.max_prompt_length}, more than the whole row's max_length"
         fix = f"at most {settings.max_length}, or raise {key}.max_length"
         yield Fault(what, (f"{key}.max_prompt_length", f"{key}.max_length"), fix)
-    data, name = use.experiment.data, settings.dataset
-    if name is None:
+    data, names = use.experiment.data, settings.datasets
+    if settings.dataset is None:
         if "data" not in use.inputs:
             why = "`task` is sft" if settings.task == "sft" else f"`{use.node}` is given no pairs by a parent"
             yield Fault(f"`{key}.dataset` is null, and {why}", (f"{key}.dataset",), f"name one of: {', '.join(data)}")
         return
+    if not names or len(set(names)) < len(names):
+        what = f"`{key}.dataset` names {'one twice' if names else 'no data set'}"
+        yield Fault(what, (f"{key}.dataset",), f"name some of: {', '.join(data)}")
+    for name in names:
+        yield from _dataset(use, settings, name)
+    weighed = [name for name in names if data[name].weight is not None]
+    if weighed and len(weighed) < len(names):
+        without = next(name for name in names if name not in weighed)
+        keys = f"data.{weighed[0]}.weight", f"data.{without}.weight"
+        yield Fault(f"`{keys[0]}` is set, and `{keys[1]}` is null", keys, "give all of a mixture a weight, or none")
+
+
+def _dataset(use: Use, settings: Prepare, name: str) -> Iterator[Fault]:
+    data, key = use.experiment.data, use.key
     if name not in data:
         yield _unknown(f"{key}.dataset", name, "which the data group lacks", data)
         return

@@ -59,7 +59,8 @@ class Model(Settings):
 
 
 class Dataset(Settings):
-    """columns: our key -> the rows' own column that stands for it. auto: each row's format by its keys."""
+    """columns: our key -> the rows' own column that stands for it. auto: each row's format by its keys. limit: rows of
+    the source, the first; cap: of those that fit; epochs, weight: of a mixture (data/splitting.py)."""
 
     source: Source = identity()
     format: Literal[
@@ -67,6 +68,6 @@ class Dataset(Settings):
     ] = identity()
     columns: dict[str, str] = identity()
     limit: int | None = identity(gt=0)
-
-    def idle(self) -> frozenset[str]:
-        return frozenset(() if self.columns else {"columns"})
+    cap: int | None = identity(gt=0)
+    epochs: float = identity(gt=0)
+    weight: float | None = identity(gt=0)

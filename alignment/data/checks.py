@@ -1,14 +1,14 @@
-"""What makes a row unfit for training, and what becomes of it; and splits that share no prompt."""
+"""What makes a row unfit for training, and what becomes of it."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from alignment.config.data_checks import FAULTS, Checks
-from alignment.config.stages.preparing import Splits
 from alignment.data.formats import Message
 from alignment.data.sources import Row
 from alignment.errors import InputError
@@ -60,41 +60,64 @@ class Dropped:
         return {"fault": self.fault, "why": why, **place, "value": self.row.value}
 
 
-@dataclass
 class Tally:
-    """Rows that have a fault: those dropped, and how many were kept with it."""
+    """Rows that have a fault, by data set: each that is dropped is written to a file, and those kept are counted.
 
-    dropped: list[Dropped] = field(default_factory=list)
-    kept: dict[str, int] = field(default_factory=dict)
+    dropped, kept: data set -> fault -> rows. first: fault -> the first rows dropped for it.
+    """
 
-    def drop(self, row: Row, drop: Drop) -> None:
-        self.dropped.append(Dropped(row, drop.fault, drop.why))
+    def __init__(self, path: Path):
+        self.path = path
+        self.dropped: dict[str, dict[str, int]] = {}
+        self.kept: dict[str, dict[str, int]] = {}
+        self.first: dict[str, list[Dropped]] = {}
+        self._stream = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
-    def keep(self, faults: Sequence[str]) -> None:
-        for fault in faults:
-            self.kept[fault] = self.kept.get(fault, 0) + 1
+    def drop(self, source: str, one: Dropped) -> None:
+        _count(self.dropped, source, one.fault)
+        if len(first := self.first.setdefault(one.fault, [])) < EXAMPLES:
+            first.append(one)
+        self._stream.write(json.dumps({"source": source, **one.told()}, ensure_ascii=False, default=str) + "\n")
+
+    def keep(self, source: str, fault: str, rows: int = 1) -> None:
+        _count(self.kept, source, fault, rows)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def of(self, source: str) -> int:
+        """Rows of a data set that were dropped."""
+        return sum(self.dropped.get(source, {}).values())
 
     @property
     def counts(self) -> dict[str, int]:
-        """fault -> rows dropped for it."""
-        found: dict[str, int] = {}
-        for one in self.dropped:
-            found[one.fault] = found.get(one.fault, 0) + 1
-        return found
+        """fault -> rows dropped for it, of all data sets."""
+        return _summed(self.dropped)
 
     @property
     def examples(self) -> list[dict[str, Any]]:
-        """The first rows of each fault."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for one in self.dropped:
-            found.setdefault(one.fault, [])
-            if len(found[one.fault]) < EXAMPLES:
-                found[one.fault].append({"reason": one.fault, "row": one.row.number, "line": one.row.line})
-        return [example for examples in found.values() for example in examples]
+        """The first rows of each fault, by their places."""
+        return [
+            {"reason": one.fault, "file": one.row.file, "row": one.row.number, "line": one.row.line}
+            for first in self.first.values()
+            for one in first
+        ]
 
     def __str__(self) -> str:
-        by_count = sorted(self.counts.items(), key=lambda item: -item[1])
+        by_count = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return ", ".join(f"{count} {fault}" for fault, count in by_count) or "none dropped"
+
+
+def _count(counts: dict[str, dict[str, int]], source: str, fault: str, rows: int = 1) -> None:
+    counts.setdefault(source, {})[fault] = counts.get(source, {}).get(fault, 0) + rows
+
+
+def _summed(counts: dict[str, dict[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for faults in counts.values():
+        for fault, rows in faults.items():
+            found[fault] = found.get(fault, 0) + rows
+    return found
 
 
 def turn_faults(messages: list[Message]) -> Iterator[str]:
@@ -119,32 +142,3 @@ def opening(messages: list[Message]) -> str:
     """The key of what is asked before the first answer: conversations that share it count as the same prompt."""
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     return prompt_key(messages[:first])
-
-
-class HasOpening(Protocol):
-    opening: str
-
-
-T = TypeVar("T", bound=HasOpening)
-
-
-def split(rows: Sequence[T], sizes: Splits, seed: int, leaks: Callable[[T], bool]) -> dict[str, list[T]]:
-    """Rows of each split, by one seeded shuffle: held-out first, then prompts, then train; what is over is "unused".
-
-    leaks(row): its opening lies in another split; whether it is dropped for it. The same rows, sizes and seed give the
-    same splits. Raises InputError if there are too few rows.
-    """
-    order = list(rows)
-    random.Random(seed).shuffle(order)
-    least = {"heldout": sizes.heldout, "prompts": sizes.prompts, "train": sizes.train or 1}
-    room = {**least, "train": sizes.train or len(order), "unused": len(order)}
-    parts: dict[str, list[T]] = {name: [] for name in room}
-    owner: dict[str, str] = {}
-    for row in order:
-        name = next(name for name, size in room.items() if len(parts[name]) < size)
-        if name == "unused" or owner.setdefault(row.opening, name) == name or not leaks(row):
-            parts[name].append(row)
-    if any(len(parts[name]) < size for name, size in least.items()):
-        asked = f"{sizes.heldout} held-out + {sizes.prompts} prompts + {sizes.train or 'at least 1'} train"
-        raise InputError(f"{len(rows)} rows are fit to use, the splits ask for {asked}")
-    return parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from alignment.config.data_checks import Checks
 from alignment.config.stages.preparing import FORMATS
@@ -23,11 +23,12 @@ WANTED = "preference needs chosen and rejected, unpaired a label, scored a score
 class Example:
     """One row that passed: its messages, its columns for training (token ids, a number), and its lengths in tokens.
 
-    tokens: of the whole row; of its longer side for a pair. kept: faults that it is trained on with.
+    id: its own, None if it has none. tokens: of the whole row; of its longer side for a pair. kept: faults that it is
+    trained on with.
     """
 
     row: Row
-    id: str
+    id: str | None
     form: str
     prompt: list[Message]
     answer: Message
@@ -38,19 +39,31 @@ class Example:
     opening: str
     kept: list[str] = field(default_factory=list)
 
+    def text(self) -> dict[str, Any]:
+        """The row as train.jsonl has it, but for its id."""
+        for name in ("label", "score"):
+            if name in self.columns:
+                return {"prompt": self.prompt, "completion": [self.answer], name: self.columns[name]}
+        if self.rejected is None:
+            return {"messages": [*self.prompt, self.answer]}
+        return {"prompt": self.prompt, "chosen": [self.answer], "rejected": [self.rejected]}
+
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read and judged: what a worker has to know."""
+    """How rows are read and judged: what a worker has to know. limits: tokens of a row, and of its prompt."""
 
     form: str
     columns: Mapping[str, str]
     task: str
     checks: Checks
     chat: Chat
+    max_length: int
+    max_prompt_length: int
+    over_long: Literal["drop", "error"]
 
 
-def examples(row: Row, name: str, reading: Reading) -> list[Example | Dropped]:
+def examples(row: Row, reading: Reading) -> list[Example | Dropped]:
     """What a row becomes: mostly one example. Raises InputError for a fault that is an error."""
     policy = Policy(reading.checks)
     try:
@@ -62,14 +75,14 @@ def examples(row: Row, name: str, reading: Reading) -> list[Example | Dropped]:
             if form not in FORMATS[reading.task]:
                 what = f"rows of the format {form!r} cannot be prepared for the task {reading.task!r}"
                 raise InputError(what, where=row.where, fix=WANTED)
-        parts = [(given, name)]
+        parts = [given]
         if reading.task == "unpaired" and form == "preference":
             with _as("malformed", policy, row):
-                parts = [(half, half.value.get("id") or name) for half in _halves(given)]
+                parts = list(_halves(given))
     except Drop as drop:
         return [Dropped(row, drop.fault, drop.why)]
     form = "unpaired" if len(parts) > 1 else form
-    return [_example(part, own, form, reading.chat, policy) for part, own in parts]
+    return [_example(part, row, form, reading, policy) for part in parts]
 
 
 @contextmanager
@@ -83,12 +96,13 @@ def _as(fault: str, policy: Policy, row: Row) -> Iterator[None]:
         policy.meet(fault, row, error.what)
 
 
-def _example(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example | Dropped:
-    """Raises InputError for a fault that is an error."""
+def _example(part: Row, row: Row, form: str, reading: Reading, policy: Policy) -> Example | Dropped:
+    """part: the row, or what stands for it now. Raises InputError for a fault that is an error."""
     try:
         try:
             maker = {"preference": _preference, "unpaired": _unpaired, "scored": _scored}.get(form, _conversation)
-            example = maker(row, name, form, chat, policy)
+            example = maker(part, form, reading.chat, policy)
+            _check_length(example, reading)
         except Drop as drop:  # of one that met no policy yet
             policy.meet(drop.fault, row, drop.why)
             raise
@@ -96,6 +110,25 @@ def _example(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Exam
         return Dropped(row, drop.fault, drop.why)
     example.kept = policy.passed()
     return example
+
+
+def _check_length(made: Example, reading: Reading) -> None:
+    """Raises InputError or Drop."""
+    if made.prompt_tokens > reading.max_prompt_length:
+        over = "long_prompt", f"prompt of {made.prompt_tokens} tokens"
+    elif made.tokens > reading.max_length:
+        over = "long_row", f"row of {made.tokens} tokens"
+    else:
+        return
+    if reading.over_long == "error":
+        limits = f"max_length is {reading.max_length}, max_prompt_length {reading.max_prompt_length}"
+        fix = "raise the limit, or set over_long: drop"
+        raise InputError(f"{over[1]}: {limits}", where=made.row.where, fix=fix)
+    raise Drop(*over)
+
+
+def _own_id(row: Row) -> str | None:
+    return str(row.value.get("id") or "") or None
 
 
 def _halves(row: Row) -> Iterator[Row]:
@@ -111,17 +144,17 @@ def _checked(messages: list[Message], row: Row, policy: Policy) -> None:
         policy.meet(fault, row)
 
 
-def _conversation(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example:
+def _conversation(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         messages = canonical(row, form)["messages"]
     _checked(messages, row, policy)
     with _as("template", policy, row):
         made = tokens.conversation(chat, messages, row.where)
     columns, length, key = {"input_ids": made.ids, "labels": made.labels}, len(made.ids), opening(messages)
-    return Example(row, name, form, messages[:-1], messages[-1], None, columns, made.prompt, length, key)
+    return Example(row, _own_id(row), form, messages[:-1], messages[-1], None, columns, made.prompt, length, key)
 
 
-def _preference(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example:
+def _preference(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         made = canonical(row, form)
     prompt, chosen, rejected = made["prompt"], made["chosen"], made["rejected"]
@@ -135,30 +168,28 @@ def _preference(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> E
     if (said := margin(row)) is not None:
         columns["margin"] = said
     length, key = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)), opening(prompt + chosen)
-    return Example(row, name, form, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
+    return Example(row, _own_id(row), form, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
 
 
-def _unpaired(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example:
+def _unpaired(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         messages, label = canonical(row, form)["messages"], wanted(row)
     _checked(messages, row, policy)
-    return _answered(row, name, form, chat, policy, messages, label=label)
+    return _answered(row, form, chat, policy, messages, label=label)
 
 
-def _scored(row: Row, name: str, form: str, chat: Chat, policy: Policy) -> Example:
+def _scored(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         made = canonical(row, form)
     messages = made["prompt"] + made["completion"]
     _checked(messages, row, policy)
-    return _answered(row, name, form, chat, policy, messages, score=finite(row, "score"))
+    return _answered(row, form, chat, policy, messages, score=finite(row, "score"))
 
 
-def _answered(
-    row: Row, name: str, form: str, chat: Chat, policy: Policy, messages: list[Message], **more: Any
-) -> Example:
+def _answered(row: Row, form: str, chat: Chat, policy: Policy, messages: list[Message], **more: Any) -> Example:
     """A prompt, its answer, and what is said of it."""
     with _as("template", policy, row):
         prompt, answer = tokens.answered(chat, messages, row.where)
     columns = {"prompt_ids": prompt, "completion_ids": answer, **more}
     length, key = len(prompt) + len(answer), opening(messages)
-    return Example(row, name, form, messages[:-1], messages[-1], None, columns, len(prompt), length, key)
+    return Example(row, _own_id(row), form, messages[:-1], messages[-1], None, columns, len(prompt), length, key)

@@ -1,189 +1,210 @@
-"""Rows of any source -> checked, split, tokenised rows, and what was dropped and why."""
+"""Rows of any number of data sets -> one table of checked, tokenised rows; of what was dropped, a file that says why.
+
+Memory does not grow with the data but by some bytes a row: a window of chunks is with the workers, what they make goes
+to a file that is mapped, and what is compared across rows is compared by 64-bit keys.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence, Set
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from multiprocessing import get_context
+from pathlib import Path
 
-from alignment.config.stages.preparing import Prepare
-from alignment.data.checks import Drop, Dropped, Policy, Tally, prompt_key, split
-from alignment.data.examples import Example, Reading, examples
+import numpy as np
+
+from alignment.data.batches import Batch, Chunk, Table, key_of, made_of
+from alignment.data.checks import Drop, Dropped, Policy, Tally
+from alignment.data.examples import Reading
 from alignment.data.sources import Row
-from alignment.errors import InputError
 
 ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
-PROGRESS_EVERY = 50  # rows
+AHEAD = 4  # chunks a worker may have waiting
 TOO_LONG = {"long_prompt": "max_prompt_length", "long_row": "max_length"}  # fault -> the limit
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: its rows, and how they are read. guess: how many there may be, None if nobody knows."""
+
+    name: str
+    rows: Iterable[Row]
+    reading: Reading
+    described: str
+    guess: int | None = None
 
 
 @dataclass
 class Judged:
-    """Rows that were read and tokenised, before they are split. total: rows read; forms: format -> rows that fit."""
+    """What was read. table: rows that passed by themselves; fit: those of them that passed beside the others, too.
 
-    task: str
-    total: int
-    fit: list[Example]
-    forms: dict[str, int]
+    read: data set -> rows read. forms: data set -> format -> rows.
+    """
+
+    sources: Sequence[Source]
+    table: Table
     tally: Tally
     policy: Policy
+    files: list[str] = field(default_factory=list)
+    read: dict[str, int] = field(default_factory=dict)
+    forms: dict[str, dict[str, int]] = field(default_factory=dict)
+    fit: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
+    @property
+    def task(self) -> str:
+        return self.table.task
 
-@dataclass
-class Prepared:
-    """parts: split -> rows, in training order. total counts the rows read, fit those that passed every check."""
+    @property
+    def total(self) -> int:
+        return sum(self.read.values())
 
-    judged: Judged
-    fit: int
-    parts: dict[str, list[Example]]
+    def place(self, number: int) -> tuple[str, Row]:
+        """The data set and the row that a row of the table was made of; its value as train.jsonl would have it."""
+        row = self.table.row(number)
+        value = json.loads(row["text"])
+        return self.sources[row["source"]].name, Row(value, self.files[row["file"]], row["number"], row["line"])
 
 
 def judge(
-    rows: Sequence[Row],
-    reading: Reading,
-    settings: Prepare,
-    progress: Callable[..., None],
-    heldout: Set[str] = frozenset(),
+    sources: Sequence[Source], folder: Path, progress: Callable[..., None], heldout: Set[str] = frozenset()
 ) -> Judged:
-    """Check and tokenise rows. heldout: openings that models are evaluated on elsewhere. progress(step, total, **facts)
-    is called while rows are read. Raises InputError at the first row with a fault that is an error."""
-    made = Judged(reading.task, len(rows), [], {}, Tally(), Policy(reading.checks))
-    seen = _Seen()
-    for number, (row, found) in enumerate(zip(rows, _tokenised(rows, reading), strict=True), start=1):
-        for one in found:
-            try:
-                example = _fit(one, settings, made.policy, seen, heldout)
-            except Drop as drop:
-                made.tally.drop(row, drop)
-            else:
-                made.fit.append(example)
-                made.tally.keep(example.kept)
-                made.forms[example.form] = made.forms.get(example.form, 0) + 1
-        if number % PROGRESS_EVERY == 0 or number == len(rows):
-            note = f"{', '.join(made.forms) or 'rows'}: {len(made.fit)} of {number} rows fit"
-            progress(number, len(rows), note=note)
+    """Read, check and tokenise rows; folder: where rows.arrow and dropped.jsonl are written.
+
+    heldout: openings that models are evaluated on elsewhere. progress(step, total, **facts) is called meanwhile. Raises
+    InputError at the first row with a fault that is an error.
+    """
+    task = sources[0].reading.task
+    made = Judged(sources, Table(folder / "rows.arrow", task), Tally(folder / "dropped.jsonl"), _policy(sources))
+    guess = None if any(source.guess is None for source in sources) else sum(source.guess or 0 for source in sources)
+    rows = 0
+    try:
+        for chunk, batch in _batches(sources, made.files):
+            name = sources[chunk.source].name
+            made.table.add(batch.rows)
+            made.read[name] = made.read.get(name, 0) + len(chunk.rows)
+            for one in batch.dropped:
+                made.tally.drop(name, one)
+            for fault, count in batch.kept.items():
+                made.tally.keep(name, fault, count)
+            for form, count in batch.forms.items():
+                made.forms.setdefault(name, {})[form] = made.forms.get(name, {}).get(form, 0) + count
+            rows += batch.rows.num_rows
+            note = f"{', '.join(made.forms.get(name, {})) or 'rows'}: {rows} of {made.total} rows fit"
+            progress(made.total, max(guess or 0, made.total), note=note)
+    finally:
+        made.table.close()
+    made.fit = _beside_others(made, heldout)
     return made
 
 
-def divide(judged: Judged, settings: Prepare, source: str) -> Prepared:
-    """The rows that fit, split. Raises InputError for too few."""
-    fit, tally = len(judged.fit), judged.tally
-    try:
-        parts = split(judged.fit, settings.splits, settings.seed, lambda example: _leaks(example, judged))
-    except InputError as error:
-        what = f"{error.what} (of {judged.total}: {tally})"
-        raise InputError(what, where=source, fix=_more_rows(tally)) from None
-    return Prepared(judged, fit, parts)
+def _policy(sources: Sequence[Source]) -> Policy:
+    return Policy(sources[0].reading.checks)
 
 
-def check_dropped(judged: Judged, source: str) -> None:
-    """Raises InputError where more of the rows were dropped than checks.max_dropped allows."""
-    rows, most = len({one.row.number for one in judged.tally.dropped}), judged.policy.checks.max_dropped
-    if rows <= most * judged.total:
-        return
-    what = f"{rows} of {judged.total} rows are dropped, a larger share than checks.max_dropped: {judged.tally}"
-    limits = _limits(judged.tally)
-    fix = f"raise the stage's {limits}, or checks.max_dropped={most:g}" if limits else ""
-    raise InputError(what, where=source, fix=fix or "dropped.jsonl in the stage's folder has each; mend them")
+# --- by several processes ---------------------------------------------------------------------------------------------
 
 
-def _limits(tally: Tally) -> str:
-    return " and ".join(name for fault, name in TOO_LONG.items() if fault in tally.counts)
-
-
-def _more_rows(tally: Tally) -> str:
-    limits = _limits(tally)
-    return "lower the stage's splits" + (f" or raise its {limits}" if limits else ", or mend the rows")
-
-
-def _leaks(example: Example, judged: Judged) -> bool:
-    try:
-        judged.policy.meet("leak", example.row)
-    except Drop as drop:
-        judged.tally.drop(example.row, drop)
-        return True
-    judged.tally.keep(judged.policy.passed())
-    return False
-
-
-def _fit(made: Example | Dropped, settings: Prepare, policy: Policy, seen: _Seen, heldout: Set[str]) -> Example:
-    """Raises InputError (for a fault that is an error) or Drop."""
-    if isinstance(made, Dropped):
-        raise Drop(made.fault, made.why)
-    over = None
-    if made.prompt_tokens > settings.max_prompt_length:
-        over = "long_prompt", f"prompt of {made.prompt_tokens} tokens"
-    elif made.tokens > settings.max_length:
-        over = "long_row", f"row of {made.tokens} tokens"
-    if over and settings.over_long == "error":
-        limits = f"max_length is {settings.max_length}, max_prompt_length {settings.max_prompt_length}"
-        fix = "raise the limit, or set over_long: drop"
-        raise InputError(f"{over[1]}: {limits}", where=made.row.where, fix=fix)
-    if over:
-        raise Drop(*over)
-    if fault := seen.fault(made):
-        policy.meet(fault, made.row)
-    if made.opening in heldout:
-        policy.meet("heldout", made.row)
-    made.kept += policy.passed()
-    return made
-
-
-def _ids(rows: Sequence[Row]) -> list[str]:
-    """The rows' own `id` where each has a different one, else their numbers."""
-    own = [str(row.value.get("id") or "") for row in rows]
-    return own if all(own) and len(set(own)) == len(own) else [str(row.number) for row in rows]
-
-
-class _Seen:
-    """Prompts and pairs met so far, to find what stands twice in the data."""
-
-    def __init__(self) -> None:
-        self.keys: set[str] = set()
-
-    def fault(self, example: Example) -> str | None:
-        """A prompt may have several pairs, labels or scores, but none twice or turned round."""
-        key, answer = prompt_key(example.prompt), example.answer["content"]
-        if (label := example.columns.get("label")) is not None:
-            return self._once((key, answer, str(label)), (key, answer, str(not label)))
-        if example.rejected is not None:
-            sides = answer, example.rejected["content"]
-            return self._once((key, *sides), (key, *sides[::-1]))
-        return self._once((key, answer) if "score" in example.columns else (key,))
-
-    def _once(self, here: tuple[str, ...], turned: tuple[str, ...] | None = None) -> str | None:
-        if "\0".join(here) in self.keys:
-            return "duplicate"
-        if turned is not None and "\0".join(turned) in self.keys and turned != here:
-            return "contradiction"
-        self.keys.add("\0".join(here))
-        return None
-
-
-def _tokenised(rows: Sequence[Row], reading: Reading) -> Iterator[list[Example | Dropped]]:
-    """What becomes of each row, in order; by several processes if there is enough to do. Raises InputError at the first
-    row with a fault that is an error."""
-    named = list(zip(rows, _ids(rows), strict=True))
-    workers = min(len(os.sched_getaffinity(0)), len(rows) // ROWS_PER_WORKER)
-    if workers < 2:
-        yield from (examples(row, name, reading) for row, name in named)
+def _batches(sources: Sequence[Source], files: list[str]) -> Iterator[tuple[Chunk, Batch]]:
+    """What becomes of each chunk, in order; by several processes if there is enough to do. files: is added to."""
+    chunks, workers = _chunks(sources, files), len(os.sched_getaffinity(0))
+    first = list(islice(chunks, -(-2 * ROWS_PER_WORKER // CHUNK)))
+    if workers < 2 or sum(len(chunk.rows) for chunk in first) < 2 * ROWS_PER_WORKER:
+        for chunk in chain(first, chunks):
+            yield chunk, made_of(chunk, sources[chunk.source].reading)
         return
     # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever.
-    with ProcessPoolExecutor(workers, get_context("forkserver"), _become_worker, (reading,)) as pool:
-        yield from pool.map(_work, named, chunksize=CHUNK)
+    readings = [source.reading for source in sources]
+    with ProcessPoolExecutor(workers, get_context("forkserver"), _become_worker, (readings,)) as pool:
+        waiting: deque[tuple[Chunk, Future[Batch]]] = deque()
+        try:
+            for chunk in chain(first, chunks):
+                waiting.append((chunk, pool.submit(_work, chunk)))
+                if len(waiting) > AHEAD * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
-def _become_worker(reading: Reading) -> None:
+def _chunks(sources: Sequence[Source], files: list[str]) -> Iterator[Chunk]:
+    """Rows in order, by the file; an error of reading comes after the rows before it."""
+    for number, source in enumerate(sources):
+        rows: list[Row] = []
+        for row in source.rows:
+            if rows and (len(rows) == CHUNK or row.file != rows[0].file):
+                yield Chunk(number, _numbered(rows[0].file, files), rows)
+                rows = []
+            rows.append(row)
+        if rows:
+            yield Chunk(number, _numbered(rows[0].file, files), rows)
+
+
+def _numbered(file: str, files: list[str]) -> int:
+    if not files or files[-1] != file:
+        files.append(file)
+    return len(files) - 1
+
+
+def _become_worker(readings: list[Reading]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: they share the cores already
     global _worker
-    _worker = reading
+    _worker = readings
 
 
-_worker: Reading
+_worker: list[Reading]
 
 
-def _work(named: tuple[Row, str]) -> list[Example | Dropped]:
-    return examples(*named, _worker)
+def _work(chunk: Chunk) -> Batch:
+    return made_of(chunk, _worker[chunk.source])
+
+
+# --- beside each other ------------------------------------------------------------------------------------------------
+
+
+def _beside_others(made: Judged, heldout: Set[str]) -> np.ndarray:
+    """Numbers of the rows that may stay beside the others: none twice, turned round, or held out elsewhere."""
+    same, turned, opening = (made.table.column(name) for name in ("same", "turned", "opening"))
+    first = _first(same)
+    unique, at = np.unique(same, return_index=True)
+    found = np.minimum(np.searchsorted(unique, turned), max(len(unique) - 1, 0))
+    opposite = np.where((turned != 0) & (unique[found] == turned), at[found], len(same)) if len(same) else turned
+    contradicts = opposite < first
+    stays = np.ones(len(same), bool)
+    elsewhere = np.fromiter((key_of(one) for one in heldout), np.uint64, len(heldout))
+    for fault, rows in (
+        ("contradiction", contradicts),
+        ("duplicate", ~contradicts & (first < np.arange(len(same)))),
+        ("heldout", np.isin(opening, elsewhere)),
+    ):
+        for number in np.flatnonzero(rows & stays):
+            stays[number] = not left_out(made, fault, int(number))
+    return np.flatnonzero(stays)
+
+
+def _first(keys: np.ndarray) -> np.ndarray:
+    """For each row the number of the first one that has its key."""
+    _, at, back = np.unique(keys, return_index=True, return_inverse=True)
+    return at[back]
+
+
+def left_out(made: Judged, fault: str, number: int) -> bool:
+    """What becomes of a row of the table that has the fault. Raises InputError where that is an error."""
+    name, row = made.place(number)
+    try:
+        made.policy.meet(fault, row)
+    except Drop as drop:
+        made.tally.drop(name, Dropped(row, drop.fault, drop.why))
+        return True
+    made.policy.passed()
+    made.tally.keep(name, fault)
+    return False

@@ -1,136 +1,181 @@
-"""Prepared rows -> the files of the stage: token ids for training, rows as text, what was dropped, the report."""
+"""Prepared rows -> the files of the stage: token ids for training, rows as text, and the report."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alignment.config.sources import HubSource, PackageSource, PathSource
 from alignment.data import tokens
+from alignment.data.batches import TOKENS
 from alignment.data.chat import Chat
-from alignment.data.examples import Example
-from alignment.data.formats import kept
-from alignment.data.preparation import Prepared, check_dropped
+from alignment.data.preparation import Judged
+from alignment.data.splitting import Parts
 from alignment.errors import InputError
-from alignment.files import write_json, write_jsonl
+from alignment.files import write_json, write_lines
+
+SOURCE = "source"  # the column of train/ with the number of a row's data set, as data_report.json lists them
 
 
-def write(prepared: Prepared, folder: Path, source: str, chat: Chat) -> dict[str, float]:
-    """dropped.jsonl, train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json ->
-    summary numbers; of pairs and of answers with a score also heldout/, as train/, for what measures reward models."""
-    judged, tally = prepared.judged, prepared.judged.tally
-    write_jsonl(folder / "dropped.jsonl", (one.told() for one in tally.dropped))
-    check_dropped(judged, source)
-    train, heldout = prepared.parts["train"], prepared.parts["heldout"]
-    names = [name for name in train[0].columns if name != "margin"]
-    without = [example.row.where for example in (*train, *heldout) if "margin" not in example.columns]
-    if not without:  # of what some rows lack nothing can be made
-        names.append("margin")
-    mismatched = {}
+def write(judged: Judged, parts: Parts, folder: Path, chat: Chat) -> dict[str, float]:
+    """train/ (columns of token ids), train.jsonl, prompts.jsonl, heldout.jsonl, data_report.json -> summary numbers; of
+    pairs and of answers with a score also heldout/, as train/, for what measures reward models."""
+    train, heldout = parts["train"], parts["heldout"]
+    without = _without_margin(judged, np.concatenate([train, heldout]))
+    names = [name for name in TOKENS[judged.task] if name != "margin" or without is None]
+    names += [SOURCE] if len(judged.sources) > 1 else []
+    made = judged.table.take(train).select_columns(names)
     if judged.task == "unpaired":
-        _check_labels(train)
-        mismatched = {"mismatched_ids": _mismatched(train)}
-    tokens.check_end_of_turn(_save(train, names, folder / "train", **mismatched), chat.eos_id)
-    if heldout and judged.task in ("preference", "scored"):
-        _save(heldout, names, folder / "heldout")
-    write_jsonl(folder / "train.jsonl", (_training_row(example) for example in train))
+        made = _with_mismatched(made, judged, train)
+    _save(made, folder / "train")
+    tokens.check_end_of_turn(made, chat.eos_id)
+    if len(heldout) and judged.task in ("preference", "scored"):
+        _save(judged.table.take(heldout).select_columns(names), folder / "heldout")
+    ids = _Ids(judged)
+    write_lines(folder / "train.jsonl", _lines(judged, train, ids, _training_row))
     for name in ("prompts", "heldout"):
-        write_jsonl(folder / f"{name}.jsonl", map(_asking_row, prepared.parts[name]))
-    kept = {name: len(part) for name, part in prepared.parts.items()}
-    report = {
-        "source": source,
-        "formats": judged.forms,
-        "rows": judged.total,
-        "fit": prepared.fit,
-        "kept": kept,
-        "dropped": tally.counts,
-        "kept_with": tally.kept,
-        "examples": tally.examples,
-        "template_sha256": chat.template_sha256,
-        "lengths": {
-            "prompt_tokens": spread([example.prompt_tokens for example in train]),
-            "row_tokens": spread([example.tokens for example in train]),
-        },
-    }
+        write_lines(folder / f"{name}.jsonl", _lines(judged, parts[name], ids, _asking_row))
+    lengths, prompts, trained = (judged.table.column(name)[train] for name in ("tokens", "prompt_tokens", "trained"))
+    kept = {name: len(part) for name, part in parts.items()}
+    report = _report(judged, kept, chat)
+    report["lengths"] = {"prompt_tokens": spread(prompts), "row_tokens": spread(lengths)}
     if judged.task == "preference":
-        count = len(train) + len(heldout) - len(without)
-        one = {"one_without": without[0]} if without and count else {}
-        report["margins"] = {"rows": count, "used": not without, **one}
+        report["margins"] = _margins(judged, np.concatenate([train, heldout]), without)
     write_json(folder / "data_report.json", report)
-    trained = sum(_trained(example) for example in train)
-    dropped = len(tally.dropped)
-    total = sum(example.tokens for example in train)
-    return {"rows": judged.total, "dropped": dropped, **kept, "train_tokens": total, "trained_tokens": trained}
+    dropped = sum(judged.tally.counts.values())
+    counts = {"rows": judged.total, "dropped": dropped, **kept}
+    return {**counts, "train_tokens": int(lengths.sum()), "trained_tokens": int(trained.sum())}
 
 
-def _check_labels(train: Sequence[Example]) -> None:
-    """Raises InputError if all are wanted, or none: such a loss only pushes the policy one way, whatever it says."""
-    wanted = sum(example.columns["label"] for example in train)
+def _report(judged: Judged, kept: dict[str, int], chat: Chat) -> dict[str, Any]:
+    """All data sets together, and each."""
+    forms: dict[str, int] = {}
+    for counts in judged.forms.values():
+        for form, rows in counts.items():
+            forms[form] = forms.get(form, 0) + rows
+    return {
+        "source": ", ".join(source.described for source in judged.sources),
+        "formats": forms,
+        "rows": judged.total,
+        "fit": len(judged.fit),
+        "kept": kept,
+        "dropped": judged.tally.counts,
+        "examples": judged.tally.examples,
+        "sources": [
+            {
+                "name": source.name,
+                "source": source.described,
+                "rows": judged.read.get(source.name, 0),
+                "formats": judged.forms.get(source.name, {}),
+                "dropped": judged.tally.dropped.get(source.name, {}),
+                "kept_with": judged.tally.kept.get(source.name, {}),
+            }
+            for source in judged.sources
+        ],
+        "template_sha256": chat.template_sha256,
+    }
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def _save(rows: Any, folder: Path) -> None:
+    rows.save_to_disk(folder, max_shard_size="2GB")
+
+
+def _without_margin(judged: Judged, rows: np.ndarray) -> str | None:
+    """Where the first row without one is; of what some rows lack nothing can be made. None: all have one."""
+    if judged.task != "preference":
+        return None
+    missing = np.flatnonzero(np.isnan(judged.table.column("margin")[rows]))
+    return judged.place(int(rows[missing[0]]))[1].where if len(missing) else None
+
+
+def _margins(judged: Judged, rows: np.ndarray, without: str | None) -> dict[str, Any]:
+    count = int(np.count_nonzero(~np.isnan(judged.table.column("margin")[rows])))
+    return {"rows": count, "used": without is None, **({"one_without": without} if without and count else {})}
+
+
+def _with_mismatched(made: Any, judged: Judged, train: np.ndarray) -> Any:
+    """With a column `mismatched_ids`: of each row the answer of the next one with another prompt, round in a circle,
+    with which no row is longer than the longest that is trained on: what KTO compares with.
+
+    Raises InputError where there is none; and if all answers are wanted, or none: such a loss only pushes the policy
+    one way, whatever it says.
+    """
+    import datasets
+
+    labels = judged.table.column("label")[train]
+    wanted = int(np.count_nonzero(labels))
     if wanted in (0, len(train)):
         what = f"of the answers to train on {wanted} are wanted and {len(train) - wanted} are not: KTO needs both"
         fix = "check the labels, or the judge's label_threshold; wanted answers alone are rows for SFT"
-        raise InputError(what, where=train[0].row.file, fix=fix)
-
-
-def _mismatched(train: Sequence[Example]) -> list[list[int]]:
-    """For each row the answer of the next one that has another prompt, round in a circle: what KTO compares with.
-
-    With it no row is longer than the longest that is trained on.
-    """
-    longest = max(example.tokens for example in train)
-    found = []
-    for number, example in enumerate(train):
-        others = (train[(number + step) % len(train)] for step in range(1, len(train)))
-        fitting = (one.columns["completion_ids"] for one in others if one.opening != example.opening)
-        other = next((ids for ids in fitting if example.prompt_tokens + len(ids) <= longest), None)
-        if other is None:
+        raise InputError(what, where=judged.place(int(train[0]))[1].file, fix=fix)
+    opening, prompt, whole = (judged.table.column(name)[train] for name in ("opening", "prompt_tokens", "tokens"))
+    answer, longest, found = whole - prompt, whole.max(), np.zeros(len(train), np.int64)
+    for number in range(len(train)):
+        found[number] = next(
+            (
+                other
+                for step in range(1, len(train))
+                if opening[other := (number + step) % len(train)] != opening[number]
+                and prompt[number] + answer[other] <= longest
+            ),
+            -1,
+        )
+        if found[number] < 0:
             what = "no answer to another prompt fits beside this one: KTO compares with such"
-            raise InputError(what, where=example.row.where, fix="more rows, or a smaller max_prompt_length")
-        found.append(other)
-    return found
+            where = judged.place(int(train[number]))[1].where
+            raise InputError(what, where=where, fix="more rows, or a smaller max_prompt_length")
+    other = judged.table.take(train[found]).select_columns(["completion_ids"])
+    return datasets.concatenate_datasets([made, other.rename_column("completion_ids", "mismatched_ids")], axis=1)
 
 
-def _save(examples: Sequence[Example], names: Sequence[str], folder: Path, **more: Any) -> Any:
-    """more: columns that no example has by itself."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    columns = {name: [example.columns[name] for example in examples] for name in names}
-    made = datasets.Dataset.from_dict({**columns, **more})
-    made.save_to_disk(folder)
-    return made
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _training_row(example: Example) -> dict[str, Any]:
-    for name in ("label", "score"):
-        if name in example.columns:
-            answer = {"completion": [example.answer], name: example.columns[name]}
-            return {"id": example.id, "prompt": example.prompt, **answer}
-    if example.rejected is None:
-        return {"id": example.id, "messages": [*example.prompt, example.answer]}
-    sides = {"chosen": [example.answer], "rejected": [example.rejected]}
-    return {"id": example.id, "prompt": example.prompt, **sides}
+class _Ids:
+    """The rows' own `id` where each has a different one, else their numbers, and with several data sets whose."""
+
+    def __init__(self, judged: Judged):
+        own = judged.table.column("id")
+        self._own = not any(one is None for one in own) and len(np.unique(own.astype(str))) == len(own)
+        self._names = [f"{source.name}-" if len(judged.sources) > 1 else "" for source in judged.sources]
+
+    def of(self, row: dict[str, Any]) -> str:
+        return str(row["id"]) if self._own else f"{self._names[row['source']]}{row['number']}"
 
 
-def _asking_row(example: Example) -> dict[str, Any]:
+def _lines(judged: Judged, rows: np.ndarray, ids: _Ids, made: Any) -> Iterator[str]:
+    several = len(judged.sources) > 1
+    columns = ["id", "source", "number", "text", "kept"]
+    for row in judged.table.take(rows).select_columns(columns):
+        whose = {SOURCE: judged.sources[row["source"]].name} if several else {}
+        yield json.dumps({"id": ids.of(row), **whose, **made(row)}, ensure_ascii=False) + "\n"
+
+
+def _training_row(row: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(row["text"]))
+
+
+def _asking_row(row: dict[str, Any]) -> dict[str, Any]:
     """What a model is asked, the answer that the data has, and what else a reward may look at."""
-    return {"id": example.id, "prompt": example.prompt, "reference": example.answer["content"], **kept(example.row)}
+    text, kept = json.loads(row["text"]), json.loads(row["kept"] or "{}")
+    messages = text.get("messages") or [*text["prompt"], *(text.get("completion") or text.get("chosen"))]
+    return {"prompt": messages[:-1], "reference": messages[-1]["content"], **kept}
 
 
-def _trained(example: Example) -> int:
-    """Tokens that carry a gradient."""
-    answers = [ids for name, ids in example.columns.items() if name in tokens.TRAINED]
-    return sum(label != tokens.IGNORED for ids in answers for label in ids)
-
-
-def spread(lengths: Iterable[int]) -> dict[str, float]:
+def spread(lengths: Sequence[int] | np.ndarray) -> dict[str, float]:
     """min, median, 95th percentile and max; of nothing, nothing."""
-    if not (ordered := sorted(lengths)):
+    if not len(lengths):
         return {}
+    ordered = np.sort(np.asarray(lengths))
     high = ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))]
-    return {"min": ordered[0], "median": statistics.median(ordered), "p95": high, "max": ordered[-1]}
+    return {"min": int(ordered[0]), "median": float(np.median(ordered)), "p95": int(high), "max": int(ordered[-1])}
 
 
 def describe(source: PackageSource | PathSource | HubSource) -> str:

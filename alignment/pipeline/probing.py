@@ -167,7 +167,7 @@ def _paths_of(run: Run) -> Iterator[Path]:
         for group in node.settings.groups:
             value = getattr(run.experiment, group)
             if group == "data" and isinstance(node.settings, Prepare):
-                value = value[node.settings.dataset] if node.settings.dataset else None
+                value = [value[name] for name in node.settings.datasets]
             yield from _paths(value)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
-from alignment.data.examples import Reading
-from alignment.data.fetch import fetch
 from alignment.data.models import context_window
-from alignment.data.preparation import divide, judge
-from alignment.data.sources import Row, read_rows
-from alignment.data.writing import describe, write
+from alignment.data.named import reading_of, share_of, source_of
+from alignment.data.preparation import Source, judge
+from alignment.data.sources import read_rows
+from alignment.data.splitting import Share, check_dropped, divide
+from alignment.data.writing import write
 from alignment.errors import ConfigError
 from alignment.stages.context import StageContext
 from alignment.stages.parts import rows_of
@@ -22,11 +21,16 @@ def run(context: StageContext) -> dict[str, Any]:
     context.progress(0, 1, note="reading rows", force=True)
     model = context.inputs["model"] / "model"
     _check_window(context, context_window(model))
-    rows, form, columns, source = _rows(context)
-    chat, heldout = Chat.load(model), _heldout(context)
-    reading = Reading(form, columns, context.settings.task, context.experiment.checks, chat)
-    judged = judge(rows, reading, context.settings, context.progress, heldout)
-    return write(divide(judged, context.settings, rows[0].file), context.folder, source, chat)
+    settings, chat = context.settings, Chat.load(model)
+    sources = _sources(context, chat)
+    judged = judge(sources, context.folder, context.progress, _heldout(context))
+    shares = [share_of(context.experiment.data[name]) for name in settings.datasets] or [Share()]
+    parts = divide(judged, settings.splits, settings.seed, shares)
+    judged.tally.close()
+    check_dropped(judged)
+    numbers = write(judged, parts, context.folder, chat)
+    judged.table.path.unlink()
+    return numbers
 
 
 PAIRS = ("pairs.jsonl", "preference", "pairs of the parent stage")
@@ -37,16 +41,15 @@ JUDGED = {  # what a judge has made for a task, the first that is there: its fil
 }
 
 
-def _rows(context: StageContext) -> tuple[list[Row], str, dict[str, str], str]:
-    """The rows, their format and columns, and where they come from: a data set, or what the parent has judged."""
-    name = context.settings.dataset
-    if name is None:
-        folder, made = context.inputs["data"], JUDGED[context.settings.task]
-        file, form, source = next((one for one in made if (folder / one[0]).is_file()), made[-1])
-        return list(read_rows(folder / file)), form, {}, source
-    dataset = context.experiment.data[name]
-    rows = islice(read_rows(fetch(dataset.source, what="data")), dataset.limit)
-    return list(rows), dataset.format, dataset.columns, describe(dataset.source)
+def _sources(context: StageContext, chat: Chat) -> list[Source]:
+    """The data sets of the config that the stage names, or what the parent has judged."""
+    settings, checks = context.settings, context.experiment.checks
+    if settings.datasets:
+        data = context.experiment.data
+        return [source_of(name, data[name], settings, checks, chat) for name in settings.datasets]
+    folder, made = context.inputs["data"], JUDGED[settings.task]
+    file, form, described = next((one for one in made if (folder / one[0]).is_file()), made[-1])
+    return [Source("parent", read_rows(folder / file), reading_of(settings, form, {}, checks, chat), described)]
 
 
 def _heldout(context: StageContext) -> set[str]:

@@ -57,6 +57,7 @@ FAST = [
     ["+name=mine", "++seed=2"],
     [
         "+data.more={source: {kind: path, path: x}, format: auto, columns: {}, limit: 5}",
+        *("+data.more.cap=4", "+data.more.epochs=1.0", "+data.more.weight=1.0"),
         "stage.prepare_sft.dataset=more",
     ],
     [

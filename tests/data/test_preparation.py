@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import datasets
@@ -8,12 +12,14 @@ import pytest
 from pydantic import ValidationError
 
 from alignment.config.stages.preparing import Prepare, Splits
-from alignment.data import examples, preparation, writing
+from alignment.data import preparation, writing
+from alignment.data.batches import key_of
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
-from alignment.data.examples import Reading
-from alignment.data.preparation import Prepared, divide, judge
+from alignment.data.named import reading_of
+from alignment.data.preparation import Judged, Source, judge
 from alignment.data.sources import Row
+from alignment.data.splitting import Share, check_dropped, divide
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl
 from tests.conftest import default_checks
@@ -34,12 +40,44 @@ def settings(task: str = "sft", **changes: Any) -> Prepare:
     return Prepare(kind="prepare", task=task, splits=splits, **values)
 
 
-def run(chat: Chat, values: list[dict[str, Any]], form: str = "auto", **changes: Any) -> Prepared:
-    rows = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(values, start=1)]
+@dataclass
+class Made:
+    """What became of rows: the stage's tables, read back."""
+
+    judged: Judged
+    rows: dict[str, list[dict[str, Any]]]  # split -> rows of the table
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.judged.tally.counts
+
+    @property
+    def fit(self) -> int:
+        return len(self.judged.fit)
+
+
+def run(chat: Chat, values: list[dict[str, Any]], form: str = "auto", **changes: Any) -> Made:
+    return mix(chat, {"mine": values}, form, **changes)[0]
+
+
+def mix(
+    chat: Chat, data: dict[str, list[dict[str, Any]]], form: str = "auto", shares: Sequence[Share] = (), **changes: Any
+) -> tuple[Made, Path]:
+    """Several data sets, and where they were written."""
     elsewhere, checks = changes.pop("elsewhere", frozenset()), default_checks(**changes.pop("checks", {}))
-    reading = Reading(form, changes.pop("columns", {}), changes.get("task", "sft"), checks, chat)
+    columns, folder = changes.pop("columns", {}), changes.pop("folder", None) or Path(mkdtemp())
     stage = settings(**changes)
-    return divide(judge(rows, reading, stage, lambda *a, **k: None, elsewhere), stage, "rows.jsonl")
+    reading = reading_of(stage, form, columns, checks, chat)
+    sources = [
+        Source(name, [Row(value, "rows.jsonl", n, n) for n, value in enumerate(values, start=1)], reading, "rows.jsonl")
+        for name, values in data.items()
+    ]
+    judged = judge(sources, folder, lambda *a, **k: None, elsewhere)
+    parts = divide(judged, stage.splits, stage.seed, shares or [Share() for _ in sources])
+    judged.tally.close()
+    check_dropped(judged)
+    writing.write(judged, parts, folder, chat)
+    return Made(judged, {name: list(judged.table.take(part)) for name, part in parts.items()}), folder
 
 
 def qa(question: str, answer: str) -> dict[str, str]:
@@ -60,7 +98,7 @@ def test_unfit_conversations_are_dropped_and_counted_by_reason(chat: Chat) -> No
         ]
     ]  # fmt: skip
     made = run(chat, values + [{"messages": messages} for messages in turns])
-    assert made.judged.tally.counts == {
+    assert made.counts == {
         "long_row": 1,
         "long_prompt": 1,
         "duplicate": 1,
@@ -70,9 +108,9 @@ def test_unfit_conversations_are_dropped_and_counted_by_reason(chat: Chat) -> No
         "turn_order": 1,
         "no_answer": 1,
     }
-    assert (made.judged.forms, made.judged.total, made.fit) == ({"messages": 2}, 10, 2)
-    assert sorted(example.row.number for example in made.parts["train"]) == [1, 4]
-    assert made.judged.tally.examples[0] == {"reason": "long_row", "row": 2, "line": 2}
+    assert (made.judged.forms["mine"], made.judged.total, made.fit) == ({"messages": 3}, 10, 2)
+    assert sorted(row["number"] for row in made.rows["train"]) == [1, 4]
+    assert made.judged.tally.examples[0] == {"reason": "long_row", "file": "rows.jsonl", "row": 2, "line": 2}
 
 
 def test_unfit_pairs_are_dropped_and_counted_by_reason(chat: Chat) -> None:
@@ -83,7 +121,7 @@ def test_unfit_pairs_are_dropped_and_counted_by_reason(chat: Chat) -> None:
     ]  # fmt: skip
     values = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
     made = run(chat, values, task="preference")
-    assert made.judged.tally.counts == {
+    assert made.counts == {
         "duplicate": 1,
         "contradiction": 1,
         "identical_sides": 1,
@@ -105,7 +143,7 @@ def test_splits_are_disjoint_repeatable_and_decided_by_the_seed(chat: Chat) -> N
 
     def ids(seed: int) -> dict[str, list[str]]:
         made = run(chat, values, heldout=5, prompts=4, train=10, seed=seed)
-        return {name: [example.id for example in part] for name, part in made.parts.items()}
+        return {name: [str(row["number"]) for row in part] for name, part in made.rows.items()}
 
     first = ids(0)
     assert {name: len(part) for name, part in first.items()} == {"heldout": 5, "prompts": 4, "train": 10, "unused": 11}
@@ -123,10 +161,10 @@ def test_held_out_prompts_are_never_trained_on(chat: Chat) -> None:
     leaks = 0
     for seed in range(8):
         made = run(chat, values, heldout=3, prompts=3, seed=seed)
-        openings = [{example.opening for example in made.parts[name]} for name in ("heldout", "prompts", "train")]
+        openings = [{row["opening"] for row in made.rows[name]} for name in ("heldout", "prompts", "train")]
         assert not openings[0] & openings[1] and not (openings[0] | openings[1]) & openings[2]
-        leaks += made.judged.tally.counts.get("leak", 0)
-        assert made.fit == sum(map(len, made.parts.values())) + sum(made.judged.tally.counts.values())
+        leaks += made.counts.get("leak", 0)
+        assert made.fit == sum(map(len, made.rows.values())) + sum(made.counts.values())
     assert leaks > 0
 
 
@@ -136,7 +174,7 @@ def test_pairs_that_share_a_prompt_lie_in_one_split(chat: Chat) -> None:
     values = [{"prompt": f"q{i}", "chosen": a, "rejected": b} for i in range(12) for a, b in sides]
     for seed in range(8):
         made = run(chat, values, task="preference", heldout=4, seed=seed)
-        kept, trained = ({example.opening for example in made.parts[name]} for name in ("heldout", "train"))
+        kept, trained = ({row["opening"] for row in made.rows[name]} for name in ("heldout", "train"))
         assert kept and trained and not kept & trained
 
 
@@ -147,8 +185,8 @@ def test_rows_that_are_held_out_elsewhere_are_dropped_and_counted(chat: Chat) ->
     heldout = {opening([user("q1")]), opening([user("q3")])}
     for form, part in (("prompt_completion", values[:4]), ("messages", values[4:])):
         made = run(chat, part, form, elsewhere=heldout)
-        assert made.judged.tally.counts == {"heldout": 2}
-        assert sorted(example.opening for example in made.parts["train"]) == ["user: q0", "user: q2"]
+        assert made.counts == {"heldout": 2}
+        assert {row["opening"] for row in made.rows["train"]} == {key_of("user: q0"), key_of("user: q2")}
 
 
 def test_too_few_rows_say_how_many_there_are_and_where_the_others_went(chat: Chat) -> None:
@@ -171,23 +209,21 @@ def test_rows_of_the_other_task_are_refused(chat: Chat) -> None:
 
 
 def test_rows_keep_their_own_ids_only_if_they_tell_them_apart(chat: Chat) -> None:
-    own = run(chat, [{**qa("q", "a"), "id": "x"}, {**qa("r", "a"), "id": "y"}])
-    assert sorted(example.id for example in own.parts["train"]) == ["x", "y"]
-    shared = run(chat, [{**qa("q", "a"), "id": "x"}, {**qa("r", "a"), "id": "x"}])
-    assert sorted(example.id for example in shared.parts["train"]) == ["1", "2"]
+    for ids, written in (("xy", ["x", "y"]), ("xx", ["1", "2"])):
+        rows = [{**qa("q", "a"), "id": ids[0]}, {**qa("r", "a"), "id": ids[1]}]
+        _, folder = mix(chat, {"mine": rows})
+        assert sorted(row["id"] for row in read_jsonl(folder / "train.jsonl")) == written
 
 
 def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [qa(f"question {number % 70}", "a" * (number % 45)) for number in range(90)]
     alone = run(chat, values, heldout=5, prompts=5)
-    monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 20)
+    monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 10)
     monkeypatch.setattr(preparation, "CHUNK", 7)
-    monkeypatch.setattr(examples, "_conversation", None)  # here; the workers have their own
+    monkeypatch.setattr(preparation, "made_of", None)  # here; the workers have their own
     several = run(chat, values, heldout=5, prompts=5)
-    assert several.judged.tally.counts == alone.judged.tally.counts and several.fit == alone.fit
-    assert {name: [e.columns for e in part] for name, part in several.parts.items()} == {
-        name: [e.columns for e in part] for name, part in alone.parts.items()
-    }
+    assert several.counts == alone.counts and several.fit == alone.fit
+    assert several.rows == alone.rows
     values[50] = {"prompt": 7, "completion": "a"}
     values[80] = {"prompt": None, "completion": "a"}
     with pytest.raises(InputError, match=r"rows.jsonl:51: "):
@@ -200,9 +236,8 @@ def scored(question: str, answer: str, score: float) -> dict[str, Any]:
 
 def test_answers_with_a_score_keep_it_and_a_prompt_may_have_several(chat: Chat, tmp_path: Path) -> None:
     values = [scored("q", "a", 0.5), scored("q", "b", 1), scored("q", "b", 0), scored("r", "a" * 40, 1)]
-    made = run(chat, values, task="scored")
-    assert made.judged.tally.counts == {"duplicate": 1, "long_row": 1}
-    writing.write(made, tmp_path, "here", chat)
+    made = run(chat, values, task="scored", folder=tmp_path)
+    assert made.counts == {"duplicate": 1, "long_row": 1}
     train = datasets.load_from_disk(str(tmp_path / "train"))
     assert train.column_names == ["prompt_ids", "completion_ids", "score"]
     told = {(row["completion"][0]["content"], row["score"]) for row in read_jsonl(tmp_path / "train.jsonl")}
@@ -215,8 +250,8 @@ def test_margins_of_pairs_are_kept_where_all_have_one_and_counted_where_not(chat
     pairs = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b", "margin": i} for i in range(4)]
     odd = [pairs[0], {**pairs[1], "margin": "big"}, *pairs[2:]]
     for name, rows, used in (("all", pairs, True), ("some", odd, False)):
-        made = run(chat, rows, task="preference", heldout=1)
-        writing.write(made, tmp_path / name, "here", chat)
+        (tmp_path / name).mkdir()
+        run(chat, rows, task="preference", heldout=1, folder=tmp_path / name)
         for part in ("train", "heldout"):
             columns = datasets.load_from_disk(str(tmp_path / name / part)).column_names
             assert columns == ["prompt_ids", "chosen_ids", "rejected_ids", *(["margin"] if used else [])]
@@ -231,9 +266,8 @@ def labelled(question: str, answer: str, label: Any) -> dict[str, Any]:
 
 def test_answers_with_a_label_keep_it_and_go_with_an_answer_to_another_prompt(chat: Chat, tmp_path: Path) -> None:
     values = [labelled("p", "a", True), labelled("p", "b", False), labelled("q", "c", True), labelled("r", "d", False)]
-    made = run(chat, values, task="unpaired")
-    assert made.judged.forms == {"unpaired": 4}
-    writing.write(made, tmp_path, "here", chat)
+    made = run(chat, values, task="unpaired", folder=tmp_path)
+    assert made.judged.forms["mine"] == {"unpaired": 4}
     rows, texts = datasets.load_from_disk(str(tmp_path / "train")), list(read_jsonl(tmp_path / "train.jsonl"))
     asked = {tuple(row["completion_ids"]): tuple(row["prompt_ids"]) for row in rows}
     for row, text in zip(rows, texts, strict=True):
@@ -247,15 +281,14 @@ def test_answers_with_a_label_keep_it_and_go_with_an_answer_to_another_prompt(ch
 def test_answers_with_a_label_that_say_it_twice_or_both_ways_are_dropped_and_counted(chat: Chat) -> None:
     values = [labelled("p", "a", True), labelled("P ", "a", True), labelled("p", "a", False), labelled("q", "a", False)]
     made = run(chat, values, task="unpaired")
-    assert made.judged.tally.counts == {"duplicate": 1, "contradiction": 1}
+    assert made.counts == {"duplicate": 1, "contradiction": 1}
 
 
 def test_the_answer_to_another_prompt_is_one_that_fits(chat: Chat, tmp_path: Path) -> None:
     """Q:p\\nA:a<eos>\\n is 9 tokens. Beside the longest prompt the longest answer would make more than any row has."""
     values = [labelled("p" * 20, "a", True), labelled("q", "b" * 15, False), labelled("r", "c", True)]
-    made = run(chat, values, task="unpaired")
-    writing.write(made, tmp_path, "here", chat)
-    longest = max(example.tokens for example in made.parts["train"])
+    made = run(chat, values, task="unpaired", folder=tmp_path)
+    longest = max(row["tokens"] for row in made.rows["train"])
     rows = datasets.load_from_disk(str(tmp_path / "train"))
     assert all(len(row["prompt_ids"]) + len(row["mismatched_ids"]) <= longest for row in rows)
 
@@ -263,7 +296,7 @@ def test_the_answer_to_another_prompt_is_one_that_fits(chat: Chat, tmp_path: Pat
 def test_pairs_are_taken_apart_into_answers_with_a_label(chat: Chat) -> None:
     pairs = [{"id": f"row {n}", "prompt": q, "chosen": "yes", "rejected": "no"} for n, q in enumerate(["p", "q"])]
     made = run(chat, pairs, task="unpaired")
-    found = sorted((row.id, row.answer["content"], row.columns["label"]) for row in made.parts["train"])
+    found = sorted((r["id"], json.loads(r["text"])["completion"][0]["content"], r["label"]) for r in made.rows["train"])
     assert found == [
         ("row 0-chosen", "yes", True), ("row 0-rejected", "no", False),
         ("row 1-chosen", "yes", True), ("row 1-rejected", "no", False),
@@ -274,7 +307,7 @@ def test_answers_to_other_prompts_are_of_both_kinds_where_pairs_were_taken_apart
     """KTO's reference point is a mean over all answers: the next row of another prompt is not always the chosen one,
     as it would be in the order of the file."""
     pairs = [{"prompt": f"q{n}", "chosen": "yes", "rejected": "no"} for n in range(100)]
-    writing.write(run(chat, pairs, task="unpaired"), tmp_path, "here", chat)
+    run(chat, pairs, task="unpaired", folder=tmp_path)
     rows = datasets.load_from_disk(str(tmp_path / "train"))
     for label in (True, False):
         beside = [chat.tokenizer.decode(row["mismatched_ids"])[:2] for row in rows if row["label"] is label]
@@ -296,20 +329,20 @@ def test_rows_of_which_kto_can_make_nothing_are_refused(
     values: list[dict[str, Any]], what: str, chat: Chat, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=what):
-        writing.write(run(chat, values, task="unpaired"), tmp_path, "here", chat)
+        run(chat, values, task="unpaired")
 
 
 def test_the_format_is_found_row_by_row_and_counted(chat: Chat, tmp_path: Path) -> None:
     values = [qa("q", "a"), {"messages": [user("r"), assistant("a")]}, {"instruction": "s", "output": "a"}]
     made = run(chat, values)
-    assert made.judged.forms == {"prompt_completion": 1, "messages": 1, "alpaca": 1}
+    assert made.judged.forms["mine"] == {"prompt_completion": 1, "messages": 1, "alpaca": 1}
     with pytest.raises(InputError, match=r"rows.jsonl:2: has no 'prompt'"):
         run(chat, values, "prompt_completion")
 
 
 def test_columns_name_what_the_rows_call_otherwise(chat: Chat) -> None:
     made = run(chat, [{"question": "q", "reply": "a"}], columns={"prompt": "question", "completion": "reply"})
-    assert made.parts["train"][0].answer == assistant("a")
+    assert json.loads(made.rows["train"][0]["text"])["messages"] == [user("q"), assistant("a")]
     with pytest.raises(
         InputError, match=r"no column 'questoin', which `columns` names for 'prompt' \(nearest: question"
     ):
@@ -335,14 +368,17 @@ def test_a_fault_is_an_error_a_drop_that_is_told_or_kept_and_counted(fault: str,
     task, values = FAULTY[fault]
     with pytest.raises(InputError, match=r"^rows.jsonl:2: "):
         run(chat, values, task=task, checks={fault: "error"})
-    made = run(chat, values, task=task, checks={fault: "drop"})
-    writing.write(made, tmp_path, "here", chat)
+    made = run(chat, values, task=task, checks={fault: "drop"}, folder=tmp_path)
     (told,) = read_jsonl(tmp_path / "dropped.jsonl")
-    assert (told["fault"], told["file"], told["line"], told["value"]) == (fault, "rows.jsonl", 2, values[1])
-    assert told["why"] and made.judged.tally.kept == {} and made.fit == 1
+    assert (told["fault"], told["file"], told["line"]) == (fault, "rows.jsonl", 2)
+    if fault in ("duplicate", "contradiction"):  # found beside others: as train.jsonl would have it
+        assert "b" in json.dumps(told["value"])
+    else:
+        assert told["value"] == values[1]
+    assert told["why"] and not made.judged.tally.kept and made.fit == 1
     if fault in ("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction"):
         made = run(chat, values, task=task, checks={fault: "keep"})
-        assert made.judged.tally.kept == {fault: 1} and made.judged.tally.counts == {} and made.fit == 2
+        assert made.judged.tally.kept == {"mine": {fault: 1}} and made.counts == {} and made.fit == 2
     else:
         with pytest.raises(ValidationError, match="Input should be 'error' or 'drop'"):
             default_checks(**{fault: "keep"})
@@ -350,11 +386,68 @@ def test_a_fault_is_an_error_a_drop_that_is_told_or_kept_and_counted(fault: str,
 
 def test_too_large_a_share_of_dropped_rows_ends_the_stage_after_they_were_written(chat: Chat, tmp_path: Path) -> None:
     values = [qa("q", "a"), qa("r", "a"), qa("s", ""), qa("t", "a" * 50)]
-    writing.write(run(chat, values, checks={"max_dropped": 0.5}), tmp_path, "here", chat)
+    run(chat, values, checks={"max_dropped": 0.5})
     with pytest.raises(InputError) as caught:
-        writing.write(run(chat, values, checks={"max_dropped": 0.49}), tmp_path, "here", chat)
+        run(chat, values, checks={"max_dropped": 0.49}, folder=tmp_path)
     assert str(caught.value) == (
-        "here: 2 of 4 rows are dropped, a larger share than checks.max_dropped: 1 empty_answer, 1 long_row "
+        "rows.jsonl: 2 of 4 rows are dropped, a larger share than checks.max_dropped: 1 empty_answer, 1 long_row "
         "(raise the stage's max_length, or checks.max_dropped=0.49)"
     )
     assert len(list(read_jsonl(tmp_path / "dropped.jsonl"))) == 2
+
+
+def counts(folder: Path, split: str = "train") -> dict[str, dict[str, int]]:
+    """data set -> id -> how often it is there."""
+    found: dict[str, dict[str, int]] = {}
+    for row in read_jsonl(folder / f"{split}.jsonl"):
+        mine = found.setdefault(row["source"], {})
+        mine[row["id"]] = mine.get(row["id"], 0) + 1
+    return found
+
+
+def test_a_mixture_takes_of_each_data_set_what_its_share_says(chat: Chat) -> None:
+    """a: 12 rows, b: 8. Weights 1 and 3: of b all 8, of a a third as many, rounded down: 2. Epochs 2.5 of b: 20 rows,
+    each twice and four of them three times. Cap 5 of a: 5."""
+    data = {name: [qa(f"{name}{i}", "x") for i in range(size)] for name, size in (("a", 12), ("b", 8))}
+    for shares, sizes in (
+        ([Share(weight=1.0), Share(weight=3.0)], {"a": 2, "b": 8}),
+        ([Share(), Share(epochs=2.5)], {"a": 12, "b": 20}),
+        ([Share(cap=5), Share()], {"a": 5, "b": 8}),
+        ([Share(weight=1.0), Share(weight=1.0, epochs=2.0)], {"a": 12, "b": 12}),
+        ([Share(epochs=0.5), Share()], {"a": 6, "b": 8}),
+    ):
+        _, folder = mix(chat, data, shares=shares)
+        found = counts(folder)
+        assert {name: sum(times.values()) for name, times in found.items()} == sizes
+        for name, times in found.items():
+            assert max(times.values()) - min(times.values()) <= 1, "none is repeated before all others are"
+            assert all(id.startswith(f"{name}-") for id in times)
+        train = datasets.load_from_disk(str(folder / "train"))
+        assert [train["source"][:].count(n) for n in (0, 1)] == list(sizes.values())
+        report = read_json(folder / "data_report.json")["sources"]
+        assert [(one["name"], one["rows"]) for one in report] == [("a", 12), ("b", 8)]
+
+
+def test_a_mixture_is_the_same_with_any_number_of_workers(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {name: [qa(f"{name}{i}", "x") for i in range(size)] for name, size in (("a", 40), ("b", 30))}
+    shares = [Share(weight=1.0), Share(weight=2.0, epochs=2.0)]
+    _, alone = mix(chat, data, shares=shares, heldout=4, prompts=3)
+    monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 10)
+    monkeypatch.setattr(preparation, "CHUNK", 7)
+    monkeypatch.setattr(preparation, "made_of", None)  # here; the workers have their own
+    _, several = mix(chat, data, shares=shares, heldout=4, prompts=3)
+    for name in ("train.jsonl", "heldout.jsonl", "prompts.jsonl", "data_report.json"):
+        assert (alone / name).read_bytes() == (several / name).read_bytes()
+    table, same = (datasets.load_from_disk(str(folder / "train")) for folder in (alone, several))
+    assert table.to_dict() == same.to_dict()
+
+
+def test_what_stands_in_two_data_sets_is_one_row(chat: Chat) -> None:
+    made, folder = mix(chat, {"a": [qa("q", "a"), qa("r", "a")], "b": [qa("Q", "b"), qa("s", "a")]})
+    assert made.judged.tally.dropped == {"b": {"duplicate": 1}}
+    assert [row["source"] for row in read_jsonl(folder / "dropped.jsonl")] == ["b"]
+
+
+def test_a_weight_of_no_rows_is_told(chat: Chat) -> None:
+    with pytest.raises(InputError, match="has a weight and no rows to train on"):
+        mix(chat, {"a": [qa("q", "")], "b": [qa("r", "a")]}, shares=[Share(weight=1.0), Share(weight=1.0)])

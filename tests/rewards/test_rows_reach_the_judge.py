@@ -12,8 +12,10 @@ from alignment.config.rewards import Reward
 from alignment.config.stages.preparing import Prepare, Splits
 from alignment.data import preparation
 from alignment.data.chat import Chat
-from alignment.data.examples import Reading
+from alignment.data.named import reading_of
+from alignment.data.preparation import Source
 from alignment.data.sources import Row
+from alignment.data.splitting import Share, divide
 from alignment.data.writing import write
 from alignment.errors import InputError
 from alignment.files import read_jsonl, write_jsonl
@@ -41,9 +43,9 @@ def prepared(folder: Path, model: Path, rows: list[dict[str, Any]], **splits: An
     )  # fmt: skip
     given = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(rows, start=1)]
     chat = Chat.load(model)
-    reading = Reading("auto", {}, "sft", default_checks(), chat)
-    made = preparation.judge(given, reading, settings, lambda *a, **k: None)
-    write(preparation.divide(made, settings, "rows.jsonl"), folder, "rows.jsonl", chat)
+    reading = reading_of(settings, "auto", {}, default_checks(), chat)
+    judged = preparation.judge([Source("mine", given, reading, "rows.jsonl")], folder, lambda *a, **k: None)
+    write(judged, divide(judged, settings.splits, settings.seed, [Share()]), folder, chat)
 
 
 def rewarded(context: StageContext, limit: float, *terms: str) -> StageContext:

@@ -16,8 +16,10 @@ from alignment.config.stages.preparing import Prepare, Splits
 from alignment.config.stages.reward_model import EvaluateReward
 from alignment.data import preparation
 from alignment.data.chat import Chat
-from alignment.data.examples import Reading
+from alignment.data.named import reading_of
+from alignment.data.preparation import Source
 from alignment.data.sources import Row
+from alignment.data.splitting import Share, divide
 from alignment.data.writing import write
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl, write_json
@@ -58,9 +60,9 @@ def prepared(target: Path, chat: Chat, values: list[dict[str, Any]], task: Any) 
         kind="prepare", task=task, dataset="x", max_length=90, max_prompt_length=60, over_long="drop", seed=0,
         splits=Splits(heldout=10, prompts=0, train=None),
     )  # fmt: skip
-    reading = Reading("auto", {}, task, default_checks(), chat)
-    made = preparation.judge(rows, reading, settings, lambda *a, **k: None)
-    write(preparation.divide(made, settings, "rows.jsonl"), target, "here", chat)
+    reading = reading_of(settings, "auto", {}, default_checks(), chat)
+    judged = preparation.judge([Source("mine", rows, reading, "rows.jsonl")], target, lambda *a, **k: None)
+    write(judged, divide(judged, settings.splits, settings.seed, [Share()]), target, chat)
 
 
 def measure(folder: Path, target: Path, data: str, *members: Path) -> dict[str, Any]:

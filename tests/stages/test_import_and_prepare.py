@@ -68,7 +68,9 @@ def prepared(
     settings = Prepare(kind="prepare", splits=splits, **{**values, **changes})
     data = {}
     if rows:
-        data["mine"] = Dataset(source=PathSource(kind="path", path=str(rows)), format="auto", columns={}, limit=limit)
+        source = PathSource(kind="path", path=str(rows))
+        share: dict[str, Any] = {"limit": limit, "cap": None, "epochs": 1.0, "weight": None}
+        data["mine"] = Dataset(source=source, format="auto", columns={}, **share)
     experiment: Any = SimpleNamespace(data=data, checks=default_checks())
     context = StageContext("rows", "run", "key", folder, settings, experiment, {"model": start, **(inputs or {})})
     return prepare.run(context)

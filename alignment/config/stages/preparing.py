@@ -44,9 +44,14 @@ class Prepare(Stage):
     packages = ("transformers", "tokenizers", "datasets")
     kind: Literal["prepare"] = identity()
     task: Literal["sft", "preference", "unpaired", "scored"] = identity()
-    dataset: str | None = identity()
+    dataset: str | list[str] | None = identity()
     max_length: int = identity(gt=0)
     max_prompt_length: int = identity(gt=0)
     over_long: Literal["drop", "error"] = identity()
     splits: Splits = identity()
     seed: int = identity(ge=0)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the data sets whose rows are prepared together; none: the parent's rows."""
+        return [self.dataset] if isinstance(self.dataset, str) else list(self.dataset or ())

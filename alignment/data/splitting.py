@@ -1,0 +1,158 @@
+"""Rows that fit -> held-out rows, prompts and rows to train on: splits that share no prompt, and mixtures by weight."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from alignment.config.stages.preparing import Splits
+from alignment.data.preparation import TOO_LONG, Judged, left_out
+from alignment.errors import InputError
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a data set is used. cap: rows at most; epochs: times that each is trained on; weight: its share of
+    the rows trained on, beside the others' weights; None: all of them."""
+
+    cap: int | None = None
+    epochs: float = 1.0
+    weight: float | None = None
+
+
+Parts = dict[str, np.ndarray]  # split -> rows of the table, in order
+
+
+def divide(judged: Judged, sizes: Splits, seed: int, shares: Sequence[Share]) -> Parts:
+    """Rows of each split: by one seeded shuffle held-out first, then prompts, then train; what is over is "unused".
+
+    No opening lies in two splits, unless checks.leak keeps it. The same rows, sizes, seed and shares give the same
+    splits, whatever the number of workers. shares: one a data set. Raises InputError if there are too few rows.
+    """
+    order = _shuffled(judged.fit, seed)
+    if any(share.cap is not None for share in shares):
+        order = _capped(order, judged.table.column("source"), shares)
+    openings = judged.table.column("opening")
+    heldout = order[: sizes.heldout]
+    prompts, order = _prompts(judged, order[sizes.heldout :], openings, heldout, sizes.prompts)
+    train = _without_leaks(judged, order, np.isin(openings[order], openings[np.concatenate([heldout, prompts])]), sizes)
+    mixed = _mixed(train, judged, shares, seed)[: sizes.train]
+    unused = train[~np.isin(train, mixed)]
+    parts = {"heldout": heldout, "prompts": prompts, "train": mixed, "unused": unused}
+    _check_sizes(judged, parts, sizes)
+    return parts
+
+
+def _shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
+    order = array("q", rows.tobytes())
+    random.Random(seed).shuffle(order)
+    return np.frombuffer(order, np.int64) if len(order) else rows
+
+
+def _capped(order: np.ndarray, source: np.ndarray, shares: Sequence[Share]) -> np.ndarray:
+    """The first rows of each data set, as many as its cap."""
+    stays = np.ones(len(order), bool)
+    for number, share in enumerate(shares):
+        if share.cap is not None:
+            stays[np.flatnonzero(source[order] == number)[share.cap :]] = False
+    return order[stays]
+
+
+def _prompts(
+    judged: Judged, order: np.ndarray, openings: np.ndarray, heldout: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first rows whose opening is not held out, and what comes after them."""
+    kept, taken = list[int](), set(openings[heldout].tolist())
+    for place, number in enumerate(order):
+        if len(kept) == size:
+            return np.asarray(kept, np.int64), order[place:]
+        if int(openings[number]) not in taken or not left_out(judged, "leak", int(number)):
+            kept.append(int(number))
+    return np.asarray(kept, np.int64), order[:0]
+
+
+def _without_leaks(judged: Judged, order: np.ndarray, leaks: np.ndarray, sizes: Splits) -> np.ndarray:
+    """Those that are trained on or are over, without those that share an opening with other splits. What is not used
+    leaks nothing, and is not counted."""
+    stays = np.ones(len(order), bool)
+    if sizes.train is None:
+        looked_at = len(order)
+    elif judged.policy.checks.leak == "keep":
+        looked_at = sizes.train
+    else:
+        looked_at = int(np.searchsorted(np.cumsum(~leaks), sizes.train)) + 1
+    for place in np.flatnonzero(leaks[:looked_at]):
+        stays[place] = not left_out(judged, "leak", int(order[place]))
+    return order[stays]
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def _mixed(order: np.ndarray, judged: Judged, shares: Sequence[Share], seed: int) -> np.ndarray:
+    """The rows to train on: each data set's as often as its epochs say, and no more of them than its weight allows; the
+    largest mixture in which none is used more often. Raises InputError for a weight of no rows."""
+    if all(share.epochs == 1.0 and share.weight is None for share in shares):
+        return order
+    source = judged.table.column("source")[order]
+    wanted = {n: round(np.count_nonzero(source == n) * share.epochs) for n, share in enumerate(shares)}
+    weights = {number: share.weight for number, share in enumerate(shares) if share.weight is not None}
+    if weights:
+        wanted = _weighed(wanted, weights, judged)
+    parts = [_repeated(order[source == number], count) for number, count in wanted.items()]
+    return _shuffled(np.concatenate(parts), seed)
+
+
+def _weighed(wanted: Mapping[int, int], weights: Mapping[int, float], judged: Judged) -> dict[int, int]:
+    for number, weight in weights.items():
+        if weight and not wanted[number]:
+            source = judged.sources[number]
+            fix = "mend its rows, or leave it out of the mixture"
+            raise InputError("has a weight and no rows to train on", where=source.described, fix=fix)
+    whole = sum(weights.values())
+    total = min(wanted[number] * whole / weight for number, weight in weights.items() if weight)
+    return {number: int(total * weight / whole + 1e-9) for number, weight in weights.items()}
+
+
+def _repeated(rows: np.ndarray, count: int) -> np.ndarray:
+    """The rows over and over, until there are so many."""
+    return np.resize(rows, count) if len(rows) else rows
+
+
+# --- too few ----------------------------------------------------------------------------------------------------------
+
+
+def _check_sizes(judged: Judged, parts: Parts, sizes: Splits) -> None:
+    least = {"heldout": sizes.heldout, "prompts": sizes.prompts, "train": sizes.train or 1}
+    if all(len(parts[name]) >= size for name, size in least.items()):
+        return
+    asked = f"{sizes.heldout} held-out + {sizes.prompts} prompts + {sizes.train or 'at least 1'} train"
+    what = f"{len(judged.fit)} rows are fit to use, the splits ask for {asked} (of {judged.total}: {judged.tally})"
+    raise InputError(what, where=judged.sources[0].described, fix=more_rows(judged))
+
+
+def check_dropped(judged: Judged) -> None:
+    """Raises InputError where more of a data set's rows were dropped than checks.max_dropped allows."""
+    most = judged.policy.checks.max_dropped
+    source = judged.table.column("source")
+    for number, one in enumerate(judged.sources):
+        dropped = judged.tally.of(one.name)
+        rows = dropped + int(np.count_nonzero(source[judged.fit] == number))
+        if dropped > most * rows:
+            what = f"{dropped} of {rows} rows are dropped, a larger share than checks.max_dropped: {judged.tally}"
+            limits = limits_of(judged)
+            fix = f"raise the stage's {limits}, or checks.max_dropped={most:g}" if limits else ""
+            raise InputError(what, where=one.described, fix=fix or f"{judged.tally.path.name} has each; mend them")
+
+
+def limits_of(judged: Judged) -> str:
+    return " and ".join(name for fault, name in TOO_LONG.items() if fault in judged.tally.counts)
+
+
+def more_rows(judged: Judged) -> str:
+    limits = limits_of(judged)
+    return "lower the stage's splits" + (f" or raise its {limits}" if limits else ", or mend the rows")
