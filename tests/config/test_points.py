@@ -31,6 +31,7 @@ from alignment.pipeline.identity import one_look
 from tests.config.test_compose import REFUSED
 
 MIXTURES = 12
+MORE = ("+data.more.cap=4", "+data.more.epochs=1.0", "+data.more.weight=1.0")  # keys of a data set
 OTHERS = "rslora: false, dora: false, init: kaiming, modules_to_save: [], quantize: null"  # keys of lora
 FAST = [
     [],
@@ -57,7 +58,7 @@ FAST = [
     ["+name=mine", "++seed=2"],
     [
         "+data.more={source: {kind: path, path: x}, format: auto, columns: {}, limit: 5}",
-        *("+data.more.cap=4", "+data.more.epochs=1.0", "+data.more.weight=1.0"),
+        *MORE,
         "stage.prepare_sft.dataset=more",
     ],
     [
@@ -65,6 +66,7 @@ FAST = [
         "+data.more.format=alpaca",
         "+data.more.columns={}",
         "+data.more.limit=null",
+        *MORE,
     ],
     ["+pipeline.nodes.again={stage: dpo, inputs: {model: sft, data: pairs}}", "pipeline.final=again"],
     ["~pipeline.nodes.verdict"],
