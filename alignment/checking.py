@@ -22,7 +22,7 @@ from alignment.errors import BY_CODE, AlignmentError, MachineError
 from alignment.files import program, write_json
 from alignment.pipeline.runner import Run
 
-Finding = dict[str, Any]  # check, state (ok, note, warning, failed), what, where, fix, code
+Finding = dict[str, Any]  # check, state (ok, note, warning, failed; of `show` row, lengths), what, where, fix, code
 ROWS = 2000  # of each data set, unless it is the data that is checked
 SECONDS = 3.0  # for the tracker's server to answer
 MARKS = {"ok": "✓", "note": " ", "warning": "!", "failed": "✗"}
@@ -39,12 +39,33 @@ def check(experiment: Experiment, *, data_only: bool = False, as_json: bool = Fa
     failed = [finding for finding in findings if finding["state"] == "failed"]
     if as_json:
         print(json.dumps({"ok": not failed, "findings": findings}, indent=1))
-    if not failed:
-        return 0
-    if as_json:
-        return int(failed[0]["code"])
-    first, more = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-    raise _error(first, f"{first['check']}: {first['what']}{more}")
+        return int(failed[0]["code"]) if failed else 0
+    _raise(failed)
+    return 0
+
+
+def show(experiment: Experiment, rows: int, page: Path | None) -> int:
+    """Rows of each prepare stage as the model sees them, here and as a page. Raises the first failure, at the end."""
+    from alignment.reporting import rows as rendering
+
+    findings: list[Finding] = []
+    for finding in _data(experiment, ROWS, rows):
+        findings.append(finding)
+        if finding["state"] == "row":
+            rendering.show(finding["row"])
+        elif finding["state"] != "lengths":
+            _say(finding)
+    if page is not None:
+        rendering.write_page(findings, page)
+        print(page)
+    _raise([finding for finding in findings if finding["state"] == "failed"])
+    return 0
+
+
+def _raise(failed: list[Finding]) -> None:
+    if failed:
+        first, more = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise _error(first, f"{first['check']}: {first['what']}{more}")
 
 
 def _error(finding: Finding, what: str) -> AlignmentError:
@@ -102,12 +123,12 @@ def _tracker(experiment: Experiment) -> Iterator[Finding]:
         yield _finding("tracking", "ok", f"W&B answers at {address.hostname}")
 
 
-def _data(experiment: Experiment, rows: int | None) -> Iterator[Finding]:
-    """rows: of each data set; None: all of them."""
+def _data(experiment: Experiment, rows: int | None, show: int = 0) -> Iterator[Finding]:
+    """rows: of each data set; None: all of them. show: of each stage's rows, token by token."""
     nodes = experiment.pipeline.nodes
     stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
     prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]
-    order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize}
+    order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize, "show": show}
     with tempfile.TemporaryDirectory(prefix="alignment-check-") as folder:
         path = Path(folder) / "order.json"
         write_json(path, order)

@@ -28,6 +28,7 @@ with kept():
     from alignment.data.models import check_files, check_vocabulary, context_window, usable_tokenizer
     from alignment.data.named import share_of, source_of
     from alignment.data.preparation import Judged, judge
+    from alignment.data.showing import histogram, shown
     from alignment.data.splitting import check_dropped, divide
     from alignment.data.writing import describe, spread
 
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
                 settings = experiment.stage[experiment.pipeline.nodes[name].stage]
                 assert isinstance(settings, Prepare)  # of whom the order is
                 with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
-                    _data(name, experiment, settings, chat, order["rows"], Path(folder))
+                    _data(name, experiment, settings, chat, order, Path(folder))
     return 0
 
 
@@ -91,10 +92,12 @@ def _windows(experiment: Experiment, window: int | None) -> None:
     _tell("window", "ok", f"{window or 'no limit of'} tokens")
 
 
-def _data(name: str, experiment: Experiment, settings: Prepare, chat: Chat, most: int, folder: Path) -> None:
+def _data(
+    name: str, experiment: Experiment, settings: Prepare, chat: Chat, order: dict[str, Any], folder: Path
+) -> None:
     """The first rows through the whole path: read, recognised, checked, rendered, tokenised; all of them if they are no
-    more than `most` of any data set, and then split too. Raises AlignmentError."""
-    data, checks = experiment.data, experiment.checks
+    more than `rows` of any data set, and then split too. Raises AlignmentError."""
+    data, checks, most = experiment.data, experiment.checks, order["rows"]
     sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
     judged = judge(sources, folder, lambda *a, **k: None)
     for one in settings.datasets:
@@ -103,9 +106,8 @@ def _data(name: str, experiment: Experiment, settings: Prepare, chat: Chat, most
     whole = all(judged.read[one] < most or judged.read[one] == data[one].limit for one in settings.datasets)
     rows = judged.fit
     if whole:
-        rows = divide(judged, settings.splits, settings.seed, [share_of(data[one]) for one in settings.datasets])[
-            "train"
-        ]
+        shares = [share_of(data[one]) for one in settings.datasets]
+        rows = divide(judged, settings.splits, settings.seed, shares)["train"]
     judged.tally.close()
     check_dropped(judged)
     tokens = spread(judged.table.column("tokens")[rows])
@@ -113,6 +115,18 @@ def _data(name: str, experiment: Experiment, settings: Prepare, chat: Chat, most
         _tell_of(f"data {name}", judged, one, describe(data[one].source), whole, tokens)
     for fault, (first, *_) in judged.tally.first.items():
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
+    if order["show"]:
+        _show(f"data {name}", judged, rows[: order["show"]], rows, settings, chat)
+
+
+def _show(check: str, judged: Judged, some: Any, rows: Any, settings: Prepare, chat: Chat) -> None:
+    """Lengths of the rows, and some of them token by token."""
+    limits = {"max_prompt_length": settings.max_prompt_length, "max_length": settings.max_length}
+    columns = {"prompt": "prompt_tokens", "row": "tokens"}
+    bins = {one: histogram(judged.table.column(column)[rows]) for one, column in columns.items()}
+    _tell(check, "lengths", "tokens", histograms=bins, limits=limits)
+    for number in some:
+        _tell(check, "row", "a row", row=shown(judged, int(number), chat))
 
 
 def _tell_of(check: str, judged: Judged, name: str, where: str, whole: bool, tokens: dict[str, float]) -> None:

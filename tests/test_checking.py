@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,21 @@ def test_a_server_that_does_not_answer_is_a_warning(
     settings = ["pipeline=sft", *SMALL, *(s for s in tiny_settings if s != "tracking=none"), "tracking=wandb"]
     done = command(tmp_path / "store", "check", *settings)
     assert "! tracking     W&B does not answer at 127.0.0.1:9" in done.stdout
+
+
+def test_rows_are_shown_token_by_token_here_and_on_a_page_that_escapes_them(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    """Of `<|user|>q<|assistant|><b>&<eos>` the answer is trained: 4 letters and <eos>, 5 tokens of bytes."""
+    rows = [{"prompt": f"q{i}", "completion": "<b>&"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data.instructions.source.path={tmp_path / 'rows.jsonl'}"
+    page = tmp_path / "rows.html"
+    arguments = ["pipeline=sft", *tiny_settings, *SMALL, data, "--rows", "3", "--html", str(page)]
+    done = command(tmp_path / "store", "data", "show", *arguments)
+    assert done.stdout.count("<|assistant|><b>&<eos>") == 3
+    text = page.read_text()
+    assert text.count('class="on"') == 3 * 5
+    assert "<b>" not in text and text.count("&lt;</span>") == 3 and "script" not in text.split("<body>")[1]
+    assert sum(map(int, re.findall(r"tokens: (\d+) rows", text))) == 2 * 4, "those trained on, by prompt and by row"
+    command(tmp_path / "store", "data", "show", *arguments, "--rows", "0", code=2)

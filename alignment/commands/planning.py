@@ -17,9 +17,11 @@ def check(arguments: list[str]) -> int:
 
 
 def data(arguments: list[str]) -> int:
-    """Look at data: `data check` reads all rows of each data set, and says what would be dropped, and why."""
-    parser = parser_of("data", "alignment data check [setting=value ...]", data)
-    parser.add_argument("what", choices=["check"], help="check: all rows through the whole path, without a run")
+    """`data check`: what of all rows would be dropped, and why; `data show`: rows as the model sees them."""
+    parser = parser_of("data", "alignment data check|show [setting=value ...]", data)
+    parser.add_argument("what", choices=["check", "show"], help="check: all rows, without a run; show: some, by tokens")
+    parser.add_argument("--rows", type=int, default=5, metavar="N", help="show: of each stage (default 5)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="show: write a page, with lengths, drops and sources")
     return _check(parser, arguments, data_only=True)
 
 
@@ -30,7 +32,12 @@ def _check(parser: argparse.ArgumentParser, arguments: list[str], *, data_only: 
     given = parser.parse_intermixed_args(arguments)
     from alignment import checking
 
-    return checking.check(_composed(given), data_only=data_only, as_json=given.json)
+    experiment = _composed(given)
+    if data_only and given.what == "show":
+        if given.rows < 1 or given.json:
+            raise ConfigError("show takes --rows N of 1 or more, and no --json", where="command line")
+        return checking.show(experiment, given.rows, given.html)
+    return checking.check(experiment, data_only=data_only, as_json=given.json)
 
 
 def _composed(given: argparse.Namespace) -> Experiment:
