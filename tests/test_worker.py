@@ -220,7 +220,7 @@ def test_a_file_that_was_edited_meanwhile_is_named(tmp_path: Path) -> None:
     context: Any = SimpleNamespace(experiment=experiment, settings=experiment.stage["prepare_sft"], code={})
     worker._require_same_input(context, order, "while it ran")
     data.write_text("another")
-    said = r"stage prepare_sft: `data\.instructions\.source` \(\w{12}, now \w{12}\) changed while it ran \(run the same command again"
+    said = r"stage prepare_sft: `data\.instructions\.source` \(\w{12}, now \w{12}\) changed while it ran \(run the same"
     with pytest.raises(InputError, match=said):
         worker._require_same_input(context, order, "while it ran")
     context.code[data] = b"a"
