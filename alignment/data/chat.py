@@ -11,7 +11,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from alignment.data.formats import Message
+from alignment.data.guarded import BYTES, SECONDS, TooLongError, bounded
 from alignment.errors import InputError
+from alignment.files import size_text
 
 CLOCK = "strftime_now"  # what transformers gives a template to print today's date with
 NO_CLOCK = "there_is_no_clock"
@@ -63,16 +65,21 @@ class Chat:
 
     def render(self, messages: list[Message], where: str, *, prompt: bool = False) -> str:
         """The conversation as text; prompt: with the words that ask the model for its turn."""
-        from jinja2.exceptions import TemplateError
-
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            with bounded():
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except TooLongError as error:
+            raise _hostile(f"does not end within {SECONDS:g} s", where) from error
+        except MemoryError as error:
+            raise _hostile(f"takes more than {size_text(BYTES)} of memory", where) from error
+        except Exception as error:  # a template is a program: it may raise whatever Python does
             if NO_CLOCK in str(error):
                 what = "the chat template prints today's date, so it would change from day to day"
                 fix = "set model.chat_template to a .jinja file with a fixed date"
                 raise InputError(what, where=where, fix=fix) from error
-            raise InputError(f"the chat template refuses the conversation: {error}", where=where) from error
+            line = f" (line {number} of it)" if (number := getattr(error, "lineno", None)) else ""
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"the chat template refuses the conversation: {said}{line}", where=where) from error
         return str(text)
 
     def answers(self, messages: list[Message], where: str) -> tuple[str, list[Answer]]:
@@ -116,6 +123,10 @@ class Chat:
         if needs_bos and ids[0] != self.tokenizer.bos_token_id:
             what = f"the tokenizer begins every text with {self.tokenizer.bos_token!r}, the chat template does not"
             raise InputError(what, where=self.name, fix="begin the template with {{ bos_token }}")
+
+
+def _hostile(what: str, where: str) -> InputError:
+    return InputError(f"the chat template {what}", where=where, fix="set model.chat_template to another one")
 
 
 def without_clock(template: str) -> str:
