@@ -17,7 +17,8 @@ _EMAIL = re.compile(
 )
 _PHONE = re.compile(  # international, E.164; or North American: 212-555-0123, 212.555.0123, (212) 555-0123
     r"(?<![\w+.])\+[1-9](?:[ ()-]{0,2}\d){8,14}(?![\w-]|[.,]\d)"
-    r"|(?<![\w.+/-])(?:\+?1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}(?=([.-])\d{3}\1)[.-])[2-9]\d{2}[.-]\d{4}(?![\w-]|[.,/]\d)"
+    r"|(?<![\w.+/-])(?:\+?1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}(?=([.-])\d{3}\1)[.-])"
+    r"[2-9]\d{2}[.-]\d{4}(?![\w-]|[.,/]\d)"
 )
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w)")
 _VERSION = re.compile(
@@ -75,7 +76,7 @@ def _is_phone(found: re.Match[str]) -> bool:
         return True
     digits = re.findall(r"\d+", found[0])
     number = "".join(digits)
-    return len(digits) <= 6 and (number[0] != "1" or len(number) == 11 and number[1] > "1" and number[4] > "1")
+    return len(digits) <= 6 and (number[0] != "1" or (len(number) == 11 and number[1] > "1" and number[4] > "1"))
 
 
 def _is_ipv4(found: re.Match[str]) -> bool:
