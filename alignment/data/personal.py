@@ -29,7 +29,8 @@ _CARD = re.compile(
     r"(?<![\w.,+-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}|3\d{3}([ -]?)\d{6}\2\d{4,5})(?![\w-]|[.,]\d|[ ]\d{4}\b)"
 )
 _BRAND = re.compile(  # Visa, Mastercard, Discover, JCB, UnionPay; American Express; Diners Club
-    r"(?:4|5[1-5]|2(?:2[3-9]|[3-6]|7[01])|22[2-9]|6011|64[4-9]|65|35(?:2[89]|[3-8])|62)\d+|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}"
+    r"(?:4|5[1-5]|2(?:2[2-9]|[3-6]\d|7[0-2])|6011|64[4-9]|65|35(?:2[89]|[3-8]\d)|62)\d+"
+    r"|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}"
 )
 _IBAN_LENGTHS = {  # of the registry (ISO 13616): characters -> countries
     15: "NO", 16: "BE", 18: "DK FI FO GL NL", 19: "MK SI", 20: "AT BA EE KZ LT LU XK", 21: "CH HR LI LV",
