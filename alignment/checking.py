@@ -69,7 +69,7 @@ def _raise(failed: list[Finding]) -> None:
 
 
 def _error(finding: Finding, what: str) -> AlignmentError:
-    return BY_CODE.get(finding["code"], MachineError)(what, where=finding.get("where"), fix=finding.get("fix"))
+    return BY_CODE.get(finding["code"], AlignmentError)(what, where=finding.get("where"), fix=finding.get("fix"))
 
 
 def _all(experiment: Experiment) -> Iterator[Finding]:

@@ -109,22 +109,27 @@ def _data(
         shares = [share_of(data[one]) for one in settings.datasets]
         rows = divide(judged, settings.splits, settings.seed, shares)["train"]
     judged.tally.close()
-    check_dropped(judged)
+    try:
+        check_dropped(judged)
+    except InputError as error:
+        if whole:
+            raise
+        what = f"of the first rows, and so perhaps of all: {error.what}"  # those that come may be better
+        _tell(f"data {name}", "warning", what, where=error.where, fix=error.fix)
     tokens = spread(judged.table.column("tokens")[rows])
     for one in settings.datasets:
         _tell_of(f"data {name}", judged, one, describe(data[one].source), whole, tokens)
     for fault, (first, *_) in judged.tally.first.items():
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
-        _show(f"data {name}", judged, rows[: order["show"]], rows, settings, chat)
+        _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
 
 
-def _show(check: str, judged: Judged, some: Any, rows: Any, settings: Prepare, chat: Chat) -> None:
+def _show(check: str, judged: Judged, some: Any, rows: Any, chat: Chat) -> None:
     """Lengths of the rows, and some of them token by token."""
-    limits = {"max_prompt_length": settings.max_prompt_length, "max_length": settings.max_length}
     columns = {"prompt": "prompt_tokens", "row": "tokens"}
     bins = {one: histogram(judged.table.column(column)[rows]) for one, column in columns.items()}
-    _tell(check, "lengths", "tokens", histograms=bins, limits=limits)
+    _tell(check, "lengths", "tokens", histograms=bins)
     for number in some:
         _tell(check, "row", "a row", row=shown(judged, int(number), chat))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alignment.commands.options import parser_of, print_json
-from alignment.config.schema import Experiment
 from alignment.errors import ConfigError
+
+if TYPE_CHECKING:  # what --help need not wait for
+    from alignment.config.schema import Experiment
 
 
 def check(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Rows by the chunk: what a worker makes of one, as columns; and the file of all of them, which is memory-mapped.
 
-Nothing is kept of a row but what stands in that file, so that memory does not grow with the data.
+Nothing is kept of a row but what stands in that file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from alignment.data.checks import Dropped, prompt_key
 from alignment.data.examples import Example, Reading, examples
@@ -42,7 +43,6 @@ class Chunk:
     source: int
     file: int
     rows: list[Row]
-    reading: int = 0
 
 
 @dataclass
@@ -134,11 +134,12 @@ class Table:
         self._writer.close()
         self._rows = datasets.Dataset.from_file(str(self.path))
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def column(self, name: str) -> np.ndarray:
         return np.asarray(self._rows.data.column(name).to_numpy())
+
+    def all_differ(self, name: str) -> bool:
+        """Whether each row has a value of its own there."""
+        return int(pc.count_distinct(self._rows.data.column(name), mode="only_valid").as_py()) == len(self._rows)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Any:
         """A datasets.Dataset of these rows, in this order, not copied."""

@@ -13,6 +13,7 @@ from alignment.data.formats import Message
 from alignment.data.sources import Row
 from alignment.errors import InputError
 
+Counts = dict[str, dict[str, int]]  # data set -> fault, or format -> rows
 EXAMPLES = 5  # rows named per fault in the report
 
 
@@ -68,19 +69,20 @@ class Tally:
 
     def __init__(self, path: Path):
         self.path = path
-        self.dropped: dict[str, dict[str, int]] = {}
-        self.kept: dict[str, dict[str, int]] = {}
+        self.dropped: Counts = {}
+        self.kept: Counts = {}
         self.first: dict[str, list[Dropped]] = {}
-        self._stream = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        # By the line: what was dropped before an error is there to be read after it.
+        self._stream = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
 
     def drop(self, source: str, one: Dropped) -> None:
-        _count(self.dropped, source, one.fault)
+        count(self.dropped, source, one.fault)
         if len(first := self.first.setdefault(one.fault, [])) < EXAMPLES:
             first.append(one)
         self._stream.write(json.dumps({"source": source, **one.told()}, ensure_ascii=False, default=str) + "\n")
 
     def keep(self, source: str, fault: str, rows: int = 1) -> None:
-        _count(self.kept, source, fault, rows)
+        count(self.kept, source, fault, rows)
 
     def close(self) -> None:
         self._stream.close()
@@ -92,7 +94,7 @@ class Tally:
     @property
     def counts(self) -> dict[str, int]:
         """fault -> rows dropped for it, of all data sets."""
-        return _summed(self.dropped)
+        return summed(self.dropped)
 
     @property
     def examples(self) -> list[dict[str, Any]]:
@@ -105,19 +107,21 @@ class Tally:
 
     def __str__(self) -> str:
         by_count = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return ", ".join(f"{count} {fault}" for fault, count in by_count) or "none dropped"
+        return ", ".join(f"{rows} {fault}" for fault, rows in by_count) or "none dropped"
 
 
-def _count(counts: dict[str, dict[str, int]], source: str, fault: str, rows: int = 1) -> None:
-    counts.setdefault(source, {})[fault] = counts.get(source, {}).get(fault, 0) + rows
+def count(counts: Counts, source: str, name: str, rows: int = 1) -> None:
+    of_source = counts.setdefault(source, {})
+    of_source[name] = of_source.get(name, 0) + rows
 
 
-def _summed(counts: dict[str, dict[str, int]]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for faults in counts.values():
-        for fault, rows in faults.items():
-            found[fault] = found.get(fault, 0) + rows
-    return found
+def summed(counts: Counts) -> dict[str, int]:
+    """Of all data sets."""
+    found: Counts = {}
+    for names in counts.values():
+        for name, rows in names.items():
+            count(found, "", name, rows)
+    return found.get("", {})
 
 
 def turn_faults(messages: list[Message]) -> Iterator[str]:

@@ -51,7 +51,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read and judged: what a worker has to know. limits: tokens of a row, and of its prompt."""
+    """How rows are read and judged: what a worker has to know."""
 
     form: str
     columns: Mapping[str, str]
@@ -82,7 +82,7 @@ def examples(row: Row, reading: Reading) -> list[Example | Dropped]:
     except Drop as drop:
         return [Dropped(row, drop.fault, drop.why)]
     form = "unpaired" if len(parts) > 1 else form
-    return [_example(part, row, form, reading, policy) for part in parts]
+    return [_example(part, row, form, reading) for part in parts]
 
 
 @contextmanager
@@ -96,8 +96,9 @@ def _as(fault: str, policy: Policy, row: Row) -> Iterator[None]:
         policy.meet(fault, row, error.what)
 
 
-def _example(part: Row, row: Row, form: str, reading: Reading, policy: Policy) -> Example | Dropped:
+def _example(part: Row, row: Row, form: str, reading: Reading) -> Example | Dropped:
     """part: the row, or what stands for it now. Raises InputError for a fault that is an error."""
+    policy = Policy(reading.checks)
     try:
         try:
             maker = {"preference": _preference, "unpaired": _unpaired, "scored": _scored}.get(form, _conversation)

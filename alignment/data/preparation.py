@@ -1,7 +1,7 @@
 """Rows of any number of data sets -> one table of checked, tokenised rows; of what was dropped, a file that says why.
 
-Memory does not grow with the data but by some bytes a row: a window of chunks is with the workers, what they make goes
-to a file that is mapped, and what is compared across rows is compared by 64-bit keys.
+Of what was read some chunks are with the workers at a time, what they make goes to a file that is mapped, and rows are
+compared with each other by 64-bit keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from alignment.data.batches import Batch, Chunk, Table, key_of, made_of
-from alignment.data.checks import Drop, Dropped, Policy, Tally
+from alignment.data.checks import Counts, Drop, Dropped, Policy, Tally, count
 from alignment.data.examples import Reading
 from alignment.data.sources import Row
 
@@ -53,7 +53,7 @@ class Judged:
     policy: Policy
     files: list[str] = field(default_factory=list)
     read: dict[str, int] = field(default_factory=dict)
-    forms: dict[str, dict[str, int]] = field(default_factory=dict)
+    forms: Counts = field(default_factory=dict)
     fit: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
@@ -79,8 +79,8 @@ def judge(
     heldout: openings that models are evaluated on elsewhere. progress(step, total, **facts) is called meanwhile. Raises
     InputError at the first row with a fault that is an error.
     """
-    task = sources[0].reading.task
-    made = Judged(sources, Table(folder / "rows.arrow", task), Tally(folder / "dropped.jsonl"), _policy(sources))
+    task, policy = sources[0].reading.task, Policy(sources[0].reading.checks)
+    made = Judged(sources, Table(folder / "rows.arrow", task), Tally(folder / "dropped.jsonl"), policy)
     guess = None if any(source.guess is None for source in sources) else sum(source.guess or 0 for source in sources)
     rows = 0
     try:
@@ -90,10 +90,10 @@ def judge(
             made.read[name] = made.read.get(name, 0) + len(chunk.rows)
             for one in batch.dropped:
                 made.tally.drop(name, one)
-            for fault, count in batch.kept.items():
-                made.tally.keep(name, fault, count)
-            for form, count in batch.forms.items():
-                made.forms.setdefault(name, {})[form] = made.forms.get(name, {}).get(form, 0) + count
+            for fault, kept in batch.kept.items():
+                made.tally.keep(name, fault, kept)
+            for form, fit in batch.forms.items():
+                count(made.forms, name, form, fit)
             rows += batch.rows.num_rows
             note = f"{', '.join(made.forms.get(name, {})) or 'rows'}: {rows} of {made.total} rows fit"
             progress(made.total, max(guess or 0, made.total), note=note)
@@ -101,10 +101,6 @@ def judge(
         made.table.close()
     made.fit = _beside_others(made, heldout)
     return made
-
-
-def _policy(sources: Sequence[Source]) -> Policy:
-    return Policy(sources[0].reading.checks)
 
 
 # --- by several processes ---------------------------------------------------------------------------------------------

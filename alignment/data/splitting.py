@@ -132,7 +132,7 @@ def _check_sizes(judged: Judged, parts: Parts, sizes: Splits) -> None:
         return
     asked = f"{sizes.heldout} held-out + {sizes.prompts} prompts + {sizes.train or 'at least 1'} train"
     what = f"{len(judged.fit)} rows are fit to use, the splits ask for {asked} (of {judged.total}: {judged.tally})"
-    raise InputError(what, where=judged.sources[0].described, fix=more_rows(judged))
+    raise InputError(what, where=judged.sources[0].described, fix=_more_rows(judged))
 
 
 def check_dropped(judged: Judged) -> None:
@@ -144,15 +144,15 @@ def check_dropped(judged: Judged) -> None:
         rows = dropped + int(np.count_nonzero(source[judged.fit] == number))
         if dropped > most * rows:
             what = f"{dropped} of {rows} rows are dropped, a larger share than checks.max_dropped: {judged.tally}"
-            limits = limits_of(judged)
+            limits = _limits(judged)
             fix = f"raise the stage's {limits}, or checks.max_dropped={most:g}" if limits else ""
             raise InputError(what, where=one.described, fix=fix or f"{judged.tally.path.name} has each; mend them")
 
 
-def limits_of(judged: Judged) -> str:
+def _limits(judged: Judged) -> str:
     return " and ".join(name for fault, name in TOO_LONG.items() if fault in judged.tally.counts)
 
 
-def more_rows(judged: Judged) -> str:
-    limits = limits_of(judged)
+def _more_rows(judged: Judged) -> str:
+    limits = _limits(judged)
     return "lower the stage's splits" + (f" or raise its {limits}" if limits else ", or mend the rows")

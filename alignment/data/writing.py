@@ -13,6 +13,7 @@ from alignment.config.sources import HubSource, PackageSource, PathSource
 from alignment.data import tokens
 from alignment.data.batches import TOKENS
 from alignment.data.chat import Chat
+from alignment.data.checks import summed
 from alignment.data.preparation import Judged
 from alignment.data.splitting import Parts
 from alignment.errors import InputError
@@ -53,13 +54,9 @@ def write(judged: Judged, parts: Parts, folder: Path, chat: Chat) -> dict[str, f
 
 def _report(judged: Judged, kept: dict[str, int], chat: Chat) -> dict[str, Any]:
     """All data sets together, and each."""
-    forms: dict[str, int] = {}
-    for counts in judged.forms.values():
-        for form, rows in counts.items():
-            forms[form] = forms.get(form, 0) + rows
     return {
         "source": ", ".join(source.described for source in judged.sources),
-        "formats": forms,
+        "formats": summed(judged.forms),
         "rows": judged.total,
         "fit": len(judged.fit),
         "kept": kept,
@@ -142,8 +139,7 @@ class _Ids:
     """The rows' own `id` where each has a different one, else their numbers, and with several data sets whose."""
 
     def __init__(self, judged: Judged):
-        own = judged.table.column("id")
-        self._own = not any(one is None for one in own) and len(np.unique(own.astype(str))) == len(own)
+        self._own = judged.table.all_differ("id")
         self._names = [f"{source.name}-" if len(judged.sources) > 1 else "" for source in judged.sources]
 
     def of(self, row: dict[str, Any]) -> str:

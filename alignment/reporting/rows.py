@@ -25,7 +25,7 @@ def show(row: dict[str, Any]) -> None:
             text.append(f"{name}: ", style="bold")
         for number, (piece, _, trained) in enumerate(pieces):
             colour = ("green", "bright_green") if trained else ("white", "bright_black")
-            text.append(_visible(piece), style=f"{colour[number % 2]}{' reverse' if trained and not piece else ''}")
+            text.append(_visible(piece), style=colour[number % 2])
         text.append("\n")
     console.print(text, end="")
 
@@ -48,8 +48,7 @@ def write_page(findings: list[dict[str, Any]], path: Path) -> None:
             stage["rows"].append({**finding["row"], "said": _said(finding["row"])})
         elif finding["state"] == "lengths":
             stage["charts"] = [
-                {"name": name, "picture": _histogram(bins, finding["limits"])}
-                for name, bins in finding["histograms"].items()
+                {"name": name, "picture": _histogram(bins)} for name, bins in finding["histograms"].items()
             ]
         else:
             stage["told"].append(finding)
@@ -57,7 +56,7 @@ def write_page(findings: list[dict[str, Any]], path: Path) -> None:
     write_text(path, template_of("rows.html.jinja", visible=_visible).render(stages=stages, style=style))
 
 
-def _histogram(bins: list[list[int]], limits: dict[str, int]) -> Any:
+def _histogram(bins: list[list[int]]) -> Any:
     """Rows by length. Bars have their numbers as titles."""
     if not bins:
         return ""
