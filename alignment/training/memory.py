@@ -15,56 +15,16 @@ import torch
 
 from alignment.files import size_text
 from alignment.training.head import BLOCK_BYTES, KEPT_BYTES
+from alignment.training.shape import Shape, shape_of
 
 FP32, BF16 = 4, 2  # bytes
 Arithmetic = Literal["fp32", "bf16-autocast", "bf16-weights"]  # see arithmetic(); also the names in reference.py
 USABLE = 0.8  # of what is free; the rest for gradients of activations, fragments, buffers of communication
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL's chunked head, on CUDA
-# kept inputs of activations that transformers writes out in Python; those of torch keep one, the input
-KEPT_BY_ACTIVATION = {"gelu_new": 4, "gelu_fast": 4, "gelu_python": 4, "quick_gelu": 2}
 CGROUPS = (  # of a group: its limit, its use, and the line of memory.stat with the file cache it would give back
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-
-
-class _Shape(NamedTuple):
-    """Numbers of a decoder layer, and of the head."""
-
-    layers: int
-    hidden: int
-    inner: int  # of the MLP
-    query: int  # heads times their size
-    key: int  # the same of keys, or of values
-    heads: int
-    head_size: int
-    vocabulary: int
-    gated: bool  # the MLP multiplies an activation with a second projection
-    rms: bool  # the norms are RMSNorm
-    kept: int  # tensors of `inner` that the activation keeps
-
-
-def _shape(config: Any) -> _Shape:
-    text = config.get_text_config()
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or hidden // heads
-    inner = next((size for name in ("intermediate_size", "n_inner", "ffn_dim") if (size := getattr(text, name, 0))), 0)
-    # GPT-2, GPT-J, GPT-Neo and OPT call it activation_function, and have no gate. Of the others some have none either:
-    # they are estimated too high.
-    plain = getattr(text, "activation_function", None)
-    return _Shape(
-        layers=text.num_hidden_layers,
-        hidden=hidden,
-        inner=inner or 4 * hidden,
-        query=heads * head_size,
-        key=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
-        heads=heads,
-        head_size=head_size,
-        vocabulary=text.vocab_size,
-        gated=plain is None,
-        rms=hasattr(text, "rms_norm_eps"),
-        kept=KEPT_BY_ACTIVATION.get(str(plain or getattr(text, "hidden_act", "silu")), 1),
-    )
 
 
 def arithmetic(precision: Literal["fp32", "bf16"], strategy: str) -> Arithmetic:
@@ -97,7 +57,7 @@ def activation_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic) -
     tokens, and is made without the other); further norms inside a layer (Qwen3 keeps a tenth more than this says,
     Gemma 3 a third), experts beyond one MLP; masks of at most MOST_MASKED numbers in the last layer (attention.py).
     """
-    shape = _shape(config)
+    shape = shape_of(config)
     layers = shape.layers * (tokens * _layer(shape, dtype) + _cast_weights(shape, dtype))
     return layers + tokens * _around(shape, dtype) + _head(shape, scored, dtype)
 
@@ -108,14 +68,14 @@ def checkpointed_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic)
 
     Under autocast either all cast weights are there (it keeps them to the end of the forward), or that one layer.
     """
-    shape = _shape(config)
+    shape = shape_of(config)
     weights = _cast_weights(shape, dtype)
     once = max(shape.layers * weights, tokens * _layer(shape, dtype) + weights)
     inputs = shape.layers * tokens * shape.hidden * (BF16 if dtype == "bf16-weights" else FP32)
     return inputs + once + tokens * _around(shape, dtype) + _head(shape, scored, dtype)
 
 
-def _layer(shape: _Shape, dtype: Arithmetic) -> int:
+def _layer(shape: Shape, dtype: Arithmetic) -> int:
     """Bytes kept per token of one layer; see activation_bytes."""
     size = FP32 if dtype == "fp32" else BF16
     normed = 2 if shape.rms else 1  # RMSNorm is in Python, and keeps what it normalised too
@@ -131,7 +91,7 @@ def _layer(shape: _Shape, dtype: Arithmetic) -> int:
     return norms[dtype] * shape.hidden + statistics + attention + inner * shape.inner * size
 
 
-def _cast_weights(shape: _Shape, dtype: Arithmetic) -> int:
+def _cast_weights(shape: Shape, dtype: Arithmetic) -> int:
     """Bytes of one layer's weights in bf16, which autograd keeps beside the fp32 ones under autocast."""
     if dtype != "bf16-autocast":
         return 0
@@ -139,14 +99,14 @@ def _cast_weights(shape: _Shape, dtype: Arithmetic) -> int:
     return BF16 * (attention + (3 if shape.gated else 2) * shape.hidden * shape.inner)
 
 
-def _around(shape: _Shape, dtype: Arithmetic) -> int:
+def _around(shape: Shape, dtype: Arithmetic) -> int:
     """Bytes kept per token outside the layers: the final norm, cosines and sines, the token's number."""
     if dtype == "bf16-weights":
         return (FP32 + 2 * BF16) * shape.hidden + 2 * shape.head_size * BF16 + 8
     return (3 * shape.hidden + 2 * shape.head_size) * FP32 + 8
 
 
-def _head(shape: _Shape, scored: int, dtype: Arithmetic) -> int:
+def _head(shape: Shape, scored: int, dtype: Arithmetic) -> int:
     """Most bytes of the head at once, which is in its backward: logits, and the gradients it adds up in fp32.
 
     CUDA: TRL's kernel, whose tile is in the precision of the computation. CPU: training/head.py, which keeps the
@@ -170,7 +130,7 @@ def _head(shape: _Shape, scored: int, dtype: Arithmetic) -> int:
 def attention_share(config: Any) -> float:
     """b / a of the time a*L + b*L^2 of a row of L tokens, in 1 / tokens, from operations per token: 2 for each weight
     of the layers, against 4 * (heads times their size) for each token seen, of which causally there are L / 2."""
-    shape = _shape(config)
+    shape = shape_of(config)
     weights = shape.hidden * (2 * shape.query + 2 * shape.key) + (3 if shape.gated else 2) * shape.hidden * shape.inner
     return shape.query / weights
 
@@ -183,7 +143,7 @@ def adapter_parameters(config: Any, rank: int, targets: str | list[str], dora: b
     targets: "all-linear", or names. The names are those of Llama; with another among them, all linear layers are
     counted, which are no fewer.
     """
-    shape = _shape(config)
+    shape = shape_of(config)
     h, q, k, i = shape.hidden, shape.query, shape.key, shape.inner
     sizes = {
         "q_proj": (h, q),
@@ -261,7 +221,7 @@ def decoding_bytes(config: Any, load: Load) -> int:
     with what a token is drawn by (probabilities, their running sums, which of these are passed: about four times as
     many), and under ZeRO-3 whole weights. Under autocast rotated keys are fp32, and the weights are kept as they have
     been cast. Layers with a sliding window keep less than this says."""
-    shape, (answers, tokens) = _shape(config), load.decoding
+    shape, (answers, tokens) = shape_of(config), load.decoding
     both = {"fp32": 2 * FP32, "bf16-autocast": FP32 + BF16, "bf16-weights": 2 * BF16}[load.dtype]  # a key and a value
     cache = shape.layers * shape.key * answers * tokens * both
     gathered = (BF16 if load.dtype == "bf16-weights" else FP32) * load.parameters if load.strategy == "zero3" else 0
