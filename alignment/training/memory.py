@@ -18,6 +18,13 @@ Device = Literal["cpu", "cuda"]
 Arithmetic = Literal["fp32", "bf16-autocast", "bf16-weights"]  # see arithmetic(); also the names in reference.py
 USABLE = 0.8  # of what is free; the rest for gradients of activations, fragments, buffers of communication
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL's chunked head, on CUDA
+BUDGET = 2  # what a pass without gradients takes of the tokens of a micro-batch
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # numbers, of DeepSpeed: in a bucket of gradients, and gathered by ZeRO-3
+# Bytes of a process that holds no model yet, and more with DeepSpeed. CPU: measured (bench/memory.py). CUDA: of the
+# context and the kernels of a GPU, by what their makers' forums tell; not measured here.
+RUNTIME: dict[Device, int] = {"cpu": 550_000_000, "cuda": 600_000_000}
+DEEPSPEED = 60_000_000
+HOLES = 0.3  # of what comes and goes: glibc's malloc leaves so much between tensors (bench/memory.py)
 
 
 def arithmetic(precision: Literal["fp32", "bf16"], strategy: str) -> Arithmetic:
@@ -261,6 +268,89 @@ def forward_bytes(config: Any, load: Load, checkpointing: bool) -> tuple[int, in
     scored = load.tokens if load.scored is None else load.scored
     head = _head(shape_of(config), scored, load.dtype, load.device)
     return count(config, load.tokens, 0, load.dtype, load.device), head
+
+
+def scoring_bytes(config: Any, load: Load) -> tuple[int, int]:
+    """Most bytes of a pass without gradients over BUDGET times the tokens, as of `forward_bytes`: what one layer has at
+    once, of an MLP its input, residual and inner tensors; and a block of logits in its forms."""
+    shape, tokens = shape_of(config), BUDGET * load.tokens
+    size = FP32 if load.dtype == "fp32" else BF16
+    inner = (3 if shape.gated else 2) * shape.inner * size
+    layer = tokens * (inner + 2 * shape.hidden * FP32) + _cast_weights(shape, load.dtype)
+    scored = tokens if load.scored is None else BUDGET * load.scored
+    logits = min(scored * shape.vocabulary * FP32, BLOCK_BYTES if load.device == "cpu" else TOKEN_TILE * VOCABULARY_TILE * size)
+    return layer, (3 if load.dtype == "fp32" else 4) * logits
+
+
+class Parts(NamedTuple):
+    """Bytes that a process has at most at one time, by what they are for.
+
+    Either activations and logits or decoding: they are not there together. allocator: what it holds between tensors
+    and gives to nobody else. runtime: Python, libraries, the context of a GPU. writing: of the main process of a stage
+    that trains, as its result is written.
+    """
+
+    weights: int
+    gradients: int
+    optimiser: int
+    reference: int
+    activations: int
+    logits: int
+    decoding: int
+    buffers: int
+    allocator: int
+    runtime: int
+    writing: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def parts_of(config: Any, load: Load, checkpointing: bool) -> Parts:
+    """The most memory that a process takes on its device from its start to its end: of a CPU its resident set.
+
+    On a CPU the model is written, as a fresh copy of it that is mapped from its files, into the same memory; glibc has
+    not given back by then what activations took. On a GPU the host has it.
+    """
+    on_cpu = load.device == "cpu"
+    state = state_of(_without_host(load))
+    activations, logits = forward_bytes(config, load, checkpointing) if load.trainable else scoring_bytes(config, load)
+    if (decoding := decoding_bytes(config, load)) > activations + logits:
+        activations = logits = 0
+    else:
+        decoding = 0
+    passing = activations + logits + decoding
+    buffers = buffer_bytes(load) + max(0, _in_step(load) - passing)
+    allocator = int(HOLES * passing) if on_cpu else 0
+    runtime = RUNTIME[load.device] + (DEEPSPEED if load.strategy.startswith("zero") else 0)
+    written = FP32 * load.parameters if on_cpu and load.trainable else 0
+    return Parts(*state, activations, logits, decoding, buffers, allocator, runtime, written)
+
+
+def buffer_bytes(load: Load) -> int:
+    """What DeepSpeed keeps beside the state: buckets of gradients that are sent together, and what ZeRO-3 has gathered
+    (by its defaults: buckets of BUCKET numbers, at most LIVE gathered ones, used again within as many).
+
+    CUDA takes a bucket whole, and two where sending overlaps with computing; of a CPU's only what is used is there.
+    """
+    if not load.strategy.startswith("zero"):
+        return 0
+    size = BF16 if load.dtype == "bf16-weights" else FP32
+    if load.strategy == "zero1" and load.dtype == "bf16-weights":
+        buckets = 0  # its gradients are sent as they are
+    elif load.device == "cuda":
+        buckets = BUCKET * size * (1 if load.strategy == "zero3" else 2)
+    else:
+        buckets = min(BUCKET, load.trainable) * size
+    return buckets + (min(LIVE, load.parameters) * size if load.strategy == "zero3" else 0)
+
+
+def _in_step(load: Load) -> int:
+    """Bytes of a second copy of the own gradients, which is there in the optimiser's step, without activations."""
+    if not load.strategy.startswith("zero") or load.offload != "none":
+        return 0
+    return FP32 * load.trainable // load.world_size
 
 
 def _without_host(load: Load) -> Load:

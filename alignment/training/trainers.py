@@ -28,6 +28,7 @@ from alignment.training.callbacks import Before, Reporter
 from alignment.training.four_bits import is_in_four_bits
 from alignment.training.health import NonFinite, SpikeAlarm
 from alignment.training.keeper import Keeper
+from alignment.training.memory import BUDGET
 from alignment.training.metrics import UNUSED, Meter, token_sums
 from alignment.training.packing import BUCKET, pack
 from alignment.training.ranks import all_gather
@@ -38,7 +39,6 @@ from alignment.training.swapped import labelled_positions_only
 from alignment.training.trial import refusal, trial
 
 KEPT = ("pack", "reference", "targets")  # of a micro-batch: they go to the device, and stay in the precision they have
-BUDGET = 2  # what a pass without gradients takes of the tokens of a micro-batch
 
 
 @dataclass(frozen=True)

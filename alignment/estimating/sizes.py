@@ -1,0 +1,90 @@
+"""What an estimate is made from: the model's tensors, and how long rows are. No weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from alignment.config.schema import Experiment
+from alignment.config.stages.online import Online
+from alignment.config.stages.preference import Kto
+from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.reward_model import RewardModel
+from alignment.config.stages.training import Reference, Train
+from alignment.errors import InputError
+
+Trains = Train | Reference
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of rows that were looked at: [rows] tokens of the prompt, of the whole row (of a pair the longer side), and those
+    that carry a gradient. task: of the stage that prepared them."""
+
+    task: str
+    prompt: np.ndarray
+    tokens: np.ndarray
+    trained: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """[rows] each: tokens to compute when packed, when padded beside rows no longer, and those that the head scores.
+
+    known: False where nobody has the rows yet, and these are as long as they may become.
+    """
+
+    lengths: np.ndarray
+    widths: np.ndarray
+    scored: np.ndarray
+    known: bool
+
+
+def tensors_of(config: Any, settings: Trains) -> dict[str, int]:
+    """Numbers in each weight of the model that this stage trains, by name; tied ones once. A model without storage is
+    made of the configuration. Raises InputError if transformers itself has no such architecture."""
+    classifies = isinstance(settings, RewardModel)
+    auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"transformers cannot make this model: {first}", where="model.source") from error
+    return {name: weight.numel() for name, weight in model.named_parameters()}
+
+
+def sample_of(experiment: Experiment, name: str, seen: Mapping[str, Lengths]) -> Sample:
+    """Rows of a node that trains, from what its parent's rows were found to be. seen: prepare node -> lengths."""
+    node = experiment.pipeline.nodes[name]
+    settings, data = experiment.stage[node.stage], node.inputs["data"]
+    if (found := seen.get(data)) is not None and len(found.tokens):
+        return _rows(settings, found, known=True)
+    parent = experiment.stage[experiment.pipeline.nodes[data].stage]
+    assert isinstance(parent, Prepare)
+    prompt = min(parent.max_prompt_length, parent.max_length - 1)
+    answers = (parent.max_length - prompt) * (2 if parent.task == "preference" else 1)
+    one = (np.array([number]) for number in (prompt, parent.max_length, answers))
+    return _rows(settings, Lengths(parent.task, *one), known=False)
+
+
+def _rows(settings: Any, found: Lengths, known: bool) -> Sample:
+    if isinstance(settings, Online):
+        count = settings.answers_trained_on()
+        answers = np.full_like(found.prompt, count * settings.max_new_tokens)
+        return Sample(found.prompt + answers, count * found.prompt + answers, answers, known)
+    if found.task == "preference":
+        packed, widths = found.prompt + found.trained, 2 * found.tokens
+    elif isinstance(settings, Kto) and settings.has_reference_point:  # beside each answer that of another prompt
+        other = np.roll(found.trained, 1)
+        packed, widths = found.tokens + other, 2 * (found.prompt + np.maximum(found.trained, other))
+        return Sample(packed, widths, found.trained + other, known)
+    else:
+        packed = widths = found.tokens
+    scored = np.zeros_like(found.trained) if isinstance(settings, RewardModel) else found.trained
+    return Sample(packed, widths, scored, known)

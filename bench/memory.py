@@ -1,0 +1,205 @@
+"""Memory predicted and measured: python -m bench.memory [--only WORDS] [--out FILE]."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SEED = 0
+
+
+def llama(hidden: int, layers: int, vocabulary: int, tied: bool = False) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, vocab_size=vocabulary,
+        max_position_embeddings=2048, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+
+def qwen(hidden: int, layers: int, vocabulary: int) -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        hidden_size=hidden, intermediate_size=hidden * 4, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=2, vocab_size=vocabulary, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+
+def gpt2(hidden: int, layers: int, vocabulary: int) -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        n_embd=hidden, n_layer=layers, n_head=hidden // 64, vocab_size=vocabulary, n_positions=2048, attn_pdrop=0.0,
+        resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+
+MODELS: dict[str, Any] = {
+    "llama 34M": lambda: llama(512, 8, 8000),
+    "llama 92M": lambda: llama(768, 10, 16000),
+    "qwen2 41M": lambda: qwen(512, 8, 16000),
+    "gpt2 38M": lambda: gpt2(512, 8, 24000),
+}
+CASES: list[dict[str, Any]] = [
+    {"stage": "sft", "model": "llama 34M", "tokens": 1024},
+    {"stage": "sft", "model": "llama 34M", "tokens": 2048, "precision": "bf16"},
+    {"stage": "sft", "model": "llama 92M", "tokens": 2048, "gradient_checkpointing": True},
+    {"stage": "sft", "model": "llama 92M", "tokens": 2048, "lora": True},
+    {"stage": "sft", "model": "gpt2 38M", "tokens": 1024},
+    {"stage": "dpo", "model": "qwen2 41M", "tokens": 1024},
+    {"stage": "dpo", "model": "llama 92M", "tokens": 1024, "lora": True},
+    {"stage": "dpo", "model": "llama 34M", "tokens": 2048, "precision": "bf16", "gradient_checkpointing": True},
+    {"stage": "kto", "model": "llama 34M", "tokens": 1024},
+    {"stage": "reward_model", "model": "llama 34M", "tokens": 2048},
+    {"stage": "sft", "model": "llama 34M", "tokens": 1024, "strategy": "ddp", "processes": 2},
+    {"stage": "sft", "model": "llama 34M", "tokens": 1024, "strategy": "zero1", "processes": 2},
+    {"stage": "dpo", "model": "llama 34M", "tokens": 1024, "strategy": "zero2", "processes": 2, "precision": "bf16"},
+    {"stage": "sft", "model": "llama 92M", "tokens": 1024, "strategy": "zero2", "processes": 2},
+    {"stage": "sft", "model": "llama 34M", "tokens": 1024, "strategy": "zero3", "processes": 2},
+    {"stage": "dpo", "model": "llama 92M", "tokens": 1024, "strategy": "zero3", "processes": 2, "precision": "bf16"},
+]
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return ", ".join(str(value) if value is not True else key for key, value in case.items())
+
+
+def write_model(folder: Path, config: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bench.arms import tokenizer
+
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def write_rows(folder: Path, stage: str, count: int = 48) -> None:
+    import numpy as np
+    from datasets import Dataset
+
+    random = np.random.default_rng(SEED)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return random.integers(5, 7000, random.integers(low, high)).tolist()
+
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        prompt, first, second = tokens(20, 60), [*tokens(80, 160), 1], [*tokens(80, 160), 1]
+        if stage == "sft":
+            rows.append({"input_ids": prompt + first, "labels": [-100] * len(prompt) + first})
+        elif stage == "kto":
+            own = {"completion_ids": first, "label": number % 2 == 0, "mismatched_ids": second}
+            rows.append({"prompt_ids": prompt, **own})
+        else:
+            rows.append({"prompt_ids": prompt, "chosen_ids": first, "rejected_ids": second})
+    Dataset.from_list(rows).save_to_disk(folder / "train")
+
+
+def experiment(case: dict[str, Any]) -> Any:
+    from alignment.config.compose import compose
+
+    stage = case["stage"]
+    pipeline = {"sft": "sft", "dpo": "dpo", "kto": "kto", "reward_model": "sft_reward_model"}[stage]
+    lora = "{rank: 16}" if case.get("lora") else "null"
+    overrides = [
+        f"pipeline={pipeline}", f"engine={case.get('strategy', 'single')}", "tracking=none",
+        f"engine.tokens_per_micro_batch={case['tokens']}",
+        f"engine.gradient_checkpointing={case.get('gradient_checkpointing', False)}",
+        f"stage.{stage}.precision={case.get('precision', 'fp32')}", f"stage.{stage}.lora={lora}",
+        f"stage.{stage}.global_batch_size=16", f"stage.{stage}.max_steps=2", "checkpoint.every_minutes=null",
+        f"stage.{stage}.learning_rate=1e-5",
+    ]  # fmt: skip
+    if case.get("processes", 1) > 1:
+        overrides += ["launcher=torchrun", f"launcher.processes={case['processes']}"]
+    return compose(overrides)
+
+
+def measure(case: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Of each process."""
+    inputs = folder / "inputs"
+    model, data = inputs / case["model"].replace(" ", "_"), inputs / case["stage"]
+    if not model.exists():
+        write_model(model / "model", MODELS[case["model"]]())
+    if not data.exists():
+        write_rows(data, case["stage"])
+    work = Path(tempfile.mkdtemp(dir=folder))
+    order = {"experiment": experiment(case).model_dump(), "stage": case["stage"], "folder": str(work)}
+    order["inputs"] = {"model": str(model), "data": str(data)}
+    (work / "case.json").write_text(json.dumps(order))
+    processes, command = [], [sys.executable, "-m", "bench.memory_worker", str(work / "case.json")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = case.get("processes", 1)
+    for rank in range(world):
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in told.items()}, "MASTER_ADDR": "127.0.0.1"}
+        environment = environment if world > 1 else dict(os.environ)
+        with open(work / f"said-{rank}.txt", "w") as said:
+            processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
+    codes = [process.wait(300) for process in processes]
+    texts = [(work / f"said-{rank}.txt").read_text() for rank in range(world)]
+    if any(codes):
+        raise RuntimeError(f"{name_of(case)}: {texts[0][-3000:]}")
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("FOUND ")]
+    if os.environ.get("TRACE"):
+        print(texts[0])
+    return [json.loads(line[6:]) for line in lines]
+
+
+def predict(case: dict[str, Any], folder: Path) -> Any:
+    """The estimate of the process that takes most, from the rows themselves."""
+    import numpy as np
+    from datasets import load_from_disk
+
+    from alignment.estimating.memory import of_stage
+    from alignment.estimating.sizes import Lengths, sample_of
+
+    rows, task = load_from_disk(str(folder / "inputs" / case["stage"] / "train")), case["stage"]
+    columns = {name: np.array([len(value) for value in rows[name]]) for name in rows.column_names if name.endswith("_ids")}
+    made = experiment(case)
+    if task == "sft":
+        trained = np.array([sum(label != -100 for label in labels) for labels in rows["labels"]])
+        found = Lengths("sft", columns["input_ids"] - trained, columns["input_ids"], trained)
+    elif task == "kto":
+        answers = columns["completion_ids"]
+        found = Lengths("unpaired", columns["prompt_ids"], columns["prompt_ids"] + answers, answers)
+    else:
+        prompt, both = columns["prompt_ids"], (columns["chosen_ids"], columns["rejected_ids"])
+        found = Lengths("preference", prompt, prompt + np.maximum(*both), sum(both))
+    node = next(name for name, node in made.pipeline.nodes.items() if node.stage == task)
+    sample = sample_of(made, node, {made.pipeline.nodes[node].inputs["data"]: found})
+    return of_stage(made, node, MODELS[case["model"]](), sample, "cpu", None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="*")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(CASES):
+            if given.only and number not in given.only:
+                continue
+            peaks = [found["peak"] for found in measure(case, Path(folder))]
+            parts = predict(case, Path(folder)).parts
+            off = parts.total / max(peaks) - 1
+            told = " ".join(f"{name} {value >> 20}" for name, value in parts._asdict().items() if value)
+            print(f"{number} {name_of(case)}: {[one >> 20 for one in peaks]} predicted {parts.total >> 20} {off:+.1%}: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
