@@ -75,7 +75,11 @@ BAD = {
         ":2: is not UTF-8 (byte 0xe9) (save the file as UTF-8)",
     ),
     "not Parquet": ("r.parquet", "hello", ": is not a readable Parquet file: "),
-    "another kind of file": ("r.txt", "hello", ": cannot read '.txt' (give one of .json, .jsonl, .csv, .parquet)"),
+    "another kind of file": (
+        "r.txt",
+        "hello",
+        ": cannot read '.txt' (give one of .json, .jsonl, .csv, .tsv, .parquet, ",
+    ),
 }
 
 
