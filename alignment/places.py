@@ -23,7 +23,7 @@ from alignment.files import CHUNK, digest
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 MAGIC = re.compile(r"[*?\[]")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-FED = 1 << 13  # bytes given to a decompressor at a time: a thousand times as many may come out
+FED = 1 << 9  # bytes given to zstd at a time: of text that repeats itself thirty thousand times as many come out
 SILENT = 60  # seconds without a byte after which a server is given up
 OF_CONTENT = (
     "etag",
@@ -44,10 +44,14 @@ def is_url(path: str | Path) -> bool:
     return URL.match(str(path)) is not None and not str(path).startswith("file://")
 
 
+def is_web(path: str | Path) -> bool:
+    return str(path).startswith(("http://", "https://"))
+
+
 def kind(path: str | Path) -> tuple[str, str]:
     """(suffix, compression) of a name, lower case, with their dots: ("" where there is none)."""
     name = str(path)
-    if name.startswith(("http://", "https://")):
+    if is_web(name):
         name = re.split(r"[?#]", name, maxsplit=1)[0]
     pure = PurePosixPath(name.lower())
     if pure.suffix in COMPRESSED:
@@ -74,12 +78,13 @@ def expand(path: str | Path) -> list[str]:
         return _some(sorted(filter(os.path.isfile, glob.glob(name, recursive=True))), name)
     with _reached(name):
         system, inner = _system(name)
-        is_web = name.startswith(("http://", "https://"))  # a ? begins a query there
-        if re.search(r"\*", inner) if is_web else MAGIC.search(inner):
+        if "*" in inner if is_web(name) else MAGIC.search(inner):  # a ? begins a query on the web
             found = cast(dict[str, Any], system.glob(inner, detail=True))
             files = [str(system.unstrip_protocol(one)) for one, facts in found.items() if facts["type"] == "file"]
             return _some(sorted(files), name)
-        if is_web or system.isfile(inner):  # pages of the web have no folders; a missing one is found when it is opened
+        if is_web(name) or system.isfile(
+            inner
+        ):  # pages of the web have no folders; a missing one is found when it is opened
             return [name]
         if system.isdir(inner):
             return _saved(name, lambda url: _whole(system, url))
@@ -98,7 +103,7 @@ def _whole(system: Any, url: str) -> bytes | None:
 
 
 def _saved(folder: str, read: Callable[[str], bytes | None]) -> list[str]:
-    """Files of a folder written by save_to_disk. read: the bytes of a file, None if it is missing. Raises InputError."""
+    """Files of a folder written by save_to_disk. read: the bytes of a file, None if missing. Raises InputError."""
     folder = folder.rstrip("/")
     try:
         if (several := read(f"{folder}/dataset_dict.json")) is not None:
@@ -146,11 +151,12 @@ def stream(path: str | Path, compression: str = "") -> io.BufferedReader[Any]:
     with _reached(name):
         if is_url(name):
             system, inner = _system(name)
-            raw = system.open(inner, "rb")
+            whole = {"block_size": 0} if is_web(name) else {}  # not every server knows parts of a file
+            raw = system.open(inner, "rb", **whole)
         else:
             raw = open(name, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
     reader: io.BufferedReader[Any] = io.BufferedReader(
-        _Guarded(raw, lambda error: _unreachable(name, error)), CHUNK >> 3
+        _Guarded(raw, lambda error: _unreachable(name, error), not is_web(name)), CHUNK >> 3
     )
     if not compression:
         return reader
@@ -160,7 +166,8 @@ def stream(path: str | Path, compression: str = "") -> io.BufferedReader[Any]:
         ".xz": lambda: _xz(reader),
         ".zst": lambda: _Zstandard(reader),
     }
-    return io.BufferedReader(_Guarded(openers[compression](), lambda error: _cut(name, compression, error)), CHUNK >> 3)
+    plain = _Guarded(openers[compression](), lambda error: _cut(name, compression, error), False)
+    return io.BufferedReader(plain, CHUNK >> 3)
 
 
 def _bz2(reader: IO[bytes]) -> Any:
@@ -178,16 +185,18 @@ def _xz(reader: IO[bytes]) -> Any:
 class _Guarded(io.RawIOBase):
     """A stream whose errors while reading are said as those of this program."""
 
-    def __init__(self, inner: Any, say: Callable[[Exception], AlignmentError]):
-        self.inner, self.say = inner, say
+    def __init__(self, inner: Any, say: Callable[[Exception], AlignmentError], seeks: bool):
+        self.inner, self.say, self.seeks = inner, say, seeks
         self.failed: AlignmentError | None = None
-        self.take = getattr(inner, "read1", inner.read)  # read() of a decompressor loses what came before a cut
+        self.take = (
+            inner.read1 if hasattr(inner, "read1") else inner.read
+        )  # read() of a decompressor loses what came before a cut
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
-        return bool(self.inner.seekable())
+        return self.seeks
 
     def readinto(self, buffer: Any) -> int:
         block = self._try(self.take, len(buffer))
@@ -195,10 +204,10 @@ class _Guarded(io.RawIOBase):
         return len(block)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return int(self._try(self.inner.seek, offset, whence))
+        return int(self._try(self.inner.seek, offset, whence)) if self.seeks else super().seek(offset, whence)
 
     def tell(self) -> int:
-        return int(self._try(self.inner.tell))
+        return int(self._try(self.inner.tell)) if self.seeks else super().tell()
 
     def close(self) -> None:
         if not self.closed:
@@ -219,7 +228,7 @@ class _Guarded(io.RawIOBase):
             raise self.failed from error
 
 
-class _Zstandard(io.RawIOBase):
+class _Zstandard(io.IOBase):
     """Decompressed frames, one after the other; those readers that `zstandard` has end at a cut without a word."""
 
     def __init__(self, source: IO[bytes]):
@@ -227,24 +236,21 @@ class _Zstandard(io.RawIOBase):
 
         self.source, self.decompressor = source, zstandard.ZstdDecompressor()
         self.frame: Any = None
-        self.rest = self.made = b""
+        self.rest, self.made = b"", memoryview(b"")
 
-    def read1(self, size: int) -> bytes:
+    def read1(self, size: int) -> memoryview:
         while not self.made:
             block = self.rest or self.source.read(FED)
             if not block:
                 if self.frame is not None:
                     raise EOFError("the last frame has no end")
-                return b""
+                return self.made
             self.frame = self.frame or self.decompressor.decompressobj()
-            self.made, self.rest = self.frame.decompress(block), b""
+            self.made, self.rest = memoryview(self.frame.decompress(block)), b""
             if self.frame.eof:
                 self.rest, self.frame = self.frame.unused_data, None
-        block, self.made = self.made[:size], self.made[size:]
-        return block
-
-    def read(self, size: int = -1) -> bytes:
-        return self.read1(size)
+        made, self.made = self.made[:size], self.made[size:]
+        return made
 
     def close(self) -> None:
         self.source.close()
@@ -262,7 +268,7 @@ def _system(url: str) -> tuple[Any, str]:
     import fsspec
 
     options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
+    if is_web(url):
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT, sock_read=SILENT)  # 5 minutes in all otherwise
@@ -288,7 +294,9 @@ def _unreachable(name: str, error: Exception) -> AlignmentError:
         package = (cause.name or "").partition(".")[0]
         what = f"{name.partition('://')[0]}:// needs a package that is not installed"
         return MachineError(what, where=name, fix=f"pip install {package}" if package else _line(error))
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        return _unreachable(name, error.__cause__)  # fsspec says so of whatever happens on the web
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or getattr(error, "status", None) in (404, 410):
         return InputError("no such file", where=name, fix="check the path")
     if isinstance(error, ValueError) and "Protocol not known" in str(error):
         return InputError(f"no kind of address begins with {name.partition('://')[0]}://", where=name, fix="check it")

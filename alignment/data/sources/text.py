@@ -172,10 +172,11 @@ class _Window:
         self.at = end
 
     def row(self) -> Item:
-        """The value that begins here, or its fault, and its line; what follows it is checked, but not taken.
+        """The next value, or its fault, and its line; what follows it is checked, but not taken.
 
         Raises InputError where that is no JSON: the array cannot be gone on with.
         """
+        self.skip()
         while True:
             try:
                 value, end = _decoded(self.decoder, self.text, self.at, whole=False)
