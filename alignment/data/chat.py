@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from alignment import guarded
 from alignment.data.formats import Message
 from alignment.errors import InputError
 
 CLOCK = "strftime_now"  # what transformers gives a template to print today's date with
-NO_CLOCK = "there_is_no_clock"
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,7 @@ class Chat:
 
     def render(self, messages: list[Message], where: str, *, prompt: bool = False) -> str:
         """The conversation as text; prompt: with the words that ask the model for its turn."""
-        from jinja2.exceptions import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            if NO_CLOCK in str(error):
-                what = "the chat template prints today's date, so it would change from day to day"
-                fix = "set model.chat_template to a .jinja file with a fixed date"
-                raise InputError(what, where=where, fix=fix) from error
-            raise InputError(f"the chat template refuses the conversation: {error}", where=where) from error
-        return str(text)
+        return guarded.render(self.tokenizer, messages, where, prompt=prompt)
 
     def answers(self, messages: list[Message], where: str) -> tuple[str, list[Answer]]:
         """The rendered conversation and its assistant turns, cut where the template itself cuts.
@@ -126,7 +116,7 @@ def without_clock(template: str) -> str:
     """
     if CLOCK not in template:
         return template
-    return f"{{# No clock: every day the same text. #}}{{% set {CLOCK} = {NO_CLOCK} %}}\n{template}"
+    return f"{{# No clock: every day the same text. #}}{{% set {CLOCK} = {guarded.NO_CLOCK} %}}\n{template}"
 
 
 def adds_bos(tokenizer: Any) -> bool:
