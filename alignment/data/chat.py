@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from alignment import guarded
+from alignment.control_tokens import ControlTokens
 from alignment.data.formats import Message
 from alignment.errors import InputError
 
@@ -28,9 +28,13 @@ class Answer:
 
 
 class Chat:
-    """Renders and encodes conversations, the same way wherever it is used. tokenizer: of transformers."""
+    """Renders and encodes conversations, the same way wherever it is used. tokenizer: of transformers.
 
-    def __init__(self, tokenizer: Any, name: str = "the tokenizer"):
+    neutralise: control tokens that a message's content spells out become ordinary tokens, by markers that stand for
+    them in rendered text. Else such content must be refused before it is rendered: `control_token` finds it.
+    """
+
+    def __init__(self, tokenizer: Any, name: str = "the tokenizer", *, neutralise: bool = False):
         if not tokenizer.chat_template:
             fix = "set model.chat_template to a name or a file"
             raise InputError("the tokenizer has no chat template", where=name, fix=fix)
@@ -39,13 +43,13 @@ class Chat:
         self.tokenizer, self.name = tokenizer, name
         self.eos: str = tokenizer.eos_token
         self.eos_id: int = tokenizer.eos_token_id
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        longest_first = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)))
+        self.neutralise = neutralise
+        self.control = ControlTokens(tokenizer)
 
     @classmethod
-    def load(cls, folder: Path) -> Chat:
-        return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder))
+    def load(cls, folder: Path, *, neutralise: bool = False) -> Chat:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return cls(tokenizer, str(folder), neutralise=neutralise)
 
     @property
     def template_sha256(self) -> str:
@@ -53,17 +57,28 @@ class Chat:
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
 
     def control_token(self, text: str) -> str | None:
-        """The first control token spelled out in `text`: the tokenizer would make it a real one."""
-        found = self._control.search(text)
-        return found[0] if found else None
+        """The first control token spelled out in `text`, people's: the tokenizer would make it a real one."""
+        return self.control.find(text)
+
+    def plain(self, text: str) -> str:
+        """Rendered text as people read it: with what the markers stand for."""
+        return self.control.plain(text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text; the template has written every special token that belongs there."""
+        if self.neutralise:
+            return self.control.encode(text)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def render(self, messages: list[Message], where: str, *, prompt: bool = False) -> str:
-        """The conversation as text; prompt: with the words that ask the model for its turn."""
+        """The conversation as text, with markers where neutralised; prompt: with the words that ask the model for its
+        turn. Raises InputError."""
+        if self.neutralise:
+            messages = [{**message, "content": self._hidden(message)} for message in messages]
         return guarded.render(self.tokenizer, messages, where, prompt=prompt)
+
+    def _hidden(self, message: Message) -> str:
+        return self.control.hide(message["content"]) if self.neutralise else message["content"]
 
     def answers(self, messages: list[Message], where: str) -> tuple[str, list[Answer]]:
         """The rendered conversation and its assistant turns, cut where the template itself cuts.
@@ -73,7 +88,7 @@ class Chat:
         """
         text = self.render(messages, where)
         for message in messages:
-            if message["content"].strip() not in text:
+            if self._hidden(message).strip() not in text:
                 turn = f"{message['role']} turn {message['content'][:40]!r}"
                 what = f"the chat template leaves out or rewrites the {turn}"
                 raise InputError(what, where=where, fix="set model.chat_template to one that renders every turn")

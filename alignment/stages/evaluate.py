@@ -87,7 +87,7 @@ def _ask(settings: Evaluate, rows: list[Row], folder: Path, parts: Parts) -> Ask
         completions=settings.best_of,
         progress=parts("answering"),
     )
-    nll = _heldout_nll(model, Chat(tokenizer, str(folder)), rows, parts)
+    nll = _heldout_nll(model, Chat(tokenizer, str(folder), neutralise=True), rows, parts)
     ids = [generation.encode_prompt(tokenizer, prompt) for prompt in prompts]
     return Asked(ids, answers, nll, tokenizer.get_vocab())
 
