@@ -31,7 +31,9 @@ class ControlTokens:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.texts = sorted(special | set(tokenizer.all_special_tokens), key=lambda text: (-len(text), text))
         unknown = tokenizer.unk_token  # which characters that are in no word become, too
-        self.ids = frozenset(tokenizer.convert_tokens_to_ids([text for text in self.texts if text != unknown]))
+        known = [text for text in self.texts if text != unknown]
+        self.numbers: dict[str, int] = dict(zip(known, tokenizer.convert_tokens_to_ids(known), strict=True))
+        self.ids = frozenset(self.numbers.values())
         self.pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
         # OPEN itself has a marker, the last: text that holds one is never taken for ours.
         self._markers = {text: _marker(number) for number, text in enumerate([*self.texts, OPEN])}
@@ -47,7 +49,7 @@ class ControlTokens:
 
     def real(self, text: str) -> list[re.Match[str]]:
         """Those that encoded text has, in order, but the unknown token: where they stand in rendered text."""
-        return [found for found in self.pattern.finditer(text) if found[0] != self.tokenizer.unk_token]
+        return [found for found in self.pattern.finditer(text) if found[0] in self.numbers]
 
     def hide(self, text: str) -> str:
         """People's text with markers for the control tokens in it."""

@@ -100,10 +100,11 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         armed = False  # a signal that has come, and is not yet handled, must not leave the old timer unrestored
-        rest = max(left - (time.monotonic() - started), 1e-6) if left else 0.0
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
-        signal.setitimer(signal.ITIMER_REAL, rest, interval)
+        if left:
+            rest = left - (time.monotonic() - started)
+            signal.setitimer(signal.ITIMER_REAL, max(rest, 1e-6), interval)
 
 
 @contextmanager

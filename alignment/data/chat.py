@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from alignment.data.formats import Message
 from alignment.errors import InputError
 
 CLOCK = "strftime_now"  # what transformers gives a template to print today's date with
+
+
+TAIL, TAILS = 64, 1000  # characters between a control token and an answer that are remembered, and how many of them
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Chat:
         self.eos_id: int = tokenizer.eos_token_id
         self.neutralise = neutralise
         self.control = ControlTokens(tokenizer)
+        self._tails: dict[str, list[int]] = {}
 
     @classmethod
     def load(cls, folder: Path, *, neutralise: bool = False) -> Chat:
@@ -69,6 +75,39 @@ class Chat:
         if self.neutralise:
             return self.control.encode(text)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompts(self, text: str, ids: list[int], answers: list[Answer]) -> list[int | None]:
+        """How many of `ids`, those of the rendered `text`, are the prompt of each answer: as tokenising the prompt
+        alone, which generation does, gives them. None where that gives no prefix of `ids`.
+        """
+        real = self.control.real(text)
+        places = [place for place, token in enumerate(ids) if token in self.control.ids]
+        if [self.control.numbers[found[0]] for found in real] != [ids[place] for place in places]:
+            real = []
+        return [self._prompt(text, ids, answer.start, real, places) for answer in answers]
+
+    def _prompt(
+        self, text: str, ids: list[int], start: int, real: list[re.Match[str]], places: list[int]
+    ) -> int | None:
+        """A control token splits the text hard: up to the last one before the answer the ids of the prompt are those
+        of the whole. What follows it, up to the answer, is the same in most rows, and remembered.
+        """
+        count = bisect_right(real, start, key=lambda found: found.end())
+        across = count < len(real) and real[count].start() < start
+        if count and not across and start - real[count - 1].end() <= TAIL:
+            tail = self._tail(text[real[count - 1].start() : start])
+            place = places[count - 1]
+            if ids[place : place + len(tail)] == tail:
+                return place + len(tail)
+        prompt = self.encode(text[:start])
+        return len(prompt) if ids[: len(prompt)] == prompt else None
+
+    def _tail(self, text: str) -> list[int]:
+        if (known := self._tails.get(text)) is None:
+            known = self.encode(text)
+            if len(self._tails) < TAILS:
+                self._tails[text] = known
+        return known
 
     def render(self, messages: list[Message], where: str, *, prompt: bool = False) -> str:
         """The conversation as text, with markers where neutralised; prompt: with the words that ask the model for its

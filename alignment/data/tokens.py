@@ -1,7 +1,7 @@
 """Rendered conversations -> token ids and labels.
 
-A conversation is tokenised once, whole. Where an answer begins is found by tokenising the prompt alone, which is what
-generation does, and must be a prefix of the whole: an answer whose first letters merge with the prompt's last token has
+A conversation is tokenised once, whole. An answer begins where tokenising the prompt alone, which is what generation
+does, ends, and that must be a prefix of the whole: an answer whose first letters merge with the prompt's last token has
 no honest cut, so the row is dropped and counted.
 """
 
@@ -45,11 +45,10 @@ def conversation(chat: Chat, messages: list[Message], where: str) -> Conversatio
     ids = chat.encode(text)
     check_bos(ids, chat.tokenizer.bos_token_id, where)
     labels, first = [IGNORED] * len(ids), 0
-    for answer in answers:
-        prompt = chat.encode(text[: answer.start])
-        first = len(prompt)
-        if ids[:first] != prompt:
+    for prompt in chat.prompts(text, ids, answers):
+        if prompt is None:
             raise Drop(MERGES)
+        first = prompt
         try:
             end = ids.index(chat.eos_id, first) + 1
         except ValueError:
