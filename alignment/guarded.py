@@ -24,6 +24,7 @@ MEMORY = 1 << 30  # bytes over what the process has
 AGAIN = 0.5  # seconds; what interrupts a computation may be swallowed by the code around it: it comes anew
 PAGE = resource.getpagesize()
 NO_CLOCK = "there_is_no_clock"  # the name that data.chat.without_clock has a template call for today's date
+REFUSES = "the chat template refuses the conversation"
 SIMPLER = "set model.chat_template to a simpler one"
 
 T = TypeVar("T")
@@ -41,6 +42,19 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str | None, *, pr
     """
     asked = {"tokenize": False, "add_generation_prompt": prompt}
     return str(guarded(lambda: tokenizer.apply_chat_template(list(messages), **asked), where))
+
+
+def marked(tokenizer: Any, messages: Sequence[Message], where: str | None) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and what of it the template's {% generation %} blocks mark: from where to where, in
+    characters. Raises InputError.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    asked: dict[str, Any] = {"chat_template": str(tokenizer.chat_template), "return_assistant_tokens_mask": True}
+    asked |= tokenizer.special_tokens_map
+    render: Any = render_jinja_template  # its annotation speaks of the text alone
+    texts, spans = guarded(lambda: render([list(messages)], **asked), where)
+    return str(texts[0]), [(start, end) for start, end in spans[0]]
 
 
 def guarded(work: Callable[[], T], where: str | None, *, seconds: float = SECONDS, memory: int = MEMORY) -> T:
@@ -63,7 +77,7 @@ def guarded(work: Callable[[], T], where: str | None, *, seconds: float = SECOND
             what = "the chat template prints today's date, so it would change from day to day"
             fix = "set model.chat_template to a .jinja file with a fixed date"
             raise InputError(what, where=where, fix=fix) from error
-        what = f"the chat template refuses the conversation: {_cause(error)}"
+        what = f"{REFUSES}: {_cause(error)}"
         raise InputError(what, where=where) from error
 
 

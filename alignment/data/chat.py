@@ -19,6 +19,10 @@ from alignment.errors import InputError
 CLOCK = "strftime_now"  # what transformers gives a template to print today's date with
 
 
+GENERATION = re.compile(r"\{%-?\s*generation\b")
+HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "World"}]
+TURNS = [*HELLO, {"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
+SYSTEM = {"role": "system", "content": "Be brief."}
 TAIL, TAILS = 64, 1000  # characters between a control token and an answer that are remembered, and how many of them
 
 
@@ -81,7 +85,8 @@ class Chat:
         alone, which generation does, gives them. None where that gives no prefix of `ids`.
         """
         real = self.control.real(text)
-        places = [place for place, token in enumerate(ids) if token in self.control.ids]
+        control = self.control.ids
+        places = [place for place, token in enumerate(ids) if token in control]
         if [self.control.numbers[found[0]] for found in real] != [ids[place] for place in places]:
             real = []
         return [self._prompt(text, ids, answer.start, real, places) for answer in answers]
@@ -149,17 +154,41 @@ class Chat:
             answers.append(Answer(len(before), end + len(self.eos)))
         return text, answers
 
-    def check(self, *, needs_bos: bool) -> None:
-        """The template on a small conversation: it ends answers with the end-of-turn token, and begins the text once.
+    def check(self, *, needs_bos: bool) -> list[str]:
+        """The template on small conversations: it ends answers with the end-of-turn token, and begins the text once.
 
-        needs_bos: the model expects a begin-of-text token. Raises InputError; done once, when a model is imported.
+        needs_bos: the model expects a begin-of-text token. Returns warnings: which conversations it cannot render, and
+        of its own marks of answers. Raises InputError; done once, when a model is imported.
         """
-        hello = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "World"}]
-        ids = self.encode(self.answers(hello, self.name)[0])
+        ids = self.encode(self.answers(HELLO, self.name)[0])
         check_bos(ids, self.tokenizer.bos_token_id, self.name)
         if needs_bos and ids[0] != self.tokenizer.bos_token_id:
             what = f"the tokenizer begins every text with {self.tokenizer.bos_token!r}, the chat template does not"
             raise InputError(what, where=self.name, fix="begin the template with {{ bos_token }}")
+        told = []
+        for name, messages in (("several turns", TURNS), ("a system turn", [SYSTEM, *HELLO])):
+            try:
+                check_bos(self.encode(self.answers(messages, self.name)[0]), self.tokenizer.bos_token_id, self.name)
+            except InputError as error:
+                if messages is TURNS or not error.what.startswith(guarded.REFUSES):  # many models take no system turn
+                    told.append(f"rows with {name} cannot be used: {error.what}")
+        return told + self._marks()
+
+    def _marks(self) -> list[str]:
+        """What is odd in the spans that the template marks with {% generation %}, where it does."""
+        if not GENERATION.search(str(self.tokenizer.chat_template)):
+            return []
+        text, answers = self.answers(HELLO, self.name)
+        again, spans = guarded.marked(self.tokenizer, HELLO, self.name)
+        odd = []
+        if again != text or len(spans) != len(answers):
+            odd.append("do not mark each answer once")
+        elif spans[0][0] < answers[0].start:
+            odd.append("mark words of the prompt")
+        if spans and answers and again == text and spans[-1][1] < answers[-1].end:
+            odd.append(f"leave out the end-of-turn token {self.eos!r}")
+        ours = "training here goes by its own marks of answers, but other programs' would not"
+        return [f"the {{% generation %}} blocks of the chat template {words}: {ours}" for words in odd]
 
 
 def without_clock(template: str) -> str:

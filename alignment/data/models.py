@@ -71,7 +71,8 @@ def _read(
     tokenizer.chat_template = without_clock(template)
     if tokenizer.chat_template != template:
         warn("the chat template prints today's date; it is left its own default, the same every day")
-    Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer))
+    for odd in Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer)):
+        warn(odd)
     progress(1, STEPS, note="reading the weights", force=True)
     model = _load(source, torch.float32 if settings.storage_precision == "fp32" else torch.bfloat16, name)
     progress(2, STEPS, note="checking", force=True)
