@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -40,8 +41,13 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str | None, *, pr
 
     Raises InputError, whatever the template does.
     """
-    asked = {"tokenize": False, "add_generation_prompt": prompt}
-    return str(guarded(lambda: tokenizer.apply_chat_template(list(messages), **asked), where))
+    return renderings(tokenizer, [(messages, prompt)], where)[0]
+
+
+def renderings(tokenizer: Any, asked: Sequence[tuple[Sequence[Message], bool]], where: str | None) -> list[str]:
+    """Of several (messages, prompt), as `render`, within the limits of one."""
+    write = partial(tokenizer.apply_chat_template, tokenize=False)
+    return guarded(lambda: [str(write(list(turns), add_generation_prompt=prompt)) for turns, prompt in asked], where)
 
 
 def marked(tokenizer: Any, messages: Sequence[Message], where: str | None) -> tuple[str, list[tuple[int, int]]]:

@@ -117,12 +117,12 @@ class Chat:
     def render(self, messages: list[Message], where: str, *, prompt: bool = False) -> str:
         """The conversation as text, with markers where neutralised; prompt: with the words that ask the model for its
         turn. Raises InputError."""
-        if self.neutralise:
-            messages = [{**message, "content": self._hidden(message)} for message in messages]
-        return guarded.render(self.tokenizer, messages, where, prompt=prompt)
+        return guarded.render(self.tokenizer, self._hidden(messages), where, prompt=prompt)
 
-    def _hidden(self, message: Message) -> str:
-        return self.control.hide(message["content"]) if self.neutralise else message["content"]
+    def _hidden(self, messages: list[Message]) -> list[Message]:
+        if not self.neutralise:
+            return messages
+        return [{**message, "content": self.control.hide(message["content"])} for message in messages]
 
     def answers(self, messages: list[Message], where: str) -> tuple[str, list[Answer]]:
         """The rendered conversation and its assistant turns, cut where the template itself cuts.
@@ -130,18 +130,19 @@ class Chat:
         Rendering the turns before an answer must give a prefix of rendering them with it, and so on to the end: else
         the template rewrites history, and what is trained is not what is asked at generation. Raises InputError.
         """
-        text = self.render(messages, where)
-        for message in messages:
-            if self._hidden(message).strip() not in text:
+        hidden = self._hidden(messages)
+        numbers = [number for number, message in enumerate(hidden) if message["role"] == "assistant"]
+        prompts = [(hidden[:number], True) for number in numbers]
+        through = [(hidden[: number + 1], False) for number in numbers if number + 1 < len(hidden)]
+        text, *parts = guarded.renderings(self.tokenizer, [(hidden, False), *prompts, *through], where)
+        befores, uptos = parts[: len(numbers)], [*parts[len(numbers) :], text]
+        for told, message in zip(hidden, messages, strict=True):
+            if told["content"].strip() not in text:
                 turn = f"{message['role']} turn {message['content'][:40]!r}"
                 what = f"the chat template leaves out or rewrites the {turn}"
                 raise InputError(what, where=where, fix="set model.chat_template to one that renders every turn")
         answers = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(messages[:number], where, prompt=True)
-            upto = text if number == len(messages) - 1 else self.render(messages[: number + 1], where)
+        for number, before, upto in zip(numbers, befores, uptos, strict=False):
             if not (upto.startswith(before) and text.startswith(upto)):
                 what = f"the chat template renders turn {number + 1} differently when later turns follow"
                 fix = "set model.chat_template to one that never rewrites earlier turns"

@@ -105,15 +105,15 @@ class Scorer:
         writes. Raises Failed for what the template refuses, or what the model cannot read as it is meant."""
         if found := self.control.find(answer.text):  # no policy writes it as text but to be taken for something else
             raise Failed(f"the answer spells the control token {found}")
-        asked = [{**turn, "content": self.control.hide(turn["content"])} for turn in answer.row["prompt"]]
+        said = {"role": "assistant", "content": answer.text}
+        turns = [{**turn, "content": self.control.hide(turn["content"])} for turn in [*answer.row["prompt"], said]]
         try:
-            text = guarded.render(self.tokenizer, [*asked, {"role": "assistant", "content": answer.text}], None)
-            before = guarded.render(self.tokenizer, asked, None, prompt=True)
+            text = guarded.render(self.tokenizer, turns, None)
+            before = guarded.render(self.tokenizer, turns[:-1], None, prompt=True)
+            end = text.find(str(self.tokenizer.eos_token), len(before)) if self.end == "end_of_turn" else -1
+            ids = self.control.encode(text if end < 0 else text[: end + len(self.tokenizer.eos_token)])
         except InputError as error:
             raise Failed(f"of the reward model: {error.what}") from error
-        end = text.find(str(self.tokenizer.eos_token), len(before)) if self.end == "end_of_turn" else -1
-        cut = text if end < 0 else text[: end + len(self.tokenizer.eos_token)]
-        ids = self.control.encode(cut)
         if self.window is not None and len(ids) > self.window:
             raise Failed(f"is longer than the reward model's window of {self.window} tokens")
         return ids
