@@ -8,6 +8,7 @@ from alignment.config.settings import Settings, identity
 
 Unusable = Literal["error", "drop"]  # nothing can be trained on such a row
 Action = Literal["error", "drop", "keep"]
+Spelled = Literal["error", "drop", "neutralise"]  # neutralise: it is ordinary text to the model
 
 
 class Checks(Settings):
@@ -19,7 +20,7 @@ class Checks(Settings):
     no_answer: Unusable = identity()
     empty_answer: Unusable = identity()
     merged_prompt: Unusable = identity()
-    control_text: Unusable = identity()
+    control_text: Spelled = identity()
     turn_order: Action = identity()
     empty_prompt: Action = identity()
     identical_sides: Action = identity()

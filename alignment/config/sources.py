@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os.path
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from alignment.config.patterns import COMMIT, SHA256
+from alignment.config.redact import without_secrets
 from alignment.config.settings import Settings, execution, identity
 
+
+def _no_secret(path: str) -> str:
+    if without_secrets(path) != path or SIGNED.search(path):
+        what, fix = "holds a password or a signature", "leave it to the driver's settings: records keep the address"
+        raise PydanticCustomError("secret", what, {"fix": fix})
+    return path
+
+
+SIGNED = re.compile(r"[?&](X-(Amz|Goog)-Signature|Signature|sig|sas|token|access_token|key)=", re.IGNORECASE)
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ means the same wherever the path is used
 
 
@@ -25,10 +37,11 @@ class PackageSource(Settings):
 
 
 class PathSource(Settings):
-    """A local file or folder. Its content's digest, not its path, is part of the key."""
+    """A local file or folder; of a data set also a pattern or an address (docs/data.md). Its content, not its path, is
+    part of the key."""
 
     kind: Literal["path"] = execution()
-    path: LocalPath = execution(min_length=1)
+    path: Annotated[LocalPath, AfterValidator(_no_secret)] = execution(min_length=1)
 
 
 class HubSource(Settings):

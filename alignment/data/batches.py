@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from alignment.data.checks import Dropped, prompt_key
 from alignment.data.examples import Example, Reading, examples
 from alignment.data.formats import kept
-from alignment.data.sources import Row
+from alignment.data.sources import Row, Unreadable
 from alignment.data.tokens import IGNORED, TRAINED
 
 IDS = pa.list_(pa.int32())
@@ -42,7 +42,7 @@ class Chunk:
 
     source: int
     file: int
-    rows: list[Row]
+    rows: list[Row | Unreadable]
 
 
 @dataclass

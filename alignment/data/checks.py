@@ -39,12 +39,12 @@ class Policy:
             raise InputError(what, where=row.where, fix=f"mend the row, or set checks.{fault}=drop")
         if action == "drop":
             raise Drop(fault, why)
-        self.kept.append(fault)
+        self.kept.append(fault)  # keep, or neutralise
 
     def passed(self) -> list[str]:
-        """What was kept since the last call."""
-        kept, self.kept = self.kept, []
-        return kept
+        """What was kept since the last call, each once."""
+        kept, self.kept = dict.fromkeys(self.kept), []
+        return list(kept)
 
 
 @dataclass(frozen=True)

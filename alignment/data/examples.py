@@ -13,7 +13,7 @@ from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Dropped, Policy, opening, turn_faults
 from alignment.data.formats import Message, canonical, detect, finite, kept, margin, renamed, wanted
-from alignment.data.sources import Row
+from alignment.data.sources import Row, Unreadable
 from alignment.errors import InputError
 
 WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
@@ -63,9 +63,11 @@ class Reading:
     over_long: Literal["drop", "error"]
 
 
-def examples(row: Row, reading: Reading) -> list[Example | Dropped]:
+def examples(row: Row | Unreadable, reading: Reading) -> list[Example | Dropped]:
     """What a row becomes: mostly one example. Raises InputError for a fault that is an error."""
     policy = Policy(reading.checks)
+    if isinstance(row, Unreadable):
+        return [_unreadable(row, policy)]
     try:
         with _as("malformed", policy, row):
             given = renamed(row, reading.columns)
@@ -83,6 +85,12 @@ def examples(row: Row, reading: Reading) -> list[Example | Dropped]:
         return [Dropped(row, drop.fault, drop.why)]
     form = "unpaired" if len(parts) > 1 else form
     return [_example(part, row, form, reading) for part in parts]
+
+
+def _unreadable(row: Unreadable, policy: Policy) -> Dropped:
+    if policy.checks.malformed == "error":
+        raise row.error
+    return Dropped(Row({}, row.file, row.number, row.line), "malformed", row.what)
 
 
 @contextmanager
@@ -140,15 +148,18 @@ def _halves(row: Row) -> Iterator[Row]:
         yield replace(row, value={**name, "messages": [*made["prompt"], *made[side]], "label": label})
 
 
-def _checked(messages: list[Message], row: Row, policy: Policy) -> None:
+def _checked(messages: list[Message], row: Row, chat: Chat, policy: Policy) -> None:
     for fault in turn_faults(messages):
         policy.meet(fault, row)
+    for message in messages:
+        if found := chat.control_token(message["content"]):
+            policy.meet("control_text", row, f"the {message['role']} turn spells out the control token {found!r}")
 
 
 def _conversation(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         messages = canonical(row, form)["messages"]
-    _checked(messages, row, policy)
+    _checked(messages, row, chat, policy)
     with _as("template", policy, row):
         made = tokens.conversation(chat, messages, row.where)
     columns, length, key = {"input_ids": made.ids, "labels": made.labels}, len(made.ids), opening(messages)
@@ -160,7 +171,7 @@ def _preference(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
         made = canonical(row, form)
     prompt, chosen, rejected = made["prompt"], made["chosen"], made["rejected"]
     for side in (chosen, rejected):
-        _checked(prompt + side, row, policy)
+        _checked(prompt + side, row, chat, policy)
     with _as("template", policy, row):
         pair = tokens.pair(chat, prompt, chosen, rejected, row.where)
     if chosen[0]["content"].strip() == rejected[0]["content"].strip() or pair.chosen == pair.rejected:
@@ -175,7 +186,7 @@ def _preference(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
 def _unpaired(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         messages, label = canonical(row, form)["messages"], wanted(row)
-    _checked(messages, row, policy)
+    _checked(messages, row, chat, policy)
     return _answered(row, form, chat, policy, messages, label=label)
 
 
@@ -183,7 +194,7 @@ def _scored(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         made = canonical(row, form)
     messages = made["prompt"] + made["completion"]
-    _checked(messages, row, policy)
+    _checked(messages, row, chat, policy)
     return _answered(row, form, chat, policy, messages, score=finite(row, "score"))
 
 

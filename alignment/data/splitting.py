@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,8 @@ def check_dropped(judged: Judged) -> None:
         if dropped > most * rows:
             what = f"{dropped} of {rows} rows are dropped, a larger share than checks.max_dropped: {judged.tally}"
             limits = _limits(judged)
-            fix = f"raise the stage's {limits}, or checks.max_dropped={most:g}" if limits else ""
+            enough = math.ceil(100 * dropped / rows) / 100
+            fix = f"raise the stage's {limits}, or checks.max_dropped={enough:g}" if limits else ""
             raise InputError(what, where=one.described, fix=fix or f"{judged.tally.path.name} has each; mend them")
 
 

@@ -1,7 +1,7 @@
 """Rendered conversations -> token ids and labels.
 
-A conversation is tokenised once, whole. Where an answer begins is found by tokenising the prompt alone, which is what
-generation does, and must be a prefix of the whole: an answer whose first letters merge with the prompt's last token has
+A conversation is tokenised once, whole. An answer begins where tokenising the prompt alone, which is what generation
+does, ends, and that must be a prefix of the whole: an answer whose first letters merge with the prompt's last token has
 no honest cut, so the row is dropped and counted.
 """
 
@@ -39,16 +39,14 @@ class Pair:
 
 def conversation(chat: Chat, messages: list[Message], where: str) -> Conversation:
     """Every assistant turn labelled, through its end-of-turn token and no further. Raises InputError, Drop."""
-    _refuse_control_tokens(chat, messages)
     text, answers = chat.answers(messages, where)
     ids = chat.encode(text)
     check_bos(ids, chat.tokenizer.bos_token_id, where)
     labels, first = [IGNORED] * len(ids), 0
-    for answer in answers:
-        prompt = chat.encode(text[: answer.start])
-        first = len(prompt)
-        if ids[:first] != prompt:
+    for prompt in chat.prompts(text, ids, answers):
+        if prompt is None:
             raise Drop("merged_prompt")
+        first = prompt
         try:
             end = ids.index(chat.eos_id, first) + 1
         except ValueError:
@@ -70,12 +68,6 @@ def answered(chat: Chat, messages: list[Message], where: str) -> tuple[list[int]
     whole = conversation(chat, messages, where)
     end = whole.ids.index(chat.eos_id, whole.prompt) + 1
     return whole.ids[: whole.prompt], whole.ids[whole.prompt : end]
-
-
-def _refuse_control_tokens(chat: Chat, messages: list[Message]) -> None:
-    for message in messages:
-        if found := chat.control_token(message["content"]):
-            raise Drop("control_text", f"the {message['role']} turn spells out the control token {found!r}")
 
 
 def check_end_of_turn(dataset: Any, eos_id: int) -> None:
