@@ -29,15 +29,15 @@ def start_peak(device: str) -> int:
     except (OSError, AttributeError):  # another C library
         pass
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
 def peak(device: str) -> int:
     """Bytes at the peak since start_peak: of the whole process on CPU, of PyTorch's tensors on a GPU."""
-    return int(torch.cuda.max_memory_allocated()) if device == "cuda" else _status("VmHWM")
+    return int(torch.cuda.max_memory_allocated()) if device == "cuda" else status("VmHWM")
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024

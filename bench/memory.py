@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SEED = 0
+OUT = Path(__file__).parent.parent / "docs" / "memory.json"
 
 
 def llama(hidden: int, layers: int, vocabulary: int, tied: bool = False) -> Any:
@@ -45,29 +46,35 @@ def gpt2(hidden: int, layers: int, vocabulary: int) -> Any:
 
 
 MODELS: dict[str, Any] = {
+    "llama 17M": lambda: llama(384, 6, 8000),
     "llama 34M": lambda: llama(512, 8, 8000),
     "llama 92M": lambda: llama(768, 10, 16000),
     "qwen2 41M": lambda: qwen(512, 8, 16000),
     "gpt2 38M": lambda: gpt2(512, 8, 24000),
 }
+SFT, DPO = {"stage": "sft", "model": "llama 34M"}, {"stage": "dpo", "model": "llama 34M"}
+TWO = {"tokens": 1024, "processes": 2}
 CASES: list[dict[str, Any]] = [
-    {"stage": "sft", "model": "llama 34M", "tokens": 1024},
-    {"stage": "sft", "model": "llama 34M", "tokens": 2048, "precision": "bf16"},
-    {"stage": "sft", "model": "llama 92M", "tokens": 2048, "gradient_checkpointing": True},
-    {"stage": "sft", "model": "llama 92M", "tokens": 2048, "lora": True},
-    {"stage": "sft", "model": "gpt2 38M", "tokens": 1024},
-    {"stage": "dpo", "model": "qwen2 41M", "tokens": 1024},
-    {"stage": "dpo", "model": "llama 92M", "tokens": 1024, "lora": True},
-    {"stage": "dpo", "model": "llama 34M", "tokens": 2048, "precision": "bf16", "gradient_checkpointing": True},
+    {**SFT, "tokens": 1024},
+    {**SFT, "tokens": 2048},
+    {**SFT, "model": "llama 92M", "tokens": 1024, "gradient_checkpointing": True},
+    {**SFT, "model": "llama 92M", "tokens": 1024, "lora": True},
+    {**SFT, "model": "gpt2 38M", "tokens": 1024},
+    {**SFT, "model": "llama 17M", "tokens": 1024, "precision": "bf16"},
+    {**DPO, "tokens": 1024},
+    {**DPO, "model": "qwen2 41M", "tokens": 1024},
+    {**DPO, "tokens": 1024, "lora": True},
+    {**DPO, "model": "llama 17M", "tokens": 1024, "precision": "bf16", "gradient_checkpointing": True},
     {"stage": "kto", "model": "llama 34M", "tokens": 1024},
     {"stage": "reward_model", "model": "llama 34M", "tokens": 2048},
-    {"stage": "sft", "model": "llama 34M", "tokens": 1024, "strategy": "ddp", "processes": 2},
-    {"stage": "sft", "model": "llama 34M", "tokens": 1024, "strategy": "zero1", "processes": 2},
-    {"stage": "dpo", "model": "llama 34M", "tokens": 1024, "strategy": "zero2", "processes": 2, "precision": "bf16"},
-    {"stage": "sft", "model": "llama 92M", "tokens": 1024, "strategy": "zero2", "processes": 2},
-    {"stage": "sft", "model": "llama 34M", "tokens": 1024, "strategy": "zero3", "processes": 2},
-    {"stage": "dpo", "model": "llama 92M", "tokens": 1024, "strategy": "zero3", "processes": 2, "precision": "bf16"},
+    {**SFT, **TWO, "strategy": "ddp"},
+    {**SFT, **TWO, "strategy": "zero1"},
+    {**SFT, **TWO, "strategy": "zero2"},
+    {**SFT, **TWO, "strategy": "zero3"},
+    {**DPO, **TWO, "strategy": "zero2", "model": "llama 17M", "precision": "bf16"},
+    {**DPO, **TWO, "strategy": "zero3", "model": "llama 17M", "precision": "bf16"},
 ]
+LENGTH = {"sft": 160, "kto": 280, "dpo": 280, "reward_model": 280}  # tokens of a record, in the mean
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -87,7 +94,9 @@ def write_model(folder: Path, config: Any) -> None:
     tokenizer().save_pretrained(folder)
 
 
-def write_rows(folder: Path, stage: str, count: int = 48) -> None:
+def write_rows(folder: Path, stage: str, count: int = 64) -> None:
+    if folder.exists():
+        return
     import numpy as np
     from datasets import Dataset
 
@@ -120,12 +129,17 @@ def experiment(case: dict[str, Any]) -> Any:
         f"engine.tokens_per_micro_batch={case['tokens']}",
         f"engine.gradient_checkpointing={case.get('gradient_checkpointing', False)}",
         f"stage.{stage}.precision={case.get('precision', 'fp32')}", f"stage.{stage}.lora={lora}",
-        f"stage.{stage}.global_batch_size=16", f"stage.{stage}.max_steps=2", "checkpoint.every_minutes=null",
+        f"stage.{stage}.global_batch_size={_records(case)}", f"stage.{stage}.max_steps=2", "checkpoint.every_minutes=null",
         f"stage.{stage}.learning_rate=1e-5",
     ]  # fmt: skip
     if case.get("processes", 1) > 1:
         overrides += ["launcher=torchrun", f"launcher.processes={case['processes']}"]
     return compose(overrides)
+
+
+def _records(case: dict[str, Any]) -> int:
+    """Of a step: two full micro-batches on each process, so that the second meets the gradients of the first."""
+    return int(1.9 * case["tokens"] / LENGTH[case["stage"]]) * int(case.get("processes", 1))
 
 
 def measure(case: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -134,8 +148,7 @@ def measure(case: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     model, data = inputs / case["model"].replace(" ", "_"), inputs / case["stage"]
     if not model.exists():
         write_model(model / "model", MODELS[case["model"]]())
-    if not data.exists():
-        write_rows(data, case["stage"])
+    write_rows(data, case["stage"])
     work = Path(tempfile.mkdtemp(dir=folder))
     order = {"experiment": experiment(case).model_dump(), "stage": case["stage"], "folder": str(work)}
     order["inputs"] = {"model": str(model), "data": str(data)}
@@ -151,13 +164,11 @@ def measure(case: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         environment = environment if world > 1 else dict(os.environ)
         with open(work / f"said-{rank}.txt", "w") as said:
             processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
-    codes = [process.wait(300) for process in processes]
+    codes = [process.wait(900) for process in processes]
     texts = [(work / f"said-{rank}.txt").read_text() for rank in range(world)]
     if any(codes):
         raise RuntimeError(f"{name_of(case)}: {texts[0][-3000:]}")
     lines = [line for text in texts for line in text.splitlines() if line.startswith("FOUND ")]
-    if os.environ.get("TRACE"):
-        print(texts[0])
     return [json.loads(line[6:]) for line in lines]
 
 
@@ -166,11 +177,13 @@ def predict(case: dict[str, Any], folder: Path) -> Any:
     import numpy as np
     from datasets import load_from_disk
 
-    from alignment.estimating.memory import of_stage
+    from alignment.estimating.memory import Machine, of_stage
     from alignment.estimating.sizes import Lengths, sample_of
 
     rows, task = load_from_disk(str(folder / "inputs" / case["stage"] / "train")), case["stage"]
-    columns = {name: np.array([len(value) for value in rows[name]]) for name in rows.column_names if name.endswith("_ids")}
+    columns = {
+        name: np.array([len(value) for value in rows[name]]) for name in rows.column_names if name.endswith("_ids")
+    }
     made = experiment(case)
     if task == "sft":
         trained = np.array([sum(label != -100 for label in labels) for labels in rows["labels"]])
@@ -183,22 +196,37 @@ def predict(case: dict[str, Any], folder: Path) -> Any:
         found = Lengths("preference", prompt, prompt + np.maximum(*both), sum(both))
     node = next(name for name, node in made.pipeline.nodes.items() if node.stage == task)
     sample = sample_of(made, node, {made.pipeline.nodes[node].inputs["data"]: found})
-    return of_stage(made, node, MODELS[case["model"]](), sample, "cpu", None)
+    return of_stage(made, node, MODELS[case["model"]](), sample, Machine("cpu", None))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, nargs="*")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases")
+    parser.add_argument("--out", type=Path, default=OUT, help="what was measured; cases are replaced one by one")
+    parser.add_argument("--predict", action="store_true", help="measure nothing: estimate again what was measured")
     given = parser.parse_args()
+    kept = json.loads(given.out.read_text()) if given.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for number, case in enumerate(CASES):
-            if given.only and number not in given.only:
+            name, place = name_of(case), Path(folder)
+            if (given.only and number not in given.only) or (given.predict and name not in kept):
                 continue
-            peaks = [found["peak"] for found in measure(case, Path(folder))]
-            parts = predict(case, Path(folder)).parts
-            off = parts.total / max(peaks) - 1
-            told = " ".join(f"{name} {value >> 20}" for name, value in parts._asdict().items() if value)
-            print(f"{number} {name_of(case)}: {[one >> 20 for one in peaks]} predicted {parts.total >> 20} {off:+.1%}: {told}", flush=True)
+            if given.predict:
+                write_rows(place / "inputs" / case["stage"], case["stage"])
+                measured = kept[name]["measured"]
+            else:
+                measured = max(found["peak"] for found in measure(case, place))
+            parts = predict(case, place).parts
+            kept[name] = {"measured": measured, "predicted": parts.total, "parts": parts._asdict()}
+            given.out.write_text(json.dumps(kept, indent=1) + "\n")
+            print(row(name, kept[name]), flush=True)
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    largest = sorted(((value, part) for part, value in found["parts"].items() if value), reverse=True)
+    parts = ", ".join(f"{part} {value / 1e6:.0f}" for value, part in largest)
+    off = found["predicted"] / found["measured"] - 1
+    return f"| {name} | {found['predicted'] / 1e6:.0f} | {found['measured'] / 1e6:.0f} | {off:+.1%} | {parts} |"
 
 
 if __name__ == "__main__":

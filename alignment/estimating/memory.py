@@ -6,64 +6,101 @@ the machine that the stage will run on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from alignment.config.execution import Engine
 from alignment.config.schema import Experiment
 from alignment.config.stages.training import Reference, Train
-from alignment.estimating.sizes import Sample, tensors_of
+from alignment.estimating.sizes import Lengths, Sample, sample_of, tensors_of
 from alignment.training import engine
 from alignment.training.memory import Device, Load, Parts, parts_of
+from alignment.training.room import host_bytes
 
-UNKNOWN = 2**62  # bytes: room where nobody knows it
+UNLIMITED = 2**62  # bytes, where nobody knows the room
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the processes of the stages that train run on. room: bytes of a process; None: nobody knows."""
+
+    device: Device
+    room: int | None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process of a node, the one that takes most. room: bytes that it has; None: nobody knows."""
+    """Of one process of a node, the one that takes most. room: bytes that it has; None: nobody knows. least: bytes with
+    the smallest micro-batches there can be, and checkpointing."""
 
-    node: str
     parts: Parts
     load: Load
     checkpointing: bool
     room: int | None
+    least: int
 
     @property
     def fits(self) -> bool:
         return self.room is None or self.parts.total <= self.room
 
 
+def trained_in(experiment: Experiment) -> list[str]:
+    """Nodes that train or score, in the order of the pipeline."""
+    nodes = experiment.pipeline.nodes
+    return [name for name, node in nodes.items() if isinstance(experiment.stage[node.stage], Train | Reference)]
+
+
 def processes(experiment: Experiment, name: str) -> tuple[int, int]:
-    """Nodes of a stage, and processes on each."""
-    node = experiment.pipeline.nodes[name]
-    settings = experiment.stage[node.stage]
-    return experiment.launcher.layout(node.stage, name, distributed=settings.distributed)
+    """Machines of a stage, and its processes on each."""
+    return experiment.launcher.layout(experiment.pipeline.nodes[name].stage, name, distributed=True)
 
 
-def of_stage(
-    experiment: Experiment,
-    name: str,
-    config: Any,
-    sample: Sample,
-    device: Device,
-    room: int | None,
-    setup: Engine | None = None,
-) -> Estimate:
-    """config: a transformers configuration of the model. setup: in the place of the experiment's engine."""
-    settings, setup = experiment.stage[experiment.pipeline.nodes[name].stage], setup or experiment.engine
-    assert isinstance(settings, Train | Reference)
+def machine_of(experiment: Experiment, name: str) -> Machine:
+    """For one node. A cluster's is what the settings say of its hardware; else it is this one, with what is free now."""
+    hardware = getattr(experiment, "hardware", None)
+    gigabytes = getattr(hardware, "memory_gb", None)
+    told = None if gigabytes is None else int(gigabytes * 1e9)
+    if experiment.launcher.kind == "slurm":
+        asked = experiment.launcher.resources(experiment.pipeline.nodes[name].stage, name, distributed=True)
+        return Machine("cuda" if told or asked.gpus_per_node or asked.gpus_per_node is None else "cpu", told)
+    if torch.cuda.is_available():
+        return Machine("cuda", told or int(torch.cuda.mem_get_info()[0]))
+    each = processes(experiment, name)[1]
+    return Machine("cpu", host_bytes(Path("/proc"), Path("/sys/fs/cgroup")) // each)
+
+
+def of_stage(experiment: Experiment, name: str, config: Any, sample: Sample, machine: Machine) -> Estimate:
+    """Of the node `name`. config: a transformers configuration of its model. Raises InputError for an architecture that
+    transformers itself does not have."""
+    settings: Any = experiment.stage[experiment.pipeline.nodes[name].stage]
+    machines, each = processes(experiment, name)
     tensors = tensors_of(config, settings)
-    nodes, each = processes(experiment, name)
-    lengths, widths = sample.lengths.tolist(), sample.widths.tolist()
-    sharers = setup.sequence_parallel
-    largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
-    of_one = -(-max(lengths) // sharers), -(-largest // sharers)  # tokens that one process computes
-    available = UNKNOWN if room is None else room
-    choice = engine.choose(settings, setup, tensors, config, nodes * each, *of_one, available, device)
-    load = choice.load
-    if load.scored is None:
-        share = sample.scored.sum() / sample.lengths.sum()
-        load = load._replace(scored=round(load.tokens * float(share)))
-    parts = parts_of(config, load, choice.checkpointing)
-    return Estimate(name, parts, load, choice.checkpointing, room)
+    share = float(sample.scored.sum() / sample.lengths.sum())
+    smallest = experiment.engine.model_copy(update={"tokens_per_micro_batch": 1, "gradient_checkpointing": True})
+
+    def chosen(setup: Engine) -> tuple[Parts, engine.Choice]:
+        sharers = setup.sequence_parallel
+        lengths, widths = sample.lengths.tolist(), sample.widths.tolist()
+        largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
+        of_one = -(-max(lengths) // sharers), -(-largest // sharers)  # tokens that one process computes
+        room = UNLIMITED if machine.room is None else machine.room
+        choice = engine.choose(settings, setup, tensors, config, machines * each, *of_one, room, machine.device)
+        load = choice.load
+        if load.scored is None:
+            load = load._replace(scored=round(load.tokens * share))
+        return parts_of(config, load, choice.checkpointing), choice._replace(load=load)
+
+    parts, choice = chosen(experiment.engine)
+    return Estimate(parts, choice.load, choice.checkpointing, machine.room, chosen(smallest)[0].total)
+
+
+def of_experiment(experiment: Experiment, config: Any, seen: Mapping[str, Lengths]) -> dict[str, Estimate]:
+    """Of all nodes that train. seen: node that prepares rows -> how long they are, where that is known."""
+    return {
+        name: of_stage(experiment, name, config, sample_of(experiment, name, seen), machine_of(experiment, name))
+        for name in trained_in(experiment)
+    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,7 +50,12 @@ class Sample:
 def tensors_of(config: Any, settings: Trains) -> dict[str, int]:
     """Numbers in each weight of the model that this stage trains, by name; tied ones once. A model without storage is
     made of the configuration. Raises InputError if transformers itself has no such architecture."""
-    classifies = isinstance(settings, RewardModel)
+    return _tensors(type(config), config.to_json_string(), isinstance(settings, RewardModel))
+
+
+@lru_cache(maxsize=8)
+def _tensors(kind: Any, text: str, classifies: bool) -> dict[str, int]:
+    config = kind.from_dict({**json.loads(text), **({"num_labels": 1} if classifies else {})})
     auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     try:
         with torch.device("meta"):

@@ -21,7 +21,7 @@ from alignment.pipeline.store import CHECKPOINTS
 from alignment.stages.context import StageContext
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
-from alignment.training.checkpoints import Checkpoints
+from alignment.training.checkpoints import Checkpoints, most_at_once, size_of_one
 from alignment.training.four_bits import require_four_bits
 from alignment.training.health import ROLLED_BACK, NonFinite
 from alignment.training.keeper import Keeper
@@ -166,15 +166,11 @@ def _require_room(context: StageContext, weights: int, trainer: Any, checkpoints
     failed save costs that save."""
     if not context.is_main:
         return
-    room, settings = checkpoints.room(), checkpoints.settings
+    room = checkpoints.room()
     require_room(context.folder, weights, room)
-    if settings.every_minutes is None and settings.every_steps is None:
-        return
-    one = (
-        4 * (3 + moving) * sum(_size(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
-    )
-    count = settings.keep_last + settings.keep_best + 1  # one is written before another goes
-    if (free := room + checkpoints.kept_bytes()) < count * one + weights:
+    trained = sum(_size(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
+    count, one = most_at_once(checkpoints.settings), size_of_one(trained, moving)
+    if count and (free := room + checkpoints.kept_bytes()) < count * one + weights:
         what = f"{count} checkpoints of {size_text(one)} and the model need more disk than the {size_text(free)} free"
         context.warn(f"{what}: saves will fail unless some is freed, or checkpoint.keep_last lowered")
 

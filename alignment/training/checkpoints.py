@@ -40,6 +40,19 @@ def part_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
+def size_of_one(trained: int, moving: bool) -> int:
+    """Bytes of a checkpoint: fp32 weights that are trained, two moments of each, and of a reference that moves its
+    weights."""
+    return 4 * (3 + moving) * trained
+
+
+def most_at_once(settings: Checkpoint) -> int:
+    """How many of a stage lie on the disk at a time: one is written before another goes. 0: none is saved."""
+    if settings.every_minutes is None and settings.every_steps is None:
+        return 0
+    return settings.keep_last + settings.keep_best + 1
+
+
 @dataclass
 class Checkpoints:
     """Those of one stage. key: of the stage, which must be that of what is resumed. warn: one line for people."""

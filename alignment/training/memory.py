@@ -278,7 +278,9 @@ def scoring_bytes(config: Any, load: Load) -> tuple[int, int]:
     inner = (3 if shape.gated else 2) * shape.inner * size
     layer = tokens * (inner + 2 * shape.hidden * FP32) + _cast_weights(shape, load.dtype)
     scored = tokens if load.scored is None else BUDGET * load.scored
-    logits = min(scored * shape.vocabulary * FP32, BLOCK_BYTES if load.device == "cpu" else TOKEN_TILE * VOCABULARY_TILE * size)
+    logits = min(
+        scored * shape.vocabulary * FP32, BLOCK_BYTES if load.device == "cpu" else TOKEN_TILE * VOCABULARY_TILE * size
+    )
     return layer, (3 if load.dtype == "fp32" else 4) * logits
 
 

@@ -1,0 +1,96 @@
+"""Findings of `alignment check`: whether memory and disk are enough for the stages that train."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from alignment.config.schema import Experiment
+from alignment.config.stages.training import Train
+from alignment.errors import MachineError
+from alignment.estimating.memory import Estimate, of_experiment
+from alignment.estimating.sizes import Lengths
+from alignment.estimating.suggesting import suggestion
+from alignment.files import size_text
+from alignment.training.checkpoints import most_at_once, size_of_one
+from alignment.training.memory import FP32
+
+ERROR = 0.15  # by so much the estimate may be wrong (docs/preflight.md): no run is refused for less
+NOTHING = "nothing that is tried makes it fit: take a smaller model, or machines with more memory"
+Finding = dict[str, Any]
+
+
+def findings(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], suggest: bool) -> Iterator[Finding]:
+    """config: a transformers configuration. seen: node that prepares rows -> how long they are. suggest: say also the
+    smallest change with which all fits."""
+    estimates = of_experiment(experiment, config, seen)
+    all_fit = all(one.fits for one in estimates.values())
+    found = [] if all_fit else suggestion(experiment, config, seen)
+    for name, estimate in estimates.items():
+        yield _memory(name, estimate, experiment.pipeline.nodes[name].inputs["data"] in seen, found)
+    if estimates:
+        yield _disk(experiment, estimates)
+    if suggest:
+        yield _suggested(found)
+
+
+def _memory(name: str, estimate: Estimate, known: bool, found: list[str] | None) -> Finding:
+    parts, load, room = estimate.parts, estimate.load, estimate.room
+    largest = sorted(((value, part) for part, value in parts._asdict().items() if value), reverse=True)
+    named = ", ".join(f"{part} {size_text(value)}" for value, part in largest)
+    how = f"{load.tokens} tokens a micro-batch{', checkpointing' if estimate.checkpointing else ''}"
+    how += "" if known else "; its rows are not there yet, and taken to be as long as they may become"
+    of_room = "" if room is None else f" of {size_text(room)}"
+    what = f"total {size_text(parts.total)}{of_room}: {named} ({how})"
+    facts = {
+        **parts._asdict(), "total": parts.total, "least": estimate.least, "room": room, "device": load.device,
+        "processes": load.world_size, "tokens_per_micro_batch": load.tokens, "scored": load.scored,
+        "gradient_checkpointing": estimate.checkpointing, "parameters": load.parameters, "trainable": load.trainable,
+    }  # fmt: skip
+    told: Finding = {"check": f"memory {name}", "state": "ok", "what": what, "facts": facts}
+    if room is None or estimate.fits:
+        return told
+    told |= {"state": "warning", "where": "engine", "fix": " ".join(found) if found else NOTHING}
+    if estimate.least > (1 + ERROR) * room:
+        least = f"{size_text(estimate.least)} even with the smallest micro-batches and checkpointing"
+        told |= {"state": "failed", "what": f"does not fit: {least}; {what}", "code": MachineError.exit_code}
+    return told
+
+
+def _suggested(found: list[str] | None) -> Finding:
+    what = NOTHING if found is None else " ".join(found) or "all fits as it is"
+    return {"check": "suggest", "state": "note", "what": what, "facts": {"overrides": found}}
+
+
+def disk_bytes(experiment: Experiment, estimates: Mapping[str, Estimate]) -> dict[str, int]:
+    """What the stages need of the store. weights: of all results, in fp32, with adapters beside them; checkpoints: of
+    the one stage that has most of them, for they go with its end, but for `keep_best` of each."""
+    weights, most, kept = 0, 0, 0
+    count, best = most_at_once(experiment.checkpoint), experiment.checkpoint.keep_best
+    for name, estimate in estimates.items():
+        settings, load = experiment.stage[experiment.pipeline.nodes[name].stage], estimate.load
+        if not isinstance(settings, Train):
+            continue
+        weights += FP32 * load.parameters
+        one = size_of_one(load.trainable, load.moving)
+        most, kept = max(most, count * one), kept + min(best, count) * one
+    return {"weights": weights, "checkpoints": max(most, kept)}
+
+
+def _disk(experiment: Experiment, estimates: Mapping[str, Estimate]) -> Finding:
+    store = Path(experiment.store)
+    there = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    needed = disk_bytes(experiment, estimates)
+    weights, checkpoints = needed["weights"], needed["checkpoints"]
+    what = f"weights {size_text(weights)} and checkpoints {size_text(checkpoints)} of {size_text(free)} free"
+    told: Finding = {"check": "disk", "state": "ok", "what": what, "facts": {**needed, "free": free}}
+    if free < 1.1 * weights:  # as files.require_room asks
+        fix = "free some disk, or set store=..."
+        return {**told, "state": "failed", "where": str(store), "fix": fix, "code": MachineError.exit_code}
+    if free < weights + checkpoints:
+        fix = "free some disk, lower checkpoint.keep_last, or set store=..."
+        return {**told, "state": "warning", "where": str(store), "fix": fix}
+    return told
