@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from alignment.config.schema import Experiment
@@ -62,6 +62,25 @@ def show(experiment: Experiment, rows: int, page: Path | None) -> int:
     return 0
 
 
+def suggest(experiment: Experiment) -> int:
+    """The smallest change with which the run fits into memory, as overrides for its command, one a line on stdout; what
+    else is found goes to stderr. Raises MachineError if nothing that is tried makes it fit, and the first failure of
+    model or data."""
+    found: list[Finding] = []
+    for finding in _data(experiment, ROWS, fit="suggest"):
+        found.append(finding)
+        if finding["check"] != "suggest":
+            _say(finding, sys.stderr)
+    last = found[-1]
+    if last["check"] != "suggest":
+        _raise([finding for finding in found if finding["state"] == "failed"])
+        raise MachineError("memory is not estimated of this start model", where="model.source")
+    if last["facts"]["overrides"] is None:
+        raise MachineError(last["what"], where="engine")
+    print("\n".join(last["facts"]["overrides"]), end="\n" if last["facts"]["overrides"] else "")
+    return 0
+
+
 def _raise(failed: list[Finding]) -> None:
     if failed:
         first, more = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
@@ -85,7 +104,7 @@ def _all(experiment: Experiment) -> Iterator[Finding]:
         yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
         return
     yield from _tracker(experiment)
-    yield from _data(experiment, ROWS)
+    yield from _data(experiment, ROWS, fit="look")
 
 
 def _finding(check: str, state: str, what: str, **more: Any) -> Finding:
@@ -123,12 +142,14 @@ def _tracker(experiment: Experiment) -> Iterator[Finding]:
         yield _finding("tracking", "ok", f"W&B answers at {address.hostname}")
 
 
-def _data(experiment: Experiment, rows: int | None, show: int = 0) -> Iterator[Finding]:
-    """rows: of each data set; None: all of them. show: of each stage's rows, token by token."""
+def _data(experiment: Experiment, rows: int | None, show: int = 0, fit: str = "") -> Iterator[Finding]:
+    """rows: of each data set; None: all of them. show: of each stage's rows, token by token. fit: look whether memory
+    and disk are enough; `suggest`: and what would help."""
     nodes = experiment.pipeline.nodes
     stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
     prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]
     order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize, "show": show}
+    order["fit"] = fit
     with tempfile.TemporaryDirectory(prefix="alignment-check-") as folder:
         path = Path(folder) / "order.json"
         write_json(path, order)
@@ -150,8 +171,8 @@ def _data(experiment: Experiment, rows: int | None, show: int = 0) -> Iterator[F
                 yield _finding("model", "failed", what, fix=fix, code=1)
 
 
-def _say(finding: Finding) -> None:
+def _say(finding: Finding, stream: TextIO | None = None) -> None:
     where = f" ({finding['where']})" if finding.get("where") and finding["state"] != "ok" else ""
-    print(f"{MARKS[finding['state']]} {finding['check']:<12} {finding['what']}{where}", flush=True)
+    print(f"{MARKS[finding['state']]} {finding['check']:<12} {finding['what']}{where}", flush=True, file=stream)
     if finding["state"] in ("failed", "warning") and finding.get("fix"):
-        print(f"  {'':<12} fix: {finding['fix']}", flush=True)
+        print(f"  {'':<12} fix: {finding['fix']}", flush=True, file=stream)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from alignment.config.data_checks import FAULTS
 from alignment.config.schema import Experiment
@@ -31,20 +33,35 @@ with kept():
     from alignment.data.showing import histogram, shown
     from alignment.data.splitting import check_dropped, divide
     from alignment.data.writing import describe, spread
+    from alignment.estimating import fitting
+    from alignment.estimating.sizes import Lengths, config_of
 
 
 def main(arguments: list[str]) -> int:
     order = read_json(Path(arguments[0]))
     experiment = Experiment.model_validate(order["experiment"])
     with _told("model"):
-        chat = _model(experiment)
+        chat, config = _model(experiment)
+        seen: dict[str, Lengths] = {}
         for name in order["prepare"]:
             with _told(f"data {name}"):
                 settings = experiment.stage[experiment.pipeline.nodes[name].stage]
                 assert isinstance(settings, Prepare)  # of whom the order is
                 with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
-                    _data(name, experiment, settings, chat, order, Path(folder))
+                    seen[name] = _data(name, experiment, settings, chat, order, Path(folder))
+        if order.get("fit"):
+            with _told("memory"):
+                _fit(experiment, config, seen, order)
     return 0
+
+
+def _fit(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], order: dict[str, Any]) -> None:
+    """Whether memory and disk are enough. room: bytes of memory that a process has, where the order says it."""
+    if config is None:
+        _tell("memory", "note", "is not estimated: the start model's folder has no config.json")
+        return
+    for finding in fitting.findings(experiment, config, seen, order.get("room"), order["fit"] == "suggest"):
+        _tell(**finding)
 
 
 def _tell(check: str, state: str, what: str, **more: Any) -> None:
@@ -63,14 +80,16 @@ def _told(check: str) -> Iterator[None]:
         _tell(check, "failed", told.what, where=told.where, fix=told.fix, code=told.exit_code)
 
 
-def _model(experiment: Experiment) -> Chat:
-    """Files, tokenizer, tokens, template, vocabulary and window of the start model. Raises AlignmentError."""
+def _model(experiment: Experiment) -> tuple[Chat, Any]:
+    """Files, tokenizer, tokens, template, vocabulary and window of the start model. Returns also its configuration,
+    None if it has none. Raises AlignmentError."""
     settings = experiment.model
     source = fetch(settings.source)
     name = str(source)
     check_files(source)
     with opened(source) if source.is_file() else nullcontext(source) as place:
         tokenizer = usable_tokenizer(place, settings, name, lambda text: _tell("template", "warning", text))
+        made = config_of(place)
     _tell("template", "ok", f"renders turns once and for all, ends answers with {tokenizer.eos_token!r}")
     if source.is_dir():
         config = read_json(source / "config.json")
@@ -79,7 +98,7 @@ def _model(experiment: Experiment) -> Chat:
             check_vocabulary(tokenizer, int(rows), name)
             _tell("vocabulary", "ok", f"{len(tokenizer)} tokens, {rows} rows of the embedding")
         _windows(experiment, context_window(source))
-    return Chat(tokenizer, name)
+    return Chat(tokenizer, name), made
 
 
 def _windows(experiment: Experiment, window: int | None) -> None:
@@ -94,9 +113,9 @@ def _windows(experiment: Experiment, window: int | None) -> None:
 
 def _data(
     name: str, experiment: Experiment, settings: Prepare, chat: Chat, order: dict[str, Any], folder: Path
-) -> None:
+) -> Lengths:
     """The first rows through the whole path: read, recognised, checked, rendered, tokenised; all of them if they are no
-    more than `rows` of any data set, and then split too. Raises AlignmentError."""
+    more than `rows` of any data set, and then split too. Returns how long they are. Raises AlignmentError."""
     data, checks, most = experiment.data, experiment.checks, order["rows"]
     sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
     judged = judge(sources, folder, lambda *a, **k: None)
@@ -123,6 +142,8 @@ def _data(
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
+    columns = (judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained"))
+    return Lengths(settings.task, *columns)
 
 
 def _show(check: str, judged: Judged, some: Any, rows: Any, chat: Chat) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what --help need not wait for
 def check(arguments: list[str]) -> int:
     """Look for what would stop a run: settings, packages, store, model, template, and rows of each data set."""
     parser = parser_of("check", "alignment check [setting=value ...]", check)
+    parser.add_argument("--suggest", action="store_true", help="settings with which it fits into memory, one a line")
     return _check(parser, arguments, data_only=False)
 
 
@@ -40,6 +41,8 @@ def _check(parser: argparse.ArgumentParser, arguments: list[str], *, data_only: 
         if given.rows < 1 or given.json:
             raise ConfigError("show takes --rows N of 1 or more, and no --json", where="command line")
         return checking.show(experiment, given.rows, given.html)
+    if not data_only and given.suggest:
+        return checking.suggest(experiment)
     return checking.check(experiment, data_only=data_only, as_json=given.json)
 
 

@@ -22,12 +22,14 @@ NOTHING = "nothing that is tried makes it fit: take a smaller model, or machines
 Finding = dict[str, Any]
 
 
-def findings(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], suggest: bool) -> Iterator[Finding]:
-    """config: a transformers configuration. seen: node that prepares rows -> how long they are. suggest: say also the
-    smallest change with which all fits."""
-    estimates = of_experiment(experiment, config, seen)
+def findings(
+    experiment: Experiment, config: Any, seen: Mapping[str, Lengths], room: int | None = None, suggest: bool = False
+) -> Iterator[Finding]:
+    """config: a transformers configuration. seen: node that prepares rows -> how long they are. room: bytes of memory
+    that a process has; None: as the settings or this machine say. suggest: say also the smallest change that fits."""
+    estimates = of_experiment(experiment, config, seen, room)
     all_fit = all(one.fits for one in estimates.values())
-    found = [] if all_fit else suggestion(experiment, config, seen)
+    found = [] if all_fit else suggestion(experiment, config, seen, room)
     for name, estimate in estimates.items():
         yield _memory(name, estimate, experiment.pipeline.nodes[name].inputs["data"] in seen, found)
     if estimates:

@@ -59,18 +59,20 @@ def processes(experiment: Experiment, name: str) -> tuple[int, int]:
     return experiment.launcher.layout(experiment.pipeline.nodes[name].stage, name, distributed=True)
 
 
-def machine_of(experiment: Experiment, name: str) -> Machine:
-    """For one node. A cluster's is what the settings say of its hardware; else it is this one, with what is free now."""
+def machine_of(experiment: Experiment, name: str, told: int | None) -> Machine:
+    """For one node. A cluster's is what the settings say of its hardware, else it is this one with what is free now.
+    told: bytes of a process, where somebody knows better."""
     hardware = getattr(experiment, "hardware", None)
     gigabytes = getattr(hardware, "memory_gb", None)
-    told = None if gigabytes is None else int(gigabytes * 1e9)
+    if told is None and gigabytes is not None:
+        told = int(gigabytes * 1e9)
     if experiment.launcher.kind == "slurm":
         asked = experiment.launcher.resources(experiment.pipeline.nodes[name].stage, name, distributed=True)
-        return Machine("cuda" if told or asked.gpus_per_node or asked.gpus_per_node is None else "cpu", told)
+        return Machine("cuda" if asked.gpus_per_node or told else "cpu", told)
     if torch.cuda.is_available():
         return Machine("cuda", told or int(torch.cuda.mem_get_info()[0]))
     each = processes(experiment, name)[1]
-    return Machine("cpu", host_bytes(Path("/proc"), Path("/sys/fs/cgroup")) // each)
+    return Machine("cpu", told or host_bytes(Path("/proc"), Path("/sys/fs/cgroup")) // each)
 
 
 def of_stage(experiment: Experiment, name: str, config: Any, sample: Sample, machine: Machine) -> Estimate:
@@ -98,9 +100,12 @@ def of_stage(experiment: Experiment, name: str, config: Any, sample: Sample, mac
     return Estimate(parts, choice.load, choice.checkpointing, machine.room, chosen(smallest)[0].total)
 
 
-def of_experiment(experiment: Experiment, config: Any, seen: Mapping[str, Lengths]) -> dict[str, Estimate]:
-    """Of all nodes that train. seen: node that prepares rows -> how long they are, where that is known."""
+def of_experiment(
+    experiment: Experiment, config: Any, seen: Mapping[str, Lengths], room: int | None = None
+) -> dict[str, Estimate]:
+    """Of all nodes that train. seen: node that prepares rows -> how long they are, where that is known. room: bytes of
+    a process; None: as `machine_of` finds."""
     return {
-        name: of_stage(experiment, name, config, sample_of(experiment, name, seen), machine_of(experiment, name))
+        name: of_stage(experiment, name, config, sample_of(experiment, name, seen), machine_of(experiment, name, room))
         for name in trained_in(experiment)
     }

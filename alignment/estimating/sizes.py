@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignment.config.schema import Experiment
 from alignment.config.stages.online import Online
@@ -47,15 +48,27 @@ class Sample:
     known: bool
 
 
+def config_of(start: Path) -> Any:
+    """The transformers configuration of a start model's folder or GGUF file; None if a folder has none. No code of it
+    is run."""
+    if start.is_dir():
+        there = (start / "config.json").is_file()
+        return AutoConfig.from_pretrained(start, local_files_only=True, trust_remote_code=False) if there else None
+    config = AutoConfig.from_pretrained(start.parent, gguf_file=start.name, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):  # the weights are trained dequantised
+        del config.quantization_config
+    return config
+
+
 def tensors_of(config: Any, settings: Trains) -> dict[str, int]:
     """Numbers in each weight of the model that this stage trains, by name; tied ones once. A model without storage is
     made of the configuration. Raises InputError if transformers itself has no such architecture."""
-    return _tensors(type(config), config.to_json_string(), isinstance(settings, RewardModel))
+    return _tensors(str(config.to_json_string()), isinstance(settings, RewardModel))
 
 
 @lru_cache(maxsize=8)
-def _tensors(kind: Any, text: str, classifies: bool) -> dict[str, int]:
-    config = kind.from_dict({**json.loads(text), **({"num_labels": 1} if classifies else {})})
+def _tensors(text: str, classifies: bool) -> dict[str, int]:
+    config = AutoConfig.for_model(**{**json.loads(text), **({"num_labels": 1} if classifies else {})})
     auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     try:
         with torch.device("meta"):

@@ -1,8 +1,8 @@
 """The smallest change with which a run fits into memory, as overrides for its command.
 
-Tried in this order, from what costs time to what changes the result: fewer tokens a micro-batch, gradient checkpointing,
-a higher stage of ZeRO where there are several processes, offloading on a GPU, bf16, LoRA; then more machines of a
-cluster. Each is added to those before until all fits, and then whatever is not needed is left out again.
+Tried in this order, from what costs time to what changes the result: fewer tokens a micro-batch, gradient
+checkpointing, a higher stage of ZeRO where there are several processes, offloading on a GPU, bf16, LoRA; then more
+machines of a cluster. Each is added to those before until all fits, and then what is not needed is left out again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from alignment.config.schema import Experiment
 from alignment.config.stages.training import Lora, Train
-from alignment.estimating.memory import Estimate, of_experiment, processes, trained_in
+from alignment.estimating.memory import Estimate, of_experiment, processes
 from alignment.estimating.sizes import Lengths
 
 FEWEST = 128  # tokens of a micro-batch: fewer are not proposed
@@ -23,14 +23,17 @@ TOKENS = "engine.tokens_per_micro_batch"
 Changes = dict[str, Any]  # key of the experiment -> value
 
 
-def suggestion(experiment: Experiment, config: Any, seen: Mapping[str, Lengths]) -> list[str] | None:
+def suggestion(
+    experiment: Experiment, config: Any, seen: Mapping[str, Lengths], room: int | None = None
+) -> list[str] | None:
     """Overrides, quoted for a shell; none if all fits as it is; None if nothing that is tried makes it fit.
 
-    config: a transformers configuration. seen: node that prepares rows -> how long they are.
+    config: a transformers configuration. seen: node that prepares rows -> how long they are. room: bytes of memory that
+    a process has; None: as the settings or this machine say.
     """
 
     def short(changes: Changes) -> dict[str, Estimate]:
-        found = of_experiment(changed(experiment, changes), config, seen)
+        found = of_experiment(changed(experiment, changes), config, seen, room)
         return {name: one for name, one in found.items() if not one.fits}
 
     tried: Changes = {}
