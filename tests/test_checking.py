@@ -28,11 +28,19 @@ def test_a_run_that_can_be_is_told_what_was_looked_at(
     found = checked(command, tmp_path / "store", "check", "pipeline=sft_dpo", *tiny_settings, *SMALL)
     states = {name: finding["state"] for name, finding in found.items()}
     assert states == dict.fromkeys(
-        ("config", "packages", "store", "tracking", "template", "vocabulary", "window", "data rows", "data pairs"), "ok"
-    )
+        (
+            "config", "packages", "store", "tracking", "template", "vocabulary", "window", "data rows", "data pairs",
+            "memory sft", "memory reference", "memory dpo", "disk",
+        ), "ok",
+    )  # fmt: skip
     facts = found["data rows"]["facts"]
     assert (facts["read"], facts["all"], facts["formats"], facts["dropped"]) == (40, True, {"messages": 40}, {})
     assert not list((tmp_path / "store").rglob("record.json")), "nothing is made"
+
+
+def test_what_fits_needs_no_suggestion(tmp_path: Path, tiny_settings: list[str], command: Command) -> None:
+    done = command(tmp_path / "store", "check", "--suggest", "pipeline=sft", *tiny_settings, *SMALL)
+    assert done.stdout == "" and "memory sft" in done.stderr
 
 
 def test_rows_that_would_end_the_run_end_the_check_with_its_code_and_words(

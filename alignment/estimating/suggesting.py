@@ -8,7 +8,7 @@ machines of a cluster. Each is added to those before until all fits, and then wh
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from alignment.config.schema import Experiment
@@ -47,11 +47,17 @@ def suggestion(
     return None
 
 
-def _needed(tried: Changes, short: Any) -> Changes:
+def _needed(tried: Changes, short: Callable[[Changes], Any]) -> Changes:
+    """Without what is not needed, and with as many tokens as fit beside the rest."""
     for key in list(tried)[:-1]:
         fewer = {name: value for name, value in tried.items() if name != key}
         if not short(fewer):
             tried = fewer
+    while TOKENS in tried and len(tried) > 1:
+        more = {**tried, TOKENS: 2 * tried[TOKENS]}
+        if short(more):
+            break
+        tried = more
     return tried
 
 
