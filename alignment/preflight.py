@@ -36,6 +36,8 @@ with kept():
     from alignment.estimating import fitting
     from alignment.estimating.sizes import Lengths, config_of
 
+SOME = 8  # rows that a loss is computed of
+
 
 def main(arguments: list[str]) -> int:
     order = read_json(Path(arguments[0]))
@@ -143,7 +145,7 @@ def _data(
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
     columns = (judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained"))
-    return Lengths(settings.task, *columns)
+    return Lengths(settings.task, *columns, some=judged.table.take(rows[:SOME]).to_list())
 
 
 def _show(check: str, judged: Judged, some: Any, rows: Any, chat: Chat) -> None:

@@ -1,15 +1,18 @@
-"""Findings of `alignment check`: whether memory and disk are enough for the stages that train."""
+"""Findings of `alignment check` on the stages that train: whether memory and disk are enough, and DPO's first loss."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import Experiment
+from alignment.config.stages.preference import Dpo
 from alignment.config.stages.training import Train
-from alignment.errors import MachineError
+from alignment.errors import InputError, MachineError, TrainingError
+from alignment.estimating.first_loss import first_loss
 from alignment.estimating.memory import Estimate, of_experiment
 from alignment.estimating.sizes import Lengths
 from alignment.estimating.suggesting import suggestion
@@ -36,6 +39,8 @@ def findings(
         yield _disk(experiment, estimates)
     if suggest:
         yield _suggested(found)
+    else:
+        yield from _losses(experiment, config, seen)
 
 
 def _memory(name: str, estimate: Estimate, known: bool, found: list[str] | None) -> Finding:
@@ -59,6 +64,37 @@ def _memory(name: str, estimate: Estimate, known: bool, found: list[str] | None)
         least = f"{size_text(estimate.least)} even with the smallest micro-batches and checkpointing"
         told |= {"state": "failed", "what": f"does not fit: {least}; {what}", "code": MachineError.exit_code}
     return told
+
+
+def _losses(experiment: Experiment, config: Any, seen: Mapping[str, Lengths]) -> Iterator[Finding]:
+    """Of DPO's first step, where its pairs are there."""
+    for name, node in experiment.pipeline.nodes.items():
+        settings, rows = experiment.stage[node.stage], seen.get(node.inputs.get("data", ""))
+        if not isinstance(settings, Dpo) or rows is None or not rows.some:
+            continue
+        told: Finding = {"check": f"loss {name}"}
+        try:
+            found = first_loss(settings, config, rows.some)
+        except InputError as error:
+            yield {**told, "state": "note", "what": error.what}
+            continue
+        if found is None:
+            continue
+        known = "ln 2" if math.isclose(found.expected, math.log(2)) else f"{found.expected:.4f}"
+        told["facts"] = found._asdict()
+        if found.fits:
+            yield {**told, "state": "ok", "what": f"{found.found:.4f} before the first update, which is {known}"}
+        else:
+            what = (
+                f"{found.found:.4f} before the first update, where policy and reference are one: it should be {known}"
+            )
+            yield {
+                **told,
+                "state": "failed",
+                "what": what,
+                "where": f"stage.{node.stage}",
+                "code": TrainingError.exit_code,
+            }
 
 
 def _suggested(found: list[str] | None) -> Finding:

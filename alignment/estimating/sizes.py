@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,12 +27,13 @@ Trains = Train | Reference
 @dataclass(frozen=True)
 class Lengths:
     """Of rows that were looked at: [rows] tokens of the prompt, of the whole row (of a pair the longer side), and those
-    that carry a gradient. task: of the stage that prepared them."""
+    that carry a gradient. task: of the stage that prepared them. some: a few of the rows themselves, as token ids."""
 
     task: str
     prompt: np.ndarray
     tokens: np.ndarray
     trained: np.ndarray
+    some: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""DPO's loss before its first update: what the product's loss makes of a small model of the same architecture."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, Qwen2Config, Qwen3Config
+
+from alignment.estimating.first_loss import first_loss
+from tests.estimating.test_memory import llama
+from tests.training import tiny
+
+ROWS = tiny.pair_rows(6)
+CONFIGS: dict[str, Any] = {
+    "llama": llama(),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=96, n_head=6, n_layer=3),
+    "qwen2": Qwen2Config(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=5),
+    "qwen3": Qwen3Config(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=5),
+}
+
+
+@pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["whole", "adapters"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_is_ln_2_whatever_the_architecture(kind: str, lora: Any) -> None:
+    found = first_loss(tiny.dpo(lora=lora), CONFIGS[kind], ROWS)
+    assert found is not None and found.fits
+    assert found.expected == math.log(2) and found.found == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_other_losses_are_what_they_are_without_a_log_ratio() -> None:
+    """ipo: (0 - 1 / (2 beta))^2 = 25 with beta = 0.1; hinge: 1."""
+    losses = {name: first_loss(tiny.dpo(loss=name), llama(), ROWS) for name in ("ipo_mean", "hinge", "simpo", "aot")}
+    assert losses["ipo_mean"] is not None and losses["ipo_mean"].found == pytest.approx(25)
+    assert losses["hinge"] is not None and losses["hinge"].found == pytest.approx(1)
+    assert losses["simpo"] is None and losses["aot"] is None, "no reference; whole batches"
+
+
+def test_adapters_that_do_not_begin_as_nothing_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    before = LoraLayer.reset_lora_parameters
+
+    def spoiled(self: Any, name: str, *how: Any) -> None:
+        before(self, name, *how)
+        torch.nn.init.normal_(self.lora_B[name].weight, std=5.0)
+
+    monkeypatch.setattr(LoraLayer, "reset_lora_parameters", spoiled)
+    found = first_loss(tiny.dpo(lora=tiny.LORA, beta=1.0), llama(), ROWS)
+    assert found is not None and not found.fits
