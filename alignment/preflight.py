@@ -144,8 +144,10 @@ def _data(
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
-    columns = (judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained"))
-    return Lengths(settings.task, *columns, some=judged.table.take(rows[:SOME]).to_list())
+    prompt, whole_row, trained = (
+        judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained")
+    )
+    return Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
 
 
 def _show(check: str, judged: Judged, some: Any, rows: Any, chat: Chat) -> None:

@@ -30,7 +30,7 @@ def test_a_run_that_can_be_is_told_what_was_looked_at(
     assert states == dict.fromkeys(
         (
             "config", "packages", "store", "tracking", "template", "vocabulary", "window", "data rows", "data pairs",
-            "memory sft", "memory reference", "memory dpo", "disk",
+            "memory sft", "memory reference", "memory dpo", "disk", "loss dpo",
         ), "ok",
     )  # fmt: skip
     facts = found["data rows"]["facts"]

@@ -18,10 +18,12 @@ from alignment.config.schema import Experiment
 from alignment.config.stages.training import Reference, Train
 from alignment.estimating.sizes import Lengths, Sample, sample_of, tensors_of
 from alignment.training import engine
-from alignment.training.memory import Device, Load, Parts, parts_of
+from alignment.training.batching import GlobalBatches
+from alignment.training.memory import Device, Load, Parts, attention_share, parts_of
 from alignment.training.room import host_bytes
 
 UNLIMITED = 2**62  # bytes, where nobody knows the room
+STEPS = 20  # of training, whose micro-batches are looked at
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ def of_stage(experiment: Experiment, name: str, config: Any, sample: Sample, mac
     settings: Any = experiment.stage[experiment.pipeline.nodes[name].stage]
     machines, each = processes(experiment, name)
     tensors = tensors_of(config, settings)
-    share = float(sample.scored.sum() / sample.lengths.sum())
     smallest = experiment.engine.model_copy(update={"tokens_per_micro_batch": 1, "gradient_checkpointing": True})
 
     def chosen(setup: Engine) -> tuple[Parts, engine.Choice]:
@@ -91,13 +92,24 @@ def of_stage(experiment: Experiment, name: str, config: Any, sample: Sample, mac
         of_one = -(-max(lengths) // sharers), -(-largest // sharers)  # tokens that one process computes
         room = UNLIMITED if machine.room is None else machine.room
         choice = engine.choose(settings, setup, tensors, config, machines * each, *of_one, room, machine.device)
-        load = choice.load
+        budget = choice.tokens_per_micro_batch * sharers
+        tokens, scored = _largest(sample, settings, budget, machines * each // sharers, attention_share(config))
+        load = choice.load._replace(tokens=-(-tokens // sharers))
         if load.scored is None:
-            load = load._replace(scored=round(load.tokens * share))
+            load = load._replace(scored=-(-scored // sharers))
         return parts_of(config, load, choice.checkpointing), choice._replace(load=load)
 
     parts, choice = chosen(experiment.engine)
     return Estimate(parts, choice.load, choice.checkpointing, machine.room, chosen(smallest)[0].total)
+
+
+def _largest(sample: Sample, settings: Any, budget: int, shares: int, quadratic: float) -> tuple[int, int]:
+    """Most tokens of a micro-batch, and most of them that are scored, in the first steps that these rows would make."""
+    lengths, scored, seed = sample.lengths.tolist(), sample.scored, settings.seed
+    plan = settings.global_batch_size, STEPS, seed, shares, budget
+    batches = GlobalBatches(lengths, lengths, *plan, quadratic=quadratic)
+    every = [micro for step in range(STEPS) for share in batches.micro_batches(step) for micro in share]
+    return max(map(batches.tokens, every)), max(int(scored[micro].sum()) for micro in every)
 
 
 def of_experiment(

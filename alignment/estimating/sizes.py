@@ -90,8 +90,8 @@ def sample_of(experiment: Experiment, name: str, seen: Mapping[str, Lengths]) ->
     assert isinstance(parent, Prepare)
     prompt = min(parent.max_prompt_length, parent.max_length - 1)
     answers = (parent.max_length - prompt) * (2 if parent.task == "preference" else 1)
-    one = (np.array([number]) for number in (prompt, parent.max_length, answers))
-    return _rows(settings, Lengths(parent.task, *one), known=False)
+    longest = Lengths(parent.task, np.array([prompt]), np.array([parent.max_length]), np.array([answers]))
+    return _rows(settings, longest, known=False)
 
 
 def _rows(settings: Any, found: Lengths, known: bool) -> Sample:

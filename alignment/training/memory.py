@@ -19,11 +19,13 @@ Arithmetic = Literal["fp32", "bf16-autocast", "bf16-weights"]  # see arithmetic(
 USABLE = 0.8  # of what is free; the rest for gradients of activations, fragments, buffers of communication
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL's chunked head, on CUDA
 BUDGET = 2  # what a pass without gradients takes of the tokens of a micro-batch
-BUCKET, LIVE = 500_000_000, 1_000_000_000  # numbers, of DeepSpeed: in a bucket of gradients, and gathered by ZeRO-3
-# Bytes of a process that holds no model yet, and more with DeepSpeed. CPU: measured (bench/memory.py). CUDA: of the
-# context and the kernels of a GPU, by what their makers' forums tell; not measured here.
+# Numbers, of DeepSpeed: in a bucket of gradients; gathered by ZeRO-3, and gathered together.
+BUCKET, LIVE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
+# Bytes of a process that holds no model yet, and more with DeepSpeed. CPU: measured (bench/memory.py). CUDA: of its
+# context and kernels, a guess.
 RUNTIME: dict[Device, int] = {"cpu": 550_000_000, "cuda": 600_000_000}
 DEEPSPEED = 60_000_000
+MAPPED = 32 << 20  # bytes, from which on glibc's malloc never reuses what was freed
 HOLES = 0.3  # of what comes and goes: glibc's malloc leaves so much between tensors (bench/memory.py)
 
 
@@ -312,10 +314,9 @@ class Parts(NamedTuple):
 def parts_of(config: Any, load: Load, checkpointing: bool) -> Parts:
     """The most memory that a process takes on its device from its start to its end: of a CPU its resident set.
 
-    On a CPU the model is written, as a fresh copy of it that is mapped from its files, into the same memory; glibc has
-    not given back by then what activations took. On a GPU the host has it.
+    On a CPU the model is written, as a fresh copy of it that is mapped from its files, into the same memory, of which
+    glibc has not given back by then what small activations took. On a GPU the host has it.
     """
-    on_cpu = load.device == "cpu"
     state = state_of(_without_host(load))
     activations, logits = forward_bytes(config, load, checkpointing) if load.trainable else scoring_bytes(config, load)
     if (decoding := decoding_bytes(config, load)) > activations + logits:
@@ -324,15 +325,26 @@ def parts_of(config: Any, load: Load, checkpointing: bool) -> Parts:
         decoding = 0
     passing = activations + logits + decoding
     buffers = buffer_bytes(load) + max(0, _in_step(load) - passing)
-    allocator = int(HOLES * passing) if on_cpu else 0
     runtime = RUNTIME[load.device] + (DEEPSPEED if load.strategy.startswith("zero") else 0)
-    written = FP32 * load.parameters if on_cpu and load.trainable else 0
-    return Parts(*state, activations, logits, decoding, buffers, allocator, runtime, written)
+    if load.device == "cuda":
+        return Parts(*state, activations, logits, decoding, buffers, 0, runtime, 0)
+    mapped = _mapped(shape_of(config), load, activations, logits)
+    written = max(0, FP32 * load.parameters - mapped) if load.trainable else 0
+    return Parts(*state, activations, logits, decoding, buffers, int(HOLES * (passing - mapped)), runtime, written)
+
+
+def _mapped(shape: Shape, load: Load, activations: int, logits: int) -> int:
+    """Of these bytes those in tensors that glibc's malloc maps each for itself, and gives back as soon as it is freed;
+    of others it keeps what they leave. Activations are taken for as large as the MLP's, the largest."""
+    size = FP32 if load.dtype == "fp32" else BF16
+    scored = load.tokens if load.scored is None else load.scored
+    large = activations if load.tokens * shape.inner * size >= MAPPED else 0
+    return large + (logits if scored * shape.vocabulary * FP32 >= MAPPED else 0)
 
 
 def buffer_bytes(load: Load) -> int:
     """What DeepSpeed keeps beside the state: buckets of gradients that are sent together, and what ZeRO-3 has gathered
-    (by its defaults: buckets of BUCKET numbers, at most LIVE gathered ones, used again within as many).
+    (by its defaults: buckets of BUCKET numbers, at most LIVE gathered ones, PREFETCH of them at a time).
 
     CUDA takes a bucket whole, and two where sending overlaps with computing; of a CPU's only what is used is there.
     """
@@ -345,7 +357,10 @@ def buffer_bytes(load: Load) -> int:
         buckets = BUCKET * size * (1 if load.strategy == "zero3" else 2)
     else:
         buckets = min(BUCKET, load.trainable) * size
-    return buckets + (min(LIVE, load.parameters) * size if load.strategy == "zero3" else 0)
+    if load.strategy != "zero3":
+        return buckets
+    together = min(PREFETCH, load.parameters)  # is copied out of one buffer
+    return buckets + (min(LIVE, load.parameters) + together) * size
 
 
 def _in_step(load: Load) -> int:
