@@ -1,4 +1,8 @@
-"""Memory predicted and measured: python -m bench.memory [--only WORDS] [--out FILE]."""
+"""Memory estimated and measured: python -m bench.memory [--only 3 5] [--predict] [--write].
+
+Each case is a stage as a run makes it, in a process of its own for each rank, on this machine's CPU: one optimiser step
+of two full micro-batches a process, of a random model. Measured is VmHWM of the process that took most.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.pages import fill
+
 SEED = 0
-OUT = Path(__file__).parent.parent / "docs" / "memory.json"
+DOCS = Path(__file__).parent.parent / "docs"
+OUT, PAGE = DOCS / "memory.json", DOCS / "preflight.md"
 
 
 def llama(hidden: int, layers: int, vocabulary: int, tied: bool = False) -> Any:
@@ -87,7 +94,10 @@ LENGTH = {"sft": 160, "kto": 280, "dpo": 280, "reward_model": 280}  # tokens of 
 
 
 def name_of(case: dict[str, Any]) -> str:
-    return ", ".join(str(value) if value is not True else key for key, value in case.items())
+    """As in "dpo, llama 34M, 512 tokens, 2 processes, zero3"."""
+    unit = {"tokens": " tokens", "processes": " processes"}
+    names = (key if value is True else f"{value}{unit.get(key, '')}" for key, value in case.items())
+    return ", ".join(names).replace("gradient_checkpointing", "checkpointing")
 
 
 def write_model(folder: Path, config: Any) -> None:
@@ -213,6 +223,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases")
     parser.add_argument("--out", type=Path, default=OUT, help="what was measured; cases are replaced one by one")
     parser.add_argument("--predict", action="store_true", help="measure nothing: estimate again what was measured")
+    parser.add_argument("--write", action="store_true", help="the table into docs/preflight.md")
     given = parser.parse_args()
     kept = json.loads(given.out.read_text()) if given.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -221,15 +232,30 @@ def main() -> None:
             name = name_of(case)
             if given.predict and name not in kept:
                 continue
-            if given.predict:
-                write_rows(place / "inputs" / case["stage"], case["stage"])
-                measured = kept[name]["measured"]
-            else:
-                measured = max(found["peak"] for found in measure(case, place))
+            write_rows(place / "inputs" / case["stage"], case["stage"])
+            measured = kept[name]["measured"] if given.predict else peak(case, place)
             parts = predict(case, place).parts
             kept[name] = {"measured": measured, "predicted": parts.total, "parts": parts._asdict()}
             given.out.write_text(json.dumps(kept, indent=1) + "\n")
             print(row(name, kept[name]), flush=True)
+    if given.write:
+        fill(PAGE, "memory", table(kept))
+
+
+def peak(case: dict[str, Any], folder: Path) -> int:
+    """Bytes of the process that took most."""
+    return max(int(found["peak"]) for found in measure(case, folder))
+
+
+def table(kept: dict[str, Any]) -> str:
+    """As docs/preflight.md has it."""
+    head = ["| configuration | estimated, MB | measured, MB | off by | parts, MB |", "|---|---|---|---|---|"]
+    lines = [
+        row(name, kept[name]) if number < FITTED else row(f"*{name}*", kept[name])
+        for number, name in enumerate(map(name_of, CASES))
+        if name in kept
+    ]
+    return "\n".join([*head, *lines])
 
 
 def row(name: str, found: dict[str, Any]) -> str:
