@@ -29,7 +29,7 @@ def trainer(
     args: of the trainer's configuration; what is not named stays as TRL has it, but for reports and precision.
     DPO has a second model as reference, where it does not make one itself."""
     made, config = KINDS[kind] if kind in KINDS else experimental()
-    policy = policy or model(tokenizer)
+    policy = model(tokenizer) if policy is None else copy.deepcopy(policy)
     own = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1, **args}
     alone = kind != "dpo" or own.get("precompute_ref_log_probs") or hasattr(policy, "peft_config")
     more = {} if alone else {"ref_model": copy.deepcopy(policy)}
