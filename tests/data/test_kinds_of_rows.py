@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from alignment import generation
+from alignment.config.paths import template_path
 from alignment.config.sources import Lists
 from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.errors import InputError
 
+from . import kinds
 from .conftest import PLAIN, assistant, make_tokenizer, system, user
 from .preparing import qa, run
 from .test_formats import CALLING, WEATHER
@@ -179,3 +181,18 @@ def test_both_sides_of_a_pair_follow_the_same_cut_prompt(chat: Chat) -> None:
     assert chat.tokenizer.decode(row["prompt_ids"]) == "Q:word\nA:" and row["margin"] == 2.0
     (row,) = run(chat, [{**pair, "prompt": "y" * 40}], task="preference", **CUT).rows["train"]
     assert chat.tokenizer.decode(row["prompt_ids"]) == "Q:" + "y" * 15 + "\nA:", "one word is cut by letters"
+
+
+def test_chatml_writes_tools_and_calls_as_servers_read_them() -> None:
+    chat = Chat(kinds.tokenizer("byte-level", template_path("chatml").read_text()))
+    talk = [{**system("Be brief."), "tools": [WEATHER]}, user("q"), {**CALLING[1], "content": "I look."}, *CALLING[2:]]
+    text, answers = chat.answers(talk, "here")
+    begin, _, rest = text.partition("<tools>\n")
+    assert (
+        begin.startswith("<|im_start|>system\nBe brief.\n\n") and json.loads(rest.partition("\n</tools>")[0]) == WEATHER
+    )
+    called = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"in": "Rome"}}\n</tool_call><|im_end|>'
+    assert [text[answer.start : answer.end] for answer in answers] == [called, "Hot.<|im_end|>"]
+    assert "<|im_start|>tool\nhot<|im_end|>\n" in text and text.count("Be brief.") == 1
+    bare = chat.render(CALLING, "here")
+    assert bare.startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<tool_call>\n")
