@@ -188,9 +188,8 @@ def test_chatml_writes_tools_and_calls_as_servers_read_them() -> None:
     talk = [{**system("Be brief."), "tools": [WEATHER]}, user("q"), {**CALLING[1], "content": "I look."}, *CALLING[2:]]
     text, answers = chat.answers(talk, "here")
     begin, _, rest = text.partition("<tools>\n")
-    assert (
-        begin.startswith("<|im_start|>system\nBe brief.\n\n") and json.loads(rest.partition("\n</tools>")[0]) == WEATHER
-    )
+    assert begin.startswith("<|im_start|>system\nBe brief.\n\n")
+    assert json.loads(rest.partition("\n</tools>")[0]) == WEATHER
     called = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"in": "Rome"}}\n</tool_call><|im_end|>'
     assert [text[answer.start : answer.end] for answer in answers] == [called, "Hot.<|im_end|>"]
     assert "<|im_start|>tool\nhot<|im_end|>\n" in text and text.count("Be brief.") == 1
