@@ -6,25 +6,14 @@ reward, or what length control makes of it.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 from alignment.config.stages.answering import CLOSE, FEW, LOST, LOW, UNLIKE, Judge
+from alignment.data.ranking import Answer, Candidate, candidates, choose
 
 Row = dict[str, Any]
-Answer = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Two answers of a prompt. margin: of their scores, not negative."""
-
-    better: Answer
-    worse: Answer
-    margin: float
 
 
 @dataclass
@@ -62,7 +51,7 @@ def pairs_of(row: Row, settings: Judge) -> Found:
     answers = usable(row, settings)
     if len(answers) < 2:
         return Found(reason=FEW)
-    left = _candidates(answers, scores(answers, settings))
+    left = candidates(answers, scores(answers, settings))
     for reason, keeps in _limits(settings, row):
         if not (left := [candidate for candidate in left if keeps(candidate)]):
             return Found(reason=reason)
@@ -70,7 +59,8 @@ def pairs_of(row: Row, settings: Judge) -> Found:
     found = Found(reason=None if apart else CLOSE)
     close = [candidate for candidate in left if not _is_apart(candidate, settings.min_margin)]
     found.ties = [_tie(row, candidate) for candidate in close if _differ(candidate)]
-    chosen = _choose(apart, settings, str(row["id"]))
+    assert settings.pairs != "none"  # then nobody asks
+    chosen = choose(apart, settings.pairs, settings.seed, str(row["id"]))
     found.pairs = [_pair(row, candidate) for candidate in chosen[: settings.max_pairs_per_prompt]]
     found.beyond = max(0, len(chosen) - settings.max_pairs_per_prompt)
     return found
@@ -101,15 +91,6 @@ def labelled(row: Row, settings: Judge) -> list[Row]:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _candidates(answers: list[Answer], values: list[float]) -> list[Candidate]:
-    """Every two answers, the largest margin first; of equal margins those whose answers were sampled first."""
-    found = []
-    for a, b in combinations(range(len(answers)), 2):
-        better, worse = (a, b) if values[a] >= values[b] else (b, a)
-        found.append((-(values[better] - values[worse]), better, worse))
-    return [Candidate(answers[better], answers[worse], -margin) for margin, better, worse in sorted(found)]
 
 
 def _limits(settings: Judge, row: Row) -> list[tuple[str, Callable[[Candidate], bool]]]:
@@ -146,25 +127,6 @@ def _is_apart(candidate: Candidate, min_margin: float) -> bool:
 
 def _differ(candidate: Candidate) -> bool:
     return bool(candidate.better["text"] != candidate.worse["text"])
-
-
-def _choose(candidates: list[Candidate], settings: Judge, name: str) -> list[Candidate]:
-    """Those that `pairs` asks for, in the order in which they are taken."""
-    if not candidates or settings.pairs == "all_margin":
-        return candidates
-    if settings.pairs == "best_random":  # seeded by the prompt too: what other prompts there are changes nothing
-        best = candidates[0].better
-        against = [candidate for candidate in candidates if candidate.better is best]
-        random.Random(f"{settings.seed}/{name}").shuffle(against)
-        return against
-    taken: list[Candidate] = []
-    used: set[int] = set()
-    for candidate in candidates:  # best against worst; then the best of the others against their worst, and so on
-        both = {id(candidate.better), id(candidate.worse)}
-        if not both & used:
-            taken.append(candidate)
-            used |= both
-    return taken
 
 
 def _said(answer: Answer) -> list[dict[str, str]]:

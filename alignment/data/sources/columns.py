@@ -1,0 +1,108 @@
+"""Rows of Parquet and Arrow files: pairs of None (they have no lines) and a value, or a Fault in a value's place."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+from alignment.data.sources.faults import Fault
+from alignment.errors import AlignmentError, InputError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+AT_ONCE = 1 << 24  # bytes of rows that are made Python objects at a time, about
+MOST = 1000  # rows of them
+
+Item = tuple[None, Any]
+
+
+def parquet_rows(stream: io.BufferedReader[Any], file: str) -> Iterator[Item]:
+    from pyarrow import parquet
+
+    with _readable("Parquet", file), _seekable(stream) as opened, parquet.ParquetFile(opened) as table:
+        _check_names(table.schema_arrow, file)
+        for group in range(table.num_row_groups):
+            facts = table.metadata.row_group(group)
+            rows = _at_once(facts.total_byte_size, facts.num_rows)
+            for batch in table.iter_batches(rows, row_groups=[group]):
+                yield from _values(batch)
+
+
+def arrow_rows(stream: io.BufferedReader[Any], file: str) -> Iterator[Item]:
+    """Of Arrow's IPC format: a file, with its index at the end, or a stream, as `datasets` writes it."""
+    from pyarrow import ipc
+
+    with _readable("Arrow", file):
+        if stream.peek(6)[:6] != b"ARROW1":
+            with ipc.open_stream(stream) as batches:
+                _check_names(batches.schema, file)
+                for batch in batches:
+                    yield from _in_parts(batch)
+            return
+        with _seekable(stream) as opened, ipc.open_file(opened) as table:
+            _check_names(table.schema, file)
+            for index in range(table.num_record_batches):
+                yield from _in_parts(table.get_batch(index))
+
+
+def _in_parts(batch: pyarrow.RecordBatch) -> Iterator[Item]:
+    batch.validate(full=True)  # what of it is not so would be read from elsewhere in memory
+    rows = _at_once(batch.nbytes, batch.num_rows)
+    for begin in range(0, batch.num_rows, rows):
+        yield from _values(batch.slice(begin, rows))
+
+
+def _at_once(size: int, rows: int) -> int:
+    return max(1, min(MOST, AT_ONCE * rows // max(1, size)))
+
+
+def _values(batch: pyarrow.RecordBatch) -> Iterator[Item]:
+    try:
+        values = batch.to_pylist()
+    except Exception:  # of some row: text that is no UTF-8, a time beyond Python's, ...
+        values = [_value(batch.slice(number, 1)) for number in range(batch.num_rows)]
+    yield from ((None, value) for value in values)
+
+
+def _value(row: pyarrow.RecordBatch) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except Exception as error:
+        return Fault(f"has a value that cannot be read: {_line(error)}", "write it as text")
+
+
+def _check_names(schema: pyarrow.Schema, file: str) -> None:
+    names = schema.names
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two columns are called {twice!r}", where=file, fix="rename one")
+
+
+@contextmanager
+def _seekable(stream: io.BufferedReader[Any]) -> Iterator[IO[bytes]]:
+    """The stream, or its copy on disk: some servers give a file only from its beginning to its end."""
+    if stream.seekable():
+        yield stream
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(stream, copy)
+        copy.seek(0, io.SEEK_SET)
+        yield copy
+
+
+@contextmanager
+def _readable(kind: str, file: str) -> Iterator[None]:
+    try:
+        yield
+    except AlignmentError:
+        raise
+    except Exception as error:  # of broken bytes pyarrow raises half a dozen classes
+        raise InputError(f"is not a readable {kind} file: {_line(error)}", where=file) from error
+
+
+def _line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
