@@ -186,7 +186,7 @@ def test_dpo_32_chosen_likelihood_falls_unseen(
         {"prompt": f"Is {i}?", "chosen": f" It is {i}, as I said.", "rejected": f" It is {i}, as I sang."}
         for i in range(12)
     ]
-    falls = {"max_steps": 30, "learning_rate": 3e-3}
+    falls = {"max_steps": 24, "learning_rate": 3e-3}
     how = {**falls, "warmup_steps": 0, "lr_scheduler_type": "constant", "per_device_train_batch_size": 6}
     good = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
     tuned = stock.trainer("sft", tokenizer, good, tmp_path, **how)
