@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.data.models import import_model
+from alignment.files import read_jsonl
 from alignment.stages import dpo
 from alignment.training.attention import PACKED
 from alignment.training.reference import ReferenceStore, row_digests, weights_digest
@@ -28,14 +29,6 @@ PAIRS = [
     {"prompt": f"Is {i} nice?", "chosen": f" Yes, {i} is {'very ' * (1 + 3 * (i % 4))}so.", "rejected": f" No, {i}!"}
     for i in range(8)
 ]
-
-
-@pytest.fixture
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train(folder: Path, name: str, rows: list[dict[str, Any]] | None = None, **settings: Any) -> tuple[Any, Any]:
@@ -52,8 +45,6 @@ def train(folder: Path, name: str, rows: list[dict[str, Any]] | None = None, **s
 
 
 def metrics(context: Any, name: str) -> list[float]:
-    from alignment.files import read_jsonl
-
     return [row[name] for row in read_jsonl(context.folder / "metrics.jsonl")]
 
 
