@@ -1,12 +1,12 @@
-"""Rows of a file -> token ids and masks on disk: this project's prepare stage beside TRL's SFTTrainer (its `dataset.map`).
+"""Rows of a file -> token ids and masks on disk: the prepare stage beside TRL's SFTTrainer (its `dataset.map`).
 
     python -m bench.preparation --rows 1000000 --rounds 3 --out docs/preparation.json
 
-The rows are those of the quickstart's instructions, over and over, each with a number, so that none is there twice. Both
-arms read the same JSON lines with the same tokenizer, template and number of workers, each in a process of its own, in
-turn. Seconds are those from the open file to the saved (TRL: cached) table, imports and model not counted; memory is the
-growth of what the process and its workers hold for themselves (their anonymous memory) over what they held before it.
-Ours does more meanwhile: it checks, compares, splits, and writes the rows as text too. The token ids are compared.
+The rows are those of the quickstart, over and over, each with a number, so that none is there twice. Both arms
+read the same JSON lines with the same tokenizer, template and number of workers, each in a process of its own, by
+turns. Seconds are those from the open file to the saved (TRL: cached) table, without imports and model. Memory is the
+growth of what the process and its workers hold for themselves (anonymous memory) over what they held before. Ours does
+more meanwhile: it checks, compares, splits, and writes the rows as text too. Token ids are compared.
 """
 
 from __future__ import annotations
