@@ -77,7 +77,7 @@ def best_of(row: Row, settings: Judge) -> Row | None:
     if number is None or not _is_good(answers[number], settings):
         return None
     best = answers[number]
-    return {"id": row["id"], "prompt": row["prompt"], "completion": _said(best), "reward": best["reward"]}
+    return {**_whose(row), "prompt": row["prompt"], "completion": _said(best), "reward": best["reward"]}
 
 
 def labelled(row: Row, settings: Judge) -> list[Row]:
@@ -85,7 +85,13 @@ def labelled(row: Row, settings: Judge) -> list[Row]:
     answers, threshold = usable(row, settings), settings.label_threshold
     assert threshold is not None
     return [
-        {"prompt": row["prompt"], "completion": _said(a), "label": value >= threshold, "reward": a["reward"]}
+        {
+            **_source(row),
+            "prompt": row["prompt"],
+            "completion": _said(a),
+            "label": value >= threshold,
+            "reward": a["reward"],
+        }
         for a, value in zip(answers, scores(answers, settings), strict=True)
     ]
 
@@ -129,13 +135,22 @@ def _differ(candidate: Candidate) -> bool:
     return bool(candidate.better["text"] != candidate.worse["text"])
 
 
+def _source(row: Row) -> Row:
+    """The name of the data set that the prompt is of, where there are several."""
+    return {"source": row["source"]} if "source" in row else {}
+
+
+def _whose(row: Row) -> Row:
+    return {"id": row["id"], **_source(row)}
+
+
 def _said(answer: Answer) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": answer["text"]}]
 
 
 def _pair(row: Row, candidate: Candidate) -> Row:
     return {
-        "id": row["id"],
+        **_whose(row),
         "prompt": row["prompt"],
         "chosen": _said(candidate.better),
         "rejected": _said(candidate.worse),
@@ -148,4 +163,4 @@ def _pair(row: Row, candidate: Candidate) -> Row:
 def _tie(row: Row, candidate: Candidate) -> Row:
     both = (candidate.better, candidate.worse)
     answers = [{"text": answer["text"], "reward": answer["reward"]} for answer in both]
-    return {"id": row["id"], "prompt": row["prompt"], "answers": answers}
+    return {**_whose(row), "prompt": row["prompt"], "answers": answers}
