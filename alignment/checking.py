@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import urlsplit
 
 from alignment.config.schema import Experiment
@@ -30,15 +31,15 @@ MARKS = {"ok": "✓", "note": " ", "warning": "!", "failed": "✗"}
 
 def check(experiment: Experiment, *, data_only: bool = False, as_json: bool = False) -> int:
     """Look at everything, say it, and raise the first failure as the error that the run would have ended with."""
-    findings: list[Finding] = []
+    found: list[Finding] = []
     looks = _data(experiment, None) if data_only else _all(experiment)
     for finding in looks:
-        findings.append(finding)
+        found.append(finding)
         if not as_json:
-            _say(finding)
-    failed = [finding for finding in findings if finding["state"] == "failed"]
+            say(finding)
+    failed = [finding for finding in found if finding["state"] == "failed"]
     if as_json:
-        print(json.dumps({"ok": not failed, "findings": findings}, indent=1))
+        print(json.dumps({"ok": not failed, "findings": found}, indent=1))
         return int(failed[0]["code"]) if failed else 0
     _raise(failed)
     return 0
@@ -54,7 +55,7 @@ def show(experiment: Experiment, rows: int, page: Path | None) -> int:
         if finding["state"] == "row":
             rendering.show(finding["row"])
         elif finding["state"] != "lengths":
-            _say(finding)
+            say(finding)
     if page is not None:
         rendering.write_page(findings, page)
         print(page)
@@ -70,7 +71,7 @@ def suggest(experiment: Experiment) -> int:
     for finding in _data(experiment, ROWS, fit="suggest"):
         found.append(finding)
         if finding["check"] != "suggest":
-            _say(finding, sys.stderr)
+            say(finding, partial(print, file=sys.stderr, flush=True))
     last = found[-1]
     if last["check"] != "suggest":
         _raise([finding for finding in found if finding["state"] == "failed"])
@@ -83,12 +84,14 @@ def suggest(experiment: Experiment) -> int:
 
 def _raise(failed: list[Finding]) -> None:
     if failed:
-        first, more = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise _error(first, f"{first['check']}: {first['what']}{more}")
+        raise error_of(failed)
 
 
-def _error(finding: Finding, what: str) -> AlignmentError:
-    return BY_CODE.get(finding["code"], AlignmentError)(what, where=finding.get("where"), fix=finding.get("fix"))
+def error_of(failed: list[Finding]) -> AlignmentError:
+    """The first failure, as what the run would have ended with; and how many more there are."""
+    first, more = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    kind = BY_CODE.get(first["code"], AlignmentError)
+    return kind(f"{first['check']}: {first['what']}{more}", where=first.get("where"), fix=first.get("fix"))
 
 
 def _all(experiment: Experiment) -> Iterator[Finding]:
@@ -97,6 +100,16 @@ def _all(experiment: Experiment) -> Iterator[Finding]:
     )
     try:
         run = Run(experiment, "")
+    except AlignmentError as error:
+        yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
+        return
+    yield from findings(run)
+
+
+def findings(run: Run) -> Iterator[Finding]:
+    """All that is to be looked at of a run, as soon as it is known."""
+    experiment = run.experiment
+    try:
         packages = {name: version for node in run.nodes for name, version in node.identity["packages"].items()}
         yield _finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in sorted(packages.items())))
         yield from _store(run)
@@ -171,8 +184,9 @@ def _data(experiment: Experiment, rows: int | None, show: int = 0, fit: str = ""
                 yield _finding("model", "failed", what, fix=fix, code=1)
 
 
-def _say(finding: Finding, stream: TextIO | None = None) -> None:
+def say(finding: Finding, out: Callable[[str], None] | None = None) -> None:
+    out = out or partial(print, flush=True)
     where = f" ({finding['where']})" if finding.get("where") and finding["state"] != "ok" else ""
-    print(f"{MARKS[finding['state']]} {finding['check']:<12} {finding['what']}{where}", flush=True, file=stream)
+    out(f"{MARKS[finding['state']]} {finding['check']:<12} {finding['what']}{where}")
     if finding["state"] in ("failed", "warning") and finding.get("fix"):
-        print(f"  {'':<12} fix: {finding['fix']}", flush=True, file=stream)
+        out(f"  {'':<12} fix: {finding['fix']}")

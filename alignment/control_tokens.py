@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -54,6 +55,17 @@ class ControlTokens:
     def hide(self, text: str) -> str:
         """People's text with markers for the control tokens in it."""
         return self._hidden.sub(lambda found: self._markers[found[0]], text)
+
+    def hidden(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with markers in all of their texts, those of tools and calls too."""
+        return [self._deep(dict(message)) for message in messages]
+
+    def _deep(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, dict):
+            return {self._deep(key): self._deep(inner) for key, inner in value.items()}
+        return [self._deep(inner) for inner in value] if isinstance(value, list) else value
 
     def plain(self, text: str) -> str:
         """Text with markers as people read it."""

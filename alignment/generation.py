@@ -25,7 +25,7 @@ from alignment.drawing import Noise, choose
 from alignment.errors import InputError, MachineError, is_out_of_memory
 from alignment.padding import by_budget
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Progress = Callable[..., None]  # progress(step, total, **facts)
 Drawn = tuple[list[int], list[float]]  # an answer's token ids, and the log-probs of these at temperature 1, in nats
 Few = TypeVar("Few")  # the answers to a prompt
@@ -90,8 +90,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     Control tokens spelled out in it are text, as in training on neutralised rows. Raises InputError.
     """
     control = control_tokens.of(tokenizer)
-    hidden = [{**message, "content": control.hide(message["content"])} for message in messages]
-    return control.encode(guarded.render(tokenizer, hidden, None, prompt=True))
+    return control.encode(guarded.render(tokenizer, control.hidden(messages), None, prompt=True))
 
 
 def generate(

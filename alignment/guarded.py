@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -29,7 +28,7 @@ REFUSES = "the chat template refuses the conversation"
 SIMPLER = "set model.chat_template to a simpler one"
 
 T = TypeVar("T")
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class _TooLong(BaseException):
@@ -45,9 +44,13 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str | None, *, pr
 
 
 def renderings(tokenizer: Any, asked: Sequence[tuple[Sequence[Message], bool]], where: str | None) -> list[str]:
-    """Of several (messages, prompt), as `render`, within the limits of one."""
-    write = partial(tokenizer.apply_chat_template, tokenize=False)
-    return guarded(lambda: [str(write(list(turns), add_generation_prompt=prompt)) for turns, prompt in asked], where)
+    """Of several (messages, prompt), as `render`, within the limits of one. The first message may have `tools`."""
+
+    def write(turns: Sequence[Message], prompt: bool) -> str:
+        tools = turns[0].get("tools") if turns else None
+        return str(tokenizer.apply_chat_template(list(turns), tools, tokenize=False, add_generation_prompt=prompt))
+
+    return guarded(lambda: [write(turns, prompt) for turns, prompt in asked], where)
 
 
 def marked(tokenizer: Any, messages: Sequence[Message], where: str | None) -> tuple[str, list[tuple[int, int]]]:

@@ -30,3 +30,24 @@ def test_every_run_of_the_documentation_composes(tmp_path: Path, monkeypatch: py
                 compose(settings)
                 count += 1
     assert count > 20
+
+
+ROW = re.compile(r"^\| (\d+) \|.*\[`(test_\w+)`\]\(\.\./(tests/pains/\w+\.py)\) \|$", re.MULTILINE)
+
+
+def test_every_pain_has_a_test_of_its_name_and_every_such_test_a_row() -> None:
+    rows = ROW.findall((ROOT / "docs" / "pains.md").read_text())
+    assert sorted(int(number) for number, _, _ in rows) == [*range(1, 26)]
+    named = {(test, file) for _, test, file in rows}
+    found = {
+        (test, str(path.relative_to(ROOT)))
+        for path in (ROOT / "tests" / "pains").glob("test_*.py")
+        for test in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert named == found
+
+
+def test_documents_link_to_what_is_there() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)

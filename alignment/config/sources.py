@@ -71,15 +71,34 @@ class Model(Settings):
         return frozenset({"adapter"} if self.adapter is None else ())
 
 
+class Lists(Settings):
+    """Which answers of a list become pairs (data/ranking.py). min_margin: of their scores. max_pairs: of one list."""
+
+    pairs: Literal["best_worst", "best_random", "all_margin"] = identity()
+    min_margin: float = identity(ge=0)
+    max_pairs: int = identity(gt=0)
+
+
 class Dataset(Settings):
     """columns: our key -> the rows' own column that stands for it. auto: each row's format by its keys. limit: rows of
-    the source, the first; cap: of those that fit; epochs, weight: of a mixture (data/splitting.py)."""
+    the source, the first; cap: of those that fit; epochs, weight: of a mixture (data/splitting.py). lists: how
+    such of scored answers become pairs."""
 
     source: Source = identity()
     format: Literal[
-        "auto", "alpaca", "messages", "prompt_completion", "sharegpt", "preference", "unpaired", "scored"
+        "auto",
+        "alpaca",
+        "messages",
+        "prompt_completion",
+        "sharegpt",
+        "text",
+        "preference",
+        "unpaired",
+        "scored",
+        "scored_list",
     ] = identity()
     columns: dict[str, str] = identity()
+    lists: Lists = identity()
     limit: int | None = identity(gt=0)
     cap: int | None = identity(gt=0)
     epochs: float = identity(gt=0)

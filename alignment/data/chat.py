@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from alignment import guarded
 from alignment.control_tokens import ControlTokens
-from alignment.data.formats import Message
+from alignment.data.turns import Message
 from alignment.errors import InputError
 
 CLOCK = "strftime_now"  # what transformers gives a template to print today's date with
@@ -116,7 +116,7 @@ class Chat:
         return guarded.render(self.tokenizer, self._hidden(messages), where, prompt=prompt)
 
     def _hidden(self, messages: list[Message]) -> list[Message]:
-        return [{**message, "content": self.control.hide(message["content"])} for message in messages]
+        return self.control.hidden(messages)
 
     def answers(self, messages: list[Message], where: str) -> tuple[str, list[Answer]]:
         """The rendered conversation and its assistant turns, cut where the template itself cuts.
@@ -135,6 +135,7 @@ class Chat:
                 turn = f"{message['role']} turn {message['content'][:40]!r}"
                 what = f"the chat template leaves out or rewrites the {turn}"
                 raise InputError(what, where=where, fix="set model.chat_template to one that renders every turn")
+        self._check_tools(hidden, text, where)
         answers = []
         for number, before, upto in zip(numbers, befores, uptos, strict=False):
             if not (upto.startswith(before) and text.startswith(upto)):
@@ -148,6 +149,17 @@ class Chat:
                 raise InputError(what, where=where, fix=fix)
             answers.append(Answer(len(before), end + len(self.eos)))
         return text, answers
+
+    def _check_tools(self, messages: list[Message], text: str, where: str) -> None:
+        """Raises InputError where the template has no place for the functions that there are, or that are called."""
+        for what, functions in (
+            ("tools", messages[0].get("tools", [])),
+            ("calls of tools", [call for message in messages for call in message.get("tool_calls", [])]),
+        ):
+            for one in functions:
+                if (name := one["function"]["name"]) not in text:
+                    told = f"the chat template leaves out the {what}: {self.control.plain(name)!r} is not in its text"
+                    raise InputError(told, where=where, fix="set model.chat_template to one that renders tools")
 
     def check(self, *, needs_bos: bool) -> list[str]:
         """The template on small conversations: it ends answers with the end-of-turn token, and begins the text once.

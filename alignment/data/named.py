@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 
 from alignment.config.data_checks import Checks
-from alignment.config.sources import Dataset, PathSource
+from alignment.config.sources import Dataset, Lists, PathSource
 from alignment.config.stages.preparing import Prepare
 from alignment.data.chat import Chat
 from alignment.data.examples import Reading
@@ -29,14 +29,16 @@ def source_of(
     path = source.path if isinstance(source, PathSource) else str(fetch(source, what="data"))
     limit = min((one for one in (dataset.limit, most) if one is not None), default=None)
     rows = _guess(path)
-    reading = reading_of(settings, dataset.format, dataset.columns, checks, chat)
+    reading = reading_of(settings, dataset.format, dataset.columns, checks, chat, dataset.lists)
     guess = rows if limit is None or rows is None else min(rows, limit)
     return Source(name, islice(read(path), limit), reading, describe(source), guess)
 
 
-def reading_of(settings: Prepare, form: str, columns: Mapping[str, str], checks: Checks, chat: Chat) -> Reading:
+def reading_of(
+    settings: Prepare, form: str, columns: Mapping[str, str], checks: Checks, chat: Chat, lists: Lists | None = None
+) -> Reading:
     lengths = settings.max_length, settings.max_prompt_length
-    return Reading(form, columns, settings.task, checks, chat, *lengths, settings.over_long)
+    return Reading(form, columns, settings.task, checks, chat, *lengths, settings.over_long, lists, settings.seed)
 
 
 def share_of(dataset: Dataset) -> Share:

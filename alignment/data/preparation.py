@@ -114,9 +114,11 @@ def _batches(sources: Sequence[Source], files: list[str]) -> Iterator[tuple[Chun
         for chunk in chain(first, chunks):
             yield chunk, made_of(chunk, sources[chunk.source].reading)
         return
-    # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever.
-    readings = [source.reading for source in sources]
-    with ProcessPoolExecutor(workers, get_context("forkserver"), _become_worker, (readings,)) as pool:
+    # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever. Forked from a
+    # process that has imported what they need, they share that memory.
+    readings, context = [source.reading for source in sources], get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, context, _become_worker, (readings,)) as pool:
         waiting: deque[tuple[Chunk, Future[Batch]]] = deque()
         try:
             for chunk in chain(first, chunks):

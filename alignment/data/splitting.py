@@ -38,8 +38,10 @@ def divide(judged: Judged, sizes: Splits, seed: int, shares: Sequence[Share]) ->
     if any(share.cap is not None for share in shares):
         order = _capped(order, judged.table.column("source"), shares)
     openings = judged.table.column("opening")
-    heldout = order[: sizes.heldout]
-    prompts, order = _prompts(judged, order[sizes.heldout :], openings, heldout, sizes.prompts)
+    asking = order[judged.table.column("prompt_tokens")[order] > 0]  # texts ask nothing: they are trained on, or unused
+    heldout = asking[: sizes.heldout]
+    prompts, left = _prompts(judged, asking[sizes.heldout :], openings, heldout, sizes.prompts)
+    order = order[~np.isin(order, asking[: len(asking) - len(left)])]
     train = _without_leaks(judged, order, np.isin(openings[order], openings[np.concatenate([heldout, prompts])]), sizes)
     mixed = _mixed(train, judged, shares, seed)[: sizes.train]
     unused = train[~np.isin(train, mixed)]

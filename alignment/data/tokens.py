@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.data.chat import Chat, check_bos
+from alignment.data.chat import Chat, adds_bos, check_bos
 from alignment.data.checks import Drop
-from alignment.data.formats import Message
+from alignment.data.turns import Message
 from alignment.errors import InputError
 
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -38,12 +38,14 @@ class Pair:
 
 
 def conversation(chat: Chat, messages: list[Message], where: str) -> Conversation:
-    """Every assistant turn labelled, through its end-of-turn token and no further. Raises InputError, Drop."""
+    """Every assistant turn labelled, but of weight 0, through its end-of-turn token and no further. Raises InputError,
+    Drop."""
     text, answers = chat.answers(messages, where)
     ids = chat.encode(text)
     check_bos(ids, chat.tokenizer.bos_token_id, where)
     labels, first = [IGNORED] * len(ids), 0
-    for prompt in chat.prompts(text, ids, answers):
+    said = [message for message in messages if message["role"] == "assistant"]
+    for message, prompt in zip(said, chat.prompts(text, ids, answers), strict=True):
         if prompt is None:
             raise Drop("merged_prompt")
         first = prompt
@@ -51,8 +53,16 @@ def conversation(chat: Chat, messages: list[Message], where: str) -> Conversatio
             end = ids.index(chat.eos_id, first) + 1
         except ValueError:
             raise InputError(f"{chat.eos!r} does not become the end-of-turn token", where=where) from None
-        labels[first:end] = ids[first:end]
+        if message.get("weight") != 0:
+            labels[first:end] = ids[first:end]
     return Conversation(ids, labels, first)
+
+
+def plain(chat: Chat, text: str) -> Conversation:
+    """A text without turns, all of it labelled, and ended."""
+    begin = [chat.tokenizer.bos_token_id] if adds_bos(chat.tokenizer) else []
+    ids = [*begin, *chat.encode(chat.control.hide(text)), chat.eos_id]
+    return Conversation(ids, list(ids), 0)
 
 
 def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str) -> Pair:

@@ -106,7 +106,7 @@ class Scorer:
         if found := self.control.find(answer.text):  # no policy writes it as text but to be taken for something else
             raise Failed(f"the answer spells the control token {found}")
         said = {"role": "assistant", "content": answer.text}
-        turns = [{**turn, "content": self.control.hide(turn["content"])} for turn in [*answer.row["prompt"], said]]
+        turns = self.control.hidden([*answer.row["prompt"], said])
         try:
             text = guarded.render(self.tokenizer, turns, None)
             before = guarded.render(self.tokenizer, turns[:-1], None, prompt=True)

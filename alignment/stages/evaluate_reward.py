@@ -22,7 +22,7 @@ from alignment.evaluation import reward_metrics
 from alignment.files import read_json, write_json, write_jsonl
 from alignment.rewards.model import Scorer
 from alignment.stages.context import StageContext
-from alignment.stages.parts import Parts, rows_of
+from alignment.stages.parts import Parts, check_template, rows_of
 from alignment.stages.reward_model import CHANCES, TOLD
 
 
@@ -90,9 +90,7 @@ def _trained(members: dict[str, Path]) -> tuple[str, float]:
 def _check_same_text(model: Path, data: Path, rows: Any) -> None:
     """The rows are token ids: as this model would render and tokenise them. Raises InputError."""
     chat = Chat.load(model)
-    if chat.template_sha256 != read_json(data / "data_report.json")["template_sha256"]:
-        what = "the rows were rendered with another chat template than this reward model's"
-        raise InputError(what, where=str(model), fix="prepare them with this model")
+    check_template(chat, data)
     check_end_of_turn(rows, chat.eos_id)
 
 

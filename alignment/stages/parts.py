@@ -1,4 +1,5 @@
-"""What several stages need: progress over the parts of a stage, the rows of a split, the judge of the experiment."""
+"""What several stages need: progress over the parts of a stage, the rows of a split, whether they are rendered as the
+model's template does, the judge of the experiment."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignment.data.chat import Chat
 from alignment.errors import InputError
-from alignment.files import read_jsonl
+from alignment.files import read_json, read_jsonl
 from alignment.rewards import Judge
 from alignment.stages.context import StageContext
 
@@ -39,6 +41,14 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     if not rows:
         raise InputError(f"{name} has no rows", where=str(path), fix="give the split rows in the prepare stage")
     return rows
+
+
+def check_template(chat: Chat, data: Path) -> None:
+    """data: the result of the stage that prepared the rows. Raises InputError where they were rendered with another
+    template than the model's: it would be trained, or measured, on another text than it is asked with."""
+    if read_json(data / "data_report.json")["template_sha256"] != chat.template_sha256:
+        what = "the rows were rendered with another chat template than this model's"
+        raise InputError(what, where=chat.name, fix="prepare them with this model")
 
 
 def judge_of(context: StageContext) -> Judge:

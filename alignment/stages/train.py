@@ -13,12 +13,14 @@ from transformers import AutoConfig, AutoTokenizer
 from alignment.config.execution import Engine
 from alignment.config.launchers import SlurmLauncher
 from alignment.config.stages.online import Online
+from alignment.data.chat import Chat
 from alignment.data.tokens import check_end_of_turn
 from alignment.errors import InputError
 from alignment.files import require_room, size_text
 from alignment.pipeline.identity import code_digest
 from alignment.pipeline.store import CHECKPOINTS
 from alignment.stages.context import StageContext
+from alignment.stages.parts import check_template
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches, count_steps
 from alignment.training.checkpoints import Checkpoints, most_at_once, size_of_one
@@ -200,7 +202,11 @@ def _size(parameter: Any) -> int:
 
 
 def tokenised(context: StageContext, tokenizer: Any) -> Any:
-    rows = train_rows(context.inputs["data"])
+    """The rows to train on. Raises InputError unless they are this model's: its template, its end of turn."""
+    data = context.inputs["data"]
+    rows = train_rows(data)
+    if (data / "data_report.json").is_file():  # of the prepare stage; whoever tokenises rows alone has none
+        check_template(Chat(tokenizer, str(context.inputs["model"])), data)
     check_end_of_turn(rows, tokenizer.eos_token_id)
     return rows
 

@@ -1,10 +1,11 @@
-"""Losses and gradients that are no numbers, or far from what they were: what is done, on all processes alike."""
+"""Losses and gradients that are no numbers, or far from what they were, and answers that become unlikely: what is done,
+on all processes alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from alignment.errors import TrainingError
@@ -88,3 +89,43 @@ class SpikeAlarm:
 
     def load_state_dict(self, state: Sequence[Any]) -> None:
         self.mean, self.variance, self.seen, self.quiet_until = state
+
+
+@dataclass
+class DisplacementAlarm:
+    """Whether chosen answers become unlikely while their margin grows: likelihood displacement, Razin et al. 2024
+    (arXiv:2410.08847). The loss of pairs falls all the same, as it sees the margin alone.
+
+    Means over about SPAN rows of metrics, exponentially weighted: chosen and margin as log-ratios, reference the
+    log-prob of a chosen answer under the reference, in nats an answer. Said once, from a fall of SHARE on.
+    """
+
+    chosen: float = 0.0
+    margin: float = 0.0
+    reference: float = 0.0
+    seen: int = 0
+    said: bool = False
+
+    SPAN = 5
+    SHARE = 0.1
+
+    def hear(self, row: Mapping[str, float], scale: float) -> str | None:
+        """A clause to warn with, or None. row: of metrics; scale: of its rewards, per nat."""
+        chosen, margin = row["rewards/chosen"] / scale, row["rewards/margins"] / scale
+        self.seen += 1
+        weight = max(1 / self.seen, 1 / self.SPAN)
+        self.chosen += weight * (chosen - self.chosen)
+        self.margin += weight * (margin - self.margin)
+        self.reference += weight * (row["logps/chosen"] - chosen - self.reference)
+        falls = -self.chosen > self.SHARE * -self.reference and self.margin > 0
+        if self.said or self.seen < self.SPAN or not falls:
+            return None
+        self.said = True
+        return (
+            f"chosen answers become unlikely while their margin grows ({self.margin:.3g} nats): their log-prob is "
+            f"{self.reference + self.chosen:.4g} nats in the recent mean, {self.reference:.4g} under the reference "
+            "(loss=rpo or loss=dpop holds it up)"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)

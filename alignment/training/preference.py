@@ -17,6 +17,7 @@ from torch import Tensor
 from alignment.errors import TrainingError
 from alignment.training import sequence
 from alignment.training.batching import GlobalBatches
+from alignment.training.health import DisplacementAlarm
 from alignment.training.metrics import pair_sums
 from alignment.training.moving_reference import MovingReference
 from alignment.training.objective import Objective, columns, leaves
@@ -148,6 +149,7 @@ class DPO(Referenced):
         super().__init__(**kwargs)
         update = objective.settings.reference_update
         self._moving = MovingReference(update, self._references) if update and self._references else None
+        self._displacement = DisplacementAlarm()
 
     @property
     def anchor(self) -> dict[str, Tensor]:
@@ -234,6 +236,16 @@ class DPO(Referenced):
         slopes = self.objective.slopes(everyone, noise, self._mean_chosen_tokens)
         self._ahead = [torch.stack([slopes[number] for number in numbers]).to(self.args.device) for numbers in own]
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        before, settings = self._row, self.objective.settings
+        super().log(logs, start_time)
+        fixed = self._references is not None and self._moving is None
+        if self._row is before or not fixed or "apo_down" in settings.losses:  # which lowers the chosen ones by design
+            return
+        told = self._displacement.hear(self._row, settings.reward_scale)
+        if told and self.args.process_index == 0:
+            self.warn(f"step {self.state.global_step}: {told}")
+
     def _measure(self, inputs: dict[str, Any]) -> dict[str, Tensor | float]:
         labels, reference = self._labels(inputs), inputs.get("reference")
         if reference is not None:
@@ -242,8 +254,10 @@ class DPO(Referenced):
         return pair_sums(self._output, reference, labels, settings.reward_scale, settings.by_token)
 
     def training_state(self) -> dict[str, Any]:
-        return {**super().training_state(), **self.objective.state_dict()}
+        state = {**super().training_state(), **self.objective.state_dict()}
+        return {**state, "displacement": self._displacement.state_dict()}
 
     def load_training_state(self, facts: dict[str, Any], *meters: Any) -> None:
         super().load_training_state(facts, *meters)
         self.objective.load_state_dict(facts)
+        self._displacement = DisplacementAlarm(**facts.get("displacement", {}))

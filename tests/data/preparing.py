@@ -58,9 +58,10 @@ def mix(
 ) -> tuple[Made, Path]:
     """Several data sets, and where they were written."""
     elsewhere, checks = changes.pop("elsewhere", frozenset()), default_checks(**changes.pop("checks", {}))
+    lists = changes.pop("lists", None)
     columns, folder = changes.pop("columns", {}), changes.pop("folder", None) or _aside()
     stage = settings(**changes)
-    reading = reading_of(stage, form, columns, checks, chat)
+    reading = reading_of(stage, form, columns, checks, chat, lists)
     sources = [
         Source(name, [_row(value, n) for n, value in enumerate(values, start=1)], reading, "rows.jsonl")
         for name, values in data.items()

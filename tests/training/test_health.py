@@ -16,7 +16,7 @@ from alignment.errors import MachineError, PreemptedError, TrainingError
 from alignment.stages import sft
 from alignment.stages import train as train_stage
 from alignment.training import preference, trainers
-from alignment.training.health import NonFinite, SpikeAlarm
+from alignment.training.health import DisplacementAlarm, NonFinite, SpikeAlarm
 from tests.conftest import fill
 from tests.training import poison, tiny
 from tests.training.test_resume import attempt, rows, weights
@@ -171,6 +171,22 @@ def test_a_spike_in_training_is_a_warning(tmp_path: Path, monkeypatch: pytest.Mo
     attempt(tmp_path / "run", "sft", max_steps=26, spike_alarm=6.0)
     (told,) = (tmp_path / "run" / "warnings.txt").read_text().splitlines()
     assert told.startswith("step 25: the loss is ")
+
+
+def pair_row(fall: float, margin: float) -> dict[str, float]:
+    """beta 0.1, -50 nats under the reference."""
+    return {"logps/chosen": -50.0 - fall, "rewards/chosen": -0.1 * fall, "rewards/margins": 0.1 * margin}
+
+
+def test_chosen_answers_that_become_unlikely_are_told_of_once() -> None:
+    """A fall of 5 nats of 50 is a tenth."""
+    assert not any(DisplacementAlarm().hear(pair_row(4.9, 20.0), 0.1) for _ in range(20))
+    assert not any(DisplacementAlarm().hear(pair_row(9.0, -1.0), 0.1) for _ in range(20))
+    alarm = DisplacementAlarm()
+    heard = [alarm.hear(pair_row(6.0, 20.0), 0.1) for _ in range(20)]
+    assert [number for number, told in enumerate(heard) if told] == [DisplacementAlarm.SPAN - 1]
+    assert "log-prob is -56 nats in the recent mean, -50 under the reference" in str(heard[DisplacementAlarm.SPAN - 1])
+    assert DisplacementAlarm(**json.loads(json.dumps(alarm.state_dict()))) == alarm
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
