@@ -104,12 +104,14 @@ def of_stage(experiment: Experiment, name: str, config: Any, sample: Sample, mac
 
 
 def _largest(sample: Sample, settings: Any, budget: int, shares: int, quadratic: float) -> tuple[int, int]:
-    """Most tokens of a micro-batch, and most of them that are scored, in the first steps that these rows would make."""
-    lengths, scored, seed = sample.lengths.tolist(), sample.scored, settings.seed
+    """Most tokens that autograd keeps something of in a micro-batch, and most that are scored, in the first steps that
+    these rows would make."""
+    lengths, seed = sample.lengths.tolist(), settings.seed
     plan = settings.global_batch_size, STEPS, seed, shares, budget
     batches = GlobalBatches(lengths, lengths, *plan, quadratic=quadratic)
     every = [micro for step in range(STEPS) for share in batches.micro_batches(step) for micro in share]
-    return max(map(batches.tokens, every)), max(int(scored[micro].sum()) for micro in every)
+    tokens, scored = (max(int(one[micro].sum()) for micro in every) for one in (sample.trained, sample.scored))
+    return tokens, scored
 
 
 def of_experiment(

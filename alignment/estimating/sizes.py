@@ -38,13 +38,15 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Sample:
-    """[rows] each: tokens to compute when packed, when padded beside rows no longer, and those that the head scores.
+    """[rows] each: tokens to compute when packed, when padded beside rows no longer; and of those that autograd keeps
+    something of, how many there are, and how many the head scores.
 
     known: False where nobody has the rows yet, and these are as long as they may become.
     """
 
     lengths: np.ndarray
     widths: np.ndarray
+    trained: np.ndarray
     scored: np.ndarray
     known: bool
 
@@ -98,14 +100,17 @@ def _rows(settings: Any, found: Lengths, known: bool) -> Sample:
     if isinstance(settings, Online):
         count = settings.answers_trained_on()
         answers = np.full_like(found.prompt, count * settings.max_new_tokens)
-        return Sample(found.prompt + answers, count * found.prompt + answers, answers, known)
+        packed = found.prompt + answers
+        return Sample(packed, count * found.prompt + answers, packed, answers, known)
     if found.task == "preference":
         packed, widths = found.prompt + found.trained, 2 * found.tokens
-    elif isinstance(settings, Kto) and settings.has_reference_point:  # beside each answer that of another prompt
+    elif (
+        isinstance(settings, Kto) and settings.has_reference_point
+    ):  # beside each answer that of another prompt, without a gradient
         other = np.roll(found.trained, 1)
         packed, widths = found.tokens + other, 2 * (found.prompt + np.maximum(found.trained, other))
-        return Sample(packed, widths, found.trained + other, known)
+        return Sample(packed, widths, found.tokens, found.trained, known)
     else:
         packed = widths = found.tokens
     scored = np.zeros_like(found.trained) if isinstance(settings, RewardModel) else found.trained
-    return Sample(packed, widths, scored, known)
+    return Sample(packed, widths, packed, scored, known)

@@ -30,7 +30,7 @@ def experiment(stage: str, *overrides: str) -> Experiment:
 
 def rows(count: int = 40, length: int = 50, answer: int = 20) -> Sample:
     whole, scored = np.full(count, length), np.full(count, answer)
-    return Sample(whole, whole, scored, known=True)
+    return Sample(whole, whole, whole, scored, known=True)
 
 
 def estimate(stage: str, *overrides: str, machine: Machine = CPU, config: Any = None, seen: Any = None) -> Estimate:
@@ -119,6 +119,7 @@ def test_rows_are_as_long_as_what_is_computed_of_them() -> None:
     node = kto.pipeline.nodes["kto"].inputs["data"]
     both = sample_of(kto, "kto", {node: lengths("unpaired")})
     assert both.lengths.tolist() == [21, 31], "beside each answer that of another prompt"
+    assert both.trained.tolist() == [15, 26] and both.scored.tolist() == [5, 6], "which has no gradient"
 
 
 def test_rows_that_are_not_there_yet_are_as_long_as_they_may_become() -> None:
