@@ -34,7 +34,7 @@ with kept():
     from alignment.data.splitting import check_dropped, divide
     from alignment.data.writing import describe, spread
     from alignment.estimating import fitting
-    from alignment.estimating.sizes import Lengths, config_of
+    from alignment.estimating.sizes import Lengths, config_of, is_estimated
 
 SOME = 8  # rows that a loss is computed of
 
@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> int:
 
 def _fit(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], order: dict[str, Any]) -> None:
     """Whether memory and disk are enough. room: bytes of memory that a process has, where the order says it."""
-    if config is None:
-        _tell("memory", "note", "is not estimated: the start model's folder has no config.json")
+    if config is None or not is_estimated(config):
+        _tell("memory", "note", "is not estimated: the start model has no configuration of a decoder with attention")
         return
     for finding in fitting.findings(experiment, config, seen, order.get("room"), order["fit"] == "suggest"):
         _tell(**finding)

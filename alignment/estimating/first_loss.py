@@ -54,9 +54,12 @@ def first_loss(settings: Dpo, config: Any, pairs: Sequence[Pair]) -> FirstLoss |
 
             lora = settings.lora.model_copy(update={"quantize": None, "modules_to_save": []})
             model = get_peft_model(plain, lora_config(lora, plain))
-        policy = _log_probs(model.eval(), ids, labels)
-        with model.disable_adapter() if settings.lora is not None else nullcontext():
-            reference = _log_probs(model, ids, labels)
+        try:
+            policy = _log_probs(model.eval(), ids, labels)
+            with model.disable_adapter() if settings.lora is not None else nullcontext():
+                reference = _log_probs(model, ids, labels)
+        except (RuntimeError, ValueError, IndexError) as error:  # sizes that do not go together
+            raise _no_small_model(error) from error
         objective, mean = Objective(settings), float((labels[: len(pairs)] != IGNORED).sum(1).float().mean())
         found = objective(objective.pairs(policy, reference, labels, mean)).mean()
         same = objective(objective.pairs(policy, policy, labels, mean)).mean()
@@ -91,8 +94,12 @@ def _small(config: Any, vocabulary: int) -> Any:
             made.layer_types = made.layer_types[:LAYERS]
         return without_dropout(AutoModelForCausalLM.from_config(made, trust_remote_code=False, dtype=torch.float32))
     except Exception as error:  # whatever an architecture asks of its sizes
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"no small model of this architecture can be made: {first}", where="model.source") from error
+        raise _no_small_model(error) from error
+
+
+def _no_small_model(error: Exception) -> InputError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(f"no small model of this architecture can be made: {first}", where="model.source")
 
 
 def _log_probs(model: Any, ids: Tensor, labels: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Reference, Train
 from alignment.errors import InputError
+from alignment.training.shape import shape_of
 
 Trains = Train | Reference
 
@@ -63,6 +64,15 @@ def config_of(start: Path) -> Any:
     return config
 
 
+def is_estimated(config: Any) -> bool:
+    """Whether it is a decoder with attention, by whose numbers memory is counted."""
+    try:
+        shape_of(config)
+    except AttributeError:
+        return False
+    return True
+
+
 def tensors_of(config: Any, settings: Trains) -> dict[str, int]:
     """Numbers in each weight of the model that this stage trains, by name; tied ones once. A model without storage is
     made of the configuration. Raises InputError if transformers itself has no such architecture."""
@@ -76,7 +86,7 @@ def _tensors(text: str, classifies: bool) -> dict[str, int]:
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever an architecture asks of its configuration
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"transformers cannot make this model: {first}", where="model.source") from error
     return {name: weight.numel() for name, weight in model.named_parameters()}

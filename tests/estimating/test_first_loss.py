@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, Qwen2Config, Qwen3Config
+from transformers import GPT2Config, GPTJConfig, Qwen2Config, Qwen3Config
 
+from alignment.errors import InputError
 from alignment.estimating.first_loss import first_loss
 from tests.estimating.test_memory import llama
 from tests.training import tiny
@@ -28,6 +29,11 @@ def test_it_is_ln_2_whatever_the_architecture(kind: str, lora: Any) -> None:
     found = first_loss(tiny.dpo(lora=lora), CONFIGS[kind], ROWS)
     assert found is not None and found.fits
     assert found.expected == math.log(2) and found.found == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_an_architecture_of_which_no_small_model_is_made_is_said() -> None:
+    with pytest.raises(InputError, match="no small model of this architecture"):
+        first_loss(tiny.dpo(), GPTJConfig(), ROWS)
 
 
 def test_other_losses_are_what_they_are_without_a_log_ratio() -> None:

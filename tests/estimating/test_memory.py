@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MambaConfig
 
 from alignment.config.compose import compose
 from alignment.config.schema import Experiment
 from alignment.estimating.memory import Estimate, Machine, machine_of, of_stage
-from alignment.estimating.sizes import Lengths, Sample, sample_of, tensors_of
+from alignment.estimating.sizes import Lengths, Sample, is_estimated, sample_of, tensors_of
 from alignment.training import memory
 from alignment.training.memory import activation_bytes, adapter_parameters, parts_of
 
@@ -126,6 +126,10 @@ def test_rows_that_are_not_there_yet_are_as_long_as_they_may_become() -> None:
     changes = ("stage.prepare_preference.max_length=100", "stage.prepare_preference.max_prompt_length=60")
     sample = sample_of(experiment("dpo", *changes), "dpo", {})
     assert (sample.lengths.tolist(), sample.widths.tolist(), sample.known) == ([140], [200], False)
+
+
+def test_what_is_no_decoder_with_attention_is_not_estimated() -> None:
+    assert is_estimated(llama()) and not is_estimated(MambaConfig())
 
 
 def test_a_cluster_is_judged_by_what_the_settings_say_of_it() -> None:
