@@ -65,14 +65,16 @@ def machine_of(experiment: Experiment, name: str, told: int | None) -> Machine:
     """For one node. A cluster's is what the settings say of its hardware, else it is this one with what is free now.
     told: bytes of a process, where somebody knows better."""
     hardware = getattr(experiment, "hardware", None)
-    gigabytes = getattr(hardware, "memory_gb", None)
+    gigabytes, named = getattr(hardware, "memory_gb", None), getattr(hardware, "name", "auto") != "auto"
     if told is None and gigabytes is not None:
         told = int(gigabytes * 1e9)
     if experiment.launcher.kind == "slurm":
         asked = experiment.launcher.resources(experiment.pipeline.nodes[name].stage, name, distributed=True)
-        return Machine("cuda" if asked.gpus_per_node or told else "cpu", told)
+        return Machine("cuda" if asked.gpus_per_node or named else "cpu", told)
     if torch.cuda.is_available():
         return Machine("cuda", told or int(torch.cuda.mem_get_info()[0]))
+    if named:  # the estimate is of another machine
+        return Machine("cuda", told)
     each = processes(experiment, name)[1]
     return Machine("cpu", told or host_bytes(Path("/proc"), Path("/sys/fs/cgroup")) // each)
 
