@@ -12,7 +12,8 @@ from alignment.config.stages.preparing import FORMATS
 from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Dropped, Policy, opening, turn_faults
-from alignment.data.formats import Message, canonical, detect, finite, kept, margin, renamed, wanted
+from alignment.data.formats import ROLES, Message, canonical, detect, finite, kept, margin, renamed, wanted
+from alignment.data.personal import personal
 from alignment.data.sources import Row, Unreadable
 from alignment.errors import InputError
 
@@ -24,7 +25,7 @@ class Example:
     """One row that passed: its messages, its columns for training (token ids, a number), and its lengths in tokens.
 
     id: its own, None if it has none. tokens: of the whole row; of its longer side for a pair. kept: faults that it is
-    trained on with.
+    trained on with -> why. personal: kinds of personal data -> how many it holds.
     """
 
     row: Row
@@ -37,7 +38,13 @@ class Example:
     prompt_tokens: int
     tokens: int
     opening: str
-    kept: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    personal: dict[str, int] = field(default_factory=dict)
+
+    def said(self, *roles: str) -> str:
+        """All texts of these roles; the answers are the assistant's."""
+        turns = [*self.prompt, self.answer, *([self.rejected] if self.rejected else [])]
+        return "\n".join(turn["content"] for turn in turns if turn["role"] in roles)
 
     def text(self) -> dict[str, Any]:
         """The row as train.jsonl has it, but for its id."""
@@ -112,6 +119,7 @@ def _example(part: Row, row: Row, form: str, reading: Reading) -> Example | Drop
             maker = {"preference": _preference, "unpaired": _unpaired, "scored": _scored}.get(form, _conversation)
             example = maker(part, form, reading.chat, policy)
             _check_length(example, reading)
+            _check_personal(example, row, policy)
         except Drop as drop:  # of one that met no policy yet
             policy.meet(drop.fault, row, drop.why)
             raise
@@ -134,6 +142,16 @@ def _check_length(made: Example, reading: Reading) -> None:
         fix = "raise the limit, or set over_long: drop"
         raise InputError(f"{over[1]}: {limits}", where=made.row.where, fix=fix)
     raise Drop(*over)
+
+
+def _check_personal(made: Example, row: Row, policy: Policy) -> None:
+    """Raises InputError or Drop. What it holds is told by the kind alone."""
+    if policy.checks.personal is None:
+        return
+    found = personal(made.said(*ROLES))
+    made.personal = {kind: many for kind, many in found.items() if many}
+    if made.personal:
+        policy.meet("personal", row, ", ".join(f"{many} {kind}" for kind, many in made.personal.items()))
 
 
 def _own_id(row: Row) -> str | None:

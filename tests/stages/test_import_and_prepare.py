@@ -61,6 +61,7 @@ def prepared(
         "dataset": "mine",
         "max_length": 96,
         "max_prompt_length": 64,
+        "against": [],
         "over_long": "drop",
         "seed": 0,
     }
