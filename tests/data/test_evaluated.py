@@ -94,8 +94,8 @@ def splits(made: Made) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("train", [None, 4])
 def test_what_is_nearly_held_out_is_not_trained_on(chat: Chat, tmp_path: Path, train: int | None) -> None:
-    """Rows 1 to 10 and near copies of them, 11 to 20: of those that are held out none is in another split. The prompt is
-    short, so that no n-gram of it tells."""
+    """Rows 1 to 10 and near copies of them, 11 to 20: of those that are held out none is in another split. The
+    prompt is short, so that no n-gram of it tells."""
     values = [qa(f"q{n}", text(n)) for n in range(10)] + [qa(f"r{n}", near(n)) for n in range(10)]
     for seed in range(4):
         made = run(chat, values, folder=tmp_path, heldout=3, prompts=3, train=train, seed=seed, **LONG)
@@ -103,7 +103,7 @@ def test_what_is_nearly_held_out_is_not_trained_on(chat: Chat, tmp_path: Path, t
         held = {number % 10 for number in found["heldout"]}
         assert not held & {number % 10 for number in found["prompts"] + found["train"]}
         assert len(found["heldout"]) == len(found["prompts"]) == 3 and (train is None or len(found["train"]) == train)
-        told = [row for row in read_jsonl(tmp_path / "dropped.jsonl")]
+        told = list(read_jsonl(tmp_path / "dropped.jsonl"))
         assert all(row["fault"] == "near_leak" and row["why"].endswith("which is held out") for row in told)
         if train is None:
             assert made.counts == {"near_leak": len(told)} and len(told) > 0
@@ -134,7 +134,7 @@ def test_what_shares_n_grams_with_an_evaluation_prompt_is_not_trained_on(chat: C
     assert (told["line"], told["why"]) == (1, "shares 8-grams with the evaluation prompt bench.jsonl:7")
     report = read_json(tmp_path / "data_report.json")
     assert report["evaluation_prompts"] == {"prompts": 1, "too_short": 1, "generic": 0}
-    with pytest.raises(InputError, match="rows.jsonl:1: contamination: shares 8-grams with .* bench.jsonl:7"):
+    with pytest.raises(InputError, match=r"rows.jsonl:1: contamination: shares 8-grams with .* bench.jsonl:7"):
         run(chat, values, prompts_elsewhere=elsewhere, checks={"contamination": "error"}, **LONG)
     assert run(chat, values, prompts_elsewhere=elsewhere, checks={"contamination_share": 0.4}, **LONG).counts == {
         "contamination": 2
