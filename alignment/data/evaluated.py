@@ -35,7 +35,7 @@ def near_heldout(judged: Judged, rows: np.ndarray, heldout: np.ndarray) -> Found
     if threshold is None or not len(heldout):
         return {}
     signatures, opening = judged.table.signatures(), judged.table.column("opening")
-    heldout = heldout[(signatures[heldout] != WORDLESS).any(1)]
+    heldout = heldout[signatures[heldout, 0] != WORDLESS[0]]
     found = nearest(signatures, rows, heldout, threshold)
     near = np.flatnonzero(found >= 0)
     pairs = zip(rows[near].tolist(), heldout[found[near]].tolist(), strict=True)

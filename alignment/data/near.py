@@ -41,7 +41,7 @@ def signature(text: str) -> Signatures:
     return np.array(sketch.digest(), np.uint32)
 
 
-WORDLESS = signature("")
+WORDLESS = signature("")  # of texts without any word; each value is the largest, which hashes of words do not reach
 
 
 def groups(signatures: Signatures, threshold: float) -> NDArray[np.int64]:

@@ -201,7 +201,7 @@ def _apart(made: Judged, fit: np.ndarray, threshold: float) -> np.ndarray:
     """Those of these rows that are not nearly a row before, or are kept all the same."""
     signatures, opening = made.table.signatures(fit), made.table.column("opening")[fit]
     first = groups(signatures, threshold)
-    near = (first < np.arange(len(fit))) & (signatures[first] != WORDLESS).any(1)
+    near = (first < np.arange(len(fit))) & (signatures[:, 0] != WORDLESS[0])
     if made.task != "sft":  # a prompt may have several answers, and each says all of the prompt
         near &= opening != opening[first]
     stays = np.ones(len(fit), bool)
