@@ -2,7 +2,7 @@
 n-grams with theirs.
 
 N-grams that many prompts of the data hold are not the evaluation's own but a template's, or a phrase of the language,
-and are left out, as of GPT-3 (Brown et al. 2020, appendix C).
+and are left out, as NeMo Curator's `max_matches` does, by the same number.
 """
 
 from __future__ import annotations
