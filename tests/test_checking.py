@@ -27,6 +27,9 @@ def test_a_run_that_can_be_is_told_what_was_looked_at(
 ) -> None:
     found = checked(command, tmp_path / "store", "check", "pipeline=sft_dpo", *tiny_settings, *SMALL)
     states = {name: finding["state"] for name, finding in found.items()}
+    assert states.pop("length pairs") == "warning"
+    assert "chosen longer in 100% of pairs" in found["length pairs"]["what"]
+    assert found["length pairs"]["facts"]["length_bias"]["pairs"] == 24
     assert states == dict.fromkeys(
         ("config", "packages", "store", "tracking", "template", "vocabulary", "window", "data rows", "data pairs"), "ok"
     )
