@@ -31,6 +31,7 @@ with kept():
     from alignment.data.showing import histogram, shown
     from alignment.data.splitting import check_dropped, divide
     from alignment.data.writing import describe, spread
+    from alignment.estimating import telling
 
 
 def main(arguments: list[str]) -> int:
@@ -44,11 +45,18 @@ def main(arguments: list[str]) -> int:
                 assert isinstance(settings, Prepare)  # of whom the order is
                 with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
                     _data(name, experiment, settings, chat, order, Path(folder))
+        if order["estimate"]:
+            _all_told(telling.unknown(experiment, order["prepare"]))
     return 0
 
 
 def _tell(check: str, state: str, what: str, **more: Any) -> None:
     print(json.dumps({"check": check, "state": state, "what": what, **more}), flush=True)
+
+
+def _all_told(findings: Iterator[dict[str, Any]]) -> None:
+    for finding in findings:
+        _tell(**finding)
 
 
 @contextmanager
@@ -123,6 +131,9 @@ def _data(
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
+    if order["estimate"] and (start := fetch(experiment.model.source)).is_dir():
+        sample = telling.sample_of(experiment, settings, judged, rows, whole, most)
+        _all_told(telling.findings(experiment, name, sample, start, order["timed"]))
 
 
 def _show(check: str, judged: Judged, some: Any, rows: Any, chat: Chat) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from alignment.config.settings import Settings, execution
 
+AUTO = "auto"
 Figure = Annotated[float, Field(gt=0)]
 
 

@@ -10,14 +10,13 @@ from typing import Literal, NamedTuple
 import torch
 import yaml
 
-from alignment.config.hardware import Hardware
+from alignment.config.hardware import AUTO, Hardware
 from alignment.config.paths import CONF
 
 # Of what its matrix products reach a CPU reaches so much in training (docs/estimate.md), a GPU of its peak by assumption
 ON_CPU, ON_GPU = 0.7, 0.4
 SIDE = 1024  # of the matrices that are multiplied
 COPIED = 64 << 20  # bytes
-AUTO = "auto"
 
 
 class Device(NamedTuple):

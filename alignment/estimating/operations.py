@@ -34,9 +34,6 @@ class Counts(NamedTuple):
     def sum(self, records: np.ndarray | slice = slice(None)) -> Counts:
         return Counts(*(column[records].sum() for column in self))
 
-    def __add__(self, other: object) -> Counts:  # by column, where tuples would be joined
-        return Counts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))  # type: ignore[call-overload]
-
 
 def of_rows(lengths: np.ndarray, scored: np.ndarray) -> Counts:
     """Of rows by themselves."""
@@ -115,13 +112,10 @@ def update(shape: Shape, work: Counts, trained: Trained) -> np.ndarray:
 
 
 def decoding(shape: Shape, prompt: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """[R]: of answers to a prompt, [R, branches] tokens each, token by token with keys and values kept; each has a prompt
-    of its own, of whose last token alone logits are made."""
-    total: np.ndarray = np.zeros(len(prompt))
-    for tokens in answers.T:
-        work = of_rows(prompt + tokens, tokens)
-        total = total + forward(shape, work._replace(read=work.tokens))
-    return total
+    """[R]: of answers to prompts, [R, branches] tokens each, token by token with keys and values kept; the prompt is read
+    once."""
+    work = of_branches(prompt, answers)
+    return forward(shape, work._replace(read=work.tokens))
 
 
 def parameters(shape: Shape, tied: bool) -> int:
