@@ -115,7 +115,7 @@ class _Node:
             found = replace(found, told=measured.told())
         known = count is not None or self.settings.max_steps is not None
         facts = {**asdict(found), "seconds": found.seconds, "process_hours": found.process_hours, "kwh": found.kwh}
-        facts |= {"calibrated": measured is not None, "rows_known": sample.whole, "start_s": (timed or {}).get("start_s")}
+        facts |= {"rows_known": sample.whole, "start_s": (timed or {}).get("start_s")}
         told: Finding = {"check": f"time {self.name}", "state": "ok", "what": says(found, known, sample.whole), "facts": facts}
         return told if device is not None else {**told, "state": "note", "fix": FIX}
 

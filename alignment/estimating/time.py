@@ -135,7 +135,7 @@ class Estimate:
     """Of a whole stage. steps: of the optimiser; rows: that it trains on, an epoch. step_s, before_s: seconds of a step,
     and of the pass before the first one; None: nothing is known of what computes. sent, sent_s: bytes that a process
     sends in a step, and the seconds that they take, None where no rate is known. processes: GPUs, where it runs on GPUs.
-    scale: of a calibration, measured over predicted. told: whose figures these are."""
+    scale: of a calibration, measured over predicted by figures, which is in the seconds. told: whose figures these are."""
 
     steps: int
     rows: int
@@ -149,6 +149,7 @@ class Estimate:
     processes: int
     on_gpu: bool
     watts: float | None
+    scale: float | None
     told: str
 
     @property
@@ -190,6 +191,7 @@ def estimate(stage: Stage, rows: int, steps: int, device: Device | None, scale: 
         processes=world,
         on_gpu=device is not None and device.on_gpu,
         watts=None if device is None else device.watts,
+        scale=scale,
         told="nothing is known of what computes" if device is None else device.told,
     )
 
