@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from alignment.config.execution import NoPruning
@@ -54,8 +53,8 @@ class Calibrations:
             try:
                 told = self._run(name)
             except AlignmentError as error:
-                what = f"could not be run: {error.what}"
-                yield {"check": f"steps {name}", "state": "warning", "what": what, "where": error.where, "fix": error.fix}
+                where = {"what": f"could not be run: {error.what}", "where": error.where, "fix": error.fix}
+                yield {"check": f"steps {name}", "state": "warning", **where}
                 continue
             self.timed[name] = told
             each = sorted(told["seconds"])[STEPS // 2]
@@ -85,9 +84,9 @@ def calibrated(experiment: Experiment) -> list[str]:
     for name, node in experiment.pipeline.nodes.items():
         settings, parent = experiment.stage[node.stage], experiment.pipeline.nodes.get(node.inputs.get("data", ""))
         prepare = experiment.stage[parent.stage] if parent else None
-        if isinstance(settings, Train) and not isinstance(settings, Online) and isinstance(prepare, Prepare):
-            if prepare.datasets:
-                found.setdefault(f"{node.stage} {node.inputs['data']}", name)
+        trains = isinstance(settings, Train) and not isinstance(settings, Online)
+        if trains and isinstance(prepare, Prepare) and prepare.datasets:
+            found.setdefault(f"{node.stage} {node.inputs['data']}", name)
     return list(found.values())
 
 

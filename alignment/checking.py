@@ -30,9 +30,7 @@ SECONDS = 3.0  # for the tracker's server to answer
 MARKS = {"ok": "✓", "note": " ", "warning": "!", "failed": "✗"}
 
 
-def check(
-    experiment: Experiment, *, data_only: bool = False, as_json: bool = False, calibrate: bool = False
-) -> int:
+def check(experiment: Experiment, *, data_only: bool = False, as_json: bool = False, calibrate: bool = False) -> int:
     """Look at everything, say it, and raise the first failure as the error that the run would have ended with.
 
     calibrate: run some steps of each stage that trains, for the estimate of its time."""
@@ -141,8 +139,8 @@ def _data(
     estimate: bool = False,
     timed: dict[str, Any] | None = None,
 ) -> Iterator[Finding]:
-    """rows: of each data set; None: all of them. show: of each stage's rows, token by token. estimate: say what training
-    will take; timed: node -> what was measured of its steps."""
+    """rows: of each data set; None: all of them. show: of each stage's rows, token by token. estimate: say what
+    training will take; timed: node -> what was measured of its steps."""
     nodes = experiment.pipeline.nodes
     stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
     prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]

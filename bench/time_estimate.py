@@ -63,7 +63,7 @@ CASES = (
     Case("SFT, checkpointing", "sft", "M", (FULL, "engine.gradient_checkpointing=true")),
     Case("DPO, LoRA", "dpo", "M"),
     Case("DPO", "dpo", "S", (FULL,)),
-        Case("KTO", "kto", "S", (FULL,)),
+    Case("KTO", "kto", "S", (FULL,)),
     Case("SFT, DDP x 2", "sft", "M", (FULL,), processes=2),
     Case("DPO, ZeRO-2 x 2", "dpo", "S", (FULL, "engine=zero2"), processes=2),
 )
@@ -71,8 +71,9 @@ CASES = (
 
 def write_inputs(folder: Path) -> None:
     """Two start models, rows of very unlike lengths, and pipelines of one stage that trains."""
-    from tests.conftest import write_tiny_model
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.conftest import write_tiny_model
 
     for name, (hidden, inner, layers) in SIZES.items():
         place = write_tiny_model(folder / name)
@@ -127,7 +128,9 @@ def alignment(*arguments: str, cache: Path) -> str:
 
 
 def said(case: Case, settings: Sequence[str], folder: Path, *flags: str) -> dict[str, Any]:
-    told = json.loads(alignment("check", "--config-dir", str(folder), *settings, "--json", *flags, cache=folder / "cache"))
+    told = json.loads(
+        alignment("check", "--config-dir", str(folder), *settings, "--json", *flags, cache=folder / "cache")
+    )
     return next(one["facts"] for one in told["findings"] if one["check"] == f"time {case.kind}")
 
 
@@ -168,11 +171,26 @@ def summed(case: Case, found: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["stage", "model", "tokens a step", "taken, s a step", "after 5 steps", "off by", "by figures alone", "off by"]
+    header = [
+        "stage",
+        "model",
+        "tokens a step",
+        "taken, s a step",
+        "after 5 steps",
+        "off by",
+        "by figures alone",
+        "off by",
+    ]
     lines = ["| " + " | ".join(header) + " |", "|---|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
         spread = f"{row['error']:+.0%} ({min(row['errors']):+.0%} to {max(row['errors']):+.0%})"
-        cells = [row["case"], row["size"], f"{row['tokens']:.0f}", f"{row['taken_s']:.3f}", f"{row['calibrated_s']:.3f}"]
+        cells = [
+            row["case"],
+            row["size"],
+            f"{row['tokens']:.0f}",
+            f"{row['taken_s']:.3f}",
+            f"{row['calibrated_s']:.3f}",
+        ]
         cells += [spread, f"{row['by_figures_s']:.3f}", f"{row['error_by_figures']:+.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

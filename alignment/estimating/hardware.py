@@ -13,15 +13,17 @@ import yaml
 from alignment.config.hardware import AUTO, Hardware
 from alignment.config.paths import CONF
 
-# Of what its matrix products reach a CPU reaches so much in training (docs/estimate.md), a GPU of its peak by assumption
+# Of what its matrix products reach a CPU reaches so much in training (docs/estimate.md), a GPU of its peak by
+# assumption
 ON_CPU, ON_GPU = 0.7, 0.4
 SIDE = 1024  # of the matrices that are multiplied
 COPIED = 64 << 20  # bytes
 
 
 class Device(NamedTuple):
-    """What one process has. peak: operations a second; utilisation: the share of it that training reaches; memory, link,
-    network: bytes a second, the latter two in one direction; room: bytes of memory; None: not known. told: by whom."""
+    """What one process has. peak: operations a second; utilisation: the share of it that training reaches; memory,
+    link, network: bytes a second, the latter two in one direction; room: bytes of memory; None: not known. told: by
+    whom."""
 
     name: str
     peak: float | None
@@ -41,8 +43,8 @@ class Device(NamedTuple):
 
 
 def device(hardware: Hardware, precision: Literal["fp32", "bf16"], here: bool, threads: int = 1) -> Device | None:
-    """What a process of a stage has; None where that is not known. here: whether it runs on this machine, so that `auto`
-    is what there is. threads: CPU threads of the process."""
+    """What a process of a stage has; None where that is not known. here: whether it runs on this machine, so that
+    `auto` is what there is. threads: CPU threads of the process."""
     if hardware.name != AUTO:
         return _of(hardware, precision, f"figures of {hardware.name}")
     if not here:

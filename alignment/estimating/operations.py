@@ -1,11 +1,12 @@
-"""Floating-point operations of a step, counted by the matrix products and by attention: two a multiplication and addition.
+"""Floating-point operations of a step, counted by the matrix products and by attention: two a multiplication and
+addition.
 
-By Kaplan et al. 2020, Scaling Laws for Neural Language Models (arXiv:2001.08361), section 2.1, and Hoffmann et al. 2022,
-Training Compute-Optimal Large Language Models (arXiv:2203.15556), appendix F: a forward is 2 operations a weight and
-token, beside those of attention, a backward pass twice that. Where this project computes less, less is counted: a shared
-prompt once (training/packing.py), the head for scored tokens alone, the last layer for tokens of which an answer is made
-(training/last_layer.py), attention for tokens that are seen. Norms, activations, rotations, softmax are not counted, nor
-are experts beyond one MLP.
+By Kaplan et al. 2020, Scaling Laws for Neural Language Models (arXiv:2001.08361), section 2.1, and Hoffmann et al.
+2022, Training Compute-Optimal Large Language Models (arXiv:2203.15556), appendix F: a forward is 2 operations a weight
+and token, beside those of attention, a backward pass twice that. Where this project computes less, less is counted: a
+shared prompt once (training/packing.py), the head for scored tokens alone, the last layer for tokens of which an answer
+is made (training/last_layer.py), attention for tokens that are seen. Norms, activations, rotations, softmax are not
+counted, nor are experts beyond one MLP.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ import numpy as np
 
 from alignment.training.shape import Shape
 
-ATTENTION_BACKWARD = 2.5  # of its forward: a fused kernel computes the scores again, and has four products where it had two
+ATTENTION_BACKWARD = 2.5  # of its forward: a fused kernel computes the scores again, and has four more products
 
 
 class Counts(NamedTuple):
     """What a forward computes, of each of R records: arrays [R], or their sums.
 
-    tokens: packed. scored: those whose log-probability is computed. read: those of which any answer is made. seen: pairs
-    of a token and one that it attends to, itself among them.
-    """
+    tokens: packed. scored: those whose log-probability is computed. read: those of which any answer is made. seen:
+    pairs of a token and one that it attends to, itself among them."""
 
     tokens: np.ndarray
     scored: np.ndarray
@@ -57,8 +57,8 @@ def triangle(lengths: np.ndarray) -> np.ndarray:
 
 class Trained(NamedTuple):
     """What has gradients. whole: all weights. adapters: weights of adapters a layer. checkpointing: activations are
-    computed again in the backward pass. scores_again: so are the head's logits, by TRL's kernel on a GPU. outputs: of the
-    head; 1: a reward model's, None: a vocabulary."""
+    computed again in the backward pass. scores_again: so are the head's logits, by TRL's kernel on a GPU. outputs: of
+    the head; 1: a reward model's, None: a vocabulary."""
 
     whole: bool = True
     adapters: float = 0.0
@@ -70,7 +70,10 @@ class Trained(NamedTuple):
 def layers_forward(shape: Shape, work: Counts, adapters: float = 0.0) -> np.ndarray:
     """[R]: of the decoder's layers. In the last one the MLP is that of read tokens alone, and so are queries and output
     projection where they are modules of their own, which GPT-2's are not."""
-    attention, mlp = shape.hidden * 2 * (shape.query + shape.key), (3 if shape.gated else 2) * shape.hidden * shape.inner
+    attention, mlp = (
+        shape.hidden * 2 * (shape.query + shape.key),
+        (3 if shape.gated else 2) * shape.hidden * shape.inner,
+    )
     of_all = shape.hidden * 2 * shape.key if shape.gated else attention
     last = work.tokens * of_all + work.read * (attention + mlp - of_all)
     linear = (shape.layers - 1) * work.tokens * (attention + mlp) + last
@@ -92,9 +95,9 @@ def head_forward(shape: Shape, work: Counts, outputs: int | None = None) -> np.n
     return 2.0 * shape.hidden * (shape.vocabulary if outputs is None else 0) * work.scored
 
 
-def forward(shape: Shape, work: Counts, trained: Trained = Trained()) -> np.ndarray:
+def forward(shape: Shape, work: Counts, adapters: float = 0.0, outputs: int | None = None) -> np.ndarray:
     """[R]: of a forward without gradients."""
-    return layers_forward(shape, work, trained.adapters) + head_forward(shape, work, trained.outputs)
+    return layers_forward(shape, work, adapters) + head_forward(shape, work, outputs)
 
 
 def update(shape: Shape, work: Counts, trained: Trained) -> np.ndarray:
@@ -112,8 +115,8 @@ def update(shape: Shape, work: Counts, trained: Trained) -> np.ndarray:
 
 
 def decoding(shape: Shape, prompt: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """[R]: of answers to prompts, [R, branches] tokens each, token by token with keys and values kept; the prompt is read
-    once."""
+    """[R]: of answers to prompts, [R, branches] tokens each, token by token with keys and values kept; the prompt is
+    read once."""
     work = of_branches(prompt, answers)
     return forward(shape, work._replace(read=work.tokens))
 

@@ -39,7 +39,9 @@ class Sample:
     whole: bool
 
 
-def sample_of(experiment: Experiment, settings: Prepare, judged: Judged, looked_at: Any, whole: bool, most: int) -> Sample:
+def sample_of(
+    experiment: Experiment, settings: Prepare, judged: Judged, looked_at: Any, whole: bool, most: int
+) -> Sample:
     """most: rows of each data set that were read at most."""
     if whole:
         return Sample(judged, looked_at, len(looked_at), whole)
@@ -116,7 +118,12 @@ class _Node:
         known = count is not None or self.settings.max_steps is not None
         facts = {**asdict(found), "seconds": found.seconds, "process_hours": found.process_hours, "kwh": found.kwh}
         facts |= {"rows_known": sample.whole, "start_s": (timed or {}).get("start_s")}
-        told: Finding = {"check": f"time {self.name}", "state": "ok", "what": says(found, known, sample.whole), "facts": facts}
+        told: Finding = {
+            "check": f"time {self.name}",
+            "state": "ok",
+            "what": says(found, known, sample.whole),
+            "facts": facts,
+        }
         return told if device is not None else {**told, "state": "note", "fix": FIX}
 
     def _records(self, sample: Sample) -> Records:

@@ -1,10 +1,9 @@
 """Seconds of an optimiser step and of a whole stage, from operations, bytes and rates.
 
-A step is the longer of computing and of what the links carry meanwhile, and after it what nothing hides: the rest of the
-communication, and the optimiser. Not counted: launches of kernels and Python's own time, collating, latencies of
-collectives, what a judge takes; of a stage also its start, evaluation and what is saved. A calibration
-(calibration.py) measures some steps: the ratio to what is said here has all of a step in it.
-"""
+A step is the longer of computing and of what the links carry meanwhile, and after it what nothing hides: the rest of
+the communication, and the optimiser. Not counted: launches of kernels and Python's own time, collating, latencies of
+collectives, what a judge takes; of a stage also its start, evaluation and what is saved. A calibration (calibration.py)
+measures some steps: the ratio to what is said here has all of a step in it."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ class Layout(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Seconds. sampling: of online training, its part of a step; links: what computing may hide; after: what it can not.
-    Unknown where a rate is: links and optimiser are left out then."""
+    """Seconds. sampling: of online training, its part of a step; links: what computing may hide; after: what it can
+    not. Unknown where a rate is: links and optimiser are left out then."""
 
     computing: float
     sampling: float = 0.0
@@ -132,10 +131,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a whole stage. steps: of the optimiser; rows: that it trains on, an epoch. step_s, before_s: seconds of a step,
-    and of the pass before the first one; None: nothing is known of what computes. sent, sent_s: bytes that a process
-    sends in a step, and the seconds that they take, None where no rate is known. processes: GPUs, where it runs on GPUs.
-    scale: of a calibration, measured over predicted by figures, which is in the seconds. told: whose figures these are."""
+    """Of a whole stage. steps: of the optimiser; rows: that it trains on, an epoch. step_s, before_s: seconds of a
+    step, and of the pass before the first one; None: nothing is known of what computes. sent, sent_s: bytes that a
+    process sends in a step, and the seconds that they take, None where no rate is known. processes: GPUs, where it runs
+    on GPUs. scale: of a calibration, measured over predicted by figures, which is in the seconds. told: whose figures
+    these are."""
 
     steps: int
     rows: int

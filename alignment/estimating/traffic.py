@@ -51,8 +51,8 @@ def traffic(load: Load, micro: int, node: int) -> Traffic:
 
 
 def seconds(sent: Traffic, device: Device, nodes: int, node: int) -> tuple[float, float] | None:
-    """What computing may hide, and what it can not; None where a rate is not known. A ring of several nodes is as fast as
-    a node's way out, which its processes share; node: their number."""
+    """What computing may hide, and what it can not; None where a rate is not known. A ring of several nodes is as fast
+    as a node's way out, which its processes share; node: their number."""
     if not sent.across and not sent.inside:
         return 0.0, 0.0
     if device.link is None or (nodes > 1 and device.network is None):

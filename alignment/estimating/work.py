@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -38,8 +37,8 @@ class Records:
 
 
 def records_of(settings: Train | Reference, rows: Any) -> Records:
-    """rows: a datasets.Dataset of tokenised rows, as preparation makes them or a training stage renames them; of a stage
-    that trains online, the tokens of its prompts. Lengths of what is sampled are the longest it may have."""
+    """rows: a datasets.Dataset of tokenised rows, as preparation makes them or a training stage renames them; of a
+    stage that trains online, the tokens of its prompts. Lengths of what is sampled are the longest it may have."""
     if isinstance(settings, Online):
         return _online(settings, np.asarray(rows))
     if isinstance(settings, Sft):
@@ -115,13 +114,11 @@ class Operations(NamedTuple):
 def operations_of(shape: Shape, records: Records, trained: Trained, epochs_per_rollout: int = 1) -> Operations:
     step = operations.update(shape, records.trained, trained)
     if records.looked is not None:
-        step = step + records.looks * operations.forward(shape, records.looked, trained)
+        step = step + records.looks * operations.forward(shape, records.looked, trained.adapters, trained.outputs)
     nothing = np.zeros(len(records))
-    plain = trained._replace(adapters=0.0)  # adapters are off where the start model is asked
-    before = nothing if records.reference is None else operations.forward(shape, records.reference, plain)
+    # adapters are off where the start model is asked
+    before = nothing if records.reference is None else operations.forward(shape, records.reference)
     sampling = nothing
     if records.prompts is not None and records.answers is not None:
         sampling = operations.decoding(shape, records.prompts, records.answers) / epochs_per_rollout
     return Operations(step, before, sampling, records.trained.tokens)
-
-

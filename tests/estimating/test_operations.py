@@ -1,4 +1,5 @@
-"""Operations that are estimated against those that PyTorch counts in the forward and backward of a real model's packs."""
+"""Operations that are estimated against those that PyTorch counts in the forward and backward of a real model's
+packs."""
 
 from __future__ import annotations
 
