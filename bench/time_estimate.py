@@ -209,9 +209,13 @@ def main() -> None:
         write_inputs(Path(name))
         for _ in range(given.repeats):
             for case in cases:
-                found[case].append(measure(case, Path(name), given.steps))
+                try:
+                    found[case].append(measure(case, Path(name), given.steps))
+                except RuntimeError as error:  # of the other cases the hour is not lost
+                    print(f"{case.name} failed: {error}", file=sys.stderr, flush=True)
+                    continue
                 print(json.dumps(summed(case, found[case])), flush=True)
-    rows = [summed(case, some) for case, some in found.items()]
+    rows = [summed(case, some) for case, some in found.items() if some]
     print(table(rows))
     if given.docs is not None:
         text = json.dumps({"goal": GOAL, "repeats": given.repeats, "cases": rows}, indent=1)

@@ -19,25 +19,27 @@ WITHOUT = ("adapt", "watchdog_s")  # of the engine: they take no time
 
 
 class Calibration(NamedTuple):
-    """device: as it was known then. scale: seconds measured over predicted by it. steps: how many were timed."""
+    """device: as it was known then. scale: seconds measured over predicted by it. steps: how many were timed. around:
+    seconds from the launch to the first step, and from the last one to the end."""
 
     device: Device
     scale: float
     steps: int
+    around: float
 
     def told(self) -> str:
         share = self.device.utilisation / self.scale
         return f"{self.steps} steps timed on this machine, at {share:.0%} of {self.device.told}"
 
 
-def calibrated(stage: Stage, seconds: Sequence[float], device: Device) -> Calibration | None:
+def calibrated(stage: Stage, seconds: Sequence[float], device: Device, around: float = 0.0) -> Calibration | None:
     """stage: as it ran, with the rows that it had. seconds: of its steps after the first, which warms up. The median
     ratio: others may have had the machine for a step."""
     if not seconds:
         return None
     predicted = [stage.step(one, device) for one in stage.loads(len(seconds) + 1, device.on_gpu)[1:]]
     ratios = [took / step.seconds for took, step in zip(seconds, predicted, strict=True) if step is not None]
-    return Calibration(device, median(ratios), len(seconds)) if ratios else None
+    return Calibration(device, median(ratios), len(seconds), around) if ratios else None
 
 
 def place(store: Path, stage: Stage, engine: Engine, device: Device) -> Path:
@@ -74,6 +76,7 @@ def kept(path: Path) -> Calibration | None:
     """None where there is none that can be read."""
     try:
         told: dict[str, Any] = read_json(path)
-        return Calibration(Device(**told["device"]), float(told["scale"]), int(told["steps"]))
+        numbers = float(told["scale"]), int(told["steps"]), float(told["around"])
+        return Calibration(Device(**told["device"]), *numbers)
     except (OSError, ValueError, KeyError, TypeError):
         return None

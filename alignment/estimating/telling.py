@@ -24,7 +24,6 @@ from alignment.files import size_text
 from alignment.training.batching import count_steps
 
 FIX = "hardware=h100, or another of conf/hardware, gives times"
-NOT_COUNTED = "start, evaluation and saving are not counted"
 Finding = dict[str, Any]
 
 
@@ -111,13 +110,14 @@ class _Node:
         count = self._count(sample)
         limit = count_steps(count or 1, *self._schedule())
         steps = limit * (self.settings.epochs_per_rollout if self._reuses() else 1)
-        device, scale = (measured.device, measured.scale) if measured else (device, None)
-        found = estimate(stage, count or 1, steps, device, scale)
         if measured:
-            found = replace(found, told=measured.told())
+            how = measured.device, measured.scale, measured.around
+            found = replace(estimate(stage, count or 1, steps, *how), told=measured.told())
+        else:
+            found = estimate(stage, count or 1, steps, device)
         known = count is not None or self.settings.max_steps is not None
         facts = {**asdict(found), "seconds": found.seconds, "process_hours": found.process_hours, "kwh": found.kwh}
-        facts |= {"rows_known": sample.whole, "start_s": (timed or {}).get("start_s")}
+        facts["all_rows"] = sample.whole
         told: Finding = {
             "check": f"time {self.name}",
             "state": "ok",
@@ -163,7 +163,7 @@ class _Node:
         if isinstance(settings, Online):
             return None
         ran = self._stage(records_of(settings, load_from_disk(str(data / "train"))), device, settings)
-        made = calibration.calibrated(ran, timed["seconds"], device)
+        made = calibration.calibrated(ran, timed["seconds"], device, timed["start_s"] + timed["end_s"])
         if made is not None:
             calibration.keep(place, made)
         return made
@@ -186,7 +186,11 @@ def says(found: Estimate, known: bool, whole: bool) -> str:
     if found.sent:
         took = "at an unknown rate" if found.sent_s is None else _time(found.sent_s)
         parts.append(f"communication {size_text(found.sent)} a step ({took})")
-    return "; ".join([*parts, found.told, NOT_COUNTED])
+    parts.append(found.told)
+    if found.seconds is not None:
+        start = "start and end" if found.around_s is None else f"{_time(found.around_s)} to start and end; checkpoints"
+        parts.append(f"{start} are not counted")
+    return "; ".join(parts)
 
 
 def _time(seconds: float | None) -> str:

@@ -134,8 +134,9 @@ class Estimate:
     """Of a whole stage. steps: of the optimiser; rows: that it trains on, an epoch. step_s, before_s: seconds of a
     step, and of the pass before the first one; None: nothing is known of what computes. sent, sent_s: bytes that a
     process sends in a step, and the seconds that they take, None where no rate is known. processes: GPUs, where it runs
-    on GPUs. scale: of a calibration, measured over predicted by figures, which is in the seconds. told: whose figures
-    these are."""
+    on GPUs. scale: of a calibration, measured over predicted by figures, which is in the seconds. around_s: from the
+    launch to the first step and from the last one to the end, where that was measured. told: whose figures these are.
+    """
 
     steps: int
     rows: int
@@ -150,11 +151,15 @@ class Estimate:
     on_gpu: bool
     watts: float | None
     scale: float | None
+    around_s: float | None
     told: str
 
     @property
     def seconds(self) -> float | None:
-        return None if self.step_s is None else self.steps * self.step_s + (self.before_s or 0.0)
+        """Of the whole stage, as far as it is known."""
+        if self.step_s is None:
+            return None
+        return self.steps * self.step_s + (self.before_s or 0.0) + (self.around_s or 0.0)
 
     @property
     def process_hours(self) -> float | None:
@@ -168,9 +173,18 @@ class Estimate:
         return self.process_hours * self.watts / 1000
 
 
-def estimate(stage: Stage, rows: int, steps: int, device: Device | None, scale: float | None = None) -> Estimate:
-    """rows: that it trains on, of which those of the stage may be a sample. scale: seconds measured over predicted."""
-    looked = stage.loads(max(1, min(steps, LOOKED_AT)), device is not None and device.on_gpu)
+def estimate(
+    stage: Stage,
+    rows: int,
+    steps: int,
+    device: Device | None,
+    scale: float | None = None,
+    around: float | None = None,
+) -> Estimate:
+    """rows: that it trains on, of which those of the stage may be a sample. scale: seconds measured over predicted;
+    around: seconds before the first step and after the last."""
+    on_gpu = device is None or device.on_gpu  # of unknown machines it is most likely
+    looked = stage.loads(max(1, min(steps, LOOKED_AT)), on_gpu)
     mean = Loads(*np.mean(looked, axis=0).tolist())
     step = None if device is None else stage.step(mean, device)
     seconds = None if step is None else step.seconds * (scale or 1.0)
@@ -192,6 +206,7 @@ def estimate(stage: Stage, rows: int, steps: int, device: Device | None, scale: 
         on_gpu=device is not None and device.on_gpu,
         watts=None if device is None else device.watts,
         scale=scale,
+        around_s=around,
         told="nothing is known of what computes" if device is None else device.told,
     )
 
