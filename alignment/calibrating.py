@@ -63,7 +63,7 @@ class Calibrations:
 
     def _run(self, name: str) -> dict[str, Any]:
         run = runner.Run(shortened(self.experiment, name, self._store.name), "")
-        runner.execute(run, _Silent())
+        runner.execute(run, Silent())
         key = run.node(name).key
         folder, record = run.store.result(key), run.store.record(key) or {}
         moments = [row["time"] for row in read_jsonl(folder / METRICS)]
@@ -131,7 +131,7 @@ def shortened(experiment: Experiment, name: str, store: str) -> Experiment:
     )  # fmt: skip
 
 
-class _Silent:
+class Silent:
     """Nobody is told what happens."""
 
     def started(self, name: str, kind: str) -> None: ...

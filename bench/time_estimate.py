@@ -1,28 +1,36 @@
-"""The estimate of time against the time taken: `alignment check --calibrate`, then the run itself, on this CPU.
+"""The estimate of time against the time taken, on this CPU.
 
-    python -m bench.time_estimate [--repeats 3] [--steps 25] [--only NAME,...] [--docs docs]
+    python -m bench.time_estimate cpu|clock [--repeats 3] [--steps 20] [--only 0,2,...] [--docs docs]
 
-Of each case: what check says without a calibration (by a measured product of matrices), what it says after five timed
-steps, and what the steps of a real run take after its first one. Cases take turns, each repeat with a store of its own;
-the table has medians. Writes time_estimate.json and the table of estimate.md.
+Of each case: what is estimated without a calibration (by a measured product of matrices), what is estimated after five
+timed steps, and what the steps of a real run take after its first one. Cases take turns; the table has medians.
+
+clock: `alignment check --calibrate`, then `alignment run`, each repeat with a store of its own: what a person sees, with
+whatever else the machine does. cpu: the same stages in this process, in seconds of its CPU, which beside other programs
+say more than the clock; cases of one process alone. Writes time_estimate.json and a table of estimate.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import load_from_disk
 
 from bench.pages import fill
 
@@ -127,10 +135,9 @@ def alignment(*arguments: str, cache: Path) -> str:
     return done.stdout
 
 
-def said(case: Case, settings: Sequence[str], folder: Path, *flags: str) -> dict[str, Any]:
-    told = json.loads(
-        alignment("check", "--config-dir", str(folder), *settings, "--json", *flags, cache=folder / "cache")
-    )
+def said(case: Case, settings: Sequence[str], folder: Path) -> dict[str, Any]:
+    flags = "--json", "--calibrate"
+    told = json.loads(alignment("check", "--config-dir", str(folder), *settings, *flags, cache=folder / "cache"))
     return next(one["facts"] for one in told["findings"] if one["check"] == f"time {case.kind}")
 
 
@@ -147,16 +154,73 @@ def taken(case: Case, settings: Sequence[str], folder: Path) -> list[float]:
     return [after - before for before, after in pairwise(moments)]
 
 
-def measure(case: Case, folder: Path, steps: int) -> dict[str, float]:
+def by_clock(case: Case, folder: Path, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="bench-store-") as store:
         settings = settings_of(case, folder, Path(store), steps)
-        told = said(case, settings, folder, "--calibrate")
+        told = said(case, settings, folder)
         seconds = taken(case, settings, folder)
     each = sum(seconds) / len(seconds)
     return {
         "by_figures_s": told["step_s"] / told["scale"], "calibrated_s": told["step_s"], "taken_s": each,
         "steps": len(seconds), "tokens": told["tokens"] / told["steps"], "operations": told["operations"],
     }  # fmt: skip
+
+
+def by_cpu(case: Case, folder: Path, steps: int) -> dict[str, float]:
+    from transformers import AutoConfig
+
+    from alignment.config.compose import compose
+    from alignment.estimating import calibration, hardware
+    from alignment.estimating.layout import layout_of
+    from alignment.estimating.time import Stage, estimate
+    from alignment.estimating.work import records_of
+
+    experiment = compose(settings_of(case, folder, folder / "store", steps), (folder,))
+    inputs, settings = prepared(case, experiment, folder), experiment.stage[case.kind]
+    start = inputs["model"] / "model"
+    device = hardware.device(experiment.hardware, "fp32", here=True, threads=1)
+    records = records_of(settings, load_from_disk(str(inputs["data"] / "train")))
+    config, layout_args = AutoConfig.from_pretrained(start), (records, device, (1, 1), True)
+    layout = layout_of(settings, experiment.engine, start, config, *layout_args)
+    stage = Stage(settings, config, records, layout)
+    few = replace(stage, settings=settings.model_copy(update={"max_steps": 6}))
+    made = calibration.calibrated(few, cpu_seconds(case, experiment, few.settings, inputs), device)
+    assert made is not None
+    seconds = cpu_seconds(case, experiment, settings, inputs)
+    found = estimate(stage, len(records), len(seconds), device, made.scale)
+    return {
+        "by_figures_s": found.step_s / made.scale, "calibrated_s": found.step_s,
+        "taken_s": sum(seconds) / len(seconds), "steps": len(seconds), "tokens": found.tokens / found.steps,
+        "operations": found.operations,
+    }  # fmt: skip
+
+
+def prepared(case: Case, experiment: Any, folder: Path) -> dict[str, Path]:
+    """The results of the stages before, made once."""
+    from alignment.calibrating import Silent
+    from alignment.pipeline.runner import Run, bring
+    from alignment.signals import Listener
+
+    os.environ["ALIGNMENT_CACHE"] = str(folder / "cache")
+    run = Run(experiment, "")
+    for name in ("start", "rows"):
+        bring(run, run.node(name), Silent(), Listener())
+    return {role: run.store.result(run.node(name).key) for role, name in (("model", "start"), ("data", "rows"))}
+
+
+def cpu_seconds(case: Case, experiment: Any, settings: Any, inputs: dict[str, Path]) -> list[float]:
+    """Of each step of the stage, but for its first, run in this process."""
+    from alignment.stages.context import StageContext
+
+    moments: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="bench-stage-") as folder:
+        context = StageContext(
+            name=case.kind, run="bench", key="0" * 64, folder=Path(folder), settings=settings, experiment=experiment,
+            inputs=inputs, listeners=[lambda step, metrics: moments.append(time.process_time())],
+        )  # fmt: skip
+        with redirect_stdout(StringIO()):
+            importlib.import_module(f"alignment.stages.{case.kind}").run(context)
+    return [after - before for before, after in pairwise(moments)]
 
 
 def summed(case: Case, found: list[dict[str, float]]) -> dict[str, Any]:
@@ -198,12 +262,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("by", choices=["cpu", "clock"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="of the real run that are timed")
     parser.add_argument("--only", default="", help="numbers of cases, from 0")
     parser.add_argument("--docs", type=Path, default=None, help="folder of the pages; none = print alone")
     given = parser.parse_args()
+    measure = by_cpu if given.by == "cpu" else by_clock
     cases = [CASES[int(one)] for one in given.only.split(",") if one] or list(CASES)
+    cases = [case for case in cases if case.processes == 1 or given.by == "clock"]
     found: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory(prefix="bench-time-") as name:
         write_inputs(Path(name))
@@ -218,9 +285,10 @@ def main() -> None:
     rows = [summed(case, some) for case, some in found.items() if some]
     print(table(rows))
     if given.docs is not None:
-        text = json.dumps({"goal": GOAL, "repeats": given.repeats, "cases": rows}, indent=1)
-        (given.docs / "time_estimate.json").write_text(text + "\n")
-        fill(given.docs / "estimate.md", "time", table(rows))
+        place = given.docs / "time_estimate.json"
+        told = json.loads(place.read_text()) if place.is_file() else {"goal": GOAL}
+        place.write_text(json.dumps({**told, given.by: {"repeats": given.repeats, "cases": rows}}, indent=1) + "\n")
+        fill(given.docs / "estimate.md", f"time-{given.by}", table(rows))
 
 
 if __name__ == "__main__":

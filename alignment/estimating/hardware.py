@@ -47,14 +47,13 @@ def device(hardware: Hardware, precision: Literal["fp32", "bf16"], here: bool, t
     `auto` is what there is. threads: CPU threads of the process."""
     if hardware.name != AUTO:
         return _of(hardware, precision, f"figures of {hardware.name}")
-    if not here:
-        return None
-    if not torch.cuda.is_available():
+    if here and not torch.cuda.is_available():
         return _with(_measured(precision, threads), hardware, precision)
-    name = torch.cuda.get_device_name()
-    if (known := catalogue().get(name)) is None:
-        return None
-    return _with(_of(known, precision, f"figures of {name}"), hardware, precision)
+    known = catalogue().get(torch.cuda.get_device_name()) if here else None
+    if known is not None:
+        return _with(_of(known, precision, f"figures of {known.name}"), hardware, precision)
+    given = _of(hardware, precision, "the figures of `hardware`")
+    return None if given.peak is None else given
 
 
 def catalogue() -> dict[str, Hardware]:
@@ -70,7 +69,7 @@ def _of(known: Hardware, precision: str, told: str) -> Device:
     memory, link, network = (None if one is None else one * 1e9 for one in giga)
     peak, room = (None if one is None else one * by for one, by in ((tflops, 1e12), (known.memory_gb, 1e9)))
     share = known.utilisation or ON_GPU
-    return Device(known.name, peak, share, memory, link, network, known.watts, room, known.name != AUTO, told)
+    return Device(known.name, peak, share, memory, link, network, known.watts, room, True, told)
 
 
 def _with(found: Device, given: Hardware, precision: str) -> Device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ class _Node:
         ran = self._stage(records_of(settings, load_from_disk(str(data / "train"))), device, settings)
         made = calibration.calibrated(ran, timed["seconds"], device, timed["start_s"] + timed["end_s"])
         if made is not None:
-            calibration.keep(place, made)
+            with suppress(OSError):  # a store that cannot be written is a finding of its own
+                calibration.keep(place, made)
         return made
 
 
