@@ -31,7 +31,7 @@ with kept():
     from alignment.data.showing import histogram, shown
     from alignment.data.splitting import check_dropped, divide
     from alignment.data.writing import describe, spread
-    from alignment.estimating import telling
+    from alignment.estimating import samples, telling
 
 
 def main(arguments: list[str]) -> int:
@@ -132,7 +132,7 @@ def _data(
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
     if order["estimate"] and (start := fetch(experiment.model.source)).is_dir():
-        sample = telling.sample_of(experiment, settings, judged, rows, whole, most)
+        sample = samples.sample_of(experiment, settings, judged, rows, whole, most)
         _all_told(telling.findings(experiment, name, sample, start, order["timed"]))
 
 

@@ -5,10 +5,9 @@
 Of each case: what is estimated without a calibration (by a measured product of matrices), what is estimated after five
 timed steps, and what the steps of a real run take after its first one. Cases take turns; the table has medians.
 
-clock: `alignment check --calibrate`, then `alignment run`, each repeat with a store of its own: what a person sees, with
-whatever else the machine does. cpu: the same stages in this process, in seconds of its CPU, which beside other programs
-say more than the clock; cases of one process alone. Writes time_estimate.json and a table of estimate.md.
-"""
+clock: `alignment check --calibrate`, then `alignment run`, each repeat with a store of its own: what a person sees,
+with whatever else the machine does. cpu: the same stages in this process, in seconds of its CPU, which beside other
+programs say more than the clock; cases of one process alone. Writes time_estimate.json and a table of estimate.md."""
 
 from __future__ import annotations
 
@@ -175,7 +174,7 @@ def by_cpu(case: Case, folder: Path, steps: int) -> dict[str, float]:
     from alignment.estimating.time import Stage, estimate
     from alignment.estimating.work import records_of
 
-    experiment = compose(settings_of(case, folder, folder / "store", steps), (folder,))
+    experiment = compose(settings_of(case, folder, folder / "kept", steps), (folder,))
     inputs, settings = prepared(case, experiment, folder), experiment.stage[case.kind]
     start = inputs["model"] / "model"
     device = hardware.device(experiment.hardware, "fp32", here=True, threads=1)

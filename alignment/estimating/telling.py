@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from alignment.config.schema import Experiment
 from alignment.config.stages.online import Online
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.training import Reference, Train
-from alignment.data.preparation import Judged
-from alignment.estimating import calibration, hardware, rows
+from alignment.estimating import calibration, hardware
 from alignment.estimating.hardware import Device
 from alignment.estimating.layout import layout_of
+from alignment.estimating.samples import AT_MOST, Sample, generated, stages_on, trained
 from alignment.estimating.time import Estimate, Stage, estimate
 from alignment.estimating.work import Records, records_of
 from alignment.files import size_text
@@ -28,71 +28,29 @@ FIX = "hardware=h100, or another of conf/hardware, gives times"
 Finding = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Rows of a stage that prepares them, as far as they were looked at. looked_at: numbers of those that are trained
-    on, in its table; count: how many there are in all, about, None if nobody knows."""
-
-    judged: Judged
-    looked_at: Sequence[int]
-    count: int | None
-    whole: bool
-
-
-def sample_of(
-    experiment: Experiment, settings: Prepare, judged: Judged, looked_at: Any, whole: bool, most: int
-) -> Sample:
-    """most: rows of each data set that were read at most."""
-    if whole:
-        return Sample(judged, looked_at, len(looked_at), whole)
-    data = {name: experiment.data[name] for name in settings.datasets}
-    found: dict[str, int | None] = {}
-    source, fit = judged.table.column("source")[judged.fit], {}
-    for number, (name, one) in enumerate(data.items()):
-        read = judged.read[name]
-        found[name] = read if read < most else rows.in_source(_local(one))
-        fit[name] = float((source == number).sum()) / read
-    return Sample(judged, looked_at, rows.trained_on(data, found, fit, settings.splits), whole)
-
-
-def _local(dataset: Any) -> Path:
-    from alignment.data.fetch import fetch
-
-    return fetch(dataset.source, what="data")
-
-
-def stages_on(experiment: Experiment, prepared: str) -> list[str]:
-    """Nodes that train on the rows of this one."""
-    nodes, stage = experiment.pipeline.nodes, experiment.stage
-    return [
-        name
-        for name, node in nodes.items()
-        if isinstance(stage[node.stage], Train | Reference) and node.inputs.get("data") == prepared
-    ]
-
-
 def unknown(experiment: Experiment, looked_at: Sequence[str]) -> Iterator[Finding]:
-    """Of stages whose rows are not there yet."""
-    nodes = experiment.pipeline.nodes
-    for prepared in dict.fromkeys(node.inputs.get("data") for node in nodes.values()):
-        for name in stages_on(experiment, prepared) if prepared and prepared not in looked_at else ():
-            what = f"its rows are made by stages before `{prepared}`: how many is not known yet"
+    """Of stages whose rows nobody has yet. looked_at: nodes that prepare rows."""
+    later = [name for one in looked_at for name, *_ in generated(experiment, one)]
+    known = {name for one in (*looked_at, *later) for name in stages_on(experiment, one)}
+    for name, node in experiment.pipeline.nodes.items():
+        if isinstance(experiment.stage[node.stage], Train | Reference) and name not in known:
+            what = f"its rows are made by stages before `{node.inputs['data']}`: how many is not known yet"
             yield {"check": f"time {name}", "state": "note", "what": what}
 
 
 def findings(
     experiment: Experiment, prepared: str, sample: Sample, start: Path, timed: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    """Of the stages that train on the rows of `prepared`. start: the start model's folder. timed: node -> steps of it
-    that were run on this machine (alignment/calibrating.py)."""
+    """Of the stages that train on the rows of `prepared`, or on answers to its prompts. start: the start model's
+    folder. timed: node -> steps of it that were run on this machine (alignment/calibrating.py)."""
     config = AutoConfig.from_pretrained(start, local_files_only=True)
     devices: dict[Any, Device | None] = {}
-    for name in stages_on(experiment, prepared):
+    for name, rows in trained(experiment, prepared, sample):
         one = _Node(experiment, name, start, config)
         key = one.settings.precision, one.threads
         if key not in devices:
             devices[key] = hardware.device(experiment.hardware, one.settings.precision, one.here, one.threads)
-        yield one.finding(sample, devices[key], timed.get(name))
+        yield one.finding(rows, devices[key], timed.get(name))
 
 
 class _Node:
@@ -118,20 +76,19 @@ class _Node:
             found = estimate(stage, count or 1, steps, device)
         known = count is not None or self.settings.max_steps is not None
         facts = {**asdict(found), "seconds": found.seconds, "process_hours": found.process_hours, "kwh": found.kwh}
-        facts["all_rows"] = sample.whole
+        facts["rows_are"] = sample.how.strip() or "exact"
         told: Finding = {
             "check": f"time {self.name}",
             "state": "ok",
-            "what": says(found, known, sample.whole),
+            "what": says(found, known, AT_MOST if isinstance(self.settings, Online) else sample.how),
             "facts": facts,
         }
         return told if device is not None else {**told, "state": "note", "fix": FIX}
 
     def _records(self, sample: Sample) -> Records:
-        table = sample.judged.table
         if isinstance(self.settings, Online):
-            return records_of(self.settings, table.column("prompt_tokens")[sample.looked_at])
-        records = records_of(self.settings, table.take(sample.looked_at))
+            return records_of(self.settings, sample.prompts)
+        records = records_of(self.settings, sample.rows)
         return replace(records, reference=None) if self.finds_reference else records
 
     def _stage(self, records: Records, device: Device | None, settings: Any) -> Stage:
@@ -171,8 +128,8 @@ class _Node:
         return made
 
 
-def says(found: Estimate, known: bool, whole: bool) -> str:
-    about = "" if whole else "about "
+def says(found: Estimate, known: bool, about: str) -> str:
+    """known: how many steps there are. about: exactly, about or at most so many."""
     if found.step_s is None:
         step = f"{_count(found.operations)} operations a step"
     else:
@@ -181,10 +138,12 @@ def says(found: Estimate, known: bool, whole: bool) -> str:
         return f"{step}; how many rows there are is not known; {found.told}"
     parts = [f"{about}{found.steps} steps, {step}"]
     if found.seconds is not None:
-        parts[0] = f"{about}{found.steps} steps of {_time(found.step_s)}: {_time(found.seconds)}"
+        work = f"{found.steps} steps of {_time(found.step_s)}" if found.step_s else f"a forward of {found.rows} rows"
+        parts[0] = f"{about}{work}: {_time(found.seconds)}"
         parts[0] += f", {found.process_hours:.2g} GPU-hours" if found.on_gpu else ""
         parts[0] += f", {found.kwh:.2g} kWh" if found.kwh is not None else ""
-    parts.append(f"{_count(found.tokens)} tokens, {found.epochs:.3g} epochs")
+    if found.step_s != 0:
+        parts.append(f"{_count(found.tokens)} tokens, {found.epochs:.3g} epochs")
     if found.sent:
         took = "at an unknown rate" if found.sent_s is None else _time(found.sent_s)
         parts.append(f"communication {size_text(found.sent)} a step ({took})")

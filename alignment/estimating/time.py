@@ -89,8 +89,8 @@ class Stage:
     def operations(self, on_gpu: bool) -> Operations:
         shape = shape_of(self.config)
         trained = trained_of(self.settings, self.config, shape, self.layout.checkpointing, on_gpu)
-        rollouts = self.settings.epochs_per_rollout if isinstance(self.settings, Online) else 1
-        return operations_of(shape, self.records, trained, rollouts)
+        work = operations_of(shape, self.records, trained, _rounds(self.settings))
+        return work if isinstance(self.settings, Train) else work._replace(step=np.zeros(len(self.records)))
 
     def loads(self, steps: int, on_gpu: bool) -> list[Loads]:
         """Of each of the first steps, of which there are so many."""
