@@ -10,6 +10,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from alignment.config.execution import NoPruning
@@ -20,7 +22,7 @@ from alignment.config.stages.online import Online
 from alignment.config.stages.preference import Dpo
 from alignment.config.stages.preparing import ImportModel, Prepare
 from alignment.config.stages.training import Train
-from alignment.errors import AlignmentError, ConfigError
+from alignment.errors import AlignmentError, ConfigError, unusable
 from alignment.files import read_jsonl
 from alignment.pipeline import runner
 from alignment.pipeline.store import METRICS
@@ -34,15 +36,23 @@ class Calibrations:
     """The steps that were run, in a store that is there until `close`. timed: node -> what is told of them."""
 
     def __init__(self, experiment: Experiment):
-        """Raises ConfigError where steps on this machine would say nothing of the run's."""
-        fix = "without --calibrate, the estimate is by its figures; or hardware=auto and launcher=local or torchrun"
-        if isinstance(experiment.launcher, SlurmLauncher):
+        """Raises ConfigError where steps on this machine would say nothing of the run's, MachineError where the store
+        cannot be written, on whose disk there is room for models."""
+        launcher, fix = experiment.launcher, "without --calibrate the estimate is by figures (docs/estimate.md)"
+        if isinstance(launcher, SlurmLauncher):
             raise ConfigError("--calibrate measures this machine, jobs run elsewhere", where="launcher", fix=fix)
+        if launcher.layout(distributed=True)[0] > 1:
+            raise ConfigError("--calibrate measures one machine, not several", where="launcher.nodes", fix=fix)
         if experiment.hardware.name != AUTO:
             what = f"--calibrate measures this machine, not {experiment.hardware.name}"
             raise ConfigError(what, where="hardware", fix=fix)
         self.experiment, self.timed = experiment, dict[str, Any]()
-        self._store = tempfile.TemporaryDirectory(prefix="alignment-calibration-")
+        root = Path(experiment.store)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._store = tempfile.TemporaryDirectory(prefix=".calibration-", dir=root)
+        except OSError as error:
+            raise unusable(error) from error
 
     def close(self) -> None:
         self._store.cleanup()
@@ -57,8 +67,8 @@ class Calibrations:
                 yield {"check": f"steps {name}", "state": "warning", **where}
                 continue
             self.timed[name] = told
-            each = sorted(told["seconds"])[STEPS // 2]
-            what = f"{STEPS} steps of {each:.3g} s, after {told['start_s']:.0f} s from the launch to the first"
+            each = f"{len(told['seconds'])} steps of {median(told['seconds']):.3g} s"
+            what = f"{each}, after {told['start_s']:.0f} s from the launch to the first"
             yield {"check": f"steps {name}", "state": "ok", "what": what, "facts": told}
 
     def _run(self, name: str) -> dict[str, Any]:
@@ -72,7 +82,7 @@ class Calibrations:
             "settings": run.node(name).settings.model_dump(),
             "data": str(run.store.result(run.node(ROWS).key)),
             "seconds": seconds,
-            "start_s": moments[0] - record["started"] - sorted(seconds)[len(seconds) // 2],
+            "start_s": max(0.0, moments[0] - record["started"] - median(seconds)),
             "end_s": record["finished"] - moments[-1],
         }
 

@@ -15,7 +15,7 @@ from alignment.config.paths import CONF
 
 # Of what its matrix products reach a CPU reaches so much in training (docs/estimate.md), a GPU of its peak by
 # assumption
-ON_CPU, ON_GPU = 0.7, 0.4
+ON_CPU, ON_GPU = 0.6, 0.4
 SIDE = 512  # of the matrices that are multiplied: some milliseconds, in which others rarely get in between
 COPIED = 32 << 20  # bytes
 

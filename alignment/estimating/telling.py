@@ -133,28 +133,32 @@ def says(found: Estimate, known: bool, about: str) -> str:
     if found.step_s is None:
         step = f"{_count(found.operations)} operations a step"
     else:
-        step = f"{_time(found.step_s)} a step"
+        step = f"{time_text(found.step_s)} a step"
     if not known:
         return f"{step}; how many rows there are is not known; {found.told}"
-    parts = [f"{about}{found.steps} steps, {step}"]
-    if found.seconds is not None:
-        work = f"{found.steps} steps of {_time(found.step_s)}" if found.step_s else f"a forward of {found.rows} rows"
-        parts[0] = f"{about}{work}: {_time(found.seconds)}"
-        parts[0] += f", {found.process_hours:.2g} GPU-hours" if found.on_gpu else ""
-        parts[0] += f", {found.kwh:.2g} kWh" if found.kwh is not None else ""
+    parts = [f"{about}{found.steps} steps, {step}" if found.seconds is None else f"{about}{_cost(found)}"]
     if found.step_s != 0:
         parts.append(f"{_count(found.tokens)} tokens, {found.epochs:.3g} epochs")
     if found.sent:
-        took = "at an unknown rate" if found.sent_s is None else _time(found.sent_s)
+        took = "at an unknown rate" if found.sent_s is None else time_text(found.sent_s)
         parts.append(f"communication {size_text(found.sent)} a step ({took})")
     parts.append(found.told)
-    if found.seconds is not None:
-        start = "start and end" if found.around_s is None else f"{_time(found.around_s)} to start and end; checkpoints"
-        parts.append(f"{start} are not counted")
+    if found.around_s is not None:
+        parts.append(f"{time_text(found.around_s)} to start and end; checkpoints are not counted")
+    elif found.seconds is not None:
+        parts.append("start and end are not counted")
     return "; ".join(parts)
 
 
-def _time(seconds: float | None) -> str:
+def _cost(found: Estimate) -> str:
+    work = f"{found.steps} steps of {time_text(found.step_s)}" if found.step_s else f"a forward of {found.rows} rows"
+    hours = f", {found.process_hours:.2g} GPU-hours" if found.on_gpu else ""
+    energy = f", {found.kwh:.2g} kWh" if found.kwh is not None else ""
+    return f"{work}: {time_text(found.seconds)}{hours}{energy}"
+
+
+def time_text(seconds: float | None) -> str:
+    """For people, in two or three digits."""
     seconds = seconds or 0.0
     for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * unit:
