@@ -103,7 +103,6 @@ def _load(given: argparse.Namespace) -> list[Speaker]:
 
 def _answerer(folder: Path, max_new_tokens: int, temperature: float) -> Answer:
     import torch
-    from jinja2.exceptions import TemplateError
 
     from alignment import generation
 
@@ -113,8 +112,8 @@ def _answerer(folder: Path, max_new_tokens: int, temperature: float) -> Answer:
     def answer(messages: list[Message]) -> Iterator[str]:
         try:
             yield from generation.stream(model, tokenizer, messages, seed=secrets.randbits(32), **how)
-        except TemplateError as error:
-            raise InputError(f"the chat template refuses the conversation: {error}", where=str(folder)) from error
+        except InputError as error:
+            raise InputError(error.what, where=error.where or str(folder), fix=error.fix) from error
 
     return answer
 

@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,15 +35,15 @@ def check(experiment: Experiment, *, data_only: bool = False, as_json: bool = Fa
     """Look at everything, say it, and raise the first failure as the error that the run would have ended with.
 
     calibrate: run some steps of each stage that trains, for the estimate of its time."""
-    findings: list[Finding] = []
+    found: list[Finding] = []
     looks = _data(experiment, None) if data_only else _all(experiment, calibrate)
     for finding in looks:
-        findings.append(finding)
+        found.append(finding)
         if not as_json:
-            _say(finding)
-    failed = [finding for finding in findings if finding["state"] == "failed"]
+            say(finding)
+    failed = [finding for finding in found if finding["state"] == "failed"]
     if as_json:
-        print(json.dumps({"ok": not failed, "findings": findings}, indent=1))
+        print(json.dumps({"ok": not failed, "findings": found}, indent=1))
         return int(failed[0]["code"]) if failed else 0
     _raise(failed)
     return 0
@@ -58,7 +59,7 @@ def show(experiment: Experiment, rows: int, page: Path | None) -> int:
         if finding["state"] == "row":
             rendering.show(finding["row"])
         elif finding["state"] != "lengths":
-            _say(finding)
+            say(finding)
     if page is not None:
         rendering.write_page(findings, page)
         print(page)
@@ -68,12 +69,14 @@ def show(experiment: Experiment, rows: int, page: Path | None) -> int:
 
 def _raise(failed: list[Finding]) -> None:
     if failed:
-        first, more = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise _error(first, f"{first['check']}: {first['what']}{more}")
+        raise error_of(failed)
 
 
-def _error(finding: Finding, what: str) -> AlignmentError:
-    return BY_CODE.get(finding["code"], AlignmentError)(what, where=finding.get("where"), fix=finding.get("fix"))
+def error_of(failed: list[Finding]) -> AlignmentError:
+    """The first failure, as what the run would have ended with; and how many more there are."""
+    first, more = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    kind = BY_CODE.get(first["code"], AlignmentError)
+    return kind(f"{first['check']}: {first['what']}{more}", where=first.get("where"), fix=first.get("fix"))
 
 
 def _all(experiment: Experiment, calibrate: bool) -> Iterator[Finding]:
@@ -82,6 +85,22 @@ def _all(experiment: Experiment, calibrate: bool) -> Iterator[Finding]:
     )
     try:
         run = Run(experiment, "")
+    except AlignmentError as error:
+        yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
+        return
+    if not calibrate:
+        yield from findings(run, estimate=True)
+        return
+    with closing(Calibrations(experiment)) as calibrations:  # whose rows are looked at, too
+        yield from calibrations.run()
+        yield from findings(run, estimate=True, timed=calibrations.timed)
+
+
+def findings(run: Run, estimate: bool = False, timed: dict[str, Any] | None = None) -> Iterator[Finding]:
+    """All that is to be looked at of a run, as soon as it is known. estimate: and how long training will take; timed:
+    node -> what was measured of its steps."""
+    experiment = run.experiment
+    try:
         packages = {name: version for node in run.nodes for name, version in node.identity["packages"].items()}
         yield _finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in sorted(packages.items())))
         yield from _store(run)
@@ -89,12 +108,7 @@ def _all(experiment: Experiment, calibrate: bool) -> Iterator[Finding]:
         yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
         return
     yield from _tracker(experiment)
-    if not calibrate:
-        yield from _data(experiment, ROWS, estimate=True)
-        return
-    with closing(Calibrations(experiment)) as calibrations:  # their rows are looked at, too
-        yield from calibrations.run()
-        yield from _data(experiment, ROWS, estimate=True, timed=calibrations.timed)
+    yield from _data(experiment, ROWS, estimate=estimate, timed=timed)
 
 
 def _finding(check: str, state: str, what: str, **more: Any) -> Finding:
@@ -139,8 +153,8 @@ def _data(
     estimate: bool = False,
     timed: dict[str, Any] | None = None,
 ) -> Iterator[Finding]:
-    """rows: of each data set; None: all of them. show: of each stage's rows, token by token. estimate: say what
-    training will take; timed: node -> what was measured of its steps."""
+    """rows: of each data set; None: all of them. show: of each stage's rows, token by token. estimate, timed: as of
+    `findings`."""
     nodes = experiment.pipeline.nodes
     stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
     prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]
@@ -167,8 +181,9 @@ def _data(
                 yield _finding("model", "failed", what, fix=fix, code=1)
 
 
-def _say(finding: Finding) -> None:
+def say(finding: Finding, out: Callable[[str], None] | None = None) -> None:
+    out = out or partial(print, flush=True)
     where = f" ({finding['where']})" if finding.get("where") and finding["state"] != "ok" else ""
-    print(f"{MARKS[finding['state']]} {finding['check']:<12} {finding['what']}{where}", flush=True)
+    out(f"{MARKS[finding['state']]} {finding['check']:<12} {finding['what']}{where}")
     if finding["state"] in ("failed", "warning") and finding.get("fix"):
-        print(f"  {'':<12} fix: {finding['fix']}", flush=True)
+        out(f"  {'':<12} fix: {finding['fix']}")

@@ -84,8 +84,9 @@ def run(arguments: list[str]) -> int:
     try:
         from alignment import hydra_app, runs
 
-        session = runs.Session(stop, "--wait" in arguments, arguments)
-        code = hydra_app.main([argument for argument in arguments if argument != "--wait"], session.execute)
+        session = runs.Session(stop, "--wait" in arguments, arguments, "--force" in arguments)
+        flags = ("--wait", "--force")
+        code = hydra_app.main([argument for argument in arguments if argument not in flags], session.execute)
         session.finish()
         return code
     except Exception as error:

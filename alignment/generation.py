@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alignment import loading
+from alignment import control_tokens, guarded, loading
 from alignment.drawing import Noise, choose
 from alignment.errors import InputError, MachineError, is_out_of_memory
 from alignment.padding import by_budget
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Progress = Callable[..., None]  # progress(step, total, **facts)
 Drawn = tuple[list[int], list[float]]  # an answer's token ids, and the log-probs of these at temperature 1, in nats
 Few = TypeVar("Few")  # the answers to a prompt
@@ -85,9 +85,12 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation rendered by the tokenizer's template, up to where the model's turn begins."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """Token ids of a conversation rendered by the tokenizer's template, up to where the model's turn begins.
+
+    Control tokens spelled out in it are text, as in training on neutralised rows. Raises InputError.
+    """
+    control = control_tokens.of(tokenizer)
+    return control.encode(guarded.render(tokenizer, control.hidden(messages), None, prompt=True))
 
 
 def generate(

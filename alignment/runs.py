@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from alignment import hydra_app, search
+from alignment import hydra_app, launching, search
 from alignment.config.execution import PercentilePruning
 from alignment.config.given import unread
 from alignment.config.launchers import SlurmLauncher, TorchrunLauncher
@@ -42,16 +42,18 @@ Value = float | tuple[float, ...] | AlignmentError | search.Pruned | None
 
 class Session:
     """What one `alignment run` asks for. stop: hears the signals of this process. wait: until jobs of a cluster have
-    ended; a sweep whose sweeper learns from them, or that stops hopeless trials, waits in any case."""
+    ended; a sweep whose sweeper learns from them, or that stops hopeless trials, waits in any case. force: start what
+    the check before it refuses."""
 
-    def __init__(self, stop: Listener, wait: bool, arguments: Sequence[str]):
-        self._stop, self._wait, self._arguments = stop, wait, arguments
+    def __init__(self, stop: Listener, wait: bool, arguments: Sequence[str], force: bool = False):
+        self._stop, self._wait, self._arguments, self._force = stop, wait, arguments, force
         self._sweep: sweeps.Sweep | None = None
         self._local = False  # its stages run here
         self._trials = pruning.Trials(queue.say)
         self._failed: dict[str, AlignmentError] = {}  # stages that are not tried again for the next point
         self._errors: dict[str, AlignmentError] = {}  # points that failed
         self._refused: list[str] = []  # lines that are not yet said
+        self._doomed: dict[str, AlignmentError] = {}  # looks before a launch that found why it would fail
         self._pruned: dict[str, str] = {}  # points that were stopped as hopeless, and why
         self._count = 0
         self._warned = self._probed = False  # a sweeper that learns comes back for each of its rounds
@@ -98,6 +100,7 @@ class Session:
         going = [run for run in runs if not self._was_pruned(run)]
         for run in going:
             self._errors.pop(run.id, None)  # a sweeper may ask for the same point again
+        going = [run for run in going if self._may_go(run)]
         if not clustered:
             for run in going:
                 self._here(run)
@@ -110,6 +113,18 @@ class Session:
             if master is not None and search.learns(master) and (why := self._is_cancelled()):
                 raise Stopped(why)  # trials that were cancelled with their search have not failed
         return [self._value(run, in_sweep=master is not None) for run in runs]
+
+    def _may_go(self, run: runner.Run) -> bool:
+        """Whether nothing is known that it would end with."""
+        try:
+            launching.look(run, self._force, self._doomed, queue.say)
+        except AlignmentError as error:
+            self._trials.drop(run)
+            self._errors[run.id] = error
+            if self._sweep is not None:
+                queue.say(f"✗ {_called(run)}  {error}")
+            return False
+        return True
 
     def finish(self) -> None:
         """Raises the failure of the only run, or what became of the points of a sweep."""

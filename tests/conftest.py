@@ -20,6 +20,7 @@ from alignment.config.paths import CONF
 from alignment.imports import kept
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", WANDB_SILENT="true")
+os.environ.setdefault("ALIGNMENT_CHECK", "false")  # eight seconds a launch; tests/test_launching.py has it on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

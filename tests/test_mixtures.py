@@ -7,9 +7,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from alignment.files import read_jsonl
+from alignment.files import read_json, read_jsonl
 from tests.conftest import Command
 
+LISTS = "lists={pairs: best_worst, min_margin: 0.0, max_pairs: 1}"
 ALL = ("stage.prepare_sft.dataset=[instructions,theirs]", "stage.prepare_sft.splits.train=null")
 
 
@@ -21,7 +22,7 @@ def test_a_mixture_is_trained_on_and_says_whose_each_row_is(
     theirs = tmp_path / "theirs.jsonl"
     theirs.write_text(instruction_rows.read_text().replace("What is", "What was"))
     source = f"+data.theirs.source={{kind: path, path: {theirs}}}"
-    keys = ("format=auto", "columns={}", "limit=null", "cap=null", "epochs=2.0", "weight=null")
+    keys = ("format=auto", "columns={}", LISTS, "limit=null", "cap=null", "epochs=2.0", "weight=null")
     mixture = [source, *(f"+data.theirs.{key}" for key in keys)]
     forked(tmp_path / "store", "run", *short_settings, *mixture, *ALL)
     (folder,) = (path.parent for path in (tmp_path / "store" / "store").glob("*/data_report.json"))
@@ -32,3 +33,9 @@ def test_a_mixture_is_trained_on_and_says_whose_each_row_is(
     numbers = datasets.load_from_disk(str(folder / "train"))["source"][:]
     assert numbers == [int(row["source"] == "theirs") for row in rows]
     assert list((tmp_path / "store" / "store").glob("*/model/model.safetensors")), "and a model was trained"
+    for evaluation in (tmp_path / "store" / "store").glob("*/evaluation.json"):
+        told, answers = read_json(evaluation)["sources"], list(read_jsonl(evaluation.parent / "answers.jsonl"))
+        for name, one in told.items():
+            rewards = [row["reward"] for row in answers if row["source"] == name]
+            assert one["metrics"]["reward"] == pytest.approx(sum(rewards) / len(rewards))
+        assert list(told) == ["instructions", "theirs"]

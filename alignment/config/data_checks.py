@@ -8,6 +8,7 @@ from alignment.config.settings import Settings, identity
 
 Unusable = Literal["error", "drop"]  # nothing can be trained on such a row
 Action = Literal["error", "drop", "keep"]
+Spelled = Literal["error", "drop", "neutralise"]  # neutralise: it is ordinary text to the model
 
 
 class Checks(Settings):
@@ -19,7 +20,8 @@ class Checks(Settings):
     no_answer: Unusable = identity()
     empty_answer: Unusable = identity()
     merged_prompt: Unusable = identity()
-    control_text: Unusable = identity()
+    no_pair: Unusable = identity()
+    control_text: Spelled = identity()
     turn_order: Action = identity()
     empty_prompt: Action = identity()
     identical_sides: Action = identity()
@@ -37,6 +39,7 @@ FAULTS = {
     "no_answer": "has no answer at its end",
     "empty_answer": "has an empty answer",
     "merged_prompt": "the answer's first letters merge with the prompt's last token",
+    "no_pair": "has no two answers whose scores are apart",
     "control_text": "spells out a control token",
     "turn_order": "the turns do not alternate user, assistant",
     "empty_prompt": "has an empty prompt",
@@ -48,4 +51,5 @@ FAULTS = {
     # over_long of the stage, not a setting of checks
     "long_prompt": "its prompt is longer than max_prompt_length",
     "long_row": "is longer than max_length",
+    "truncated": "was too long: its prompt is cut from the left",
 }

@@ -91,6 +91,7 @@ class Experiment(Settings):
     min_free_gb: float = execution(ge=0)
     retries: int = execution(ge=0)
     retry_wait_s: float = execution(ge=0)
+    check: bool = execution()
     objective: list[str] = execution(min_length=1)
     pipeline: Pipeline = execution()
     model: Model = identity()

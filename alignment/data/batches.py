@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 from alignment.data.checks import Dropped, prompt_key
 from alignment.data.examples import Example, Reading, examples
 from alignment.data.formats import kept
-from alignment.data.sources import Row
+from alignment.data.sources import Row, Unreadable
 from alignment.data.tokens import IGNORED, TRAINED
+from alignment.data.turns import said
 
 IDS = pa.list_(pa.int32())
 TOKENS = {  # task -> columns that are trained on
@@ -42,7 +43,7 @@ class Chunk:
 
     source: int
     file: int
-    rows: list[Row]
+    rows: list[Row | Unreadable]
 
 
 @dataclass
@@ -103,15 +104,15 @@ def key_of(*texts: str) -> int:
 
 def keys(made: Example) -> tuple[int, int, int]:
     """opening, same, turned. A prompt may have several pairs, labels or scores, but none twice or turned round."""
-    asked, answer, turned = prompt_key(made.prompt), made.answer["content"], 0
+    asked, answer, turned = prompt_key(made.prompt), said(made.answer), 0
     if (label := made.columns.get("label")) is not None:
         same, turned = key_of(asked, answer, str(label)), key_of(asked, answer, str(not label))
     elif made.rejected is not None:
-        other = made.rejected["content"]
+        other = said(made.rejected)
         same = key_of(asked, answer, other)
         turned = key_of(asked, other, answer) if other != answer else 0
     else:
-        same = key_of(asked, answer) if "score" in made.columns else key_of(asked)
+        same = key_of(asked, answer) if "score" in made.columns else key_of(asked or made.opening)
     return key_of(made.opening), same, turned
 
 

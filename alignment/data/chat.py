@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from alignment.data.formats import Message
-from alignment.data.guarded import BYTES, SECONDS, TooLongError, bounded
+from alignment import guarded
+from alignment.control_tokens import ControlTokens
+from alignment.data.turns import Message
 from alignment.errors import InputError
-from alignment.files import size_text
 
 CLOCK = "strftime_now"  # what transformers gives a template to print today's date with
-NO_CLOCK = "there_is_no_clock"
+
+
+GENERATION = re.compile(r"\{%-?\s*generation\b")
+HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "World"}]
+TURNS = [*HELLO, {"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+TAIL, TAILS = 64, 1000  # characters between a control token and an answer that are remembered, and how many of them
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,11 @@ class Answer:
 
 
 class Chat:
-    """Renders and encodes conversations, the same way wherever it is used. tokenizer: of transformers."""
+    """Renders and encodes conversations, the same way wherever it is used. tokenizer: of transformers.
+
+    Control tokens that a message's content spells out become ordinary tokens, by markers that stand for them in
+    rendered text. Who wants none of such content refuses it before: `control_token` finds it.
+    """
 
     def __init__(self, tokenizer: Any, name: str = "the tokenizer"):
         if not tokenizer.chat_template:
@@ -41,9 +52,8 @@ class Chat:
         self.tokenizer, self.name = tokenizer, name
         self.eos: str = tokenizer.eos_token
         self.eos_id: int = tokenizer.eos_token_id
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        longest_first = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)))
+        self.control = ControlTokens(tokenizer)
+        self._tails: dict[str, list[int]] = {}
 
     @classmethod
     def load(cls, folder: Path) -> Chat:
@@ -55,32 +65,58 @@ class Chat:
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
 
     def control_token(self, text: str) -> str | None:
-        """The first control token spelled out in `text`: the tokenizer would make it a real one."""
-        found = self._control.search(text)
-        return found[0] if found else None
+        """The first control token spelled out in `text`, people's: the tokenizer would make it a real one."""
+        return self.control.find(text)
+
+    def plain(self, text: str) -> str:
+        """Rendered text as people read it: with what the markers stand for."""
+        return self.control.plain(text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text; the template has written every special token that belongs there."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.control.encode(text)
+
+    def prompts(self, text: str, ids: list[int], answers: list[Answer]) -> list[int | None]:
+        """How many of `ids`, those of the rendered `text`, are the prompt of each answer: as tokenising the prompt
+        alone, which generation does, gives them. None where that gives no prefix of `ids`.
+        """
+        real = self.control.real(text)
+        control = self.control.ids
+        places = [place for place, token in enumerate(ids) if token in control]
+        if [self.control.numbers[found[0]] for found in real] != [ids[place] for place in places]:
+            real = []
+        return [self._prompt(text, ids, answer.start, real, places) for answer in answers]
+
+    def _prompt(
+        self, text: str, ids: list[int], start: int, real: list[re.Match[str]], places: list[int]
+    ) -> int | None:
+        """A control token splits the text hard: up to the last one before the answer the ids of the prompt are those
+        of the whole. What follows it, up to the answer, is the same in most rows, and remembered.
+        """
+        count = bisect_right(real, start, key=lambda found: found.end())
+        across = count < len(real) and real[count].start() < start
+        if count and not across and start - real[count - 1].end() <= TAIL:
+            tail = self._tail(text[real[count - 1].start() : start])
+            place = places[count - 1]
+            if ids[place : place + len(tail)] == tail:
+                return place + len(tail)
+        prompt = self.encode(text[:start])
+        return len(prompt) if ids[: len(prompt)] == prompt else None
+
+    def _tail(self, text: str) -> list[int]:
+        if (known := self._tails.get(text)) is None:
+            known = self.encode(text)
+            if len(self._tails) < TAILS:
+                self._tails[text] = known
+        return known
 
     def render(self, messages: list[Message], where: str, *, prompt: bool = False) -> str:
-        """The conversation as text; prompt: with the words that ask the model for its turn."""
-        try:
-            with bounded():
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except TooLongError as error:
-            raise _hostile(f"does not end within {SECONDS:g} s", where) from error
-        except MemoryError as error:
-            raise _hostile(f"takes more than {size_text(BYTES)} of memory", where) from error
-        except Exception as error:  # a template is a program: it may raise whatever Python does
-            if NO_CLOCK in str(error):
-                what = "the chat template prints today's date, so it would change from day to day"
-                fix = "set model.chat_template to a .jinja file with a fixed date"
-                raise InputError(what, where=where, fix=fix) from error
-            line = f" (line {number} of it)" if (number := getattr(error, "lineno", None)) else ""
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"the chat template refuses the conversation: {said}{line}", where=where) from error
-        return str(text)
+        """The conversation as text, with markers for what is neutralised; prompt: with the words that ask the model for
+        its turn. Raises InputError."""
+        return guarded.render(self.tokenizer, self._hidden(messages), where, prompt=prompt)
+
+    def _hidden(self, messages: list[Message]) -> list[Message]:
+        return self.control.hidden(messages)
 
     def answers(self, messages: list[Message], where: str) -> tuple[str, list[Answer]]:
         """The rendered conversation and its assistant turns, cut where the template itself cuts.
@@ -88,18 +124,20 @@ class Chat:
         Rendering the turns before an answer must give a prefix of rendering them with it, and so on to the end: else
         the template rewrites history, and what is trained is not what is asked at generation. Raises InputError.
         """
-        text = self.render(messages, where)
-        for message in messages:
-            if message["content"].strip() not in text:
+        hidden = self._hidden(messages)
+        numbers = [number for number, message in enumerate(hidden) if message["role"] == "assistant"]
+        prompts = [(hidden[:number], True) for number in numbers]
+        through = [(hidden[: number + 1], False) for number in numbers if number + 1 < len(hidden)]
+        text, *parts = guarded.renderings(self.tokenizer, [(hidden, False), *prompts, *through], where)
+        befores, uptos = parts[: len(numbers)], [*parts[len(numbers) :], text]
+        for told, message in zip(hidden, messages, strict=True):
+            if told["content"].strip() not in text:
                 turn = f"{message['role']} turn {message['content'][:40]!r}"
                 what = f"the chat template leaves out or rewrites the {turn}"
                 raise InputError(what, where=where, fix="set model.chat_template to one that renders every turn")
+        self._check_tools(hidden, text, where)
         answers = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(messages[:number], where, prompt=True)
-            upto = text if number == len(messages) - 1 else self.render(messages[: number + 1], where)
+        for number, before, upto in zip(numbers, befores, uptos, strict=False):
             if not (upto.startswith(before) and text.startswith(upto)):
                 what = f"the chat template renders turn {number + 1} differently when later turns follow"
                 fix = "set model.chat_template to one that never rewrites earlier turns"
@@ -112,21 +150,52 @@ class Chat:
             answers.append(Answer(len(before), end + len(self.eos)))
         return text, answers
 
-    def check(self, *, needs_bos: bool) -> None:
-        """The template on a small conversation: it ends answers with the end-of-turn token, and begins the text once.
+    def _check_tools(self, messages: list[Message], text: str, where: str) -> None:
+        """Raises InputError where the template has no place for the functions that there are, or that are called."""
+        for what, functions in (
+            ("tools", messages[0].get("tools", [])),
+            ("calls of tools", [call for message in messages for call in message.get("tool_calls", [])]),
+        ):
+            for one in functions:
+                if (name := one["function"]["name"]) not in text:
+                    told = f"the chat template leaves out the {what}: {self.control.plain(name)!r} is not in its text"
+                    raise InputError(told, where=where, fix="set model.chat_template to one that renders tools")
 
-        needs_bos: the model expects a begin-of-text token. Raises InputError; done once, when a model is imported.
+    def check(self, *, needs_bos: bool) -> list[str]:
+        """The template on small conversations: it ends answers with the end-of-turn token, and begins the text once.
+
+        needs_bos: the model expects a begin-of-text token. Returns warnings: which conversations it cannot render, and
+        of its own marks of answers. Raises InputError; done once, when a model is imported.
         """
-        hello = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "World"}]
-        ids = self.encode(self.answers(hello, self.name)[0])
+        ids = self.encode(self.answers(HELLO, self.name)[0])
         check_bos(ids, self.tokenizer.bos_token_id, self.name)
         if needs_bos and ids[0] != self.tokenizer.bos_token_id:
             what = f"the tokenizer begins every text with {self.tokenizer.bos_token!r}, the chat template does not"
             raise InputError(what, where=self.name, fix="begin the template with {{ bos_token }}")
+        told = []
+        for name, messages in (("several turns", TURNS), ("a system turn", [SYSTEM, *HELLO])):
+            try:
+                check_bos(self.encode(self.answers(messages, self.name)[0]), self.tokenizer.bos_token_id, self.name)
+            except InputError as error:
+                if messages is TURNS or not error.what.startswith(guarded.REFUSES):  # many models take no system turn
+                    told.append(f"rows with {name} cannot be used: {error.what}")
+        return told + self._marks()
 
-
-def _hostile(what: str, where: str) -> InputError:
-    return InputError(f"the chat template {what}", where=where, fix="set model.chat_template to another one")
+    def _marks(self) -> list[str]:
+        """What is odd in the spans that the template marks with {% generation %}, where it does."""
+        if not GENERATION.search(str(self.tokenizer.chat_template)):
+            return []
+        text, answers = self.answers(HELLO, self.name)
+        again, spans = guarded.marked(self.tokenizer, HELLO, self.name)
+        odd = []
+        if again != text or len(spans) != len(answers):
+            odd.append("do not mark each answer once")
+        elif spans[0][0] < answers[0].start:
+            odd.append("mark words of the prompt")
+        if spans and answers and again == text and spans[-1][1] < answers[-1].end:
+            odd.append(f"leave out the end-of-turn token {self.eos!r}")
+        ours = "training here goes by its own marks of answers, but other programs' would not"
+        return [f"the {{% generation %}} blocks of the chat template {words}: {ours}" for words in odd]
 
 
 def without_clock(template: str) -> str:
@@ -137,7 +206,7 @@ def without_clock(template: str) -> str:
     """
     if CLOCK not in template:
         return template
-    return f"{{# No clock: every day the same text. #}}{{% set {CLOCK} = {NO_CLOCK} %}}\n{template}"
+    return f"{{# No clock: every day the same text. #}}{{% set {CLOCK} = {guarded.NO_CLOCK} %}}\n{template}"
 
 
 def adds_bos(tokenizer: Any) -> bool:

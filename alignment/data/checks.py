@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.data_checks import FAULTS, Checks
-from alignment.data.formats import Message
 from alignment.data.sources import Row
+from alignment.data.turns import Message, said
 from alignment.errors import InputError
 
 Counts = dict[str, dict[str, int]]  # data set -> fault, or format -> rows
@@ -39,12 +39,12 @@ class Policy:
             raise InputError(what, where=row.where, fix=f"mend the row, or set checks.{fault}=drop")
         if action == "drop":
             raise Drop(fault, why)
-        self.kept.append(fault)
+        self.kept.append(fault)  # keep, or neutralise
 
     def passed(self) -> list[str]:
-        """What was kept since the last call."""
-        kept, self.kept = self.kept, []
-        return kept
+        """What was kept since the last call, each once."""
+        kept, self.kept = dict.fromkeys(self.kept), []
+        return list(kept)
 
 
 @dataclass(frozen=True)
@@ -129,17 +129,28 @@ def turn_faults(messages: list[Message]) -> Iterator[str]:
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns or turns[-1]["role"] != "assistant":
         yield "no_answer"
-    if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+    if not _alternate(turns):
         yield "turn_order"
-    if any(not turn["content"].strip() for turn in turns if turn["role"] == "assistant"):
+    if any(not turn["content"].strip() for turn in turns if turn["role"] == "assistant" and "tool_calls" not in turn):
         yield "empty_answer"
-    if any(not turn["content"].strip() for turn in turns if turn["role"] != "assistant"):
+    if any(not turn["content"].strip() for turn in turns if turn["role"] == "user"):
         yield "empty_prompt"
+
+
+def _alternate(turns: list[Message]) -> bool:
+    """Whether each turn is of who may speak then: tools after an assistant that calls, it or the user after them."""
+    may = ["user"]
+    for turn in turns:
+        if turn["role"] not in may:
+            return False
+        may = ["assistant"] if turn["role"] == "user" else ["tool"] if "tool_calls" in turn else ["user"]
+        may = ["tool", "assistant"] if turn["role"] == "tool" else may
+    return turns[-1:] == [] or turns[-1]["role"] == "assistant"
 
 
 def prompt_key(messages: list[Message]) -> str:
     """Equal for prompts that differ in case and white space only."""
-    return "\n".join(f"{m['role']}: {' '.join(m['content'].split()).casefold()}" for m in messages)
+    return "\n".join(f"{m['role']}: {' '.join(said(m).split()).casefold()}" for m in messages)
 
 
 def opening(messages: list[Message]) -> str:

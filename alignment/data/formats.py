@@ -1,14 +1,13 @@
 """The shapes people keep rows in -> the canonical ones.
 
 Canonical: {"messages": [...]}, {"prompt": [...], "chosen": [answer], "rejected": [answer]} or {"prompt": [...],
-"completion": [answer]} (with a score); a message is {"role": "system" | "user" | "assistant", "content": text}. An
-unpaired row is a conversation and a label, whether its last answer is wanted.
+"completion": [answer]} (with a score), of messages as in turns.py; or {"text": ...}. An unpaired row is a conversation
+and a label, whether its last answer is wanted; a list of scored answers becomes pairs, or scored rows (ranking.py).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -17,11 +16,9 @@ from typing import Any
 from alignment.config.instructions import checks_of
 from alignment.config.rewards import LARGEST
 from alignment.data.sources import Row, type_name
+from alignment.data.turns import Message, dialogue, message, messages, text, turns, with_system
 from alignment.errors import ConfigError, InputError
 
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 KEYS = {  # a format is recognised by these keys of a row, in this order
     "preference": ("chosen", "rejected"),
     "messages": ("messages",),
@@ -29,7 +26,11 @@ KEYS = {  # a format is recognised by these keys of a row, in this order
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "scored": ("prompt", "completion", "score"),  # also a prompt_completion: only looked for where scores are wanted
+    "scored_list": ("completions",),
+    "text": ("text",),
 }
+SAID = ("response", "text", "content", "completion")  # names that an answer of a list goes by
+SCORES = ("score", "overall_score", "rating", "reward")  # and its score
 
 LABEL = "true for an answer that is wanted, false for one that is not"
 LABELLED = ("messages", "sharegpt", "prompt_completion")  # an unpaired row is one of these with a label
@@ -80,15 +81,15 @@ def canonical(row: Row, form: str) -> dict[str, list[Message]]:
 
 
 def _alpaca(row: Row) -> dict[str, list[Message]]:
-    instruction, given = _text(row, "instruction"), _text(row, "input", optional=True)
-    messages = [_message("system", system)] if (system := _text(row, "system", optional=True)) else []
+    instruction, given = text(row, "instruction"), text(row, "input", optional=True)
+    said: list[Message] = []
     history = row.value.get("history") or []
     if not isinstance(history, list) or not all(_is_pair(turn) for turn in history):
         raise InputError("'history' must be a list of [question, answer] texts", where=row.where)
     for question, answer in history:
-        messages += [_message("user", question), _message("assistant", answer)]
-    messages.append(_message("user", f"{instruction}\n{given}" if given.strip() else instruction))
-    return {"messages": [*messages, _message("assistant", _text(row, "output"))]}
+        said += [message("user", question), message("assistant", answer)]
+    said.append(message("user", f"{instruction}\n{given}" if given.strip() else instruction))
+    return {"messages": with_system(row, [*said, message("assistant", text(row, "output"))])}
 
 
 def _is_pair(turn: Any) -> bool:
@@ -96,52 +97,36 @@ def _is_pair(turn: Any) -> bool:
 
 
 def _chat(row: Row) -> dict[str, list[Message]]:
-    return {"messages": _messages(row, "messages")}
+    return {"messages": with_system(row, messages(row, "messages"))}
 
 
 def _prompt_completion(row: Row) -> dict[str, list[Message]]:
-    return {"messages": _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")}
+    return {"messages": with_system(row, turns(row, "prompt", "user") + turns(row, "completion", "assistant"))}
 
 
 def _sharegpt(row: Row) -> dict[str, list[Message]]:
-    system = _text(row, "system", optional=True)
-    return {"messages": ([_message("system", system)] if system else []) + _messages(row, "conversations")}
-
-
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-
-
-def _dialogue(row: Row, key: str) -> list[Message] | None:
-    """A text that is a whole conversation, as Anthropic's HH-RLHF has it: "\n\nHuman: ...\n\nAssistant: ...". None if
-    it is none."""
-    text = row.value.get(key)
-    if not isinstance(text, str) or not re.match(r"\s*Human:", text):
-        return None
-    parts = re.split(r"(?:^\s*|\n\n)(Human|Assistant):", text)[1:]
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [_message(SPEAKERS[speaker], said.strip()) for speaker, said in turns]
+    return {"messages": with_system(row, messages(row, "conversations"))}
 
 
 def _side(row: Row, key: str) -> list[Message]:
-    return _dialogue(row, key) or _turns(row, key, "assistant")
+    return dialogue(row, key) or turns(row, key, "assistant")
 
 
 def _preference(row: Row) -> dict[str, list[Message]]:
     chosen, rejected = (_side(row, side) for side in ("chosen", "rejected"))
     key = next((key for key in ("prompt", "conversations", "messages") if row.value.get(key) is not None), None)
     if len(chosen) == len(rejected) == 1 and key:
-        prompt = _turns(row, key, "user")
+        prompt = turns(row, key, "user")
     else:  # both sides are whole conversations: what they share is the prompt, and must be what `prompt` says
         shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(chosen) - 1)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not prompt:
             raise InputError("has no 'prompt', and the two sides share no first messages", where=row.where)
-        if key and not _agrees(_turns(row, key, "user"), prompt):
+        if key and not _agrees(turns(row, key, "user"), prompt):
             raise InputError(f"{key!r} is not the conversation that both sides begin with", where=row.where)
     if not [m["role"] for m in chosen] == [m["role"] for m in rejected] == ["assistant"]:
         raise InputError("'chosen' and 'rejected' must each be one answer to the same prompt", where=row.where)
-    system = _text(row, "system", optional=True)
-    return {"prompt": ([_message("system", system)] if system else []) + prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": with_system(row, prompt), "chosen": chosen, "rejected": rejected}
 
 
 def _unpaired(row: Row) -> dict[str, list[Message]]:
@@ -165,7 +150,7 @@ def wanted(row: Row) -> bool:
 
 
 def _scored(row: Row) -> dict[str, list[Message]]:
-    prompt, answer = _turns(row, "prompt", "user"), _turns(row, "completion", "assistant")
+    prompt, answer = turns(row, "prompt", "user"), turns(row, "completion", "assistant")
     if [m["role"] for m in answer] != ["assistant"]:
         raise InputError("'completion' must be one answer", where=row.where)
     if finite(row, "score") is None:
@@ -174,8 +159,36 @@ def _scored(row: Row) -> dict[str, list[Message]]:
         found = given if is_number else type_name(given)
         what = f"'score' must be a number of at most {LARGEST:g} in size, is {found}"
         raise InputError(what, where=row.where)
-    system = _text(row, "system", optional=True)
-    return {"prompt": ([_message("system", system)] if system else []) + prompt, "completion": answer}
+    return {"prompt": with_system(row, prompt), "completion": answer}
+
+
+def scored_list(row: Row) -> tuple[list[Message], list[dict[str, Any]]]:
+    """The prompt and the answers of a row of UltraFeedback's kind, each {"text", "score"}: `prompt` or `instruction`;
+    `completions`, a list of objects, or of texts beside a list `scores`. Raises InputError."""
+    key = "prompt" if row.value.get("prompt") is not None else "instruction"
+    prompt, answers, scores = (
+        with_system(row, turns(row, key, "user")),
+        row.value["completions"],
+        row.value.get("scores"),
+    )
+    if not isinstance(answers, list):
+        raise InputError(f"'completions' must be a list of answers, is {type_name(answers)}", where=row.where)
+    if all(isinstance(answer, str) for answer in answers):
+        if not isinstance(scores, list) or len(scores) != len(answers):
+            raise InputError("'completions' are texts: 'scores' must have one number for each", where=row.where)
+        answers = [{"text": answer, "score": score} for answer, score in zip(answers, scores, strict=True)]
+    return prompt, [_scored_answer(answer, f"completions[{number}]", row) for number, answer in enumerate(answers)]
+
+
+def _scored_answer(answer: Any, name: str, row: Row) -> dict[str, Any]:
+    if not isinstance(answer, dict):
+        raise InputError(f"{name} must be an object, is {type_name(answer)}", where=row.where)
+    said = next((answer[key] for key in SAID if isinstance(answer.get(key), str)), None)
+    score = next((value for key in SCORES if (value := finite(replace(row, value=answer), key)) is not None), None)
+    if said is None or score is None:
+        lacks = f"text ({', '.join(SAID)})" if said is None else f"number as its score ({', '.join(SCORES)})"
+        raise InputError(f"{name} has no {lacks}", where=row.where, fix=f"keys found: {', '.join(answer)}")
+    return {"text": said, "score": score}
 
 
 def finite(row: Row, key: str) -> float | None:
@@ -224,56 +237,3 @@ def kept(row: Row) -> dict[str, Any]:
             fix = error.fix or "docs/rewards.md lists them"
             raise InputError(f"{error.where}: {error.what}", where=row.where, fix=fix) from error
     return {name: value for name, value in (("expected", expected), ("checks", checks)) if value is not None}
-
-
-# --- pieces of a row --------------------------------------------------------------------------------------------------
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _text(row: Row, key: str, *, optional: bool = False) -> str:
-    value = row.value.get(key)
-    if value is None and optional:
-        return ""
-    if key not in row.value:
-        raise InputError(f"has no {key!r}", where=row.where, fix=f"keys found: {', '.join(row.value)}")
-    if not isinstance(value, str):
-        raise InputError(f"{key!r} must be text, is {type_name(value)}", where=row.where)
-    return value
-
-
-def _turns(row: Row, key: str, role: str) -> list[Message]:
-    """A text (said by `role`), one message, or a list of messages."""
-    value = row.value.get(key)
-    if isinstance(value, dict):
-        return [_turn(value, f"{key!r}", row)]
-    return _messages(row, key) if isinstance(value, list) else [_message(role, _text(row, key))]
-
-
-def _messages(row: Row, key: str) -> list[Message]:
-    value = row.value.get(key)
-    if key not in row.value:
-        raise InputError(f"has no {key!r}", where=row.where, fix=f"keys found: {', '.join(row.value)}")
-    if not isinstance(value, list):
-        raise InputError(f"{key!r} must be a list of messages, is {type_name(value)}", where=row.where)
-    if not value:
-        raise InputError(f"{key!r} holds no messages", where=row.where)
-    return [_turn(turn, f"{key}[{number}]", row) for number, turn in enumerate(value)]
-
-
-def _turn(turn: Any, name: str, row: Row) -> Message:
-    """{"role", "content"} or ShareGPT's {"from", "value"}."""
-    if not isinstance(turn, dict):
-        raise InputError(f"{name} must be an object, is {type_name(turn)}", where=row.where)
-    role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
-    role, text = turn.get(role_key), turn.get(text_key)
-    known = SHAREGPT_ROLES if role_key == "from" else dict(zip(ROLES, ROLES, strict=True))
-    if not isinstance(role, str) or role not in known:
-        raise InputError(f"{name}.{role_key} is {role!r}", where=row.where, fix=f"known: {', '.join(known)}")
-    if not isinstance(text, str):
-        raise InputError(f"{name}.{text_key} must be text, is {type_name(text)}", where=row.where)
-    if extra := [key for key in ("tool_calls", "function_call") if turn.get(key)]:
-        raise InputError(f"{name}.{extra[0]} is not supported", where=row.where)
-    return _message(known[role], text)

@@ -149,7 +149,8 @@ def usable_tokenizer(source: Path, settings: Model, name: str, warn: Callable[[s
     tokenizer.chat_template = without_clock(template)
     if tokenizer.chat_template != template:
         warn("the chat template prints today's date; it is left its own default, the same every day")
-    Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer))
+    for odd in Chat(tokenizer, name).check(needs_bos=settings.chat_template != "keep" and adds_bos(tokenizer)):
+        warn(odd)
     return tokenizer
 
 

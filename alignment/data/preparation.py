@@ -21,7 +21,7 @@ import numpy as np
 from alignment.data.batches import Batch, Chunk, Table, key_of, made_of
 from alignment.data.checks import Counts, Drop, Dropped, Policy, Tally, count
 from alignment.data.examples import Reading
-from alignment.data.sources import Row
+from alignment.data.sources import Row, Unreadable
 
 ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
 CHUNK = 200  # rows that go to a worker at a time
@@ -34,7 +34,7 @@ class Source:
     """A data set: its rows, and how they are read. guess: how many there may be, None if nobody knows."""
 
     name: str
-    rows: Iterable[Row]
+    rows: Iterable[Row | Unreadable]
     reading: Reading
     described: str
     guess: int | None = None
@@ -114,9 +114,11 @@ def _batches(sources: Sequence[Source], files: list[str]) -> Iterator[tuple[Chun
         for chunk in chain(first, chunks):
             yield chunk, made_of(chunk, sources[chunk.source].reading)
         return
-    # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever.
-    readings = [source.reading for source in sources]
-    with ProcessPoolExecutor(workers, get_context("forkserver"), _become_worker, (readings,)) as pool:
+    # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever. Forked from a
+    # process that has imported what they need, they share that memory.
+    readings, context = [source.reading for source in sources], get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, context, _become_worker, (readings,)) as pool:
         waiting: deque[tuple[Chunk, Future[Batch]]] = deque()
         try:
             for chunk in chain(first, chunks):
@@ -135,7 +137,7 @@ def _batches(sources: Sequence[Source], files: list[str]) -> Iterator[tuple[Chun
 def _chunks(sources: Sequence[Source], files: list[str]) -> Iterator[Chunk]:
     """Rows in order, by the file; an error of reading comes after the rows before it."""
     for number, source in enumerate(sources):
-        rows: list[Row] = []
+        rows: list[Row | Unreadable] = []
         for row in source.rows:
             if rows and (len(rows) == CHUNK or row.file != rows[0].file):
                 yield Chunk(number, _numbered(rows[0].file, files), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Mapping, Sequence
@@ -37,8 +38,10 @@ def divide(judged: Judged, sizes: Splits, seed: int, shares: Sequence[Share]) ->
     if any(share.cap is not None for share in shares):
         order = _capped(order, judged.table.column("source"), shares)
     openings = judged.table.column("opening")
-    heldout = order[: sizes.heldout]
-    prompts, order = _prompts(judged, order[sizes.heldout :], openings, heldout, sizes.prompts)
+    asking = order[judged.table.column("prompt_tokens")[order] > 0]  # texts ask nothing: they are trained on, or unused
+    heldout = asking[: sizes.heldout]
+    prompts, left = _prompts(judged, asking[sizes.heldout :], openings, heldout, sizes.prompts)
+    order = order[~np.isin(order, asking[: len(asking) - len(left)])]
     train = _without_leaks(judged, order, np.isin(openings[order], openings[np.concatenate([heldout, prompts])]), sizes)
     mixed = _mixed(train, judged, shares, seed)[: sizes.train]
     unused = train[~np.isin(train, mixed)]
@@ -145,7 +148,8 @@ def check_dropped(judged: Judged) -> None:
         if dropped > most * rows:
             what = f"{dropped} of {rows} rows are dropped, a larger share than checks.max_dropped: {judged.tally}"
             limits = _limits(judged)
-            fix = f"raise the stage's {limits}, or checks.max_dropped={most:g}" if limits else ""
+            enough = math.ceil(100 * dropped / rows) / 100
+            fix = f"raise the stage's {limits}, or checks.max_dropped={enough:g}" if limits else ""
             raise InputError(what, where=one.described, fix=fix or f"{judged.tally.path.name} has each; mend them")
 
 

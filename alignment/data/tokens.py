@@ -1,7 +1,7 @@
 """Rendered conversations -> token ids and labels.
 
-A conversation is tokenised once, whole. Where an answer begins is found by tokenising the prompt alone, which is what
-generation does, and must be a prefix of the whole: an answer whose first letters merge with the prompt's last token has
+A conversation is tokenised once, whole. An answer begins where tokenising the prompt alone, which is what generation
+does, ends, and that must be a prefix of the whole: an answer whose first letters merge with the prompt's last token has
 no honest cut, so the row is dropped and counted.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.data.chat import Chat, check_bos
+from alignment.data.chat import Chat, adds_bos, check_bos
 from alignment.data.checks import Drop
-from alignment.data.formats import Message
+from alignment.data.turns import Message
 from alignment.errors import InputError
 
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -38,23 +38,31 @@ class Pair:
 
 
 def conversation(chat: Chat, messages: list[Message], where: str) -> Conversation:
-    """Every assistant turn labelled, through its end-of-turn token and no further. Raises InputError, Drop."""
-    _refuse_control_tokens(chat, messages)
+    """Every assistant turn labelled, but of weight 0, through its end-of-turn token and no further. Raises InputError,
+    Drop."""
     text, answers = chat.answers(messages, where)
     ids = chat.encode(text)
     check_bos(ids, chat.tokenizer.bos_token_id, where)
     labels, first = [IGNORED] * len(ids), 0
-    for answer in answers:
-        prompt = chat.encode(text[: answer.start])
-        first = len(prompt)
-        if ids[:first] != prompt:
+    said = [message for message in messages if message["role"] == "assistant"]
+    for message, prompt in zip(said, chat.prompts(text, ids, answers), strict=True):
+        if prompt is None:
             raise Drop("merged_prompt")
+        first = prompt
         try:
             end = ids.index(chat.eos_id, first) + 1
         except ValueError:
             raise InputError(f"{chat.eos!r} does not become the end-of-turn token", where=where) from None
-        labels[first:end] = ids[first:end]
+        if message.get("weight") != 0:
+            labels[first:end] = ids[first:end]
     return Conversation(ids, labels, first)
+
+
+def plain(chat: Chat, text: str) -> Conversation:
+    """A text without turns, all of it labelled, and ended."""
+    begin = [chat.tokenizer.bos_token_id] if adds_bos(chat.tokenizer) else []
+    ids = [*begin, *chat.encode(chat.control.hide(text)), chat.eos_id]
+    return Conversation(ids, list(ids), 0)
 
 
 def pair(chat: Chat, prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str) -> Pair:
@@ -70,12 +78,6 @@ def answered(chat: Chat, messages: list[Message], where: str) -> tuple[list[int]
     whole = conversation(chat, messages, where)
     end = whole.ids.index(chat.eos_id, whole.prompt) + 1
     return whole.ids[: whole.prompt], whole.ids[whole.prompt : end]
-
-
-def _refuse_control_tokens(chat: Chat, messages: list[Message]) -> None:
-    for message in messages:
-        if found := chat.control_token(message["content"]):
-            raise Drop("control_text", f"the {message['role']} turn spells out the control token {found!r}")
 
 
 def check_end_of_turn(dataset: Any, eos_id: int) -> None:

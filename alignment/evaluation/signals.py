@@ -66,6 +66,16 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
     return {name: len(values) for name, values in _known(rows).items()}
 
 
+def by_source(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Data set -> what `means` and `counts` are over its own rows; nothing where all are of one."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.get("source", ""), []).append(row)
+    if len(found) < 2:
+        return {}
+    return {name: {"metrics": means(some), "prompts": counts(some)} for name, some in sorted(found.items())}
+
+
 def _known(rows: Sequence[Row]) -> dict[str, list[float]]:
     found = {name: [v for v in column if v is not None] for name, column in columns(rows).items()}
     return {name: values for name, values in found.items() if values}

@@ -16,11 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from alignment import places
 from alignment.config import shape
 from alignment.config.paths import template_path
 from alignment.config.schema import Experiment
 from alignment.config.settings import Settings
-from alignment.config.sources import Model, PathSource
+from alignment.config.sources import Dataset, Model, PathSource
 from alignment.config.stages.base import Stage
 from alignment.config.stages.preparing import ImportModel, Prepare
 from alignment.config.stages.training import Train
@@ -32,7 +33,7 @@ OPTIONAL = {  # package -> the extra that installs it, and what for
     "vaderSentiment": ("sentiment", ", which the reward's sentiment needs"),
     "bitsandbytes": ("qlora", ", which lora.quantize needs, on a CUDA GPU"),
 }
-FORMAT = 9  # raised when a key comes to mean something else, or a result to hold something else
+FORMAT = 10  # raised when a key comes to mean something else, or a result to hold something else
 
 
 def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:
@@ -62,6 +63,8 @@ def identity_side(value: Any) -> Any:
     content."""
     if isinstance(value, PathSource):
         return {"sha256": content_digest(Path(value.path))}
+    if isinstance(value, Dataset) and isinstance(value.source, PathSource):
+        return {**_fields(value), "source": data_digest(value.source.path)}
     if isinstance(value, Model):
         return {**_fields(value), "chat_template": template_digest(value.chat_template)}
     if isinstance(value, Settings):
@@ -150,6 +153,23 @@ def content_digest(path: Path) -> str:
     if path not in seen:
         seen[path] = _content_digest(path)
     return seen[path]
+
+
+def data_digest(path: str) -> str:
+    """SHA-256 over what a data set's path, pattern or address means: of each file, in order, how it is read and its
+    content, as `content_digest` or, of an address, as its server tells it. Raises InputError, MachineError."""
+    seen = _seen.get()
+    if seen is not None and Path(path) in seen:
+        return seen[Path(path)]
+    files = [(*places.kind(file), _one_digest(file)) for file in places.expand(path)]
+    made = digest(files)
+    if seen is not None:
+        seen[Path(path)] = made
+    return made
+
+
+def _one_digest(file: str) -> str:
+    return places.fingerprint(file) if places.is_url(file) else _file_digest(Path(file))
 
 
 def _content_digest(path: Path) -> str:

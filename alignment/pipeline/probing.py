@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from alignment.config.launchers import Resources
-from alignment.config.sources import Model, PathSource
+from alignment.config.sources import Dataset, Model, PathSource
 from alignment.config.stages.preparing import Prepare
 from alignment.errors import AlignmentError, ConfigError, MachineError
 from alignment.files import LATE, model_files, read_json, sha256, write_json, write_text
@@ -26,6 +26,7 @@ from alignment.pipeline.ledger import JOBS
 from alignment.pipeline.runner import Run
 from alignment.pipeline.store import Lock
 from alignment.pipeline.submission import Owner, asked, literal, script
+from alignment.places import expand, is_url
 
 Say = Callable[[str], None]
 PATIENCE = 600.0  # seconds in the queue
@@ -172,7 +173,9 @@ def _paths_of(run: Run) -> Iterator[Path]:
 
 
 def _paths(value: Any) -> Iterator[Path]:
-    if isinstance(value, PathSource):
+    if isinstance(value, Dataset) and isinstance(value.source, PathSource):
+        yield from (Path(file) for file in expand(value.source.path) if not is_url(file))
+    elif isinstance(value, PathSource):
         yield Path(value.path)
     elif isinstance(value, BaseModel):
         if isinstance(value, Model) and value.chat_template.endswith(".jinja"):

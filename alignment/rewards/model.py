@@ -7,17 +7,16 @@ costs (Coste et al. 2023, arXiv:2310.02743; there the variance, here its root, w
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from jinja2.exceptions import TemplateError
 from transformers import AutoModelForSequenceClassification
 
-from alignment import loading
+from alignment import guarded, loading
 from alignment.config.reward_terms import Model
+from alignment.control_tokens import ControlTokens
 from alignment.errors import InputError
 from alignment.padding import by_budget
 from alignment.rewards.term import Answer, Failed, Term, Value
@@ -67,8 +66,7 @@ class Scorer:
         # Which it is by then: the current one may become another.
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.model.to(self.device).eval()
-        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self.control = ControlTokens(self.tokenizer)
         self.window = getattr(self.model.config, "max_position_embeddings", None)
 
     def _check(self, lost: Sequence[str], folder: Path) -> None:
@@ -105,17 +103,17 @@ class Scorer:
     def encode(self, answer: Answer) -> list[int]:
         """Token ids of the conversation, the answer in it, through its end-of-turn token or all that the template
         writes. Raises Failed for what the template refuses, or what the model cannot read as it is meant."""
-        if found := self.control.search(answer.text):  # the tokenizer would make it a real one
-            raise Failed(f"the answer spells the control token {found[0]}")
-        turns = [*answer.row["prompt"], {"role": "assistant", "content": answer.text}]
+        if found := self.control.find(answer.text):  # no policy writes it as text but to be taken for something else
+            raise Failed(f"the answer spells the control token {found}")
+        said = {"role": "assistant", "content": answer.text}
+        turns = self.control.hidden([*answer.row["prompt"], said])
         try:
-            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-            before = str(self.tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise Failed(f"the reward model's chat template refuses it: {error}") from error
-        end = text.find(str(self.tokenizer.eos_token), len(before)) if self.end == "end_of_turn" else -1
-        cut = text if end < 0 else text[: end + len(self.tokenizer.eos_token)]
-        ids = list(self.tokenizer(cut, add_special_tokens=False)["input_ids"])
+            text = guarded.render(self.tokenizer, turns, None)
+            before = guarded.render(self.tokenizer, turns[:-1], None, prompt=True)
+            end = text.find(str(self.tokenizer.eos_token), len(before)) if self.end == "end_of_turn" else -1
+            ids = self.control.encode(text if end < 0 else text[: end + len(self.tokenizer.eos_token)])
+        except InputError as error:
+            raise Failed(f"of the reward model: {error.what}") from error
         if self.window is not None and len(ids) > self.window:
             raise Failed(f"is longer than the reward model's window of {self.window} tokens")
         return ids

@@ -44,7 +44,7 @@ def run(context: StageContext) -> dict[str, Any]:
     bound = signals.best_of_kl(context.settings.best_of)
     written = [
         {
-            **{name: row[name] for name in ("id", "prompt", "reference")},
+            **{name: row[name] for name in ("id", "source", "prompt", "reference") if name in row},
             "answer": answer.text,
             "tokens": answer.tokens,
             "finished": answer.finished,
@@ -162,6 +162,7 @@ def _publish(context: StageContext, rows: list[Row]) -> dict[str, float]:
         context.log(seen, signals.means(rows[:seen]))
     metrics = signals.means(rows)
     write_jsonl(context.folder / "answers.jsonl", rows)
-    write_json(context.folder / "evaluation.json", {"metrics": metrics, "prompts": signals.counts(rows)})
+    by_source = {"sources": sources} if (sources := signals.by_source(rows)) else {}
+    write_json(context.folder / "evaluation.json", {"metrics": metrics, "prompts": signals.counts(rows), **by_source})
     context.progress(1000, 1000)
     return metrics

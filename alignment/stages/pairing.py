@@ -6,25 +6,14 @@ reward, or what length control makes of it.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 from alignment.config.stages.answering import CLOSE, FEW, LOST, LOW, UNLIKE, Judge
+from alignment.data.ranking import Answer, Candidate, candidates, choose
 
 Row = dict[str, Any]
-Answer = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Two answers of a prompt. margin: of their scores, not negative."""
-
-    better: Answer
-    worse: Answer
-    margin: float
 
 
 @dataclass
@@ -62,7 +51,7 @@ def pairs_of(row: Row, settings: Judge) -> Found:
     answers = usable(row, settings)
     if len(answers) < 2:
         return Found(reason=FEW)
-    left = _candidates(answers, scores(answers, settings))
+    left = candidates(answers, scores(answers, settings))
     for reason, keeps in _limits(settings, row):
         if not (left := [candidate for candidate in left if keeps(candidate)]):
             return Found(reason=reason)
@@ -70,7 +59,8 @@ def pairs_of(row: Row, settings: Judge) -> Found:
     found = Found(reason=None if apart else CLOSE)
     close = [candidate for candidate in left if not _is_apart(candidate, settings.min_margin)]
     found.ties = [_tie(row, candidate) for candidate in close if _differ(candidate)]
-    chosen = _choose(apart, settings, str(row["id"]))
+    assert settings.pairs != "none"  # then nobody asks
+    chosen = choose(apart, settings.pairs, settings.seed, str(row["id"]))
     found.pairs = [_pair(row, candidate) for candidate in chosen[: settings.max_pairs_per_prompt]]
     found.beyond = max(0, len(chosen) - settings.max_pairs_per_prompt)
     return found
@@ -87,7 +77,7 @@ def best_of(row: Row, settings: Judge) -> Row | None:
     if number is None or not _is_good(answers[number], settings):
         return None
     best = answers[number]
-    return {"id": row["id"], "prompt": row["prompt"], "completion": _said(best), "reward": best["reward"]}
+    return {**_whose(row), "prompt": row["prompt"], "completion": _said(best), "reward": best["reward"]}
 
 
 def labelled(row: Row, settings: Judge) -> list[Row]:
@@ -95,21 +85,18 @@ def labelled(row: Row, settings: Judge) -> list[Row]:
     answers, threshold = usable(row, settings), settings.label_threshold
     assert threshold is not None
     return [
-        {"prompt": row["prompt"], "completion": _said(a), "label": value >= threshold, "reward": a["reward"]}
+        {
+            **_source(row),
+            "prompt": row["prompt"],
+            "completion": _said(a),
+            "label": value >= threshold,
+            "reward": a["reward"],
+        }
         for a, value in zip(answers, scores(answers, settings), strict=True)
     ]
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _candidates(answers: list[Answer], values: list[float]) -> list[Candidate]:
-    """Every two answers, the largest margin first; of equal margins those whose answers were sampled first."""
-    found = []
-    for a, b in combinations(range(len(answers)), 2):
-        better, worse = (a, b) if values[a] >= values[b] else (b, a)
-        found.append((-(values[better] - values[worse]), better, worse))
-    return [Candidate(answers[better], answers[worse], -margin) for margin, better, worse in sorted(found)]
 
 
 def _limits(settings: Judge, row: Row) -> list[tuple[str, Callable[[Candidate], bool]]]:
@@ -148,23 +135,13 @@ def _differ(candidate: Candidate) -> bool:
     return bool(candidate.better["text"] != candidate.worse["text"])
 
 
-def _choose(candidates: list[Candidate], settings: Judge, name: str) -> list[Candidate]:
-    """Those that `pairs` asks for, in the order in which they are taken."""
-    if not candidates or settings.pairs == "all_margin":
-        return candidates
-    if settings.pairs == "best_random":  # seeded by the prompt too: what other prompts there are changes nothing
-        best = candidates[0].better
-        against = [candidate for candidate in candidates if candidate.better is best]
-        random.Random(f"{settings.seed}/{name}").shuffle(against)
-        return against
-    taken: list[Candidate] = []
-    used: set[int] = set()
-    for candidate in candidates:  # best against worst; then the best of the others against their worst, and so on
-        both = {id(candidate.better), id(candidate.worse)}
-        if not both & used:
-            taken.append(candidate)
-            used |= both
-    return taken
+def _source(row: Row) -> Row:
+    """The name of the data set that the prompt is of, where there are several."""
+    return {"source": row["source"]} if "source" in row else {}
+
+
+def _whose(row: Row) -> Row:
+    return {"id": row["id"], **_source(row)}
 
 
 def _said(answer: Answer) -> list[dict[str, str]]:
@@ -173,7 +150,7 @@ def _said(answer: Answer) -> list[dict[str, str]]:
 
 def _pair(row: Row, candidate: Candidate) -> Row:
     return {
-        "id": row["id"],
+        **_whose(row),
         "prompt": row["prompt"],
         "chosen": _said(candidate.better),
         "rejected": _said(candidate.worse),
@@ -186,4 +163,4 @@ def _pair(row: Row, candidate: Candidate) -> Row:
 def _tie(row: Row, candidate: Candidate) -> Row:
     both = (candidate.better, candidate.worse)
     answers = [{"text": answer["text"], "reward": answer["reward"]} for answer in both]
-    return {"id": row["id"], "prompt": row["prompt"], "answers": answers}
+    return {**_whose(row), "prompt": row["prompt"], "answers": answers}

@@ -31,7 +31,12 @@ from alignment.pipeline.identity import one_look
 from tests.config.test_compose import REFUSED
 
 MIXTURES = 12
-MORE = ("+data.more.cap=4", "+data.more.epochs=1.0", "+data.more.weight=1.0")  # keys of a data set
+MORE = (
+    "+data.more.lists={pairs: best_worst, min_margin: 0.0, max_pairs: 1}",
+    "+data.more.cap=4",
+    "+data.more.epochs=1.0",
+    "+data.more.weight=1.0",
+)  # keys of a data set
 OTHERS = "rslora: false, dora: false, init: kaiming, modules_to_save: [], quantize: null"  # keys of lora
 FAST = [
     [],

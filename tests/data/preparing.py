@@ -13,7 +13,7 @@ from alignment.data import writing
 from alignment.data.chat import Chat
 from alignment.data.named import reading_of
 from alignment.data.preparation import Judged, Source, judge
-from alignment.data.sources import Row
+from alignment.data.sources import Row, Unreadable
 from alignment.data.splitting import Share, check_dropped, divide
 from tests.conftest import default_checks
 
@@ -49,20 +49,21 @@ class Made:
         return len(self.judged.fit)
 
 
-def run(chat: Chat, values: list[dict[str, Any]], form: str = "auto", **changes: Any) -> Made:
+def run(chat: Chat, values: list[Any], form: str = "auto", **changes: Any) -> Made:
     return mix(chat, {"mine": values}, form, **changes)[0]
 
 
 def mix(
-    chat: Chat, data: dict[str, list[dict[str, Any]]], form: str = "auto", shares: Sequence[Share] = (), **changes: Any
+    chat: Chat, data: dict[str, list[Any]], form: str = "auto", shares: Sequence[Share] = (), **changes: Any
 ) -> tuple[Made, Path]:
     """Several data sets, and where they were written."""
     elsewhere, checks = changes.pop("elsewhere", frozenset()), default_checks(**changes.pop("checks", {}))
+    lists = changes.pop("lists", None)
     columns, folder = changes.pop("columns", {}), changes.pop("folder", None) or _aside()
     stage = settings(**changes)
-    reading = reading_of(stage, form, columns, checks, chat)
+    reading = reading_of(stage, form, columns, checks, chat, lists)
     sources = [
-        Source(name, [Row(value, "rows.jsonl", n, n) for n, value in enumerate(values, start=1)], reading, "rows.jsonl")
+        Source(name, [_row(value, n) for n, value in enumerate(values, start=1)], reading, "rows.jsonl")
         for name, values in data.items()
     ]
     judged = judge(sources, folder, lambda *a, **k: None, elsewhere)
@@ -71,6 +72,10 @@ def mix(
     check_dropped(judged)
     writing.write(judged, parts, folder, chat)
     return Made(judged, {name: list(judged.table.take(part)) for name, part in parts.items()}), folder
+
+
+def _row(value: Any, number: int) -> Row | Unreadable:
+    return value if isinstance(value, Row | Unreadable) else Row(value, "rows.jsonl", number, number)
 
 
 def qa(question: str, answer: str) -> dict[str, str]:

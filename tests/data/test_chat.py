@@ -126,3 +126,54 @@ def test_control_tokens_are_found_in_text() -> None:
     assert chat.control_token("say <|user|> now") == "<|user|>"
     assert chat.control_token("<eos>") == "<eos>"
     assert chat.control_token("a <b> c") is None
+
+
+MARKED = PLAIN.replace(
+    "{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}",
+)
+OURS = ": training here goes by its own marks of answers, but other programs' would not"
+ODD = {
+    "well": (MARKED, []),
+    "without the end": (
+        MARKED.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"),
+        ["leave out the end-of-turn token '<eos>'"],
+    ),
+    "the prompt": (
+        MARKED.replace("{% generation %}", "")
+        .replace("{{ {'system'", "{% if 1 %}{% generation %}{{ {'system'")
+        .replace("{% endgeneration %}", "")
+        .replace("{{ '\\n' }}", "{% endgeneration %}{% endif %}{{ '\\n' }}"),
+        ["do not mark each answer once"],
+    ),
+    "the role": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}A:{{ m['content'] }}{{ eos_token }}"
+        "{% endgeneration %}{% else %}{{ m['role'] }}:{{ m['content'] }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}",
+        ["mark words of the prompt"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_marks_of_answers_by_the_template_are_checked(case: str) -> None:
+    template, odd = ODD[case]
+    told = Chat(make_tokenizer(template)).check(needs_bos=False)
+    assert told == [f"the {{% generation %}} blocks of the chat template {words}{OURS}" for words in odd]
+
+
+def test_which_conversations_a_template_cannot_render_is_told() -> None:
+    check = {
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN: [],
+        PLAIN.replace("in messages", "in messages if m['role'] != 'system'"): [
+            "rows with a system turn cannot be used: "
+            "the chat template leaves out or rewrites the system turn 'Be brief.'"
+        ],
+        "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + PLAIN: [
+            "rows with several turns cannot be used: "
+            "the chat template refuses the conversation: one turn (line 1 of the template)"
+        ],
+    }  # fmt: skip
+    for template, told in check.items():
+        assert Chat(make_tokenizer(template)).check(needs_bos=False) == told

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from alignment.data.formats import canonical, detect, margin
+from alignment.data.formats import canonical, detect, margin, scored_list
 from alignment.data.sources import Row
 from alignment.errors import InputError
 
@@ -78,7 +79,7 @@ BAD = {
     "misspelled role": (
         "messages",
         row(messages=[{"role": "asistant", "content": "a"}]),
-        "messages[0].role is 'asistant' (known: system, user, assistant)",
+        "messages[0].role is 'asistant' (known: system, user, assistant, tool)",
     ),
     "null content": (
         "messages",
@@ -88,9 +89,36 @@ BAD = {
     "tool calls": (
         "messages",
         row(messages=[{"role": "assistant", "content": "", "tool_calls": [1]}]),
-        "messages[0].tool_calls is not supported",
+        "messages[0].tool_calls[0] is no call of a function",
     ),
-    "tool turn": ("sharegpt", row(conversations=[{"from": "observation", "value": "x"}]), "conversations[0].from is"),
+    "arguments": (
+        "messages",
+        row(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "2 + 2"}}]}]),
+        "messages[0].tool_calls[0]: arguments must be an object, is text",
+    ),
+    "a call of the user": (
+        "messages",
+        row(messages=[{"role": "user", "content": "q", "tool_calls": [{"name": "f"}]}]),
+        "messages[0].tool_calls must be a list, in a turn of the assistant",
+    ),
+    "an old call": (
+        "messages",
+        row(messages=[{**assistant(""), "function_call": {"name": "f"}}]),
+        "messages[0].function_call",
+    ),
+    "tools": ("messages", row(messages=[user("q")], tools="f"), "'tools' must be a list of functions"),
+    "a tool": ("messages", row(messages=[user("q")], tools=[{"f": 1}]), "tools[0] has no function with a name"),
+    "a picture": (
+        "messages",
+        row(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
+        "messages[0].content has a part of the type 'image_url'",
+    ),
+    "a weight": (
+        "messages",
+        row(messages=[{**assistant("a"), "weight": 0.5}]),
+        "messages[0].weight must be 0 or 1",
+    ),
+    "tool turn": ("sharegpt", row(conversations=[{"from": "robot", "value": "x"}]), "conversations[0].from is"),
     "no prompt": ("preference", row(chosen="Q: x A: y", rejected="Q: x A: z"), "has no 'prompt', and the two sides"),
     "two answers": (
         "preference",
@@ -114,14 +142,14 @@ def test_a_malformed_row_is_an_error_with_file_and_line(case: str) -> None:
 
 
 def test_unknown_keys_name_the_formats_that_exist_or_the_nearest_one() -> None:
-    with pytest.raises(InputError, match=r"no known format has the keys text, label.*alpaca: instruction, output"):
-        detect(row(text="x", label=1))
+    with pytest.raises(InputError, match=r"no known format has the keys words, label.*alpaca: instruction, output"):
+        detect(row(words="x", label=1))
     with pytest.raises(InputError, match=r"nearest is alpaca \(instruction, output\), which lacks output"):
         detect(row(instruction="x", response="y"))
     with pytest.raises(
         InputError, match=r"nearest is prompt_completion \(prompt, completion\), which lacks completion"
     ):
-        detect(row(prompt="x", completions="y"))
+        detect(row(prompt="x", completed="y"))
 
 
 def test_conversations_written_as_text_become_turns() -> None:
@@ -157,3 +185,60 @@ def test_a_score_that_is_no_number_names_its_row(score: Any) -> None:
 )
 def test_the_margin_of_a_pair(given: dict[str, Any], wanted: float | None) -> None:
     assert margin(row(**PAIR, **given)) == wanted
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"in": "Rome"}}}
+CALLING = [user("q"), {**assistant(""), "tool_calls": [CALL]}, {"role": "tool", "content": "hot"}, assistant("Hot.")]
+
+
+def test_tools_and_their_calls_are_one_shape_whatever_they_come_in() -> None:
+    of_openai = [
+        user("q"),
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {
+            "name": "weather", "arguments": '{"in": "Rome"}'}}]},
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": half} for half in ("ho", "t")]},
+        assistant("Hot."),
+    ]  # fmt: skip
+    of_sharegpt = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"in": "Rome"}}'},
+        {"from": "observation", "value": "hot"},
+        {"from": "gpt", "value": "Hot."},
+    ]
+    made = canonical(row(messages=of_openai, tools=[WEATHER]), "messages")["messages"]
+    assert (
+        made[0].pop("tools") == [WEATHER] and made[1]["tool_calls"][0].pop("id") == made[2].pop("tool_call_id") == "1"
+    )
+    assert made == CALLING
+    made = canonical(row(conversations=of_sharegpt, tools=json.dumps([WEATHER["function"]])), "sharegpt")["messages"]
+    assert made[0].pop("tools") == [WEATHER] and made == CALLING
+    pair = canonical(row(prompt=CALLING[:3], chosen="Hot.", rejected="Cold.", tools=[WEATHER]), "preference")
+    assert pair["prompt"][0]["tools"] == [WEATHER] and pair["prompt"][1:] == CALLING[1:3]
+
+
+def test_a_rows_own_system_turn_comes_first_in_every_format() -> None:
+    for form, given in (
+        ("messages", row(messages=[user("q"), assistant("a")], system="s")),
+        ("prompt_completion", row(prompt="q", completion="a", system="s")),
+        ("sharegpt", row(conversations=[user("q") | {"from": "human", "value": "q"}], system="s")),
+    ):
+        assert canonical(given, form)["messages"][:2] == [{"role": "system", "content": "s"}, user("q")]
+
+
+def test_lists_of_scored_answers_are_read_in_both_shapes() -> None:
+    """UltraFeedback (Cui et al. 2023, arXiv:2310.01377) has objects; others have two lists."""
+    of_objects = row(instruction="q", completions=[{"response": "a", "overall_score": 7.5, "model": "m"}])
+    of_lists = row(prompt=[user("q")], completions=["a"], scores=[7.5])
+    assert scored_list(of_objects) == scored_list(of_lists) == ([user("q")], [{"text": "a", "score": 7.5}])
+    for given, what in (
+        (row(prompt="q", completions=["a"], scores=[]), "'scores' must have one number for each"),
+        (
+            row(prompt="q", completions=[{"text": "a"}]),
+            r"completions\[0\] has no number as its score .*keys found: text",
+        ),
+        (row(prompt="q", completions=[{"score": 1.0}]), r"completions\[0\] has no text"),
+        (row(prompt="q", completions="a"), "'completions' must be a list of answers, is text"),
+    ):
+        with pytest.raises(InputError, match=what):
+            scored_list(given)

@@ -1,81 +1,147 @@
-"""Templates that loop for ever or eat memory, and those that reach for what they must not have."""
+"""What a template can do to the process that renders it: nothing."""
 
 from __future__ import annotations
 
+import resource
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from alignment.data import guarded
+from alignment import guarded
 from alignment.data.chat import Chat
-from alignment.data.guarded import TooLongError, bounded
 from alignment.errors import InputError
 
-from .conftest import assistant, make_tokenizer, user
+from .conftest import PLAIN, make_tokenizer, user
 
-TALK = [user("q"), assistant("a")]
-LONG = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
-DOUBLED = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}"
-HOSTILE = {
-    "loops": (LONG, "does not end within 0.5 s"),
-    "multiplies a text": ("{{ 'a' * 10**11 }}", "takes more than 1.1 GB of memory"),
-    "doubles a text": (DOUBLED, "takes more than 1.1 GB of memory|does not end within"),
-    "raises a number": ("{{ 10**(10**10) }}", "does not end within|memory|refuses"),
-    "pads a text": ("{{ 'a'.center(10**11) }}", "takes more than 1.1 GB of memory"),
-    "calls itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses the conversation"),
-    "reads a class": ("{{ messages.__class__.__mro__ }}", "refuses the conversation"),
-    "changes what it is given": ("{{ messages.clear() }}", "refuses the conversation"),
-    "divides by nothing": ("{{ 1 // 0 }}", "refuses the conversation: .*zero"),
-    "is no template": ("a\n{% for %}", r"refuses the conversation: .*\(line 2 of it\)"),
-}
+HI = [user("Hi")]
+REFUSED = "here: the chat template refuses the conversation: "
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_template_is_one_line_and_soon_over(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    template, said = HOSTILE[what]
-    monkeypatch.setattr(guarded, "SECONDS", 0.5)
-    monkeypatch.setattr("alignment.data.chat.SECONDS", 0.5)
-    began = time.monotonic()
-    with pytest.raises(InputError, match=f"rows.jsonl:3: the chat template ({said})"):
-        Chat(make_tokenizer(template)).render(TALK, "rows.jsonl:3")
-    assert time.monotonic() - began < 5
+def refused(template: str) -> str:
+    with pytest.raises(InputError) as caught:
+        Chat(make_tokenizer(template)).render(HI, "here")
+    return str(caught.value)
 
 
-def test_an_alarm_that_was_set_before_goes_on_and_limits_are_as_they_were() -> None:
-    import resource
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A second is as good as ten to show a limit of time."""
+    whole = guarded.guarded
+    monkeypatch.setattr(guarded, "guarded", lambda work, where: whole(work, where, seconds=1.0))
+    yield
 
-    rung: list[int] = []
-    theirs = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
-    left, limits = signal.setitimer(signal.ITIMER_REAL, 0.3), resource.getrlimit(resource.RLIMIT_DATA)
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 10 ** (10 ** 10) }}",
+        "{{ (9 + messages | length) ** (10 ** 9) % 7 }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_ended(template: str, soon: None) -> None:
+    started = time.monotonic()
+    assert refused(template) == (
+        "here: the chat template does not end within 1 s (set model.chat_template to a simpler one)"
+    )
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ messages[0]['content'] * 10 ** 10 }}",
+        "{{ 'a'.center(10 ** 10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{{ [0] * 10 ** 10 }}",
+    ],
+)
+def test_a_template_that_takes_the_memory_is_ended(template: str) -> None:
+    assert "here: the chat template takes more than 1 GB of memory (set model.chat_template" in refused(template)
+    assert "a" * 10**6, "the process goes on"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ messages.__init__.__globals__ }}", "unsafe"),
+        ("{{ '{0.__class__.__mro__}'.format('') }}", "unsafe"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ range(100001) }}", "OverflowError"),
+    ],
+)
+def test_the_sandbox_holds(template: str, said: str) -> None:
+    assert (message := refused(template)).startswith(REFUSED) and said in message
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception.__globals__ }}", "{{ ''|attr('__class__')|attr('__mro__') }}"]
+)
+def test_what_the_sandbox_hides_is_as_if_undefined(template: str) -> None:
+    assert Chat(make_tokenizer(template)).render(HI, "here") == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("a\n{{ messages[0]['content'] + 1 }}", 'TypeError: can only concatenate str (not "int") to str'),
+        ("a\n{{ 1 // 0 }}", "ZeroDivisionError: integer division or modulo by zero"),
+        ("a\n{{ messages.nothing.at_all }}", "'list object' has no attribute 'nothing'"),
+        ("a\n{{ raise_exception('alternate!') }}", "alternate!"),
+        ("a\n{% if %}", "Expected an expression, got 'end of statement block'"),
+        ("a\n{{ 'a'.encode('utf-8').decode('utf-16') }}", "UnicodeDecodeError: "),
+        ("a\n{{ '{'.format(1) }}", "ValueError: "),
+    ],
+)
+def test_errors_of_a_template_tell_its_line(template: str, message: str) -> None:
+    told = refused(template)
+    assert told.startswith(REFUSED + message) and told.endswith("(line 2 of the template)")
+
+
+def test_an_earlier_timer_its_handler_and_the_limits_are_restored() -> None:
+    rung: list[Any] = []
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.3)  # that of pytest-timeout, say
     try:
-        with pytest.raises(TooLongError), bounded(0.05):
-            while True:
-                pass
-        assert not rung and signal.getitimer(signal.ITIMER_REAL)[0] <= 0.26
-        end = time.monotonic() + 2
-        while not rung and time.monotonic() < end:
-            time.sleep(0.01)
-        assert rung and resource.getrlimit(resource.RLIMIT_DATA) == limits
+        Chat(make_tokenizer()).render(HI, "here")
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.3
+        refused("{{ 'a' * 10 ** 10 }}")
+        assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+        with pytest.raises(InputError, match=r"does not end within 0\.5 s"):
+            guarded.guarded(lambda: 10**10**10 if handler else 0, "here", seconds=0.5)
+        time.sleep(0.1)
+        assert rung == [1], "one that was due meanwhile rings at once"
     finally:
-        signal.signal(signal.SIGALRM, theirs)
-        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
-def test_other_threads_have_the_bound_of_memory() -> None:
-    found: list[Any] = []
-
-    def work() -> None:
-        try:
-            with bounded(0.05):
-                time.sleep(0.1)
-                found.append(bytearray(2 << 30))
-        except BaseException as error:
-            found.append(error)
-
-    thread = threading.Thread(target=work)
+def test_beside_the_main_thread_memory_is_limited() -> None:
+    said: list[str] = []
+    thread = threading.Thread(target=lambda: said.extend([refused("{{ 'a' * 10 ** 10 }}"), refused("{{ 1 // 0 }}")]))
     thread.start()
     thread.join()
-    assert isinstance(found[0], MemoryError)
+    assert "takes more than 1 GB" in said[0] and "ZeroDivisionError" in said[1]
+
+
+def test_the_guard_costs_microseconds() -> None:
+    Chat(make_tokenizer(PLAIN)).render(HI, "here")
+    best = min(_seconds(200) for _ in range(20)) / 200
+    assert best < 100e-6, f"{best * 1e6:.0f} us; 20 where nothing else runs"
+
+
+def _seconds(times: int) -> float:
+    started = time.perf_counter()
+    for _ in range(times):
+        guarded.guarded(int, "here")
+    return time.perf_counter() - started

@@ -12,6 +12,7 @@ from alignment.data import preparation
 from alignment.data.batches import key_of
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
+from alignment.data.sources import read
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl
 from tests.conftest import default_checks
@@ -35,7 +36,7 @@ def test_unfit_conversations_are_dropped_and_counted_by_reason(chat: Chat) -> No
         {"messages": [user(q), assistant(a)]}
         for q, a in [
             ("q", "a" * 32), ("q2", "a" * 33), ("q" * 26, "a"), ("same", "a"), (" Same ", "b"), ("e", " \n"),
-            (" ", "a"), ("<eos>", "a"),
+            (" ", "a"),
         ]
     ]  # fmt: skip
     made = run(chat, values + [{"messages": messages} for messages in turns])
@@ -45,11 +46,10 @@ def test_unfit_conversations_are_dropped_and_counted_by_reason(chat: Chat) -> No
         "duplicate": 1,
         "empty_answer": 1,
         "empty_prompt": 1,
-        "control_text": 1,
         "turn_order": 1,
         "no_answer": 1,
     }
-    assert (made.judged.forms["mine"], made.judged.total, made.fit) == ({"messages": 3}, 10, 2)
+    assert (made.judged.forms["mine"], made.judged.total, made.fit) == ({"messages": 3}, 9, 2)
     assert sorted(row["number"] for row in made.rows["train"]) == [1, 4]
     assert made.judged.tally.examples[0] == {"reason": "long_row", "file": "rows.jsonl", "row": 2, "line": 2}
 
@@ -243,13 +243,17 @@ FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "unknown_format": ("sft", [qa("q", "a"), {"question": "q", "completion": "a"}]),
     "no_answer": ("sft", [qa("q", "a"), {"messages": [user("r")]}]),
     "empty_answer": ("sft", [qa("q", "a"), qa("r", " ")]),
-    "control_text": ("sft", [qa("q", "a"), qa("r", "<eos>")]),
+    "control_text": ("sft", [qa("q", "a"), qa("<eos>", "<eos>")]),
     "turn_order": ("sft", [qa("q", "a"), {"messages": [user("r"), user("s"), assistant("a")]}]),
     "empty_prompt": ("sft", [qa("q", "a"), qa("", "a")]),
     "duplicate": ("sft", [qa("q", "a"), qa("Q ", "b")]),
     "identical_sides": ("preference", [{"prompt": "q", "chosen": "a", "rejected": r} for r in ("b", "a")]),
     "contradiction": ("preference", [{"prompt": "q", "chosen": c, "rejected": r} for c, r in ("ab", "ba")]),
 }
+
+
+KEEPING = dict.fromkeys(("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction"), "keep")
+KEEPING["control_text"] = "neutralise"
 
 
 @pytest.mark.parametrize("fault", FAULTY)
@@ -265,8 +269,8 @@ def test_a_fault_is_an_error_a_drop_that_is_told_or_kept_and_counted(fault: str,
     else:
         assert told["value"] == values[1]
     assert told["why"] and not made.judged.tally.kept and made.fit == 1
-    if fault in ("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction"):
-        made = run(chat, values, task=task, checks={fault: "keep"})
+    if (keeping := KEEPING.get(fault)) is not None:
+        made = run(chat, values, task=task, checks={fault: keeping})
         assert made.judged.tally.kept == {"mine": {fault: 1}} and made.counts == {} and made.fit == 2
     else:
         with pytest.raises(ValidationError, match="Input should be 'error' or 'drop'"):
@@ -280,6 +284,17 @@ def test_too_large_a_share_of_dropped_rows_ends_the_stage_after_they_were_writte
         run(chat, values, checks={"max_dropped": 0.49}, folder=tmp_path)
     assert str(caught.value) == (
         "rows.jsonl: 2 of 4 rows are dropped, a larger share than checks.max_dropped: 1 empty_answer, 1 long_row "
-        "(raise the stage's max_length, or checks.max_dropped=0.49)"
+        "(raise the stage's max_length, or checks.max_dropped=0.5)"
     )
     assert len(list(read_jsonl(tmp_path / "dropped.jsonl"))) == 2
+
+
+def test_lines_that_cannot_be_read_are_malformed_rows(chat: Chat, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"prompt": "q", "completion": "a"}\n{"prompt": \n\xff\n{"prompt": "r", "completion": "b"}\n')
+    with pytest.raises(InputError, match=r"rows.jsonl:2: is not valid JSON"):
+        run(chat, list(read(file)))
+    made = run(chat, list(read(file)), checks={"malformed": "drop"}, folder=tmp_path)
+    assert made.counts == {"malformed": 2} and made.fit == 2
+    told = list(read_jsonl(tmp_path / "dropped.jsonl"))
+    assert [(row["line"], row["value"]) for row in told] == [(2, {}), (3, {})] and "UTF-8" in told[1]["why"]

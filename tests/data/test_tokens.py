@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import datasets
@@ -10,6 +11,7 @@ from alignment.data.chat import Chat
 from alignment.data.checks import Drop
 from alignment.errors import InputError
 
+from . import kinds
 from .conftest import PLAIN, assistant, make_tokenizer, system, user
 
 EOS = 1
@@ -68,8 +70,10 @@ def test_an_answer_that_merges_with_the_prompt_is_dropped() -> None:
 @pytest.mark.parametrize("text", ["<|user|>", "a<eos>b", "<bos>"])
 def test_control_tokens_in_text_never_become_control_tokens(chat: Chat, text: str) -> None:
     for talk in ([user(text), assistant("a")], [user("q"), assistant(text)], [system(text), user("q"), assistant("a")]):
-        with pytest.raises(Drop, match="control_text"):
-            tokens.conversation(chat, talk, "here")
+        ids, control = tokens.conversation(chat, talk, "here").ids, chat.control.ids
+        plain = [{**turn, "content": turn["content"].replace(text, "x")} for turn in talk]
+        expected = tokens.conversation(chat, plain, "here").ids
+        assert [i for i in ids if i in control] == [i for i in expected if i in control]
 
 
 def test_a_begin_of_text_written_by_the_template_is_not_doubled() -> None:
@@ -96,3 +100,76 @@ def test_the_end_of_turn_check_passes_what_stops_and_refuses_the_rest() -> None:
     for message, rows in bad.items():
         with pytest.raises(InputError, match=message):
             tokens.check_end_of_turn(rows, EOS)
+
+
+def slowly(chat: Chat, messages: list[dict[str, str]]) -> tokens.Conversation | str:
+    """What `conversation` makes, by tokenising every prompt whole; why the row is dropped."""
+    text, answers = chat.answers(messages, "here")
+    ids = chat.encode(text)
+    labels, first = [tokens.IGNORED] * len(ids), 0
+    for answer in answers:
+        prompt = chat.encode(text[: answer.start])
+        first = len(prompt)
+        if ids[:first] != prompt:
+            return "merged_prompt"
+        end = ids.index(chat.eos_id, first) + 1
+        labels[first:end] = ids[first:end]
+    return tokens.Conversation(ids, labels, first)
+
+
+def quickly(chat: Chat, messages: list[dict[str, str]]) -> tokens.Conversation | str:
+    try:
+        return tokens.conversation(chat, messages, "here")
+    except Drop as drop:
+        return drop.fault
+
+
+BARE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}"
+)
+TEMPLATES = {
+    "chatml": kinds.CHATML,
+    "a blank before the answer": kinds.CHATML.replace("role'] }}\n", "role'] }}: ").replace(
+        "assistant\n", "assistant: "
+    ),
+    "no control token before the first answer": BARE
+    + "\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    "an answer right after a control token": kinds.CHATML.replace("role'] }}\n", "role'] }}<s>").replace(
+        "assistant\n", "assistant<s>"
+    ),
+}
+PIECES = ["hello", " there", "\n", "\n\n", "  ", "ß", "東京", "t", "'s", " ", "123", "x", "fox", "<", "|>", "\t", "it"]
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_prompts_are_cut_as_by_tokenising_each_whole(kind: str, template: str) -> None:
+    rng = random.Random(kind + template)
+    chat = Chat(kinds.tokenizer(kind, TEMPLATES[template]))
+    for _ in range(60):
+        texts = ["".join(rng.choices(PIECES, k=rng.randint(1, 6))) for _ in range(2 * rng.randint(1, 3))]
+        talk = [(assistant if number % 2 else user)(text) for number, text in enumerate(texts)]
+        assert quickly(chat, talk) == slowly(chat, talk)
+        spelt = [{**turn, "content": turn["content"] + rng.choice(["", "<s>", "<|im_end|>"])} for turn in talk]
+        assert quickly(chat, spelt) == slowly(chat, spelt)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_control_tokens_that_take_what_stands_around_them_change_no_cut(flag: str) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = kinds.tokenizer("byte-level")
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|say|>", **{flag: True})]})
+    tokenizer.chat_template = kinds.CHATML.replace("role'] }}\n", "role'] }} <|say|>").replace(
+        "assistant\n", "assistant <|say|>"
+    )
+    chat = Chat(tokenizer)
+    for text in ("yes", " yes", "\n\nyes ", "- a", "ß"):
+        talk = [user(text), assistant(text), user("x"), assistant(text)]
+        assert quickly(chat, talk) == slowly(chat, talk)
+
+
+def test_rows_are_dropped_for_merges_by_either_way() -> None:
+    chat = Chat(kinds.tokenizer("byte-level"))
+    talk = [user("q"), assistant("\n\nhello")]
+    assert quickly(chat, talk) == slowly(chat, talk) == "merged_prompt"

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import LlamaConfig
 
 from alignment.config.sources import Dataset as DataSet
-from alignment.config.sources import PathSource
+from alignment.config.sources import Lists, PathSource
 from alignment.config.stages.preparing import Splits
 from alignment.estimating import calibration, rows, traffic
 from alignment.estimating.time import Layout, Stage, estimate
@@ -155,7 +155,8 @@ def test_the_head_of_longer_rows_and_a_checkpoint_cost_more() -> None:
 
 
 def data(**changes: Any) -> DataSet:
-    plain = {"format": "auto", "columns": {}, "limit": None, "cap": None, "epochs": 1.0, "weight": None}
+    lists = Lists(pairs="best_worst", min_margin=0.0, max_pairs=1)
+    plain = {"format": "auto", "columns": {}, "limit": None, "cap": None, "epochs": 1.0, "weight": None, "lists": lists}
     return DataSet(source=PathSource(kind="path", path="x"), **{**plain, **changes})
 
 

@@ -67,3 +67,12 @@ def test_the_bound_of_best_of_n_is_reached_by_distinct_rewards_and_many_answers(
         density = n * shares ** (n - 1)
         assert signals.best_of_kl(n) == pytest.approx(float((density * np.log(density)).mean()), abs=1e-3)
     assert signals.best_of_kl(1) == 0
+
+
+def test_metrics_are_told_of_each_data_set_by_itself_where_there_are_several() -> None:
+    given = ((1.0, 2.0, "b"), (3.0, None, "b"), (5.0, 1.0, "a"))
+    rows = [{**row(kl=kl, heldout_nll=nll), "source": name} for kl, nll, name in given]
+    told = signals.by_source(rows)
+    assert list(told) == ["a", "b"] and told["a"]["metrics"]["kl"] == 5.0
+    assert told["b"]["metrics"]["kl"] == 2.0 and told["b"]["prompts"] == {**signals.counts(rows[:2]), "heldout_nll": 1}
+    assert signals.by_source(rows[:2]) == signals.by_source([row(), row()]) == {}

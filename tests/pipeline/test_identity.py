@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from pydantic import BaseModel
 
@@ -17,9 +18,9 @@ from alignment.config.compose import compose
 from alignment.config.schema import STAGES, Experiment
 from alignment.config.settings import Settings
 from alignment.data.fetch import fetch
-from alignment.errors import InputError, MachineError
+from alignment.errors import ConfigError, InputError, MachineError
 from alignment.pipeline import graph, identity
-from alignment.pipeline.identity import content_digest
+from alignment.pipeline.identity import content_digest, data_digest
 
 
 def subclasses(of: type) -> Iterator[type]:
@@ -416,3 +417,36 @@ def test_the_reference_is_left_out_where_the_loss_looks_at_other_rows_than_it_do
     """KTO's needs answers to other prompts; a loss without a reference point would have them scored for nothing."""
     found = [graph.build(compose(["pipeline=kto", f"stage.kto.loss={loss}"])) for loss in ("kto", "apo_zero_unpaired")]
     assert [{"reference"} & {node.name for node in nodes} for nodes in found] == [{"reference"}, set()]
+
+
+def test_a_data_set_is_what_its_files_hold_in_their_order_and_how_they_are_read(tmp_path: Path) -> None:
+    for name, text in (("a.jsonl", "1"), ("b.jsonl", "2")):
+        (tmp_path / name).write_text(text)
+    both = data_digest(str(tmp_path / "*.jsonl"))
+    assert both == data_digest(f"{tmp_path}/[ab].jsonl") != data_digest(f"{tmp_path}/[a].jsonl")
+    assert data_digest(f"{tmp_path}/[a].jsonl") == data_digest(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
+    assert data_digest(str(tmp_path / "*.jsonl")) != both, "rows come in another order"
+    before = data_digest(str(tmp_path / "c.jsonl"))
+    (tmp_path / "c.jsonl").rename(tmp_path / "c.csv")
+    assert data_digest(str(tmp_path / "c.csv")) != before, "the same bytes, read otherwise"
+
+
+def test_data_at_an_address_is_what_its_server_says_of_it() -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe("/rows/one.jsonl", b"{}")
+    before = data_digest("memory://rows/*.jsonl")
+    assert data_digest("memory://rows/one.jsonl") == before
+    system.pipe("/rows/two.jsonl", b"{}")
+    assert data_digest("memory://rows/*.jsonl") != before
+    with pytest.raises(InputError, match="no such file"):
+        data_digest("memory://rows/three.jsonl")
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://me:secret@host/rows.jsonl", "https://host/rows.jsonl?X-Amz-Signature=secret"]
+)
+def test_an_address_with_a_secret_is_refused_without_repeating_it(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"`data.instructions.source.path` holds a password or a signature") as caught:
+        compose(["data=path", f"data.instructions.source.path='{address}'"])
+    assert "secret" not in str(caught.value)

@@ -9,10 +9,10 @@ from alignment.config.stages.base import Reads, Stage
 
 # What rows of a task are prepared from; pairs are taken apart for unpaired ones.
 FORMATS = {
-    "sft": ("messages", "sharegpt", "alpaca", "prompt_completion"),
-    "preference": ("preference",),
+    "sft": ("messages", "sharegpt", "alpaca", "prompt_completion", "text"),
+    "preference": ("preference", "scored_list"),
     "unpaired": ("unpaired", "preference"),
-    "scored": ("scored",),
+    "scored": ("scored", "scored_list"),
 }
 
 
@@ -47,7 +47,7 @@ class Prepare(Stage):
     dataset: str | list[str] | None = identity()
     max_length: int = identity(gt=0)
     max_prompt_length: int = identity(gt=0)
-    over_long: Literal["drop", "error"] = identity()
+    over_long: Literal["drop", "error", "truncate_prompt"] = identity()
     splits: Splits = identity()
     seed: int = identity(ge=0)
 

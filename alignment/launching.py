@@ -1,0 +1,78 @@
+"""Before a launch: what `alignment check` looks at, unless the same was looked at before.
+
+What is remembered stands in the user's cache, a note for each look, named by the digest of all that it depends on: the
+keys of what is prepared, the settings of what is trained but for its numbers (a sweep of learning rates is looked at
+once), how and where it is trained, this machine, and the code.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from alignment import checking
+from alignment.config.settings import Settings
+from alignment.errors import AlignmentError
+from alignment.files import cache_home, digest, write_json
+from alignment.pipeline.identity import code_digest
+from alignment.pipeline.runner import Run
+
+NUMBERS = ("seed",)  # settings that change no look, beside all that are no whole numbers
+LOOKED_AT_WHOLE = ("import_model", "prepare")
+
+
+def look(run: Run, force: bool, refused: dict[str, AlignmentError], say: Callable[[str], None]) -> None:
+    """Say what of the run is odd, and raise the first failure as the error that the run would have ended with. What the
+    store has is looked at no more. force: a failure is said, and stops nothing. refused: by earlier looks of the same
+    command; is added to."""
+    fresh = [node for node in run.nodes if not run.store.record(node.key)]
+    if not run.experiment.check or not fresh:
+        return
+    name = _look_of(run)
+    if (note := cache_home() / "checks" / f"{name}.json").is_file():
+        return
+    if name in refused:
+        raise refused[name]
+    say("looking at settings, data, model and memory before anything starts (check=false leaves it out)")
+    failed: list[checking.Finding] = []
+    for finding in checking.findings(run):
+        if finding["state"] in ("failed", "warning"):
+            checking.say(finding, say)
+        failed += [finding] if finding["state"] == "failed" else []
+    if failed and not force:
+        refused[name] = _refused(failed)
+        raise refused[name]
+    if not failed:
+        _remember(note)
+
+
+def _refused(failed: list[checking.Finding]) -> AlignmentError:
+    error = checking.error_of(failed)
+    fix = f"{error.fix}; " if error.fix else ""
+    return type(error)(error.what, where=error.where, fix=f"{fix}--force starts it all the same")
+
+
+def _remember(note: Any) -> None:
+    try:
+        write_json(note, {}, durable=False)
+    except OSError:
+        pass  # an unwritable cache costs time, not the run
+
+
+def _look_of(run: Run) -> str:
+    """By what two looks are the same one."""
+    experiment = run.experiment
+    rows = [node.key for node in run.nodes if node.kind in LOOKED_AT_WHOLE]
+    others = [_steady(node.settings.model_dump()) for node in run.nodes if node.kind not in LOOKED_AT_WHOLE]
+    where: list[Settings] = [experiment.engine, experiment.launcher, experiment.checkpoint]
+    settings = [one.model_dump() for one in where]
+    return digest([rows, others, settings, str(run.store.root), socket.gethostname(), code_digest()])
+
+
+def _steady(value: Any) -> Any:
+    """Settings without those that are fractions, which say how much and not what."""
+    if isinstance(value, dict):
+        kept = {name: inner for name, inner in value.items() if not isinstance(inner, float) and name not in NUMBERS}
+        return {name: _steady(inner) for name, inner in kept.items()}
+    return [_steady(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,54 @@
+"""What is looked at by itself before a launch: a run that would fail is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Command
+
+SMALL = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
+LOOKS = "before anything starts"
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> str:
+    """A data set whose last row has no known format."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(30)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": "q"}]))
+    return f"data.instructions.source.path={path}"
+
+
+@pytest.mark.slow
+def test_a_doomed_run_is_refused_before_it_starts_and_force_starts_it(
+    tmp_path: Path, tiny_settings: list[str], broken: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGNMENT_CHECK", "true")
+    settings = ["pipeline=sft", *tiny_settings, *SMALL]
+    done = command(tmp_path / "store", "run", *settings, broken, code=3)
+    assert LOOKS in done.stderr + done.stdout and "rows.jsonl:31: data rows: no known format" in done.stderr
+    assert "--force starts it all the same" in done.stderr
+    assert not list((tmp_path / "store").glob("store/*")), "no stage was begun"
+    done = command(tmp_path / "store", "run", *settings, broken, "--force", code=3)
+    assert "rows.jsonl:31: prepare_sft" in done.stderr or "no known format" in done.stderr
+    assert list((tmp_path / "store").glob("store/*")), "it began, and failed where it was told"
+
+
+@pytest.mark.slow
+def test_of_a_sweep_the_doomed_point_is_refused_and_the_same_look_is_not_had_twice(
+    tmp_path: Path, tiny_settings: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGNMENT_CHECK", "true")
+    settings = ["pipeline=sft", *tiny_settings, *SMALL, "stage.sft.max_steps=1"]
+    swept = ["stage.prepare_sft.max_length=96,100000"]  # beyond the window of the model
+    done = command(tmp_path / "store", "run", "-m", *settings, *swept, code=2)
+    assert (done.stdout + done.stderr).count(LOOKS) == 2 and "more than the model's window" in done.stdout + done.stderr
+    assert "1 of 2 points failed" in done.stderr
+    other = [*settings, "stage.prepare_sft.max_length=96", "stage.sft.learning_rate=1e-3"]
+    done = command(tmp_path / "store", "run", *other)
+    assert LOOKS not in done.stdout + done.stderr, "another learning rate changes nothing that is looked at"
