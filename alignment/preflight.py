@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
                 assert isinstance(settings, Prepare)  # of whom the order is
                 with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
                     _data(name, experiment, settings, chat, order, Path(folder))
+        if order["estimate"]:
+            _unknown(experiment, order["prepare"])
     return 0
 
 
@@ -133,6 +135,26 @@ def _data(
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
+    if order["estimate"]:
+        _estimate(name, experiment, (judged, rows, whole, most), order["timed"])
+
+
+def _estimate(name: str, experiment: Experiment, seen: tuple[Any, ...], timed: dict[str, Any]) -> None:
+    """Of the stages that train on what `name` prepares."""
+    with kept():  # seconds of imports, which other looks need not wait for
+        from alignment.estimating import samples, telling
+    settings, start = experiment.stage[experiment.pipeline.nodes[name].stage], fetch(experiment.model.source)
+    assert isinstance(settings, Prepare)
+    if start.is_dir():  # of a GGUF file no configuration is known yet
+        for finding in telling.findings(experiment, name, samples.sample_of(experiment, settings, *seen), start, timed):
+            _tell(**finding)
+
+
+def _unknown(experiment: Experiment, prepared: list[str]) -> None:
+    from alignment.estimating import telling
+
+    for finding in telling.unknown(experiment, prepared):
+        _tell(**finding)
 
 
 def _show(check: str, judged: Judged, some: Any, rows: Any, chat: Chat) -> None:

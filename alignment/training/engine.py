@@ -26,14 +26,16 @@ from alignment import imports
 from alignment.config.execution import Engine
 from alignment.config.stages.online import Online, Ppo
 from alignment.config.stages.preference import Dpo
+from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Reference, Train
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
 from alignment.life import LONGEST
 from alignment.training import sequence
-from alignment.training.memory import Load, adapter_parameters, available_bytes, needs_checkpointing
-from alignment.training.model import count_parameters
+from alignment.training.memory import Device, Load, adapter_parameters, needs_checkpointing
+from alignment.training.model import Sizes, count_parameters
 from alignment.training.reference_pass import BLOCK
+from alignment.training.room import available_bytes
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 CLIPPING = 1.0  # TrainingArguments' default, which a configuration of DeepSpeed must not contradict
@@ -260,18 +262,23 @@ def largest_forward(lengths: Sequence[int], widths: Sequence[int], global_batch_
 def choose(
     settings: Train | Reference,
     engine: Engine,
-    start: Path,
+    start: Path | Sizes,
     config: Any,
     world_size: int,
     longest: int,
     largest: int,
+    available: int | None = None,
+    device: Device | None = None,
 ) -> Choice:
     """Tokens of a micro-batch and gradient checkpointing, the same on every process.
 
-    start: the model's folder; config: what it says of the model. longest: tokens of the longest record, which may be a
-    micro-batch of its own. largest: see `largest_forward`; a budget beyond it takes no more memory.
+    start: the model's folder, or its sizes; config: what it says of the model. longest: tokens of the longest record,
+    which may be a micro-batch of its own. largest: see `largest_forward`; a budget beyond it takes no more memory.
+    available: bytes; device: what has them. Both are this process's, unless an estimate is made for another machine.
     """
-    available, least = available_bytes(), _load(settings, engine, start, config, world_size, longest)
+    available = available_bytes() if available is None else available
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    least = _load(settings, engine, start, config, world_size, longest)._replace(device=device)
 
     def choice(tokens: int) -> tuple[Choice, bool, bool]:
         load = least._replace(tokens=max(min(tokens, largest), longest))
@@ -281,7 +288,7 @@ def choose(
     if engine.tokens_per_micro_batch != "auto":
         candidates = [choice(engine.tokens_per_micro_batch)]
     else:
-        candidates = [choice(tokens) for tokens in (GPU_TOKENS if torch.cuda.is_available() else (CPU_TOKENS,))]
+        candidates = [choice(tokens) for tokens in (GPU_TOKENS if device == "cuda" else (CPU_TOKENS,))]
     fitting = [one for one in candidates if one[2]]
     by_itself = engine.gradient_checkpointing == "auto"  # rather fewer tokens than computing twice
     best = next((one for one in fitting if not (by_itself and one[1])), (fitting or candidates[-1:])[0])
@@ -291,7 +298,9 @@ def choose(
     return answer[0]
 
 
-def _load(settings: Train | Reference, engine: Engine, start: Path, config: Any, world_size: int, longest: int) -> Load:
+def _load(
+    settings: Train | Reference, engine: Engine, start: Path | Sizes, config: Any, world_size: int, longest: int
+) -> Load:
     """What a process has to hold if no micro-batch has more than the longest record."""
     plain = parameters = count_parameters(start)
     trainable = parameters if isinstance(settings, Train) else 0
@@ -305,6 +314,8 @@ def _load(settings: Train | Reference, engine: Engine, start: Path, config: Any,
         trainable, parameters = trainable + head, parameters + head
     how = engine.strategy, world_size, engine.offload, engine.hpz
     load = Load(longest, settings.precision, parameters, trainable, *how)
+    if isinstance(settings, RewardModel):  # its head gives one number a row
+        return load._replace(scored=0)
     if isinstance(settings, Dpo):
         return load._replace(moving=settings.reference_update is not None)
     if not isinstance(settings, Online):

@@ -27,7 +27,7 @@ from alignment.errors import MachineError, PreemptedError, is_out_of_memory
 from alignment.signals import TIME_LIMIT, Listener
 from alignment.training import ranks, state, tensors
 from alignment.training.checkpoints import Checkpoints, part_name
-from alignment.training.memory import host_share
+from alignment.training.room import host_share
 
 # Before a time limit: seconds to spare, and how fast a disk is taken to be until a save has been timed.
 SPARE, SLOW_DISK = 5.0, 100e6

@@ -7,24 +7,17 @@ are those of transformers' Llama and GPT-2; other decoders are taken for the one
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-import torch
 
 from alignment.files import size_text
 from alignment.training.head import BLOCK_BYTES, KEPT_BYTES
 from alignment.training.shape import Shape, shape_of
 
 FP32, BF16 = 4, 2  # bytes
+Device = Literal["cpu", "cuda"]
 Arithmetic = Literal["fp32", "bf16-autocast", "bf16-weights"]  # see arithmetic(); also the names in reference.py
 USABLE = 0.8  # of what is free; the rest for gradients of activations, fragments, buffers of communication
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL's chunked head, on CUDA
-CGROUPS = (  # of a group: its limit, its use, and the line of memory.stat with the file cache it would give back
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 def arithmetic(precision: Literal["fp32", "bf16"], strategy: str) -> Arithmetic:
@@ -38,7 +31,7 @@ def arithmetic(precision: Literal["fp32", "bf16"], strategy: str) -> Arithmetic:
     return "bf16-weights" if strategy.startswith("zero") else "bf16-autocast"
 
 
-def activation_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic) -> int:
+def activation_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic, device: Device = "cpu") -> int:
     """Bytes that autograd keeps for a forward without checkpointing, and those of the head's buffers.
 
     config: a transformers configuration. tokens: of the micro-batch, padding included. scored: those with a label.
@@ -59,10 +52,10 @@ def activation_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic) -
     """
     shape = shape_of(config)
     layers = shape.layers * (tokens * _layer(shape, dtype) + _cast_weights(shape, dtype))
-    return layers + tokens * _around(shape, dtype) + _head(shape, scored, dtype)
+    return layers + tokens * _around(shape, dtype) + _head(shape, scored, dtype, device)
 
 
-def checkpointed_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic) -> int:
+def checkpointed_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic, device: Device = "cpu") -> int:
     """As activation_bytes, with each layer's input kept, in fp32 or with bf16 weights in bf16, and one layer computed
     again at a time.
 
@@ -72,7 +65,7 @@ def checkpointed_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic)
     weights = _cast_weights(shape, dtype)
     once = max(shape.layers * weights, tokens * _layer(shape, dtype) + weights)
     inputs = shape.layers * tokens * shape.hidden * (BF16 if dtype == "bf16-weights" else FP32)
-    return inputs + once + tokens * _around(shape, dtype) + _head(shape, scored, dtype)
+    return inputs + once + tokens * _around(shape, dtype) + _head(shape, scored, dtype, device)
 
 
 def _layer(shape: Shape, dtype: Arithmetic) -> int:
@@ -106,7 +99,7 @@ def _around(shape: Shape, dtype: Arithmetic) -> int:
     return (3 * shape.hidden + 2 * shape.head_size) * FP32 + 8
 
 
-def _head(shape: Shape, scored: int, dtype: Arithmetic) -> int:
+def _head(shape: Shape, scored: int, dtype: Arithmetic, device: Device) -> int:
     """Most bytes of the head at once, which is in its backward: logits, and the gradients it adds up in fp32.
 
     CUDA: TRL's kernel, whose tile is in the precision of the computation. CPU: training/head.py, which keeps the
@@ -117,7 +110,7 @@ def _head(shape: Shape, scored: int, dtype: Arithmetic) -> int:
         return 0
     gradients = (shape.vocabulary + scored) * shape.hidden * FP32
     rounded = gradients // 2 if dtype == "bf16-weights" else 0
-    if torch.cuda.is_available():
+    if device == "cuda":
         tile = min(scored, TOKEN_TILE) * VOCABULARY_TILE
         cast = min(shape.vocabulary, VOCABULARY_TILE) * shape.hidden * BF16 if dtype == "bf16-autocast" else 0
         return tile * (FP32 if dtype == "fp32" else BF16) + cast + gradients + rounded
@@ -163,11 +156,12 @@ def adapter_parameters(config: Any, rank: int, targets: str | list[str], dora: b
 class Load(NamedTuple):
     """What a process has to hold.
 
-    tokens: of a micro-batch, all of them scored. precision: of the stage. parameters: of the model; trainable: those of
+    tokens: of a micro-batch. precision: of the stage. parameters: of the model; trainable: those of
     them with gradients. strategy: single, ddp, zero1, zero2 or zero3. offload: none, optimizer or all; it is not on the
     device then. hpz: of engine.hpz; more than one process share out a second copy of the weights. moving: a reference
     that follows the policy is kept (moving_reference.py). frozen: parameters of a model of its own that is the
-    reference. decoding: answers that are sampled together, and tokens of the longest with its prompt.
+    reference. decoding: answers that are sampled together, and tokens of the longest with its prompt. scored: tokens of
+    the micro-batch that go through the head; None: all of them. device: where it is held.
     """
 
     tokens: int
@@ -181,33 +175,49 @@ class Load(NamedTuple):
     moving: bool = False
     frozen: int = 0
     decoding: tuple[int, int] = (0, 0)
+    scored: int | None = None
+    device: Device = "cpu"
 
     @property
     def dtype(self) -> Arithmetic:
         return arithmetic(self.precision, self.strategy)
 
 
-def state_bytes(load: Load) -> int:
+class State(NamedTuple):
+    """Bytes of what stays between micro-batches, on one process's device."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    reference: int
+
+
+def state_of(load: Load) -> State:
     """Bytes of weights, gradients and Adam's two moments on one process's device, at most at one time of a step.
 
     Without ZeRO all is fp32: autocast's copies count with the activations. DDP keeps its buckets beside the gradients.
     Under ZeRO the weights have the dtype of the arithmetic. Its optimiser moves an fp32 copy of its own, 12 bytes a
-    trained weight with the moments, of which each process has a part. Not counted: buckets of what is sent, weights
-    that ZeRO-3 has gathered, and a second copy of the own gradients in the step, when the activations are gone (ZeRO-1
-    in fp32: when they are sent). With those of a reference; reward models are not counted: they are there before the
-    room is measured.
+    trained weight with the moments, of which each process has a part. Not counted: what is in `buffer_bytes`. With
+    those of a reference; reward models are not counted: they are there before the room is measured.
     """
     whole = FP32 * load.trainable  # gradients, or one moment, or the optimiser's copy of the weights
     if not load.strategy.startswith("zero"):
-        copies = (4 if load.strategy == "ddp" else 3) + load.moving
-        return FP32 * (load.parameters + load.frozen) + copies * whole
+        gradients = (2 if load.strategy == "ddp" else 1) * whole
+        return State(FP32 * load.parameters, gradients, 2 * whole, FP32 * load.frozen + load.moving * whole)
     stage = int(load.strategy.removeprefix("zero"))
     copy = (BF16 if load.dtype == "bf16-weights" else FP32) * load.parameters
     weights = copy // load.world_size if stage >= 3 else copy
     weights += copy // load.hpz if load.hpz > 1 else 0
-    weights += _frozen_copy(load, stage)
-    optimiser = (3 + load.moving) * whole // load.world_size if load.offload == "none" else 0
-    return (0 if load.offload == "all" else weights) + _sharded_gradients(load, stage) + optimiser
+    reference = _frozen_copy(load, stage)
+    if load.offload == "all":
+        weights = reference = 0
+    own = whole // load.world_size if load.offload == "none" else 0
+    return State(weights, _sharded_gradients(load, stage), 3 * own, reference + load.moving * own)
+
+
+def state_bytes(load: Load) -> int:
+    """All of `state_of`."""
+    return sum(state_of(load))
 
 
 def _frozen_copy(load: Load, stage: int) -> int:
@@ -245,56 +255,17 @@ def _sharded_gradients(load: Load, stage: int) -> int:
     return 0 if offloaded else part
 
 
-def available_bytes() -> int:
-    """Bytes free on this process's device: the GPU, or its share of this machine's (or container's) memory.
-
-    To be asked before weights are loaded: what the process holds is not free.
-    """
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host_share()
-
-
-def host_share() -> int:
-    """Bytes free for this process in the memory of its machine or container, shared out equally among processes."""
-    return host_bytes(Path("/proc"), Path("/sys/fs/cgroup")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def forward_bytes(config: Any, load: Load, checkpointing: bool) -> tuple[int, int]:
+    """Most bytes of a micro-batch: activations, and the head's logits and gradients."""
+    count = checkpointed_bytes if checkpointing else activation_bytes
+    scored = load.tokens if load.scored is None else load.scored
+    head = _head(shape_of(config), scored, load.dtype, load.device)
+    return count(config, load.tokens, 0, load.dtype, load.device), head
 
 
-def host_bytes(proc: Path, cgroup: Path) -> int:
-    """Bytes that processes may still take: MemAvailable, or less if a control group (v2 or v1) above this one says so.
-
-    File cache that a group would give back does not count as used, as it does not in MemAvailable.
-    """
-    lines = (proc / "meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return int(max(0, min([available, *(_room(group) for group in _groups(proc, cgroup))])))
-
-
-def _groups(proc: Path, cgroup: Path) -> list[Path]:
-    """Folders of this process's control groups and those above them; a container sees its own group as the root."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = []
-    for line in ["0::/", ":memory:/", *lines]:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = cgroup / "memory" if controllers else cgroup
-        inside = Path(path.lstrip("/"))
-        found += [root / part for part in (inside, *inside.parents)]
-    return list(dict.fromkeys(found))
-
-
-def _room(group: Path) -> float:
-    """Bytes left in a control group; infinite where it has no limit."""
-    for limit, usage, cache in CGROUPS:
-        try:
-            most, used = int((group / limit).read_text()), int((group / usage).read_text())
-            lines = (group / "memory.stat").read_text().splitlines()
-        except (OSError, ValueError):  # no such group, or its limit is `max`
-            continue
-        return most - used + next((int(line.split()[1]) for line in lines if line.split()[0] == cache), 0)
-    return float("inf")
+def _without_host(load: Load) -> Load:
+    """On a CPU nothing is offloaded: it would be from the host's memory to the host's memory."""
+    return load if load.device == "cuda" else load._replace(offload="none")
 
 
 def needs_checkpointing(
@@ -305,10 +276,8 @@ def needs_checkpointing(
     setting: True and False are obeyed; "auto" is on if state and activations exceed 0.8 of `available` bytes, which
     available_bytes tells. Processes may see different room: let one decide for all.
     """
-    offload = load.offload if torch.cuda.is_available() else "none"  # from the host's memory to the host's memory
-    state = state_bytes(load._replace(offload=offload))
-    kept = activation_bytes(config, load.tokens, load.tokens, load.dtype)
-    few = checkpointed_bytes(config, load.tokens, load.tokens, load.dtype)
+    state = state_bytes(_without_host(load))
+    kept, few = (sum(forward_bytes(config, load, on)) for on in (False, True))
     room = USABLE * available
     on = state + kept > room if setting == "auto" else setting
     figures = (

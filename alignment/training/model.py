@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,31 @@ def without_dropout(model: Any) -> Any:
     return model
 
 
-def count_parameters(folder: Path, modules: list[str] | None = None) -> int:
-    """Weights in the files of a model folder, from their headers; tied ones count once. modules: those of modules of
-    these names alone."""
+Sizes = Mapping[str, int]  # numbers in each tensor of a model, by its name; tied ones under one of their names
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Of the files of a model folder, from their headers."""
     from safetensors import safe_open
 
-    count = 0
+    sizes = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - not a dict
-                of = f".{name.rpartition('.')[0]}"
-                if modules is None or any(of.endswith(f".{module}") for module in modules):
-                    count += torch.Size(weights.get_slice(name).get_shape()).numel()
-    return count
+                sizes[name] = torch.Size(weights.get_slice(name).get_shape()).numel()
+    return sizes
+
+
+def count_parameters(start: Path | Sizes, modules: list[str] | None = None) -> int:
+    """Weights of a model folder, or of a model of these sizes; tied ones count once. modules: those of modules of these
+    names alone."""
+    sizes = sizes_of(start) if isinstance(start, Path) else start
+    places = {name: f".{name.rpartition('.')[0]}" for name in sizes}
+    return sum(
+        sizes[name]
+        for name, place in places.items()
+        if modules is None or any(place.endswith(f".{module}") for module in modules)
+    )
 
 
 def lora_config(lora: Lora | None, model: Any) -> Any:

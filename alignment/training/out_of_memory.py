@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from alignment.config.execution import Engine
 from alignment.errors import AlignmentError, MachineError, is_out_of_memory
 from alignment.files import size_text
 from alignment.training.memory import (
     Load,
-    activation_bytes,
     adapter_parameters,
-    checkpointed_bytes,
+    forward_bytes,
     state_bytes,
 )
 
@@ -62,7 +59,7 @@ def advice(load: Load, checkpointing: bool, config: Any) -> str:
     if load.strategy != "zero3":
         sharded = load._replace(strategy="zero3", world_size=max(2, load.world_size))
         choices.append((f"engine=zero3 on {sharded.world_size} processes", _total(sharded, checkpointing, config)))
-    if load.strategy.startswith("zero") and load.offload == "none" and torch.cuda.is_available():
+    if load.strategy.startswith("zero") and load.offload == "none" and load.device == "cuda":
         choices.append(("engine.offload=optimizer", _total(load._replace(offload="optimizer"), checkpointing, config)))
     if load.trainable == load.parameters:
         few = load._replace(trainable=adapter_parameters(config, RANK, "all-linear"), frozen=0)
@@ -71,5 +68,4 @@ def advice(load: Load, checkpointing: bool, config: Any) -> str:
 
 
 def _total(load: Load, checkpointing: bool, config: Any) -> int:
-    count = checkpointed_bytes if checkpointing else activation_bytes
-    return state_bytes(load) + count(config, load.tokens, load.tokens, load.dtype)
+    return state_bytes(load) + sum(forward_bytes(config, load, checkpointing))

@@ -140,16 +140,16 @@ def test_the_head_takes_what_its_logits_take(dtype: Arithmetic, kept: bool, monk
     assert 0.8 < estimated / alive.most < 1.5, (estimated, alive.most)
 
 
-def test_on_a_gpu_the_tile_of_trls_head_is_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_tile_of_trls_head_is_all() -> None:
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
     assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == memory.VOCABULARY_TILE == head.VOCABULARY_TILE
     assert chunked_logprob.TOKEN_CHUNK_SIZE == memory.TOKEN_TILE
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def most(scored: int, dtype: Arithmetic = "fp32") -> int:
-        return activation_bytes(llama(1), 0, scored, dtype) - activation_bytes(llama(1), 0, 0, dtype)
+        with_head, without = (activation_bytes(llama(1), 0, count, dtype, "cuda") for count in (scored, 0))
+        return with_head - without
 
     gradients = (300 + 100) * 64 * 4
     assert most(100) == 100 * 32768 * 4 + gradients
