@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from alignment.calibrating import Calibrations
 from alignment.config.schema import Experiment
 from alignment.config.stages.preparing import Prepare
 from alignment.errors import BY_CODE, AlignmentError, MachineError
@@ -29,10 +31,12 @@ SECONDS = 3.0  # for the tracker's server to answer
 MARKS = {"ok": "✓", "note": " ", "warning": "!", "failed": "✗"}
 
 
-def check(experiment: Experiment, *, data_only: bool = False, as_json: bool = False) -> int:
-    """Look at everything, say it, and raise the first failure as the error that the run would have ended with."""
+def check(experiment: Experiment, *, data_only: bool = False, as_json: bool = False, calibrate: bool = False) -> int:
+    """Look at everything, say it, and raise the first failure as the error that the run would have ended with.
+
+    calibrate: run some steps of each stage that trains, for the estimate of its time."""
     found: list[Finding] = []
-    looks = _data(experiment, None) if data_only else _all(experiment)
+    looks = _data(experiment, None) if data_only else _all(experiment, calibrate)
     for finding in looks:
         found.append(finding)
         if not as_json:
@@ -94,7 +98,7 @@ def error_of(failed: list[Finding]) -> AlignmentError:
     return kind(f"{first['check']}: {first['what']}{more}", where=first.get("where"), fix=first.get("fix"))
 
 
-def _all(experiment: Experiment) -> Iterator[Finding]:
+def _all(experiment: Experiment, calibrate: bool) -> Iterator[Finding]:
     yield _finding(
         "config", "ok", f"{len(experiment.pipeline.nodes)} stages, pipeline ends in {experiment.pipeline.final}"
     )
@@ -103,11 +107,17 @@ def _all(experiment: Experiment) -> Iterator[Finding]:
     except AlignmentError as error:
         yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
         return
-    yield from findings(run)
+    if not calibrate:
+        yield from findings(run, estimate=True)
+        return
+    with closing(Calibrations(experiment)) as calibrations:  # whose rows are looked at, too
+        yield from calibrations.run()
+        yield from findings(run, estimate=True, timed=calibrations.timed)
 
 
-def findings(run: Run) -> Iterator[Finding]:
-    """All that is to be looked at of a run, as soon as it is known."""
+def findings(run: Run, estimate: bool = False, timed: dict[str, Any] | None = None) -> Iterator[Finding]:
+    """All that is to be looked at of a run, as soon as it is known. estimate: and how long training will take; timed:
+    node -> what was measured of its steps."""
     experiment = run.experiment
     try:
         packages = {name: version for node in run.nodes for name, version in node.identity["packages"].items()}
@@ -117,7 +127,7 @@ def findings(run: Run) -> Iterator[Finding]:
         yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
         return
     yield from _tracker(experiment)
-    yield from _data(experiment, ROWS, fit="look")
+    yield from _data(experiment, ROWS, fit="look", estimate=estimate, timed=timed)
 
 
 def _finding(check: str, state: str, what: str, **more: Any) -> Finding:
@@ -155,14 +165,21 @@ def _tracker(experiment: Experiment) -> Iterator[Finding]:
         yield _finding("tracking", "ok", f"W&B answers at {address.hostname}")
 
 
-def _data(experiment: Experiment, rows: int | None, show: int = 0, fit: str = "") -> Iterator[Finding]:
-    """rows: of each data set; None: all of them. show: of each stage's rows, token by token. fit: look whether memory
-    and disk are enough; `suggest`: and what would help."""
+def _data(
+    experiment: Experiment,
+    rows: int | None,
+    show: int = 0,
+    fit: str = "",
+    estimate: bool = False,
+    timed: dict[str, Any] | None = None,
+) -> Iterator[Finding]:
+    """rows: of each data set; None: all of them. show: of each stage's rows, token by token. fit: look whether
+    memory and disk are enough; `suggest`: and what would help. estimate, timed: as of `findings`."""
     nodes = experiment.pipeline.nodes
     stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
     prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]
     order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize, "show": show}
-    order["fit"] = fit
+    order |= {"fit": fit, "estimate": estimate, "timed": timed or {}}
     with tempfile.TemporaryDirectory(prefix="alignment-check-") as folder:
         path = Path(folder) / "order.json"
         write_json(path, order)

@@ -7,6 +7,7 @@ once), how and where it is trained, this machine, and the code.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ def look(run: Run, force: bool, refused: dict[str, AlignmentError], say: Callabl
     store has is looked at no more. force: a failure is said, and stops nothing. refused: by earlier looks of the same
     command; is added to."""
     fresh = [node for node in run.nodes if not run.store.record(node.key)]
-    if not run.experiment.check or not fresh:
+    if not run.experiment.check or os.environ.get("ALIGNMENT_CHECK") == "false" or not fresh:
         return
     name = _look_of(run)
     if (note := cache_home() / "checks" / f"{name}.json").is_file():

@@ -28,15 +28,16 @@ with kept():
     from alignment.data.fetch import fetch
     from alignment.data.gguf import opened
     from alignment.data.models import check_files, check_vocabulary, context_window, usable_tokenizer
-    from alignment.data.named import share_of, source_of
+    from alignment.data.named import prompts_of, share_of, source_of
     from alignment.data.preparation import Judged, judge
     from alignment.data.showing import histogram, shown
     from alignment.data.splitting import check_dropped, divide
-    from alignment.data.writing import describe, spread
-    from alignment.estimating import fitting
-    from alignment.estimating.sizes import Lengths, config_of, is_estimated
+    from alignment.data.writing import describe, length_bias, spread
+    from alignment.estimating.seen import Lengths, config_of
 
 SOME = 8  # rows that a loss is computed of
+LANGUAGES = 5  # named
+BIASED = 0.7  # share of pairs whose chosen answer is the longer one, above which it is a warning
 
 
 def main(arguments: list[str]) -> int:
@@ -54,12 +55,16 @@ def main(arguments: list[str]) -> int:
         if order.get("fit"):
             with _told("memory"):
                 _fit(experiment, config, seen, order)
+        if order["estimate"]:
+            _unknown(experiment, order["prepare"])
     return 0
 
 
 def _fit(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], order: dict[str, Any]) -> None:
     """Whether memory and disk are enough. room: bytes of memory that a process has, where the order says it."""
-    if config is None or not is_estimated(config):
+    with kept():  # seconds of imports, which other looks need not wait for
+        from alignment.estimating import fitting
+    if config is None or not fitting.is_estimated(config):
         _tell("memory", "note", "is not estimated: the start model has no configuration of a decoder with attention")
         return
     for finding in fitting.findings(experiment, config, seen, order.get("room"), order["fit"] == "suggest"):
@@ -128,7 +133,8 @@ def _data(
     rows = judged.fit
     if whole:
         shares = [share_of(data[one]) for one in settings.datasets]
-        rows = divide(judged, settings.splits, settings.seed, shares)["train"]
+        elsewhere = [prompt for one in settings.against for prompt in prompts_of(data[one])]
+        rows = divide(judged, settings.splits, settings.seed, shares, elsewhere)["train"]
     judged.tally.close()
     try:
         check_dropped(judged)
@@ -138,16 +144,42 @@ def _data(
         what = f"of the first rows, and so perhaps of all: {error.what}"  # those that come may be better
         _tell(f"data {name}", "warning", what, where=error.where, fix=error.fix)
     tokens = spread(judged.table.column("tokens")[rows])
-    for one in settings.datasets:
-        _tell_of(f"data {name}", judged, one, describe(data[one].source), whole, tokens)
-    for fault, (first, *_) in judged.tally.first.items():
+    for number, one in enumerate(settings.datasets):
+        where = describe(data[one].source)
+        _tell_of(f"data {name}", judged, one, where, whole, tokens)
+        _tell_of_texts(f"data {name}", judged, one, where)
+        _tell_of_lengths(f"length {name}", where, length_bias(judged, rows, number))
+    if judged.compared:
+        told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in judged.compared.items())
+        _tell(f"data {name}", "note", f"evaluation prompts compared with: {told}", facts=judged.compared)
+    for fault, (first, *_) in [*judged.tally.first.items(), *judged.tally.first_kept.items()]:
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
+    if order["estimate"]:
+        _estimate(name, experiment, (judged, rows, whole, most), order["timed"])
     prompt, whole_row, trained = (
         judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained")
     )
     return Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
+
+
+def _estimate(name: str, experiment: Experiment, seen: tuple[Any, ...], timed: dict[str, Any]) -> None:
+    """Of the stages that train on what `name` prepares."""
+    with kept():  # seconds of imports, which other looks need not wait for
+        from alignment.estimating import samples, telling
+    settings, start = experiment.stage[experiment.pipeline.nodes[name].stage], fetch(experiment.model.source)
+    assert isinstance(settings, Prepare)
+    if start.is_dir():  # of a GGUF file no configuration is known yet
+        for finding in telling.findings(experiment, name, samples.sample_of(experiment, settings, *seen), start, timed):
+            _tell(**finding)
+
+
+def _unknown(experiment: Experiment, prepared: list[str]) -> None:
+    from alignment.estimating import telling
+
+    for finding in telling.unknown(experiment, prepared):
+        _tell(**finding)
 
 
 def _show(check: str, judged: Judged, some: Any, rows: Any, chat: Chat) -> None:
@@ -165,11 +197,38 @@ def _tell_of(check: str, judged: Judged, name: str, where: str, whole: bool, tok
     dropped, kept = judged.tally.dropped.get(name, {}), judged.tally.kept.get(name, {})
     words = ", ".join(f"{count} {form}" for form, count in forms.items())
     faults = ", ".join(f"{count} {fault}" for fault, count in dropped.items())
+    with_faults = "".join(f", {count} {fault}" for fault, count in kept.items())
     what = (
         f"{'all' if whole else 'the first'} {read} rows: {words}; {f'dropped: {faults}' if faults else 'none dropped'}"
+        f"{f'; kept: {with_faults[2:]}' if kept else ''}"
     )
     facts = {"read": read, "all": whole, "formats": forms, "dropped": dropped, "kept_with": kept, "tokens": tokens}
     _tell(check, "warning" if dropped or kept else "ok", what, where=where, facts=facts)
+
+
+def _tell_of_texts(check: str, judged: Judged, name: str, where: str) -> None:
+    """Languages of the answers and personal data of one data set's rows."""
+    languages, personal = judged.languages.get(name, {}), judged.personal.get(name, {})
+    if languages:
+        by_count = sorted(languages.items(), key=lambda item: (-item[1], item[0]))
+        total, first = sum(languages.values()), by_count[:LANGUAGES]
+        what = ", ".join(f"{count / total:.1%} {language}" for language, count in first)
+        more = f", {len(by_count) - len(first)} more" if len(by_count) > len(first) else ""
+        _tell(check, "note", f"languages of the answers: {what}{more}", where=where, facts={"languages": languages})
+    if personal:
+        what = ", ".join(f"{count} {kind}" for kind, count in personal.items())
+        _tell(check, "note", f"personal data and secrets: {what}", where=where, facts={"personal": personal})
+
+
+def _tell_of_lengths(check: str, where: str, bias: dict[str, float]) -> None:
+    """How much longer chosen answers are than rejected ones."""
+    if not bias:
+        return
+    share, chosen, rejected = bias["chosen_longer"], bias["chosen_tokens"], bias["rejected_tokens"]
+    what = f"chosen longer in {share:.0%} of pairs ({chosen:.0f} against {rejected:.0f} tokens)"
+    fix = "models learn length from such pairs: pairs of like lengths, or loss=sigmoid_norm, which counts by the token"
+    more = {"fix": fix} if share > BIASED else {}
+    _tell(check, "warning" if more else "note", what, where=where, facts={"length_bias": bias}, **more)
 
 
 if __name__ == "__main__":

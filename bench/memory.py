@@ -197,7 +197,8 @@ def predict(case: dict[str, Any], folder: Path) -> Any:
     from datasets import load_from_disk
 
     from alignment.estimating.memory import Machine, of_stage
-    from alignment.estimating.sizes import Lengths, sample_of
+    from alignment.estimating.seen import Lengths
+    from alignment.estimating.sizes import sample_of
 
     rows, task = load_from_disk(str(folder / "inputs" / case["stage"] / "train")), case["stage"]
     columns = {

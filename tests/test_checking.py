@@ -27,15 +27,62 @@ def test_a_run_that_can_be_is_told_what_was_looked_at(
 ) -> None:
     found = checked(command, tmp_path / "store", "check", "pipeline=sft_dpo", *tiny_settings, *SMALL)
     states = {name: finding["state"] for name, finding in found.items()}
+    assert states.pop("length pairs") == "warning"
+    assert "chosen longer in 100% of pairs" in found["length pairs"]["what"]
+    assert found["length pairs"]["facts"]["length_bias"]["pairs"] == 24
     assert states == dict.fromkeys(
         (
-            "config", "packages", "store", "tracking", "template", "vocabulary", "window", "data rows", "data pairs",
-            "memory sft", "memory reference", "memory dpo", "disk", "loss dpo",
-        ), "ok",
-    )  # fmt: skip
+            *("config", "packages", "store", "tracking", "template", "vocabulary", "window", "data rows", "data pairs"),
+            *("time sft", "time reference", "time dpo"),
+            *("memory sft", "memory reference", "memory dpo", "disk", "loss dpo"),
+        ),
+        "ok",
+    )
     facts = found["data rows"]["facts"]
     assert (facts["read"], facts["all"], facts["formats"], facts["dropped"]) == (40, True, {"messages": 40}, {})
     assert not list((tmp_path / "store").rglob("record.json")), "nothing is made"
+    sft = found["time sft"]["facts"]
+    assert (sft["rows"], sft["steps"], sft["scale"], sft["kwh"]) == (32, 2, None, None)
+    assert sft["seconds"] == pytest.approx(sft["steps"] * sft["step_s"])
+    assert found["time reference"]["facts"]["before_s"] > 0 and found["time dpo"]["facts"]["before_s"] == 0
+    assert "thread of this CPU, measured" in found["time dpo"]["what"]
+    assert "time evaluate_sft" not in found, "it trains nothing"
+
+
+def test_figures_of_a_cluster_give_hours_and_energy_and_without_them_there_are_operations(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    cluster = ["pipeline=sft", *SMALL, *tiny_settings, "launcher=slurm", "launcher.nodes=2", "engine=zero3"]
+    cluster += ["stage.sft.precision=bf16"]
+    found = checked(command, tmp_path / "store", "check", *cluster, "hardware=h100")["time sft"]
+    facts = found["facts"]
+    assert facts["processes"] == 16 and facts["on_gpu"] and facts["sent"] > 0 and facts["sent_s"] > 0
+    assert facts["process_hours"] == pytest.approx(facts["seconds"] * 16 / 3600)
+    assert facts["kwh"] == pytest.approx(facts["process_hours"] * 0.7)
+    assert "GPU-hours" in found["what"] and "kWh" in found["what"] and "communication" in found["what"]
+    told = json.loads(command(tmp_path / "store", "check", *cluster, "--json").stdout)["findings"]
+    (unknown,) = (one for one in told if one["check"] == "time sft")
+    assert unknown["state"] == "note" and "hardware=h100" in unknown["fix"]
+    assert unknown["facts"]["step_s"] is None and unknown["facts"]["operations"] == facts["operations"]
+    done = command(tmp_path / "store", "check", *cluster, "--calibrate", code=2)
+    assert "launcher: --calibrate measures this machine, jobs run elsewhere" in done.stderr
+
+
+def test_steps_that_are_run_here_are_what_is_estimated_and_stay_for_the_next_check(
+    tmp_path: Path, short_settings: list[str], command: Command
+) -> None:
+    settings = [one for one in short_settings if not one.startswith(("--config-dir", "/"))]
+    folder = ["--config-dir", short_settings[short_settings.index("--config-dir") + 1]]
+    found = checked(command, tmp_path / "store", "check", *folder, *settings, "--calibrate")
+    timed = found["steps sft"]["facts"]
+    assert len(timed["seconds"]) == 5 and min(timed["seconds"]) > 0 and timed["start_s"] > 0
+    facts = found["time sft"]["facts"]
+    assert facts["scale"] > 1, "steps of a tiny model are no products of matrices"
+    assert min(timed["seconds"]) / 2 < facts["step_s"] < 2 * max(timed["seconds"])
+    assert facts["seconds"] == pytest.approx(facts["steps"] * facts["step_s"] + timed["start_s"] + timed["end_s"])
+    assert not list((tmp_path / "store").rglob("record.json")), "nothing is made in the store"
+    again = checked(command, tmp_path / "store", "check", *folder, *settings)["time sft"]
+    assert again["facts"]["scale"] == facts["scale"] and "5 steps timed on this machine" in again["what"]
 
 
 def test_what_fits_needs_no_suggestion(tmp_path: Path, tiny_settings: list[str], command: Command) -> None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # what --help need not wait for
 
 def check(arguments: list[str]) -> int:
     """Look for what would stop a run: settings, packages, store, model, template, and rows of each data set."""
-    parser = parser_of("check", "alignment check [setting=value ...]", check)
+    parser = parser_of("check", "alignment check [setting=value ...] [--suggest | --calibrate]", check)
+    what = "run some steps of each stage that trains, on this machine, and estimate its time by them"
+    parser.add_argument("--calibrate", action="store_true", help=what)
     parser.add_argument("--suggest", action="store_true", help="settings with which it fits into memory, one a line")
     return _check(parser, arguments, data_only=False)
 
@@ -43,7 +45,8 @@ def _check(parser: argparse.ArgumentParser, arguments: list[str], *, data_only: 
         return checking.show(experiment, given.rows, given.html)
     if not data_only and given.suggest:
         return checking.suggest(experiment)
-    return checking.check(experiment, data_only=data_only, as_json=given.json)
+    calibrate = not data_only and given.calibrate
+    return checking.check(experiment, data_only=data_only, as_json=given.json, calibrate=calibrate)
 
 
 def _composed(given: argparse.Namespace) -> Experiment:

@@ -246,6 +246,7 @@ def _prepare(use: Use) -> Iterator[Fault]:
         fix = f"at most {settings.max_length}, or raise {key}.max_length"
         yield Fault(what, (f"{key}.max_prompt_length", f"{key}.max_length"), fix)
     data, names = use.experiment.data, settings.datasets
+    yield from _against(use, settings)
     if settings.dataset is None:
         if "data" not in use.inputs:
             why = "`task` is sft" if settings.task == "sft" else f"`{use.node}` is given no pairs by a parent"
@@ -261,6 +262,21 @@ def _prepare(use: Use) -> Iterator[Fault]:
         without = next(name for name in names if name not in weighed)
         keys = f"data.{weighed[0]}.weight", f"data.{without}.weight"
         yield Fault(f"`{keys[0]}` is set, and `{keys[1]}` is null", keys, "give all of a mixture a weight, or none")
+
+
+def _against(use: Use, settings: Prepare) -> Iterator[Fault]:
+    data, key = use.experiment.data, f"{use.key}.against"
+    for name in settings.against:
+        if name not in data:
+            yield _unknown(key, name, "which the data group lacks", data)
+        elif name in settings.datasets:
+            what = f"`{key}` names `{name}`, and so does `{use.key}.dataset`"
+            yield Fault(what, (key, f"{use.key}.dataset"), "train on it, or evaluate on it")
+        else:
+            yield from _missing(data[name], f"data.{name}")
+    if settings.against and use.experiment.checks.contamination_share is None:
+        what = f"`{key}` names what to compare with, and `checks.contamination_share` is null"
+        yield Fault(what, (key, "checks.contamination_share"), "checks.contamination_share=0.5")
 
 
 def _dataset(use: Use, settings: Prepare, name: str) -> Iterator[Fault]:

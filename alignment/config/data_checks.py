@@ -12,7 +12,11 @@ Spelled = Literal["error", "drop", "neutralise"]  # neutralise: it is ordinary t
 
 
 class Checks(Settings):
-    """Of each fault what it does to the row; the faults in words: FAULTS. max_dropped: share of a data set's rows."""
+    """Of each fault what it does to the row; the faults in words: FAULTS.
+
+    near_threshold: Jaccard index; contamination_share: of a prompt's words; personal: None for no look; each None costs
+    nothing, and nor does languages=False. max_dropped: share of a data set's rows.
+    """
 
     malformed: Unusable = identity()
     unknown_format: Unusable = identity()
@@ -29,7 +33,18 @@ class Checks(Settings):
     contradiction: Action = identity()
     leak: Action = identity()
     heldout: Action = identity()
+    near_duplicate: Action = identity()
+    near_leak: Action = identity()
+    near_threshold: float | None = identity(gt=0, le=1)
+    contamination: Action = identity()
+    contamination_share: float | None = identity(ge=0, lt=1)
+    personal: Action | None = identity()
+    languages: bool = identity()
     max_dropped: float = identity(ge=0, le=1)
+
+    def idle(self) -> frozenset[str]:
+        near = ("near_duplicate", "near_leak") if self.near_threshold is None else ()
+        return frozenset({*near, *(("contamination",) if self.contamination_share is None else ())})
 
 
 FAULTS = {
@@ -48,6 +63,10 @@ FAULTS = {
     "contradiction": "says the opposite of a row before",
     "leak": "shares its first prompt with another split",
     "heldout": "its first prompt is held out for evaluation",
+    "near_duplicate": "is nearly the same as a row before",
+    "near_leak": "is nearly the same as a held-out row",
+    "contamination": "shares n-grams with an evaluation prompt",
+    "personal": "holds personal data or a secret",
     # over_long of the stage, not a setting of checks
     "long_prompt": "its prompt is longer than max_prompt_length",
     "long_row": "is longer than max_length",

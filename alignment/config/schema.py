@@ -13,6 +13,7 @@ from pydantic import Field
 
 from alignment.config.data_checks import Checks
 from alignment.config.execution import Checkpoint, Engine, Pruning, Tracking
+from alignment.config.hardware import Hardware
 from alignment.config.launchers import LocalLauncher, SlurmLauncher, TorchrunLauncher
 from alignment.config.patterns import NAME, RUN
 from alignment.config.rewards import Reward
@@ -102,4 +103,5 @@ class Experiment(Settings):
     checkpoint: Checkpoint = execution()
     launcher: Launcher = execution()
     tracking: Tracking = execution()
+    hardware: Hardware = execution()
     pruning: Pruning = execution()

@@ -6,8 +6,8 @@ Nothing is kept of a row but what stands in that file.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from alignment.data.checks import Dropped, prompt_key
+from alignment.config.data_checks import Checks
+from alignment.data.checks import Dropped, note, prompt_key
+from alignment.data.contamination import grams_of
 from alignment.data.examples import Example, Reading, examples
 from alignment.data.formats import kept
+from alignment.data.language import language
+from alignment.data.near import CHUNK, PERMUTATIONS, Signatures, signature
 from alignment.data.sources import Row, Unreadable
 from alignment.data.tokens import IGNORED, TRAINED
 from alignment.data.turns import said
 
+ALL_LANGUAGES, EVERY = 2000, 16  # rows of a file whose language is looked at, and of those after them every so many
 IDS = pa.list_(pa.int32())
 TOKENS = {  # task -> columns that are trained on
     "sft": {"input_ids": IDS, "labels": IDS},
@@ -34,6 +39,7 @@ TOKENS = {  # task -> columns that are trained on
 PLACE = {"source": pa.int16(), "file": pa.int32(), "number": pa.int64(), "line": pa.int64(), "id": pa.string()}
 KEYS = {"opening": pa.uint64(), "same": pa.uint64(), "turned": pa.uint64()}
 LENGTHS = {"prompt_tokens": pa.int32(), "tokens": pa.int32(), "trained": pa.int32()}
+GRAMS = {"grams": pa.list_(pa.uint64())}  # the n-grams of its questions, as evaluation prompts are compared by
 TEXTS = {"text": pa.string(), "kept": pa.string()}  # the row as train.jsonl has it, without id; what rewards look at
 
 
@@ -48,45 +54,72 @@ class Chunk:
 
 @dataclass
 class Batch:
-    """What became of a chunk. dropped: those that were left out; forms, kept: format or fault -> rows that passed."""
+    """What became of a chunk. dropped: those that were left out; of rows that passed, forms, kept, languages: how many
+    have each; personal: kind -> how many there are in them; first: the first that were kept with a fault.
 
-    dropped: list[Dropped]
+    rows: a pyarrow.RecordBatch. signatures: theirs, (rows, PERMUTATIONS), or (0, PERMUTATIONS) if nobody compares them.
+    """
+
+    dropped: list[Dropped] = field(default_factory=list)
     forms: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
-    rows: Any = None  # a pyarrow.RecordBatch
+    languages: dict[str, int] = field(default_factory=dict)
+    personal: dict[str, int] = field(default_factory=dict)
+    first: dict[str, list[Dropped]] = field(default_factory=dict)
+    rows: Any = None
+    signatures: Signatures = field(default_factory=lambda: np.empty((0, PERMUTATIONS), np.uint32))
 
 
 def schema(task: str) -> pa.Schema:
-    return pa.schema({**TOKENS[task], **PLACE, **KEYS, **LENGTHS, **TEXTS})
+    return pa.schema({**TOKENS[task], **PLACE, **KEYS, **LENGTHS, **GRAMS, **TEXTS})
 
 
 def made_of(chunk: Chunk, reading: Reading) -> Batch:
     """Raises InputError at the first row with a fault that is an error."""
     columns: dict[str, list[Any]] = {name: [] for name in schema(reading.task).names}
-    batch = Batch([])
+    batch, signatures = Batch(), list[Signatures]()
     for row in chunk.rows:
         for made in examples(row, reading):
             if isinstance(made, Dropped):
                 batch.dropped.append(made)
                 continue
-            values = _values(made, chunk)
+            values = _values(made, chunk, reading.checks)
             for name, column in columns.items():
                 column.append(values.get(name))
-            batch.forms[made.form] = batch.forms.get(made.form, 0) + 1
-            for fault in made.kept:
-                batch.kept[fault] = batch.kept.get(fault, 0) + 1
+            _count(made, batch, reading.checks)
+            if reading.checks.near_threshold is not None:
+                signatures.append(signature(made.said("user", "assistant")))
     batch.rows = pa.RecordBatch.from_pydict(columns, schema(reading.task))
+    if signatures:
+        batch.signatures = np.stack(signatures)
     return batch
 
 
-def _values(made: Example, chunk: Chunk) -> dict[str, Any]:
+def _count(made: Example, batch: Batch, checks: Checks) -> None:
+    looked_at = checks.languages and (made.row.number <= ALL_LANGUAGES or made.row.number % EVERY == 0)
+    said = {language(made.answer["content"]): 1} if looked_at else {}
+    for counts, found in (
+        (batch.forms, {made.form: 1}),
+        (batch.kept, dict.fromkeys(made.kept, 1)),
+        (batch.languages, said),
+        (batch.personal, made.personal),
+    ):
+        for name, many in found.items():
+            counts[name] = counts.get(name, 0) + many
+    for fault, why in made.kept.items():
+        note(batch.first, Dropped(replace(made.row, value={}), fault, why))
+
+
+def _values(made: Example, chunk: Chunk, checks: Checks) -> dict[str, Any]:
     opening, same, turned = keys(made)
     beside = kept(made.row)
+    compared = grams_of(made.said("user")) if checks.contamination_share is not None else None
     return {
         **made.columns,
         "source": chunk.source, "file": chunk.file, "number": made.row.number, "line": made.row.line, "id": made.id,
         "opening": opening, "same": same, "turned": turned,
         "prompt_tokens": made.prompt_tokens, "tokens": made.tokens, "trained": _trained(made),
+        "grams": compared,
         "text": json.dumps(made.text(), ensure_ascii=False), "kept": json.dumps(beside) if beside else None,
     }  # fmt: skip
 
@@ -117,26 +150,61 @@ def keys(made: Example) -> tuple[int, int, int]:
 
 
 class Table:
-    """A file of record batches that is written once and then mapped. column(name): as numpy, whole."""
+    """A file of record batches, and one of signatures, that are written once and then mapped. column(name): as numpy,
+    whole."""
 
     def __init__(self, path: Path, task: str):
         self.path, self.task = path, task
         self._writer = pa.ipc.new_stream(str(path), schema(task))
+        self._signed = open(path.with_suffix(".signatures"), "wb")  # noqa: SIM115 - closed by close()
         self._rows: Any = None
 
-    def add(self, rows: pa.RecordBatch) -> None:
-        if rows.num_rows:
-            self._writer.write_batch(rows)
+    def add(self, batch: Batch) -> None:
+        if batch.rows.num_rows:
+            self._writer.write_batch(batch.rows)
+            batch.signatures.tofile(self._signed)
 
     def close(self) -> None:
         import datasets
 
         datasets.disable_progress_bars()
         self._writer.close()
+        self._signed.close()
         self._rows = datasets.Dataset.from_file(str(self.path))
+
+    def remove(self) -> None:
+        """The files; what was taken of them stays readable."""
+        self.path.unlink()
+        Path(self._signed.name).unlink()
 
     def column(self, name: str) -> np.ndarray:
         return np.asarray(self._rows.data.column(name).to_numpy())
+
+    def lists(self, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """A column of lists, by parts: the number of its first row, the rows' lengths, and what they hold, in order."""
+        start = 0
+        for part in self._rows.data.column(name).chunks:
+            lengths = pc.fill_null(pc.list_value_length(part), 0).to_numpy(zero_copy_only=False)
+            yield start, lengths, part.flatten().to_numpy(zero_copy_only=False)
+            start += len(part)
+
+    def lengths(self, name: str) -> np.ndarray:
+        """How many each list of a column holds."""
+        return np.concatenate([np.zeros(0, np.int32), *(lengths for _, lengths, _ in self.lists(name))])
+
+    def signatures(self, rows: np.ndarray | None = None) -> Signatures:
+        """(rows, PERMUTATIONS) of these rows, or of all; mapped."""
+        path = Path(self._signed.name)
+        whole = _mapped(path, len(self._rows))
+        if rows is None or len(rows) == len(whole):
+            return whole
+        part = path.with_suffix(".part")
+        with open(part, "wb") as stream:
+            for start in range(0, len(rows), CHUNK):
+                whole[rows[start : start + CHUNK]].tofile(stream)
+        mapped = _mapped(part, len(rows))
+        part.unlink()  # it is there for as long as it is mapped
+        return mapped
 
     def all_differ(self, name: str) -> bool:
         """Whether each row has a value of its own there."""
@@ -148,3 +216,8 @@ class Table:
 
     def row(self, number: int) -> dict[str, Any]:
         return dict(self._rows[number])
+
+
+def _mapped(path: Path, rows: int) -> Signatures:
+    shape = rows, PERMUTATIONS
+    return np.memmap(path, np.uint32, "r", shape=shape) if rows else np.empty(shape, np.uint32)

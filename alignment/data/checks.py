@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ class Drop(Exception):
 
 
 class Policy:
-    """What the settings say of each fault; kept: faults that the row at hand has and is trained on with."""
+    """What the settings say of each fault; kept: faults that the row at hand has and is trained on with -> why."""
 
     def __init__(self, checks: Checks):
-        self.checks, self.kept = checks, list[str]()
+        self.checks, self.kept = checks, dict[str, str]()
 
     def meet(self, fault: str, row: Row, why: str = "") -> None:
         """The row has the fault. Raises Drop or InputError unless it is kept."""
@@ -39,17 +39,17 @@ class Policy:
             raise InputError(what, where=row.where, fix=f"mend the row, or set checks.{fault}=drop")
         if action == "drop":
             raise Drop(fault, why)
-        self.kept.append(fault)  # keep, or neutralise
+        self.kept.setdefault(fault, why)  # keep, or neutralise
 
-    def passed(self) -> list[str]:
-        """What was kept since the last call, each once."""
-        kept, self.kept = dict.fromkeys(self.kept), []
-        return list(kept)
+    def passed(self) -> dict[str, str]:
+        """What was kept since the last call, each once, and why."""
+        kept, self.kept = self.kept, {}
+        return kept
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that was left out, and why."""
+    """A row that was left out, and why; or, in a tally's first_kept, one that was kept all the same."""
 
     row: Row
     fault: str
@@ -61,28 +61,35 @@ class Dropped:
         return {"fault": self.fault, "why": why, **place, "value": self.row.value}
 
 
+Firsts = dict[str, list[Dropped]]  # fault -> the first EXAMPLES rows
+
+
 class Tally:
     """Rows that have a fault, by data set: each that is dropped is written to a file, and those kept are counted.
 
-    dropped, kept: data set -> fault -> rows. first: fault -> the first rows dropped for it.
+    dropped, kept: data set -> fault -> rows. first, first_kept: fault -> the first rows dropped for it, kept with it.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.dropped: Counts = {}
         self.kept: Counts = {}
-        self.first: dict[str, list[Dropped]] = {}
+        self.first: Firsts = {}
+        self.first_kept: Firsts = {}
         # By the line: what was dropped before an error is there to be read after it.
         self._stream = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
 
     def drop(self, source: str, one: Dropped) -> None:
         count(self.dropped, source, one.fault)
-        if len(first := self.first.setdefault(one.fault, [])) < EXAMPLES:
-            first.append(one)
+        note(self.first, one)
         self._stream.write(json.dumps({"source": source, **one.told()}, ensure_ascii=False, default=str) + "\n")
 
-    def keep(self, source: str, fault: str, rows: int = 1) -> None:
-        count(self.kept, source, fault, rows)
+    def keep(self, source: str, kept: Mapping[str, int], first: Iterable[Dropped]) -> None:
+        """kept: fault -> rows; first: of them the first, by their places alone."""
+        for fault, rows in kept.items():
+            count(self.kept, source, fault, rows)
+        for one in first:
+            note(self.first_kept, one)
 
     def close(self) -> None:
         self._stream.close()
@@ -98,16 +105,30 @@ class Tally:
 
     @property
     def examples(self) -> list[dict[str, Any]]:
-        """The first rows of each fault, by their places."""
-        return [
-            {"reason": one.fault, "file": one.row.file, "row": one.row.number, "line": one.row.line}
-            for first in self.first.values()
-            for one in first
-        ]
+        """The first rows dropped for each fault, by their places."""
+        return _places(self.first)
+
+    @property
+    def examples_kept(self) -> list[dict[str, Any]]:
+        """The first rows kept with each fault, by their places."""
+        return _places(self.first_kept)
 
     def __str__(self) -> str:
         by_count = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return ", ".join(f"{rows} {fault}" for fault, rows in by_count) or "none dropped"
+
+
+def note(first: Firsts, one: Dropped) -> None:
+    if len(known := first.setdefault(one.fault, [])) < EXAMPLES:
+        known.append(one)
+
+
+def _places(first: Firsts) -> list[dict[str, Any]]:
+    return [
+        {"reason": one.fault, "file": one.row.file, "row": one.row.number, "line": one.row.line}
+        for known in first.values()
+        for one in known
+    ]
 
 
 def count(counts: Counts, source: str, name: str, rows: int = 1) -> None:

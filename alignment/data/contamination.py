@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from alignment.data.ngrams import words
 from alignment.errors import InputError
 
+SIZE = 8  # words of an n-gram
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 
 
@@ -24,7 +25,7 @@ class Index:
     contaminates. Two different n-grams have one hash with a chance of 2^-64.
     """
 
-    def __init__(self, prompts: Iterable[tuple[str, str]], size: int = 8, share: float = 0.5) -> None:
+    def __init__(self, prompts: Iterable[tuple[str, str]], size: int = SIZE, share: float = 0.5) -> None:
         """prompts: (id, text). size: words of an n-gram. share: a prompt is contaminated if more of its words than this
         share stand in n-grams of both. Raises InputError."""
         if size < 1:
@@ -49,6 +50,22 @@ class Index:
         together = np.concatenate(grams)
         order = np.argsort(together, kind="stable")
         self._grams, self._starts = together[order], np.concatenate(starts)[order]
+        self._own = np.diff(self._bounds)  # words of each prompt that count
+
+    @property
+    def grams(self) -> NDArray[np.uint64]:
+        """All different n-grams, ascending."""
+        return np.unique(self._grams)
+
+    def leave_out(self, grams: NDArray[np.uint64]) -> int:
+        """From now on these n-grams are in no prompt, and words that stand in them alone are not counted, neither as
+        shared nor as the prompt's. Returns how many prompts have no n-gram left: nothing contaminates these."""
+        stay = ~np.isin(self._grams, grams)
+        self._grams, self._starts = self._grams[stay], self._starts[stay]
+        prompts, covered = self._covered(self._starts)
+        self._own = np.zeros(len(self.ids), np.int64)
+        self._own[prompts] = covered
+        return len(self.ids) - len(prompts)
 
     def find(self, text: str) -> str | None:
         """The id of the first prompt that the text contaminates, None if it does none."""
@@ -60,7 +77,7 @@ class Index:
             return None
         hits = np.repeat(low - np.cumsum(many) + many, many) + np.arange(many.sum())
         prompts, covered = self._covered(self._starts[hits])
-        over = prompts[covered > self.share * (self._bounds[prompts + 1] - self._bounds[prompts])]
+        over = prompts[covered > self.share * self._own[prompts]]
         return self.ids[over[0]] if len(over) else None
 
     def _covered(self, starts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -69,6 +86,11 @@ class Index:
         places = starts[:, None] + np.arange(self.size)
         places = np.unique(places[places < ends[:, None]])
         return np.unique(np.searchsorted(self._bounds, places, "right") - 1, return_counts=True)
+
+
+def grams_of(text: str, size: int = SIZE) -> NDArray[np.uint64]:
+    """The different n-grams of a text, ascending; none of one with fewer words than `size`."""
+    return np.unique(_grams(_hashes(words(text)), size))
 
 
 def _hashes(said: Sequence[str]) -> NDArray[np.uint64]:

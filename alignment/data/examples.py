@@ -14,10 +14,11 @@ from alignment.data import tokens
 from alignment.data.chat import Chat
 from alignment.data.checks import Drop, Dropped, Policy, opening, prompt_key, turn_faults
 from alignment.data.formats import canonical, detect, finite, kept, margin, renamed, scored_list, wanted
+from alignment.data.personal import personal
 from alignment.data.ranking import candidates, choose
 from alignment.data.shortening import shortened
 from alignment.data.sources import Row, Unreadable
-from alignment.data.turns import Message, message, said, text, words
+from alignment.data.turns import ROLES, Message, message, said, text, words
 from alignment.errors import InputError
 
 WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
@@ -28,7 +29,7 @@ class Example:
     """One row that passed: its messages, its columns for training (token ids, a number), and its lengths in tokens.
 
     id: its own, None if it has none. tokens: of the whole row; of its longer side for a pair. kept: faults that it is
-    trained on with.
+    trained on with -> why. personal: kinds of personal data -> how many it holds.
     """
 
     row: Row
@@ -41,7 +42,15 @@ class Example:
     prompt_tokens: int
     tokens: int
     opening: str
-    kept: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    personal: dict[str, int] = field(default_factory=dict)
+
+    def said(self, *roles: str) -> str:
+        """All texts of these roles; the answers are the assistant's, a text without turns is everybody's."""
+        if self.form == "text":
+            return str(self.answer["content"])
+        turns = [*self.prompt, self.answer, *([self.rejected] if self.rejected else [])]
+        return "\n".join(turn["content"] for turn in turns if turn["role"] in roles)
 
     def text(self) -> dict[str, Any]:
         """The row as train.jsonl has it, but for its id."""
@@ -170,6 +179,7 @@ def _example(part: Row, row: Row, form: str, reading: Reading) -> Example | Drop
             made = _made(part, form, reading, policy)
             if over := _over(made, reading):
                 made = _shorter(made, over, reading, policy)
+            _check_personal(made, row, policy)
         except Drop as drop:  # of one that met no policy yet
             policy.meet(drop.fault, row, drop.why)
             raise
@@ -183,6 +193,16 @@ def _made(row: Row, form: str, reading: Reading, policy: Policy) -> Example:
     makers = {"preference": _preference, "unpaired": _unpaired, "scored": _scored}
     maker = _text if form == "text" else makers.get(reading.task, _conversation)
     return maker(row, form, reading.chat, policy)
+
+
+def _check_personal(made: Example, row: Row, policy: Policy) -> None:
+    """Raises InputError or Drop. What it holds is told by the kind alone."""
+    if policy.checks.personal is None:
+        return
+    found = personal(made.said(*ROLES))
+    made.personal = {kind: many for kind, many in found.items() if many}
+    if made.personal:
+        policy.meet("personal", row, ", ".join(f"{many} {kind}" for kind, many in made.personal.items()))
 
 
 def _over(made: Example, reading: Reading) -> tuple[str, str] | None:
@@ -210,7 +230,7 @@ def _shorter(made: Example, over: tuple[str, str], reading: Reading, policy: Pol
     found = shortened(made.prompt, again)
     if found is None:  # its answer is too long, or its system turn
         raise Drop(*over)
-    policy.kept.append("truncated")
+    policy.kept.setdefault("truncated", over[1])
     return replace(found, row=made.row, form=made.form, opening=made.opening)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 
 from alignment.config.data_checks import Checks
 from alignment.config.sources import Dataset, Lists, PathSource
 from alignment.config.stages.preparing import Prepare
 from alignment.data.chat import Chat
+from alignment.data.evaluated import asked
 from alignment.data.examples import Reading
 from alignment.data.fetch import fetch
+from alignment.data.formats import Message, canonical, detect, renamed
 from alignment.data.preparation import Source
-from alignment.data.sources import read
+from alignment.data.sources import Row, Unreadable, read
 from alignment.data.splitting import Share
 from alignment.data.writing import describe
+from alignment.errors import InputError
 from alignment.places import expand, is_url, kind
 
 LOOK = 1 << 20  # bytes by which it is guessed how many rows a file has
@@ -25,13 +29,12 @@ def source_of(
     name: str, dataset: Dataset, settings: Prepare, checks: Checks, chat: Chat, most: int | None = None
 ) -> Source:
     """most: rows at most, beside the data set's own limit. Raises InputError or MachineError where it is not there."""
-    source = dataset.source
-    path = source.path if isinstance(source, PathSource) else str(fetch(source, what="data"))
+    path = _path(dataset)
     limit = min((one for one in (dataset.limit, most) if one is not None), default=None)
     rows = _guess(path)
     reading = reading_of(settings, dataset.format, dataset.columns, checks, chat, dataset.lists)
     guess = rows if limit is None or rows is None else min(rows, limit)
-    return Source(name, islice(read(path), limit), reading, describe(source), guess)
+    return Source(name, islice(read(path), limit), reading, describe(dataset.source), guess)
 
 
 def reading_of(
@@ -39,6 +42,33 @@ def reading_of(
 ) -> Reading:
     lengths = settings.max_length, settings.max_prompt_length
     return Reading(form, columns, settings.task, checks, chat, *lengths, settings.over_long, lists, settings.seed)
+
+
+def prompts_of(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """Where each row of a data set for evaluation stands, and what it asks: its `prompt`, which needs nothing beside
+    it, else what its format says. Raises InputError for one that has neither, and where the data set has no rows."""
+    path, count = _path(dataset), 0
+    for row in islice(read(path), dataset.limit):
+        if isinstance(row, Unreadable):
+            raise row.error
+        count += 1
+        yield row.where, asked(_questions(renamed(row, dataset.columns), dataset.format))
+    if not count:
+        raise InputError("has no rows", where=describe(dataset.source))
+
+
+def _questions(row: Row, form: str) -> list[Message]:
+    if row.value.get("prompt") is not None:
+        return canonical(replace(row, value={"prompt": row.value["prompt"], "completion": ""}), "prompt_completion")[
+            "messages"
+        ]
+    made = canonical(row, detect(row) if form == "auto" else form)
+    return made.get("messages") or made["prompt"]
+
+
+def _path(dataset: Dataset) -> str:
+    source = dataset.source
+    return source.path if isinstance(source, PathSource) else str(fetch(source, what="data"))
 
 
 def share_of(dataset: Dataset) -> Share:

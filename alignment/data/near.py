@@ -10,6 +10,8 @@ million rows, of which a fifth are near-duplicates.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from rensa import RMinHash
@@ -39,6 +41,9 @@ def signature(text: str) -> Signatures:
     return np.array(sketch.digest(), np.uint32)
 
 
+WORDLESS = signature("")  # of texts without any word; each value is the largest, which hashes of words do not reach
+
+
 def groups(signatures: Signatures, threshold: float) -> NDArray[np.int64]:
     """For each row the number of the first row of its group, (rows,); its own where it is the first.
 
@@ -50,8 +55,7 @@ def groups(signatures: Signatures, threshold: float) -> NDArray[np.int64]:
     Bands: a pair at the threshold shares one with a chance of at least RECALL. Memory beside the signatures: at most
     12 bytes per row and band, 21 bands at 0.8. Raises InputError for a threshold outside (0, 1].
     """
-    if not 0 < threshold <= 1:
-        raise InputError(f"threshold is {threshold:g}", fix="give a share above 0 and up to 1")
+    _check(threshold)
     buckets, members = _buckets(_keys(signatures, _width(threshold)))
     firsts = np.empty(members, np.int32)  # of each bucket, from its number on, the rows that begin a group
     filled = np.zeros(members, np.int32)  # how many, at the bucket's number
@@ -68,6 +72,52 @@ def groups(signatures: Signatures, threshold: float) -> NDArray[np.int64]:
         else:
             group[row] = first
     return group
+
+
+def nearest(
+    signatures: Signatures, rows: NDArray[np.int64], others: NDArray[np.int64], threshold: float
+) -> NDArray[np.int64]:
+    """For each of these rows the first of the others that agrees with it in at least `threshold` of the values, as a
+    number in `others`, (rows,); -1 where none does.
+
+    signatures: as of `groups`; rows, others: numbers there. A pair at the threshold is found with a chance of at least
+    RECALL. Raises InputError for a threshold outside (0, 1].
+    """
+    _check(threshold)
+    found, width = np.full(len(rows), -1, np.int64), _width(threshold)
+    different, first = np.unique(signatures[others], axis=0, return_index=True)
+    keys = _keys(different, width)
+    orders = np.argsort(keys, axis=1, kind="stable")
+    ordered = np.take_along_axis(keys, orders, axis=1)
+    for start in range(0, len(rows), CHUNK):
+        mine = np.asarray(signatures[rows[start : start + CHUNK]])
+        for row, other in _candidates(_keys(mine, width), ordered, orders):
+            near = (mine[row] == different[other]).mean(1) >= threshold
+            best = np.full(len(mine), len(others))
+            np.minimum.at(best, row[near], first[other[near]])
+            known = found[start : start + CHUNK]
+            known[:] = np.where(known < 0, np.where(best < len(others), best, -1), np.minimum(known, best))
+    return found
+
+
+def _candidates(
+    keys: NDArray[np.uint32], ordered: NDArray[np.uint32], orders: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Pairs (row, other) that share a band, about CHUNK at once. keys: (bands, rows); ordered, orders: of the others,
+    by band, their keys ascending and whose they are."""
+    for band, of_rows in enumerate(keys):
+        low = np.searchsorted(ordered[band], of_rows)
+        many = np.searchsorted(ordered[band], of_rows, "right") - low
+        sharing, sums = np.flatnonzero(many), np.cumsum(many[many > 0])
+        for part in np.split(sharing, np.flatnonzero(np.diff(sums // CHUNK)) + 1):
+            counts = many[part]
+            places = np.repeat(low[part] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+            yield np.repeat(part, counts), orders[band][places]
+
+
+def _check(threshold: float) -> None:
+    if not 0 < threshold <= 1:
+        raise InputError(f"threshold is {threshold:g}", fix="give a share above 0 and up to 1")
 
 
 def _width(threshold: float) -> int:

@@ -46,6 +46,7 @@ _IBAN = re.compile(
     )
     + ")"
 )
+_DIGIT = re.compile(r"\d")
 _US_SSN = re.compile(r"(?<![\w.-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
 _SECRET = re.compile(
     r"(?<![A-Za-z0-9_-])(?:"
@@ -61,8 +62,12 @@ _SECRET = re.compile(
 
 def personal(text: str) -> dict[str, int]:
     """How many of each kind of KINDS are in the text, 0 included; a thing that is there twice counts twice."""
+    digits = _DIGIT.search(text) is not None
+    possible = {"email": "@" in text, "secret": True}  # most texts have neither, and need no further look
     return {
         kind: sum(is_one(found) for pattern, is_one in shapes for found in pattern.finditer(text))
+        if possible.get(kind, digits)
+        else 0
         for kind, shapes in _SHAPES.items()
     }
 

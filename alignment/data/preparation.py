@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from alignment.data.batches import Batch, Chunk, Table, key_of, made_of
 from alignment.data.checks import Counts, Drop, Dropped, Policy, Tally, count
 from alignment.data.examples import Reading
+from alignment.data.near import WORDLESS, groups
 from alignment.data.sources import Row, Unreadable
 
 ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
@@ -44,7 +45,8 @@ class Source:
 class Judged:
     """What was read. table: rows that passed by themselves; fit: those of them that passed beside the others, too.
 
-    read: data set -> rows read. forms: data set -> format -> rows.
+    read: data set -> rows read. forms, languages: data set -> format or language -> rows of the table; personal: data
+    set -> kind -> how many there are in them. compared: how many evaluation prompts were compared with, how many not.
     """
 
     sources: Sequence[Source]
@@ -54,6 +56,9 @@ class Judged:
     files: list[str] = field(default_factory=list)
     read: dict[str, int] = field(default_factory=dict)
     forms: Counts = field(default_factory=dict)
+    languages: Counts = field(default_factory=dict)
+    personal: Counts = field(default_factory=dict)
+    compared: dict[str, int] = field(default_factory=dict)
     fit: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
@@ -86,14 +91,18 @@ def judge(
     try:
         for chunk, batch in _batches(sources, made.files):
             name = sources[chunk.source].name
-            made.table.add(batch.rows)
+            made.table.add(batch)
             made.read[name] = made.read.get(name, 0) + len(chunk.rows)
             for one in batch.dropped:
                 made.tally.drop(name, one)
-            for fault, kept in batch.kept.items():
-                made.tally.keep(name, fault, kept)
-            for form, fit in batch.forms.items():
-                count(made.forms, name, form, fit)
+            made.tally.keep(name, batch.kept, chain.from_iterable(batch.first.values()))
+            for counts, found in (
+                (made.forms, batch.forms),
+                (made.languages, batch.languages),
+                (made.personal, batch.personal),
+            ):
+                for key, many in found.items():
+                    count(counts, name, key, many)
             rows += batch.rows.num_rows
             note = f"{', '.join(made.forms.get(name, {})) or 'rows'}: {rows} of {made.total} rows fit"
             progress(made.total, max(guess or 0, made.total), note=note)
@@ -170,7 +179,7 @@ def _work(chunk: Chunk) -> Batch:
 
 
 def _beside_others(made: Judged, heldout: Set[str]) -> np.ndarray:
-    """Numbers of the rows that may stay beside the others: none twice, turned round, or held out elsewhere."""
+    """Numbers of the rows that may stay beside the others: none twice, nearly so, turned round, or held out."""
     same, turned, opening = (made.table.column(name) for name in ("same", "turned", "opening"))
     first = _first(same)
     unique, at = np.unique(same, return_index=True)
@@ -186,7 +195,22 @@ def _beside_others(made: Judged, heldout: Set[str]) -> np.ndarray:
     ):
         for number in np.flatnonzero(rows & stays):
             stays[number] = not left_out(made, fault, int(number))
-    return np.flatnonzero(stays)
+    fit = np.flatnonzero(stays)
+    return fit if made.policy.checks.near_threshold is None else _apart(made, fit, made.policy.checks.near_threshold)
+
+
+def _apart(made: Judged, fit: np.ndarray, threshold: float) -> np.ndarray:
+    """Those of these rows that are not nearly a row before, or are kept all the same."""
+    signatures, opening = made.table.signatures(fit), made.table.column("opening")[fit]
+    first = groups(signatures, threshold)
+    near = (first < np.arange(len(fit))) & (signatures[:, 0] != WORDLESS[0])
+    if made.task != "sft":  # a prompt may have several answers, and each says all of the prompt
+        near &= opening != opening[first]
+    stays = np.ones(len(fit), bool)
+    for place in np.flatnonzero(near):
+        why = f"is nearly {made.place(int(fit[first[place]]))[1].where}"
+        stays[place] = not left_out(made, "near_duplicate", int(fit[place]), why)
+    return fit[stays]
 
 
 def _first(keys: np.ndarray) -> np.ndarray:
@@ -195,14 +219,14 @@ def _first(keys: np.ndarray) -> np.ndarray:
     return at[back]
 
 
-def left_out(made: Judged, fault: str, number: int) -> bool:
+def left_out(made: Judged, fault: str, number: int, why: str = "") -> bool:
     """What becomes of a row of the table that has the fault. Raises InputError where that is an error."""
     name, row = made.place(number)
     try:
-        made.policy.meet(fault, row)
+        made.policy.meet(fault, row, why)
     except Drop as drop:
         made.tally.drop(name, Dropped(row, drop.fault, drop.why))
         return True
     made.policy.passed()
-    made.tally.keep(name, fault)
+    made.tally.keep(name, {fault: 1}, [Dropped(replace(row, value={}), fault, why)])
     return False

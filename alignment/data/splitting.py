@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignment.config.stages.preparing import Splits
+from alignment.data import evaluated
 from alignment.data.preparation import TOO_LONG, Judged, left_out
 from alignment.errors import InputError
 
@@ -28,21 +29,34 @@ class Share:
 Parts = dict[str, np.ndarray]  # split -> rows of the table, in order
 
 
-def divide(judged: Judged, sizes: Splits, seed: int, shares: Sequence[Share]) -> Parts:
+def divide(
+    judged: Judged, sizes: Splits, seed: int, shares: Sequence[Share], elsewhere: evaluated.Prompts = ()
+) -> Parts:
     """Rows of each split: by one seeded shuffle held-out first, then prompts, then train; what is over is "unused".
 
-    No opening lies in two splits, unless checks.leak keeps it. The same rows, sizes, seed and shares give the same
-    splits, whatever the number of workers. shares: one a data set. Raises InputError if there are too few rows.
+    No opening lies in two splits, and no row of the others is near a held-out one or says an evaluation prompt, unless
+    checks keep it. The same rows, sizes, seed and shares give the same splits, whatever the number of workers. shares:
+    one a data set; elsewhere: prompts that models are evaluated on beside the held-out ones. Raises InputError if there
+    are too few rows.
     """
     order = _shuffled(judged.fit, seed)
     if any(share.cap is not None for share in shares):
         order = _capped(order, judged.table.column("source"), shares)
     openings = judged.table.column("opening")
-    asking = order[judged.table.column("prompt_tokens")[order] > 0]  # texts ask nothing: they are trained on, or unused
-    heldout = asking[: sizes.heldout]
-    prompts, left = _prompts(judged, asking[sizes.heldout :], openings, heldout, sizes.prompts)
+    asks = judged.table.column("prompt_tokens") > 0  # texts do not: they are trained on, or unused
+    heldout = order[asks[order]][: sizes.heldout]
+    order = order[~np.isin(order, heldout)]
+    near = {
+        "near_leak": evaluated.near_heldout(judged, order, heldout),
+        "contamination": evaluated.contaminated(judged, order, heldout, elsewhere),
+    }
+    asking, leaks = order[asks[order]], _leaks(order, openings, heldout)
+    prompts, left = _first_fit(judged, asking, {"leak": leaks, **near}, sizes.prompts)
     order = order[~np.isin(order, asking[: len(asking) - len(left)])]
-    train = _without_leaks(judged, order, np.isin(openings[order], openings[np.concatenate([heldout, prompts])]), sizes)
+    leaks = _leaks(order, openings, np.concatenate([heldout, prompts]))
+    most = sizes.train if _is_plain(shares) else None  # of a mixture any row may be used
+    train, over = _first_fit(judged, order, {"leak": leaks, **near}, most)
+    train = np.concatenate([train, over])
     mixed = _mixed(train, judged, shares, seed)[: sizes.train]
     unused = train[~np.isin(train, mixed)]
     parts = {"heldout": heldout, "prompts": prompts, "train": mixed, "unused": unused}
@@ -65,41 +79,36 @@ def _capped(order: np.ndarray, source: np.ndarray, shares: Sequence[Share]) -> n
     return order[stays]
 
 
-def _prompts(
-    judged: Judged, order: np.ndarray, openings: np.ndarray, heldout: np.ndarray, size: int
+def _leaks(order: np.ndarray, openings: np.ndarray, others: np.ndarray) -> evaluated.Found:
+    return dict.fromkeys(order[np.isin(openings[order], openings[others])].tolist(), "")
+
+
+def _first_fit(
+    judged: Judged, order: np.ndarray, faults: Mapping[str, evaluated.Found], size: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first rows whose opening is not held out, and what comes after them."""
-    kept, taken = list[int](), set(openings[heldout].tolist())
-    for place, number in enumerate(order):
-        if len(kept) == size:
-            return np.asarray(kept, np.int64), order[place:]
-        if int(openings[number]) not in taken or not left_out(judged, "leak", int(number)):
-            kept.append(int(number))
-    return np.asarray(kept, np.int64), order[:0]
-
-
-def _without_leaks(judged: Judged, order: np.ndarray, leaks: np.ndarray, sizes: Splits) -> np.ndarray:
-    """Those that are trained on or are over, without those that share an opening with other splits. What is not used
-    leaks nothing, and is not counted."""
-    stays = np.ones(len(order), bool)
-    if sizes.train is None:
-        looked_at = len(order)
-    elif judged.policy.checks.leak == "keep":
-        looked_at = sizes.train
-    else:
-        looked_at = int(np.searchsorted(np.cumsum(~leaks), sizes.train)) + 1
-    for place in np.flatnonzero(leaks[:looked_at]):
-        stays[place] = not left_out(judged, "leak", int(order[place]))
-    return order[stays]
+    """The first rows that no fault drops, as many as size says, None for all; and those after them, which are looked at
+    later or not used: these leak nothing, and are not counted. faults: fault -> the rows that have it, and why."""
+    dropping = [rows for fault, rows in faults.items() if getattr(judged.policy.checks, fault) != "keep"]
+    stays = ~np.isin(order, [row for rows in dropping for row in rows])
+    end = len(order) if size is None else int(np.searchsorted(np.cumsum(stays), size)) + 1 if size else 0
+    for number in order[:end].tolist():
+        for fault, rows in faults.items():
+            if number in rows and left_out(judged, fault, number, rows[number]):
+                break
+    return order[:end][stays[:end]], order[end:]
 
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------
 
 
+def _is_plain(shares: Sequence[Share]) -> bool:
+    return all(share.epochs == 1.0 and share.weight is None for share in shares)
+
+
 def _mixed(order: np.ndarray, judged: Judged, shares: Sequence[Share], seed: int) -> np.ndarray:
     """The rows to train on: each data set's as often as its epochs say, and no more of them than its weight allows; the
     largest mixture in which none is used more often. Raises InputError for a weight of no rows."""
-    if all(share.epochs == 1.0 and share.weight is None for share in shares):
+    if _is_plain(shares):
         return order
     source = judged.table.column("source")[order]
     wanted = {n: round(np.count_nonzero(source == n) * share.epochs) for n, share in enumerate(shares)}

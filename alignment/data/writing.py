@@ -19,6 +19,7 @@ from alignment.data.splitting import Parts
 from alignment.errors import InputError
 from alignment.files import write_json, write_lines
 
+APART = 0.1
 SOURCE = "source"  # the column of train/ with the number of a row's data set, as data_report.json lists them
 
 
@@ -46,6 +47,8 @@ def write(judged: Judged, parts: Parts, folder: Path, chat: Chat) -> dict[str, f
     report["lengths"] = {"prompt_tokens": spread(prompts), "row_tokens": spread(lengths)}
     if judged.task == "preference":
         report["margins"] = _margins(judged, np.concatenate([train, heldout]), without)
+        for number, one in enumerate(report["sources"]):
+            one["length_bias"] = length_bias(judged, train, number)
     write_json(folder / "data_report.json", report)
     dropped = sum(judged.tally.counts.values())
     counts = {"rows": judged.total, "dropped": dropped, **kept}
@@ -62,6 +65,8 @@ def _report(judged: Judged, kept: dict[str, int], chat: Chat) -> dict[str, Any]:
         "kept": kept,
         "dropped": judged.tally.counts,
         "examples": judged.tally.examples,
+        "examples_kept": judged.tally.examples_kept,
+        "evaluation_prompts": judged.compared,
         "sources": [
             {
                 "name": source.name,
@@ -70,6 +75,8 @@ def _report(judged: Judged, kept: dict[str, int], chat: Chat) -> dict[str, Any]:
                 "formats": judged.forms.get(source.name, {}),
                 "dropped": judged.tally.dropped.get(source.name, {}),
                 "kept_with": judged.tally.kept.get(source.name, {}),
+                "languages": judged.languages.get(source.name, {}),
+                "personal": judged.personal.get(source.name, {}),
             }
             for source in judged.sources
         ],
@@ -163,6 +170,27 @@ def _asking_row(row: dict[str, Any]) -> dict[str, Any]:
     text, kept = json.loads(row["text"]), json.loads(row["kept"] or "{}")
     messages = text.get("messages") or [*text["prompt"], *(text.get("completion") or text.get("chosen"))]
     return {"prompt": messages[:-1], "reference": messages[-1]["content"], **kept}
+
+
+def length_bias(judged: Judged, rows: np.ndarray, source: int) -> dict[str, float]:
+    """Of these pairs those of a data set: the shares whose chosen, or rejected, answer is longer, and mean tokens of
+    both; apart: pairs whose answers differ by more than APART of the longer, and the share of these whose chosen one is
+    longer. Of nothing, nothing.
+    """
+    mine = rows[judged.table.column("source")[rows] == source]
+    if judged.task != "preference" or not len(mine):
+        return {}
+    chosen, rejected = (judged.table.lengths(name)[mine] for name in ("chosen_ids", "rejected_ids"))
+    apart = np.abs(chosen - rejected) > APART * np.maximum(chosen, rejected)
+    return {
+        "pairs": len(mine),
+        "chosen_longer": float((chosen > rejected).mean()),
+        "rejected_longer": float((rejected > chosen).mean()),
+        "chosen_tokens": float(chosen.mean()),
+        "rejected_tokens": float(rejected.mean()),
+        "apart": int(apart.sum()),
+        **({"chosen_longer_apart": float((chosen > rejected)[apart].mean())} if apart.any() else {}),
+    }
 
 
 def spread(lengths: Sequence[int] | np.ndarray) -> dict[str, float]:

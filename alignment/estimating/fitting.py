@@ -14,12 +14,14 @@ from alignment.config.stages.training import Train
 from alignment.errors import InputError, MachineError, TrainingError
 from alignment.estimating.first_loss import first_loss
 from alignment.estimating.memory import Estimate, of_experiment
-from alignment.estimating.sizes import Lengths
+from alignment.estimating.seen import Lengths
+from alignment.estimating.sizes import is_estimated
 from alignment.estimating.suggesting import suggestion
 from alignment.files import size_text
 from alignment.training.checkpoints import most_at_once, size_of_one
 from alignment.training.memory import FP32
 
+__all__ = ["disk_bytes", "findings", "is_estimated"]
 ERROR = 0.15  # by so much the estimate may be wrong (docs/preflight.md): no run is refused for less
 NOTHING = "nothing that is tried makes it fit: take a smaller model, or machines with more memory"
 Finding = dict[str, Any]

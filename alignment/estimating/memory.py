@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from alignment.config.execution import Engine
+from alignment.config.hardware import AUTO
 from alignment.config.schema import Experiment
 from alignment.config.stages.training import Reference, Train
-from alignment.estimating.sizes import Lengths, Sample, sample_of, tensors_of
+from alignment.estimating.seen import Lengths
+from alignment.estimating.sizes import Sample, sample_of, tensors_of
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches
 from alignment.training.memory import Device, Load, Parts, attention_share, parts_of
@@ -64,8 +66,7 @@ def processes(experiment: Experiment, name: str) -> tuple[int, int]:
 def machine_of(experiment: Experiment, name: str, told: int | None) -> Machine:
     """For one node. A cluster's is what the settings say of its hardware, else it is this one with what is free now.
     told: bytes of a process, where somebody knows better."""
-    hardware = getattr(experiment, "hardware", None)
-    gigabytes, named = getattr(hardware, "memory_gb", None), getattr(hardware, "name", "auto") != "auto"
+    gigabytes, named = experiment.hardware.memory_gb, experiment.hardware.name != AUTO
     if told is None and gigabytes is not None:
         told = int(gigabytes * 1e9)
     if experiment.launcher.kind == "slurm":

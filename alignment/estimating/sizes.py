@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,21 +19,10 @@ from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Reference, Train
 from alignment.errors import InputError
+from alignment.estimating.seen import Lengths
 from alignment.training.shape import shape_of
 
 Trains = Train | Reference
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Of rows that were looked at: [rows] tokens of the prompt, of the whole row (of a pair the longer side), and those
-    that carry a gradient. task: of the stage that prepared them. some: a few of the rows themselves, as token ids."""
-
-    task: str
-    prompt: np.ndarray
-    tokens: np.ndarray
-    trained: np.ndarray
-    some: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -50,18 +38,6 @@ class Sample:
     trained: np.ndarray
     scored: np.ndarray
     known: bool
-
-
-def config_of(start: Path) -> Any:
-    """The transformers configuration of a start model's folder or GGUF file; None if a folder has none. No code of it
-    is run."""
-    if start.is_dir():
-        there = (start / "config.json").is_file()
-        return AutoConfig.from_pretrained(start, local_files_only=True, trust_remote_code=False) if there else None
-    config = AutoConfig.from_pretrained(start.parent, gguf_file=start.name, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):  # the weights are trained dequantised
-        del config.quantization_config
-    return config
 
 
 def is_estimated(config: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from alignment.config.schema import Experiment
 from alignment.config.stages.training import Lora, Train
 from alignment.estimating.memory import Estimate, of_experiment, processes
-from alignment.estimating.sizes import Lengths
+from alignment.estimating.seen import Lengths
 
 FEWEST = 128  # tokens of a micro-batch: fewer are not proposed
 MOST = 64  # machines

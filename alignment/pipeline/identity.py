@@ -86,7 +86,7 @@ _identity_keys = cache(partial(shape.of_side, "identity"))
 
 def _group(experiment: Experiment, settings: Stage, group: str) -> Any:
     if group == "data" and isinstance(settings, Prepare):
-        return {name: identity_side(experiment.data[name]) for name in settings.datasets}
+        return {name: identity_side(experiment.data[name]) for name in settings.read}
     if group == "reward":
         return identity_side(experiment.reward.read(settings.compares))
     return identity_side(getattr(experiment, group))

@@ -168,7 +168,7 @@ def _paths_of(run: Run) -> Iterator[Path]:
         for group in node.settings.groups:
             value = getattr(run.experiment, group)
             if group == "data" and isinstance(node.settings, Prepare):
-                value = [value[name] for name in node.settings.datasets]
+                value = [value[name] for name in node.settings.read]
             yield from _paths(value)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from alignment.config.stages.answering import NO_PAIR
 from alignment.files import write_text
-from alignment.reporting import charts, lineage, words
+from alignment.reporting import charts, lineage, prepared, words
 from alignment.reporting.gather import TRAINING, Model, Report, Row, Stage, changes, choose, collect, gather, read
 from alignment.reporting.reward_models import reward_models
 from alignment.reporting.rollouts import rollouts
@@ -251,27 +251,21 @@ def flows(report: Report) -> list[Row]:
 def _prepared(told: Row) -> Row:
     drops, kept = told.get("dropped") or {}, told.get("kept") or {}
     spare = (words.finite(told.get("rows")) or 0) - sum(kept.values()) - sum(drops.values())
-    examples = [row for row in told.get("examples") or [] if isinstance(row, dict)]
     return {
         "unit": "rows",
         "source": _source(told.get("source")),
         "rows": words.count(told.get("rows")),
         "parts": _parts(kept, drops, int(spare)),
-        "drops": [
-            {
-                "reason": reason,
-                "count": words.count(count),
-                "examples": [e for e in examples if e.get("reason") == reason],
-            }
-            for reason, count in _sorted(drops)
-        ],
+        "drops": prepared.faults(drops, told.get("examples")),
+        "faulty": prepared.faults(prepared.kept_with(told), told.get("examples_kept")),
         "lengths": _lengths(told.get("lengths") or {}),
         "facts": _flat(
             {
                 "format": ", ".join(told.get("formats") or {}),
                 "chat_template": (told.get("template_sha256") or "")[:16] or None,
             }
-        ),
+        )
+        + prepared.facts(told),
     }
 
 
@@ -294,6 +288,7 @@ def _judged(stage: Stage) -> Row | None:
         "rows": words.count(told[unit]),
         "parts": _parts(kept, drops),
         "drops": [{"reason": reason, "count": words.count(count), "examples": []} for reason, count in _sorted(drops)],
+        "faulty": [],
         "lengths": None,
         "facts": _flat({name: value for name, value in told.items() if name not in in_the_bar}),
     }

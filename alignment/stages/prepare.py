@@ -6,8 +6,10 @@ from typing import Any
 
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
+from alignment.data.evaluated import asked
+from alignment.data.formats import Message
 from alignment.data.models import context_window
-from alignment.data.named import reading_of, share_of, source_of
+from alignment.data.named import prompts_of, reading_of, share_of, source_of
 from alignment.data.preparation import Source, judge
 from alignment.data.sources import read_rows
 from alignment.data.splitting import Share, check_dropped, divide
@@ -23,13 +25,17 @@ def run(context: StageContext) -> dict[str, Any]:
     _check_window(context, context_window(model))
     settings, chat = context.settings, Chat.load(model)
     sources = _sources(context, chat)
-    judged = judge(sources, context.folder, context.progress, _heldout(context))
-    shares = [share_of(context.experiment.data[name]) for name in settings.datasets] or [Share()]
-    parts = divide(judged, settings.splits, settings.seed, shares)
+    heldout, data = _heldout(context), context.experiment.data
+    judged = judge(sources, context.folder, context.progress, {opening(prompt) for prompt in heldout.values()})
+    shares = [share_of(data[name]) for name in settings.datasets] or [Share()]
+    elsewhere = [(where, asked(prompt)) for where, prompt in heldout.items()]
+    for name in settings.against:
+        elsewhere += prompts_of(data[name])
+    parts = divide(judged, settings.splits, settings.seed, shares, elsewhere)
     judged.tally.close()
     check_dropped(judged)
     numbers = write(judged, parts, context.folder, chat)
-    judged.table.path.unlink()
+    judged.table.remove()
     return numbers
 
 
@@ -52,11 +58,12 @@ def _sources(context: StageContext, chat: Chat) -> list[Source]:
     return [Source("parent", read_rows(folder / file), reading_of(settings, form, {}, checks, chat), described)]
 
 
-def _heldout(context: StageContext) -> set[str]:
-    """Openings of the prompts that the parent in the role `heldout` keeps for evaluation: none may be trained on."""
+def _heldout(context: StageContext) -> dict[str, list[Message]]:
+    """Where each prompt stands that the parent in the role `heldout` keeps for evaluation: none may be trained on."""
     if "heldout" not in context.inputs:
-        return set()
-    return {opening(row["prompt"]) for row in rows_of(context.inputs["heldout"], "heldout.jsonl")}
+        return {}
+    rows = rows_of(context.inputs["heldout"], "heldout.jsonl")
+    return {f"heldout.jsonl:{line}": row["prompt"] for line, row in enumerate(rows, start=1)}
 
 
 def _check_window(context: StageContext, window: int | None) -> None:

@@ -29,7 +29,15 @@ def settings(task: str = "sft", **changes: Any) -> Prepare:
     splits = Splits(
         heldout=changes.pop("heldout", 0), prompts=changes.pop("prompts", 0), train=changes.pop("train", None)
     )
-    values = {"dataset": "x", "max_length": 40, "max_prompt_length": 30, "over_long": "drop", "seed": 0, **changes}
+    values = {
+        "dataset": "x",
+        "against": [],
+        "max_length": 40,
+        "max_prompt_length": 30,
+        "over_long": "drop",
+        "seed": 0,
+        **changes,
+    }
     return Prepare(kind="prepare", task=task, splits=splits, **values)
 
 
@@ -57,8 +65,8 @@ def mix(
     chat: Chat, data: dict[str, list[Any]], form: str = "auto", shares: Sequence[Share] = (), **changes: Any
 ) -> tuple[Made, Path]:
     """Several data sets, and where they were written."""
-    elsewhere, checks = changes.pop("elsewhere", frozenset()), default_checks(**changes.pop("checks", {}))
-    lists = changes.pop("lists", None)
+    elsewhere, against = changes.pop("elsewhere", frozenset()), changes.pop("prompts_elsewhere", ())
+    checks, lists = default_checks(**changes.pop("checks", {})), changes.pop("lists", None)
     columns, folder = changes.pop("columns", {}), changes.pop("folder", None) or _aside()
     stage = settings(**changes)
     reading = reading_of(stage, form, columns, checks, chat, lists)
@@ -67,7 +75,7 @@ def mix(
         for name, values in data.items()
     ]
     judged = judge(sources, folder, lambda *a, **k: None, elsewhere)
-    parts = divide(judged, stage.splits, stage.seed, shares or [Share() for _ in sources])
+    parts = divide(judged, stage.splits, stage.seed, shares or [Share() for _ in sources], against)
     judged.tally.close()
     check_dropped(judged)
     writing.write(judged, parts, folder, chat)

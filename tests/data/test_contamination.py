@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from alignment.data.contamination import Index
+from alignment.data.contamination import Index, grams_of
 from alignment.errors import InputError
 
 SIXTEEN = "a b c d e f g h i j k l m n o p"  # words of an evaluation prompt
@@ -91,3 +91,14 @@ def test_a_pickle_is_small() -> None:
 def test_bad_options(options: dict[str, float]) -> None:
     with pytest.raises(InputError):
         Index([], **options)
+
+
+def test_words_that_stand_in_n_grams_left_out_alone_do_not_count() -> None:
+    """Of 16 words all but the last stand in the eight 8-grams that are left out; the ninth has words 9 to 16."""
+    index = Index([("it", SIXTEEN), ("other", "a b c d e f g h")])
+    assert index.find("a b c d e f g h i") == "it"
+    assert index.leave_out(grams_of("a b c d e f g h i j k l m n o")) == 1  # of the other nothing is left
+    assert index.find("a b c d e f g h i j k l m n o") is None
+    assert index.find("i j k l m n o p") == "it"
+    assert list(index.grams) == list(grams_of("i j k l m n o p"))
+    assert not len(grams_of("a b c d e f g"))

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from alignment.data.near import PERMUTATIONS, groups, signature
+from alignment.data.near import PERMUTATIONS, groups, nearest, signature
 from alignment.errors import InputError
 
 
@@ -105,3 +105,20 @@ def test_few_rows_and_bad_thresholds() -> None:
     for threshold in (0.0, 1.1, float("nan")):
         with pytest.raises(InputError):
             groups(values(), threshold)
+
+
+def test_the_nearest_of_others_is_the_first_that_comparing_with_all_finds() -> None:
+    random = np.random.default_rng(0)
+    others = random.integers(0, 2**32, (50, PERMUTATIONS), np.uint32)
+    others[7], others[9], others[31] = others[3], others[3], others[30]
+    others[31, :5] = 0
+    rows = others[random.integers(0, 50, 400)]
+    for row, changed in enumerate(random.integers(0, 60, 400)):
+        rows[row, random.permutation(PERMUTATIONS)[:changed]] = 1
+    signatures = np.concatenate([rows, others])
+    found = nearest(signatures, np.arange(400), np.arange(400, 450), 0.8)
+    near = (rows[:, None] == others[None]).mean(2) >= 0.8
+    assert 100 < near.any(1).sum() < 300
+    assert (found == np.where(near.any(1), near.argmax(1), -1)).all()
+    with pytest.raises(InputError, match="threshold is 0"):
+        nearest(signatures, np.arange(400), np.arange(400, 450), 0)

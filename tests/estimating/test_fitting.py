@@ -17,7 +17,7 @@ from alignment import preflight
 from alignment.config.compose import compose
 from alignment.estimating.fitting import ERROR, disk_bytes, findings
 from alignment.estimating.memory import of_experiment
-from alignment.estimating.sizes import Lengths
+from alignment.estimating.seen import Lengths
 from alignment.estimating.suggesting import suggestion
 from tests.estimating.test_memory import llama
 

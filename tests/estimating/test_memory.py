@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignment.config.compose import compose
 from alignment.config.schema import Experiment
 from alignment.estimating.memory import Estimate, Machine, machine_of, of_stage
-from alignment.estimating.sizes import Lengths, Sample, is_estimated, sample_of, tensors_of
+from alignment.estimating.seen import Lengths
+from alignment.estimating.sizes import Sample, is_estimated, sample_of, tensors_of
 from alignment.training import memory
 from alignment.training.memory import activation_bytes, adapter_parameters, parts_of
 
@@ -136,6 +137,8 @@ def test_a_cluster_is_judged_by_what_the_settings_say_of_it() -> None:
     gpus = experiment("sft", "engine=ddp", "launcher=slurm", "launcher.processes=2")
     assert machine_of(gpus, "sft", None) == Machine("cuda", None)
     assert machine_of(gpus, "sft", 5) == Machine("cuda", 5)
+    known = experiment("sft", "engine=ddp", "launcher=slurm", "launcher.processes=2", "hardware=h100")
+    assert machine_of(known, "sft", None) == Machine("cuda", 80 * 10**9)
     here = machine_of(experiment("sft"), "sft", None)
     halves = machine_of(experiment("sft", "engine=ddp", "launcher=torchrun", "launcher.processes=2"), "sft", None)
     assert here.room and halves.room and halves.room == pytest.approx(here.room / 2, rel=0.2)

@@ -98,6 +98,8 @@ def other(field: Any, value: Any) -> list[Any]:
 
 
 def perturbed(experiment: Experiment, path: tuple[Any, ...], values: list[Any]) -> Experiment | None:
+    if path[-1] == "against":  # names of data sets that there are
+        values = [["preferences"]]
     for value in values:
         raw = copy.deepcopy(experiment.model_dump())
         place = raw

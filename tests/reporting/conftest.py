@@ -242,6 +242,16 @@ ROWS_REPORT = {
     + [{"reason": "duplicate", "row": i, "line": 8 * i} for i in (81, 240)],
     "template_sha256": key("template"),
     "formats": {"alpaca": 484},
+    "examples_kept": [{"reason": "near_duplicate", "row": i, "line": None} for i in (17, 30)],
+    "evaluation_prompts": {"prompts": 41, "too_short": 19, "generic": 0},
+    "sources": [
+        {
+            "name": "instructions",
+            "kept_with": {"near_duplicate": 2, "personal": 0},
+            "languages": {"fr": 1, "en": 480, "und": 3},
+            "personal": {"email": 4, "ip_address": 1},
+        }
+    ],
     "lengths": {
         "prompt_tokens": {"min": 17, "median": 31, "p95": 58, "max": 94},
         "row_tokens": {"min": 22, "median": 71.5, "p95": 124, "max": 128},
@@ -264,6 +274,12 @@ PAIRS_REPORT = {
     "examples": [],
     "template_sha256": key("template"),
     "formats": {"preference": 51},
+    "sources": [
+        {
+            "name": "parent",
+            "length_bias": {"chosen_longer": 0.627, "chosen_tokens": 31.4, "rejected_tokens": 24.0},
+        }
+    ],
     "lengths": {"prompt_tokens": {"min": 18, "median": 30, "p95": 61, "max": 77}},
 }
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": "all-linear"}

@@ -89,6 +89,12 @@ def test_data_are_accounted_for_to_the_last_row(make_run: MakeRun) -> None:
         ("rewards_too_close", "6"), ("fewer_than_two_usable_answers", "3"),
     ]  # fmt: skip
     assert pairs["drops"] == []
+    assert [(d["reason"], d["count"], len(d["examples"])) for d in rows["faulty"]] == [("near_duplicate", "2", 2)]
+    facts = dict(rows["facts"])
+    assert facts["languages"] == "99.2 % en, 0.6 % und, 0.2 % fr"
+    assert facts["personal data"] == "4 email, 1 ip address"
+    assert facts["evaluation prompts"] == "41 prompts, 19 too short, 0 generic"
+    assert dict(pairs["facts"])["longer answers"] == "chosen longer in 63 % of pairs (31 against 24 tokens)"
 
 
 def test_a_judge_accounts_for_what_it_was_asked_for(make_run: MakeRun) -> None:

@@ -38,7 +38,7 @@ TERMS: dict[str, Any] = {
 
 def prepared(folder: Path, model: Path, rows: list[dict[str, Any]], **splits: Any) -> None:
     settings = Prepare(
-        kind="prepare", task="sft", dataset="mine", max_length=64, max_prompt_length=48, over_long="error",
+        kind="prepare", task="sft", dataset="mine", against=[], max_length=64, max_prompt_length=48, over_long="error",
         splits=Splits(**{"heldout": 0, "prompts": 0, "train": None, **splits}), seed=0,
     )  # fmt: skip
     given = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(rows, start=1)]

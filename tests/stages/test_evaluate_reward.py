@@ -57,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(target: Path, chat: Chat, values: list[dict[str, Any]], task: Any) -> None:
     rows = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(values, start=1)]
     settings = Prepare(
-        kind="prepare", task=task, dataset="x", max_length=90, max_prompt_length=60, over_long="drop", seed=0,
+        kind="prepare", task=task, dataset="x", against=[], max_length=90, max_prompt_length=60, over_long="drop",
+        seed=0,
         splits=Splits(heldout=10, prompts=0, train=None),
     )  # fmt: skip
     reading = reading_of(settings, "auto", {}, default_checks(), chat)

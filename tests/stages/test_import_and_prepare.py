@@ -16,7 +16,7 @@ from alignment.config.sources import Dataset, PathSource
 from alignment.config.stages.preparing import ImportModel, Prepare, Splits
 from alignment.data.chat import Chat
 from alignment.errors import ConfigError, InputError
-from alignment.files import read_json, read_jsonl
+from alignment.files import read_json, read_jsonl, write_lines
 from alignment.stages import import_model, prepare, sft
 from alignment.stages.context import StageContext
 from tests.conftest import default_checks
@@ -61,6 +61,7 @@ def prepared(
         "dataset": "mine",
         "max_length": 96,
         "max_prompt_length": 64,
+        "against": [],
         "over_long": "drop",
         "seed": 0,
     }
@@ -71,6 +72,9 @@ def prepared(
         source = PathSource(kind="path", path=str(rows))
         share: dict[str, Any] = {"limit": limit, "cap": None, "epochs": 1.0, "weight": None}
         data["mine"] = Dataset(source=source, format="auto", columns={}, **share)
+        if settings.against:
+            other = PathSource(kind="path", path=str(rows.parent / "bench.jsonl"))
+            data["bench"] = Dataset(source=other, format="auto", columns={"prompt": "question"}, **share)
     experiment: Any = SimpleNamespace(data=data, checks=default_checks())
     context = StageContext("rows", "run", "key", folder, settings, experiment, {"model": start, **(inputs or {})})
     return prepare.run(context)
@@ -100,6 +104,23 @@ def test_instruction_rows_become_token_ids_prompts_and_a_report(
     assert report["formats"] == {"messages": 40} and report["template_sha256"] == chat.template_sha256
     assert numbers["trained_tokens"] == sum(label != -100 for row in train for label in row["labels"])
     assert read_json(tmp_path / "progress.json")["note"] == "messages: 40 of 40 rows fit"
+
+
+def test_prompts_that_are_evaluated_elsewhere_are_not_trained_on(start: Path, tmp_path: Path) -> None:
+    """By eight words in a row: those of a data set in `against`, and those that a parent holds out."""
+    one, two = "a b c d e f g h i", "z y x w v u t s r"
+    asked = (f"hm {one}", f"hm {two}", "a b c d", "j k l m n o p q r")
+    (tmp_path / "parent").mkdir()
+    write_lines(tmp_path / "mine.jsonl", (json.dumps({"prompt": q, "completion": "a"}) + "\n" for q in asked))
+    write_lines(tmp_path / "bench.jsonl", [json.dumps({"question": one, "level": 3}) + "\n"])
+    held = {"id": "1", "prompt": [{"role": "user", "content": two}], "reference": "b"}
+    write_lines(tmp_path / "parent" / "heldout.jsonl", [json.dumps(held) + "\n"])
+    inputs = {"heldout": tmp_path / "parent"}
+    prepared(tmp_path / "parent", start, tmp_path / "mine.jsonl", inputs, against=["bench"])
+    dropped = {row["line"]: row["why"] for row in read_jsonl(tmp_path / "parent" / "dropped.jsonl")}
+    says = "shares 8-grams with the evaluation prompt"
+    assert dropped == {1: f"{says} {tmp_path}/bench.jsonl:1", 2: f"{says} heldout.jsonl:1"}
+    assert sorted(path.name for path in (tmp_path / "parent").iterdir() if path.name.startswith("rows")) == []
 
 
 def test_the_same_rows_and_seed_give_the_same_bytes(start: Path, instruction_rows: Path, tmp_path: Path) -> None:

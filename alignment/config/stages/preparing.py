@@ -34,7 +34,10 @@ class Splits(Settings):
 
 
 class Prepare(Stage):
-    """Rows of a data set or of a parent -> checked, split, tokenised rows and a report of what was dropped and why."""
+    """Rows of a data set or of a parent -> checked, split, tokenised rows and a report of what was dropped and why.
+
+    against: data sets whose prompts models are evaluated on; what contains one is not trained on.
+    """
 
     makes = "rows"
     inputs: ClassVar[dict[str, str]] = {"model": "a model"}
@@ -45,6 +48,7 @@ class Prepare(Stage):
     kind: Literal["prepare"] = identity()
     task: Literal["sft", "preference", "unpaired", "scored"] = identity()
     dataset: str | list[str] | None = identity()
+    against: list[str] = identity()
     max_length: int = identity(gt=0)
     max_prompt_length: int = identity(gt=0)
     over_long: Literal["drop", "error", "truncate_prompt"] = identity()
@@ -55,3 +59,8 @@ class Prepare(Stage):
     def datasets(self) -> list[str]:
         """Names of the data sets whose rows are prepared together; none: the parent's rows."""
         return [self.dataset] if isinstance(self.dataset, str) else list(self.dataset or ())
+
+    @property
+    def read(self) -> list[str]:
+        """Names of all data sets that the stage reads."""
+        return [*self.datasets, *self.against]

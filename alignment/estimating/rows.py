@@ -1,0 +1,62 @@
+"""How many rows a stage will train on, where preparation has looked at the first ones only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from alignment.config.sources import Dataset
+from alignment.config.stages.preparing import Splits
+from alignment.places import expand, is_url, kind
+
+LOOK = 1 << 20  # bytes by which the lines of a file are guessed
+OF_LINES = (".jsonl", ".csv", ".tsv")
+
+
+def in_source(path: Path) -> int | None:
+    """Rows of a local file or of all files that the path means: by their Parquet footers, or, about, by the lines of
+    their beginnings and their sizes. None for other kinds, which would have to be read."""
+    counts = [_in_file(file) for file in expand(path)]
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+def _in_file(file: str) -> int | None:
+    suffix, compression = kind(file)
+    if is_url(file) or compression:
+        return None
+    if suffix == ".parquet":
+        from pyarrow import parquet
+
+        return int(parquet.read_metadata(file).num_rows)
+    if suffix not in OF_LINES:
+        return None
+    size = Path(file).stat().st_size
+    with open(file, "rb") as stream:
+        begin = stream.read(LOOK)
+    return round(begin.count(b"\n") * size / len(begin)) - (suffix != ".jsonl") if begin else 0
+
+
+def trained_on(
+    data: Mapping[str, Dataset], found: Mapping[str, int | None], fit: Mapping[str, float], splits: Splits
+) -> int | None:
+    """Rows of the split `train`, about. found: data set -> its rows; fit: the share of those looked at that passed.
+
+    As data/splitting.py mixes them: each as often as its epochs say, and no more of them than its weight allows. None
+    where the rows of one are not known, and train is all that is left.
+    """
+    if any(found[name] is None for name in data):
+        return splits.train
+    taken: dict[str, float] = {}
+    for name, one in data.items():
+        count = min(found[name] or 0, one.limit or 1 << 62) * fit[name]
+        taken[name] = min(count, one.cap or 1 << 62)
+    whole = sum(taken.values())
+    left = max(1 - (splits.heldout + splits.prompts) / whole, 0.0) if whole else 0.0
+    wanted = {name: count * left * data[name].epochs for name, count in taken.items()}
+    weights = {name: one.weight for name, one in data.items() if one.weight is not None}
+    if weights:
+        most = sum(weights.values())
+        total = min(wanted[name] * most / weight for name, weight in weights.items() if weight)
+        wanted = {name: total * weight / most for name, weight in weights.items()}
+    rows = round(sum(wanted.values()))
+    return rows if splits.train is None else min(rows, splits.train)

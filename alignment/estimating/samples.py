@@ -1,0 +1,102 @@
+"""Rows that stages will train on, as far as they are known before the run: how long they are, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from alignment.config.schema import Experiment
+from alignment.config.sources import Dataset as DataSet
+from alignment.config.stages.answering import Judge
+from alignment.config.stages.answering import Sample as Sampling
+from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.training import Reference, Train
+from alignment.data.fetch import fetch
+from alignment.data.preparation import Judged
+from alignment.estimating import rows
+
+EXACT, ABOUT, AT_MOST = "", "about ", "at most "
+
+
+@dataclass(frozen=True)
+class Sample:
+    """rows: a datasets.Dataset of some that are trained on. prompts: [rows], tokens of each one's prompt. count: how
+    many there are in all, None if nobody knows; how: exactly, about or at most."""
+
+    rows: Any
+    prompts: np.ndarray
+    count: int | None
+    how: str
+
+
+def sample_of(
+    experiment: Experiment, settings: Prepare, judged: Judged, looked_at: Any, whole: bool, most: int
+) -> Sample:
+    """Of a stage that prepares data sets. looked_at: rows of the table that are trained on. whole: there are no others;
+    most: rows of each data set that were read at most."""
+    table = judged.table
+    found, prompts = table.take(looked_at), table.column("prompt_tokens")[looked_at]
+    if whole:
+        return Sample(found, prompts, len(looked_at), EXACT)
+    data = {name: experiment.data[name] for name in settings.datasets}
+    source, counts, fit = table.column("source")[judged.fit], dict[str, int | None](), dict[str, float]()
+    for number, (name, one) in enumerate(data.items()):
+        read = judged.read[name]
+        counts[name] = read if read < most else rows.in_source(_place(one))
+        fit[name] = float((source == number).sum()) / read
+    return Sample(found, prompts, rows.trained_on(data, counts, fit, settings.splits), ABOUT)
+
+
+def _place(dataset: DataSet) -> Path:
+    return fetch(dataset.source, what="data")
+
+
+def trained(experiment: Experiment, prepared: str, sample: Sample) -> Iterator[tuple[str, Sample]]:
+    """Nodes that train on what this node prepares, and on pairs of answers to its prompts, with their rows."""
+    for name in stages_on(experiment, prepared):
+        yield name, sample
+    for later, sampling, judge in generated(experiment, prepared):
+        some = pairs(experiment, prepared, sample, sampling, judge)
+        yield from ((name, some) for name in stages_on(experiment, later))
+
+
+def stages_on(experiment: Experiment, prepared: str) -> list[str]:
+    nodes, stage = experiment.pipeline.nodes, experiment.stage
+    return [
+        name
+        for name, node in nodes.items()
+        if isinstance(stage[node.stage], Train | Reference) and node.inputs.get("data") == prepared
+    ]
+
+
+def generated(experiment: Experiment, prepared: str) -> Iterator[tuple[str, Sampling, Judge]]:
+    """Nodes that prepare pairs which a judge makes of samples of these prompts."""
+    nodes, stage = experiment.pipeline.nodes, experiment.stage
+    for name, node in nodes.items():
+        settings = stage[node.stage]
+        if not isinstance(settings, Prepare) or settings.datasets or settings.task != "preference":
+            continue
+        judged = nodes[node.inputs["data"]]
+        judge, sampled = stage[judged.stage], nodes.get(judged.inputs.get("data", ""))
+        if not isinstance(judge, Judge) or sampled is None or sampled.inputs.get("data") != prepared:
+            continue
+        sampling = stage[sampled.stage]
+        if isinstance(sampling, Sampling):
+            yield name, sampling, judge
+
+
+def pairs(experiment: Experiment, prepared: str, sample: Sample, sampling: Sampling, judge: Judge) -> Sample:
+    """As many as a judge may make, of answers as long as they may become."""
+    settings = experiment.stage[experiment.pipeline.nodes[prepared].stage]
+    assert isinstance(settings, Prepare)
+    prompts = min(settings.splits.prompts, sampling.prompts or settings.splits.prompts)
+    count = max(1, prompts * judge.max_pairs_per_prompt)
+    tokens = sample.prompts[:count]
+    answers = [[0] * sampling.max_new_tokens] * len(tokens)
+    columns = {"prompt_ids": [[0] * int(n) for n in tokens], "chosen_ids": answers, "rejected_ids": answers}
+    return Sample(Dataset.from_dict(columns), tokens, count, AT_MOST)
