@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
                 assert isinstance(settings, Prepare)  # of whom the order is
                 with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
                     seen[name] = _data(name, experiment, settings, chat, order, Path(folder))
-        if order.get("fit"):
+        if order["fit"]:
             with _told("memory"):
                 _fit(experiment, config, seen, order)
         if order["estimate"]:

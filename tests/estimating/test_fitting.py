@@ -117,7 +117,7 @@ def test_the_preflight_judges_by_the_room_of_its_order(
 ) -> None:
     small = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
     order = {"experiment": compose(["pipeline=sft", *tiny_settings, *small]).model_dump(), "prepare": ["rows"]}
-    order |= {"rows": 100, "show": 0, "fit": "look", "room": 10**6}
+    order |= {"rows": 100, "show": 0, "fit": "look", "room": 10**6, "estimate": False}
     (tmp_path / "order.json").write_text(json.dumps(order))
     assert preflight.main([str(tmp_path / "order.json")]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
