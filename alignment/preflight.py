@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
                 settings = experiment.stage[experiment.pipeline.nodes[name].stage]
                 assert isinstance(settings, Prepare)  # of whom the order is
                 with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
-                    seen[name] = _data(name, experiment, settings, chat, order, Path(folder))
+                    seen[name] = _data(name, experiment, settings, (chat, config), order, Path(folder))
         if order["fit"]:
             with _told("memory"):
                 _fit(experiment, config, seen, order)
@@ -119,11 +119,12 @@ def _windows(experiment: Experiment, window: int | None) -> None:
 
 
 def _data(
-    name: str, experiment: Experiment, settings: Prepare, chat: Chat, order: dict[str, Any], folder: Path
+    name: str, experiment: Experiment, settings: Prepare, model: tuple[Chat, Any], order: dict[str, Any], folder: Path
 ) -> Lengths:
     """The first rows through the whole path: read, recognised, checked, rendered, tokenised; all of them if they are no
-    more than `rows` of any data set, and then split too. Returns how long they are. Raises AlignmentError."""
-    data, checks, most = experiment.data, experiment.checks, order["rows"]
+    more than `rows` of any data set, and then split too. model: its tokenizer and its configuration. Returns how long
+    they are. Raises AlignmentError."""
+    (chat, config), data, checks, most = model, experiment.data, experiment.checks, order["rows"]
     sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
     judged = judge(sources, folder, lambda *a, **k: None)
     for one in settings.datasets:
@@ -156,23 +157,24 @@ def _data(
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
-    if order["estimate"]:
-        _estimate(name, experiment, (judged, rows, whole, most), order["timed"])
+    if order["estimate"] and config is not None:
+        _estimate(name, experiment, (judged, rows, whole, most), config, order["timed"])
     prompt, whole_row, trained = (
         judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained")
     )
     return Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
 
 
-def _estimate(name: str, experiment: Experiment, seen: tuple[Any, ...], timed: dict[str, Any]) -> None:
+def _estimate(name: str, experiment: Experiment, seen: tuple[Any, ...], config: Any, timed: dict[str, Any]) -> None:
     """Of the stages that train on what `name` prepares."""
     with kept():  # seconds of imports, which other looks need not wait for
-        from alignment.estimating import samples, telling
-    settings, start = experiment.stage[experiment.pipeline.nodes[name].stage], fetch(experiment.model.source)
+        from alignment.estimating import samples, sizes, telling
+    if not sizes.is_estimated(config):
+        return
+    settings = experiment.stage[experiment.pipeline.nodes[name].stage]
     assert isinstance(settings, Prepare)
-    if start.is_dir():  # of a GGUF file no configuration is known yet
-        for finding in telling.findings(experiment, name, samples.sample_of(experiment, settings, *seen), start, timed):
-            _tell(**finding)
+    for finding in telling.findings(experiment, name, samples.sample_of(experiment, settings, *seen), config, timed):
+        _tell(**finding)
 
 
 def _unknown(experiment: Experiment, prepared: list[str]) -> None:

@@ -180,7 +180,7 @@ def by_cpu(case: Case, folder: Path, steps: int) -> dict[str, float]:
     device = hardware.device(experiment.hardware, "fp32", here=True, threads=1)
     records = records_of(settings, load_from_disk(str(inputs["data"] / "train")))
     config, layout_args = AutoConfig.from_pretrained(start), (records, device, (1, 1), True)
-    layout = layout_of(settings, experiment.engine, start, config, *layout_args)
+    layout = layout_of(settings, experiment.engine, config, *layout_args)
     stage = Stage(settings, config, records, layout)
     few = replace(stage, settings=settings.model_copy(update={"max_steps": 6}))
     made = calibration.calibrated(few, cpu_seconds(case, experiment, few.settings, inputs), device)

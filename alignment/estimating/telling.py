@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
-from transformers import AutoConfig
 
 from alignment.config.schema import Experiment
 from alignment.config.stages.online import Online
@@ -39,14 +38,13 @@ def unknown(experiment: Experiment, looked_at: Sequence[str]) -> Iterator[Findin
 
 
 def findings(
-    experiment: Experiment, prepared: str, sample: Sample, start: Path, timed: Mapping[str, Any]
+    experiment: Experiment, prepared: str, sample: Sample, config: Any, timed: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    """Of the stages that train on the rows of `prepared`, or on answers to its prompts. start: the start model's
-    folder. timed: node -> steps of it that were run on this machine (alignment/calibrating.py)."""
-    config = AutoConfig.from_pretrained(start, local_files_only=True)
+    """Of the stages that train on the rows of `prepared`, or on answers to its prompts. config: of the start model.
+    timed: node -> steps of it that were run on this machine (alignment/calibrating.py)."""
     devices: dict[Any, Device | None] = {}
     for name, rows in trained(experiment, prepared, sample):
-        one = _Node(experiment, name, start, config)
+        one = _Node(experiment, name, config)
         key = one.settings.precision, one.threads
         if key not in devices:
             devices[key] = hardware.device(experiment.hardware, one.settings.precision, one.here, one.threads)
@@ -54,9 +52,9 @@ def findings(
 
 
 class _Node:
-    def __init__(self, experiment: Experiment, name: str, start: Path, config: Any):
+    def __init__(self, experiment: Experiment, name: str, config: Any):
         node = experiment.pipeline.nodes[name]
-        self.experiment, self.name, self.start, self.config = experiment, name, start, config
+        self.experiment, self.name, self.config = experiment, name, config
         self.settings: Any = experiment.stage[node.stage]
         self.processes = experiment.launcher.layout(node.stage, name, distributed=True)
         self.here = experiment.launcher.kind != "slurm"
@@ -93,7 +91,7 @@ class _Node:
 
     def _stage(self, records: Records, device: Device | None, settings: Any) -> Stage:
         how = records, device, self.processes, self.here
-        layout = layout_of(settings, self.experiment.engine, self.start, self.config, *how)
+        layout = layout_of(settings, self.experiment.engine, self.config, *how)
         return Stage(settings, self.config, records, layout)
 
     def _count(self, sample: Sample) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from accelerate.commands.estimate import estimate_training_usage
 from transformers import AutoTokenizer
 
 from alignment.errors import MachineError
-from alignment.training import engine
+from tests.conftest import Command
 from tests.pains import stock
 from tests.training import models, tiny, trainers
 from tests.training.held import Alive
@@ -63,21 +64,17 @@ def test_llama_factory_7833_dpo_out_of_memory(peaks: Peaks, tmp_path: Path, monk
     assert places == sorted(places) and len(re.findall(r"about [\d.]+ [MG]B", str(caught.value))) == 5
 
 
+@pytest.mark.slow
 def test_axolotl_848_no_estimate_before_launch(
-    peaks: Peaks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    peaks: Peaks, tmp_path: Path, tiny_settings: list[str], command: Command
 ) -> None:
-    """accelerate's estimate knows the weights alone; here rows, micro-batch and engine count."""
+    """accelerate's estimate knows the weights alone; here rows, micro-batch and engine count, and what will not fit is
+    refused before anything is queued."""
     told = max(estimate_training_usage(peaks.weights, "float32").values())
     assert told == 4 * peaks.weights < peaks.theirs / 10
 
-    monkeypatch.setattr(engine, "available_bytes", lambda: 1_000_000)
-    figures = []
-    for tokens in (60, 240):
-        with pytest.raises(MachineError):
-            refuse(monkeypatch, above=0)  # nothing is trained: it is said before
-            run(tmp_path / str(tokens), tiny.dpo(loss="simpo"), tiny.engine(tokens_per_micro_batch=tokens))
-        said = capsys.readouterr().out
-        assert "1.0 MB free; memory may not suffice" in said
-        figures.append([float(number) for number in re.findall(r"([\d.]+) MB (?:of|checkpointed)", said)])
-    (state, kept, few), (same_state, more_kept, more_few) = figures
-    assert state == same_state and few < kept < more_few < more_kept
+    splits = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
+    cluster = ("launcher=slurm", "launcher.processes=1", "hardware=h100", "hardware.memory_gb=0.01")
+    done = command(tmp_path / "store", "check", "pipeline=sft", *tiny_settings, *splits, *cluster, "--json", code=4)
+    found = {one["check"]: one for one in json.loads(done.stdout)["findings"]}["memory sft"]
+    assert found["state"] == "failed" and found["facts"]["total"] > 0.01e9 > found["facts"]["activations"] > 0
