@@ -13,6 +13,7 @@ from typing import Any
 
 from alignment.config.schema import Experiment
 from alignment.config.stages.training import Lora, Train
+from alignment.errors import AlignmentError
 from alignment.estimating.memory import Estimate, of_experiment, processes
 from alignment.estimating.seen import Lengths
 
@@ -32,30 +33,38 @@ def suggestion(
     a process has; None: as the settings or this machine say.
     """
 
-    def short(changes: Changes) -> dict[str, Estimate]:
-        found = of_experiment(changed(experiment, changes), config, seen, room)
-        return {name: one for name, one in found.items() if not one.fits}
+    def estimated(changes: Changes) -> dict[str, Estimate]:
+        return of_experiment(changed(experiment, changes), config, seen, room)
+
+    def fits(changes: Changes) -> bool | None:
+        """None: the settings do not go together, such as more processes than rows in a global batch."""
+        try:
+            return all(one.fits for one in estimated(changes).values())
+        except AlignmentError:
+            return None
 
     tried: Changes = {}
-    lacking = short(tried)
+    lacking = {name: one for name, one in estimated(tried).items() if not one.fits}
     if not lacking:
         return []
     for more in _in_order(experiment, lacking):
+        if (found := fits({**tried, **more})) is None:
+            continue
         tried = {**tried, **more}
-        if not short(tried):
-            return [shlex.quote(f"{key}={_text(value)}") for key, value in _needed(tried, short).items()]
+        if found:
+            return [shlex.quote(f"{key}={_text(value)}") for key, value in _needed(tried, fits).items()]
     return None
 
 
-def _needed(tried: Changes, short: Callable[[Changes], Any]) -> Changes:
+def _needed(tried: Changes, fits: Callable[[Changes], bool | None]) -> Changes:
     """Without what is not needed, and with as many tokens as fit beside the rest."""
     for key in list(tried)[:-1]:
         fewer = {name: value for name, value in tried.items() if name != key}
-        if not short(fewer):
+        if fits(fewer):
             tried = fewer
     while TOKENS in tried and len(tried) > 1:
         more = {**tried, TOKENS: 2 * tried[TOKENS]}
-        if short(more):
+        if not fits(more):
             break
         tried = more
     return tried
