@@ -66,7 +66,7 @@ def _look_of(run: Run) -> str:
     experiment = run.experiment
     rows = [node.key for node in run.nodes if node.kind in LOOKED_AT_WHOLE]
     others = [_steady(node.settings.model_dump()) for node in run.nodes if node.kind not in LOOKED_AT_WHOLE]
-    where: list[Settings] = [experiment.engine, experiment.launcher, experiment.checkpoint]
+    where: list[Settings] = [experiment.engine, experiment.launcher, experiment.checkpoint, experiment.hardware]
     settings = [one.model_dump() for one in where]
     return digest([rows, others, settings, str(run.store.root), socket.gethostname(), code_digest()])
 

@@ -119,6 +119,8 @@ class Session:
         try:
             launching.look(run, self._force, self._doomed, queue.say)
         except AlignmentError as error:
+            if self._stop.asked:  # a signal that the look's process heard, too
+                raise Stopped(self._stop.asked) from error
             self._trials.drop(run)
             self._errors[run.id] = error
             if self._sweep is not None:
