@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from alignment.calibrating import Calibrations
+from alignment.config.hardware import AUTO
 from alignment.config.schema import Experiment
 from alignment.config.stages.preparing import Prepare
 from alignment.errors import BY_CODE, AlignmentError, MachineError
@@ -77,8 +78,8 @@ def suggest(experiment: Experiment) -> int:
         if finding["check"] != "suggest":
             say(finding, partial(print, file=sys.stderr, flush=True))
     last = found[-1]
+    _raise([one for one in found if one["state"] == "failed" and not one["check"].startswith(("memory", "disk"))])
     if last["check"] != "suggest":
-        _raise([finding for finding in found if finding["state"] == "failed"])
         raise MachineError("memory is not estimated of this start model", where="model.source")
     if last["facts"]["overrides"] is None:
         raise MachineError(last["what"], where="engine")
@@ -115,10 +116,16 @@ def _all(experiment: Experiment, calibrate: bool) -> Iterator[Finding]:
         yield from findings(run, estimate=True, timed=calibrations.timed)
 
 
-def findings(run: Run, estimate: bool = False, timed: dict[str, Any] | None = None) -> Iterator[Finding]:
+def findings(
+    run: Run, estimate: bool = False, timed: dict[str, Any] | None = None, only: Sequence[str] | None = None
+) -> Iterator[Finding]:
     """All that is to be looked at of a run, as soon as it is known. estimate: and how long training will take; timed:
-    node -> what was measured of its steps."""
+    node -> what was measured of its steps. only: nodes that a launch makes, which is judged by the machines that it is
+    for, not by those that `hardware` says; None: all."""
     experiment = run.experiment
+    if only is not None and experiment.launcher.kind != "slurm":
+        here = experiment.hardware.model_copy(update={"name": AUTO, "memory_gb": None})
+        experiment = experiment.model_copy(update={"hardware": here})
     try:
         packages = {name: version for node in run.nodes for name, version in node.identity["packages"].items()}
         yield _finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in sorted(packages.items())))
@@ -127,7 +134,7 @@ def findings(run: Run, estimate: bool = False, timed: dict[str, Any] | None = No
         yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
         return
     yield from _tracker(experiment)
-    yield from _data(experiment, ROWS, fit="look", estimate=estimate, timed=timed)
+    yield from _data(experiment, ROWS, fit="look", estimate=estimate, timed=timed, only=only)
 
 
 def _finding(check: str, state: str, what: str, **more: Any) -> Finding:
@@ -172,14 +179,15 @@ def _data(
     fit: str = "",
     estimate: bool = False,
     timed: dict[str, Any] | None = None,
+    only: Sequence[str] | None = None,
 ) -> Iterator[Finding]:
     """rows: of each data set; None: all of them. show: of each stage's rows, token by token. fit: look whether
-    memory and disk are enough; `suggest`: and what would help. estimate, timed: as of `findings`."""
+    memory and disk are enough; `suggest`: and what would help. estimate, timed, only: as of `findings`."""
     nodes = experiment.pipeline.nodes
     stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
     prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]
     order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize, "show": show}
-    order |= {"fit": fit, "estimate": estimate, "timed": timed or {}}
+    order |= {"fit": fit, "estimate": estimate, "timed": timed or {}, "only": only}
     with tempfile.TemporaryDirectory(prefix="alignment-check-") as folder:
         path = Path(folder) / "order.json"
         write_json(path, order)

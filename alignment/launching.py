@@ -2,14 +2,16 @@
 
 What is remembered stands in the user's cache, a note for each look, named by the digest of all that it depends on: the
 keys of what is prepared, the settings of what is trained but for its numbers (a sweep of learning rates is looked at
-once), how and where it is trained, this machine, and the code.
+once), how and where it is trained, this machine, and the code. After an hour memory and disk are looked at again.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from alignment import checking
@@ -20,6 +22,7 @@ from alignment.pipeline.identity import code_digest
 from alignment.pipeline.runner import Run
 
 NUMBERS = ("seed",)  # settings that change no look, beside all that are no whole numbers
+REMEMBERED = 3600.0  # seconds
 LOOKED_AT_WHOLE = ("import_model", "prepare")
 
 
@@ -31,13 +34,14 @@ def look(run: Run, force: bool, refused: dict[str, AlignmentError], say: Callabl
     if not run.experiment.check or os.environ.get("ALIGNMENT_CHECK") == "false" or not fresh:
         return
     name = _look_of(run)
-    if (note := cache_home() / "checks" / f"{name}.json").is_file():
+    note = cache_home() / "checks" / f"{name}.json"
+    if _is_recent(note):
         return
     if name in refused:
         raise refused[name]
     say("looking at settings, data, model and memory before anything starts (check=false leaves it out)")
     failed: list[checking.Finding] = []
-    for finding in checking.findings(run):
+    for finding in checking.findings(run, only=[node.name for node in fresh]):
         if finding["state"] in ("failed", "warning"):
             checking.say(finding, say)
         failed += [finding] if finding["state"] == "failed" else []
@@ -54,6 +58,14 @@ def _refused(failed: list[checking.Finding]) -> AlignmentError:
     return type(error)(error.what, where=error.where, fix=f"{fix}--force starts it all the same")
 
 
+def _is_recent(note: Path) -> bool:
+    """Memory and disk that were free then may be taken now."""
+    try:
+        return time.time() - note.stat().st_mtime < REMEMBERED
+    except OSError:
+        return False
+
+
 def _remember(note: Any) -> None:
     try:
         write_json(note, {}, durable=False)
@@ -66,14 +78,17 @@ def _look_of(run: Run) -> str:
     experiment = run.experiment
     rows = [node.key for node in run.nodes if node.kind in LOOKED_AT_WHOLE]
     others = [_steady(node.settings.model_dump()) for node in run.nodes if node.kind not in LOOKED_AT_WHOLE]
+    others += [experiment.pipeline.model_dump(), experiment.tracking.model_dump(), experiment.min_free_gb]
+    others += [node.name for node in run.nodes if not run.store.record(node.key)]
     where: list[Settings] = [experiment.engine, experiment.launcher, experiment.checkpoint, experiment.hardware]
     settings = [one.model_dump() for one in where]
     return digest([rows, others, settings, str(run.store.root), socket.gethostname(), code_digest()])
 
 
 def _steady(value: Any) -> Any:
-    """Settings without those that are fractions, which say how much and not what."""
+    """Settings without the values of those that are fractions, which say how much and not what."""
+    if isinstance(value, float):
+        return "a fraction"
     if isinstance(value, dict):
-        kept = {name: inner for name, inner in value.items() if not isinstance(inner, float) and name not in NUMBERS}
-        return {name: _steady(inner) for name, inner in kept.items()}
+        return {name: _steady(inner) for name, inner in value.items() if name not in NUMBERS}
     return [_steady(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -234,7 +234,7 @@ class _Zstandard(io.IOBase):
     def __init__(self, source: IO[bytes]):
         import zstandard
 
-        self.source, self.decompressor = source, zstandard.ZstdDecompressor()
+        self.source, self.decompressor = source, zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of --long=31
         self.frame: Any = None
         self.rest, self.made = b"", memoryview(b"")
 
@@ -307,4 +307,5 @@ def _unreachable(name: str, error: Exception) -> AlignmentError:
 def _line(error: Exception) -> str:
     """What an error says, in one line of at most 200 characters."""
     text = getattr(error, "strerror", None) or str(error)
-    return (" ".join(str(text).split()) or type(error).__name__)[:200]
+    told = re.sub(r"(://[^\s?'\"]+)\?[^\s'\"]*", r"\1", str(text))  # a query may hold a signature
+    return (" ".join(told.split()) or type(error).__name__)[:200]

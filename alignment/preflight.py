@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
                 with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
                     seen[name] = _data(name, experiment, settings, (chat, config), order, Path(folder))
         if order["fit"]:
-            with _told("memory"):
+            with _told("memory", guess=True):
                 _fit(experiment, config, seen, order)
         if order["estimate"]:
             _unknown(experiment, order["prepare"])
@@ -67,7 +67,8 @@ def _fit(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], order
     if config is None or not fitting.is_estimated(config):
         _tell("memory", "note", "is not estimated: the start model has no configuration of a decoder with attention")
         return
-    for finding in fitting.findings(experiment, config, seen, order.get("room"), order["fit"] == "suggest"):
+    how = order.get("room"), order["fit"] == "suggest", order.get("only")
+    for finding in fitting.findings(experiment, config, seen, *how):
         _tell(**finding)
 
 
@@ -76,8 +77,9 @@ def _tell(check: str, state: str, what: str, **more: Any) -> None:
 
 
 @contextmanager
-def _told(check: str) -> Iterator[None]:
-    """What goes wrong in here is a finding; what is inside depends on it, and is left out."""
+def _told(check: str, guess: bool = False) -> Iterator[None]:
+    """What goes wrong in here is a finding; what is inside depends on it, and is left out. guess: of an estimate, whose
+    own errors stop no run."""
     try:
         yield
     except AlignmentError as error:
@@ -85,6 +87,11 @@ def _told(check: str) -> Iterator[None]:
     except OSError as error:
         told = unusable(error)
         _tell(check, "failed", told.what, where=told.where, fix=told.fix, code=told.exit_code)
+    except Exception as error:
+        if not guess:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        _tell(check, "note", f"is not estimated: {type(error).__name__}: {first}")
 
 
 def _model(experiment: Experiment) -> tuple[Chat, Any]:
@@ -157,8 +164,9 @@ def _data(
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
-    if order["estimate"] and config is not None:
-        _estimate(name, experiment, (judged, rows, whole, most), config, order["timed"])
+    if order["estimate"] and config is not None and len(rows):
+        with _told(f"time {name}", guess=True):
+            _estimate(name, experiment, (judged, rows, whole, most), config, order["timed"])
     prompt, whole_row, trained = (
         judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained")
     )

@@ -21,7 +21,7 @@ def test_a_mixture_is_trained_on_and_says_whose_each_row_is(
     """40 rows each, of which some are held out; theirs are trained on twice."""
     theirs = tmp_path / "theirs.jsonl"
     theirs.write_text(instruction_rows.read_text().replace("What is", "What was"))
-    source = f"+data.theirs.source={{kind: path, path: {theirs}}}"
+    source = f"+data.theirs.source={{kind: path, path: '{tmp_path}/their*.jsonl'}}"
     keys = ("format=auto", "columns={}", LISTS, "limit=null", "cap=null", "epochs=2.0", "weight=null")
     mixture = [source, *(f"+data.theirs.{key}" for key in keys)]
     forked(tmp_path / "store", "run", *short_settings, *mixture, *ALL)

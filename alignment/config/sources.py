@@ -21,7 +21,11 @@ def _no_secret(path: str) -> str:
     return path
 
 
-SIGNED = re.compile(r"[?&](X-(Amz|Goog)-Signature|Signature|sig|sas|token|access_token|key)=", re.IGNORECASE)
+SIGNED = re.compile(
+    r"[?&](X-(Amz|Goog)-Signature|signature|sig|sas|\w*token|\w*key|auth\w*|secret|password|credential)="
+    r"|^(?!abfss?:|wasbs?:)[a-z][a-z0-9+.-]*://[^/?#]*@",  # of Azure a container stands before the @
+    re.IGNORECASE,
+)
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ means the same wherever the path is used
 
 

@@ -36,7 +36,9 @@ TOKENS = {  # task -> columns that are trained on
     "scored": {"prompt_ids": IDS, "completion_ids": IDS, "score": pa.float64()},
 }
 # source, file: their numbers. same, turned: keys of the row, and of one that would contradict it (0: nothing would).
-PLACE = {"source": pa.int16(), "file": pa.int32(), "number": pa.int64(), "line": pa.int64(), "id": pa.string()}
+# part: of a row that became several, which; id: its own.
+PLACE = {"source": pa.int16(), "file": pa.int32(), "number": pa.int64(), "line": pa.int64(), "part": pa.int32()}
+PLACE |= {"id": pa.string()}
 KEYS = {"opening": pa.uint64(), "same": pa.uint64(), "turned": pa.uint64()}
 LENGTHS = {"prompt_tokens": pa.int32(), "tokens": pa.int32(), "trained": pa.int32()}
 GRAMS = {"grams": pa.list_(pa.uint64())}  # the n-grams of its questions, as evaluation prompts are compared by
@@ -79,11 +81,12 @@ def made_of(chunk: Chunk, reading: Reading) -> Batch:
     columns: dict[str, list[Any]] = {name: [] for name in schema(reading.task).names}
     batch, signatures = Batch(), list[Signatures]()
     for row in chunk.rows:
-        for made in examples(row, reading):
+        found = examples(row, reading)
+        for part, made in enumerate(found, start=1):
             if isinstance(made, Dropped):
                 batch.dropped.append(made)
                 continue
-            values = _values(made, chunk, reading.checks)
+            values = {**_values(made, chunk, reading.checks), "part": part if len(found) > 1 else None}
             for name, column in columns.items():
                 column.append(values.get(name))
             _count(made, batch, reading.checks)

@@ -151,15 +151,20 @@ class Chat:
         return text, answers
 
     def _check_tools(self, messages: list[Message], text: str, where: str) -> None:
-        """Raises InputError where the template has no place for the functions that there are, or that are called."""
-        for what, functions in (
-            ("tools", messages[0].get("tools", [])),
-            ("calls of tools", [call for message in messages for call in message.get("tool_calls", [])]),
-        ):
-            for one in functions:
-                if (name := one["function"]["name"]) not in text:
-                    told = f"the chat template leaves out the {what}: {self.control.plain(name)!r} is not in its text"
-                    raise InputError(told, where=where, fix="set model.chat_template to one that renders tools")
+        """Raises InputError where the template has no place for what tools there are, what is called, or with what:
+        then it writes the same without them."""
+        for what, key in (("tools", "tools"), ("calls of tools", "tool_calls")):
+            if any(key in message for message in messages):
+                bare = [{name: value for name, value in message.items() if name != key} for message in messages]
+                self._must_differ(bare, text, what, where)
+        if any(call["function"]["arguments"] for message in messages for call in message.get("tool_calls", [])):
+            bare = [_without_arguments(message) for message in messages]
+            self._must_differ(bare, text, "arguments of calls", where)
+
+    def _must_differ(self, bare: list[Message], text: str, what: str, where: str) -> None:
+        if guarded.render(self.tokenizer, bare, where) == text:
+            told = f"the chat template leaves out the {what}"
+            raise InputError(told, where=where, fix="set model.chat_template to one that renders tools")
 
     def check(self, *, needs_bos: bool) -> list[str]:
         """The template on small conversations: it ends answers with the end-of-turn token, and begins the text once.
@@ -196,6 +201,12 @@ class Chat:
             odd.append(f"leave out the end-of-turn token {self.eos!r}")
         ours = "training here goes by its own marks of answers, but other programs' would not"
         return [f"the {{% generation %}} blocks of the chat template {words}: {ours}" for words in odd]
+
+
+def _without_arguments(message: Message) -> Message:
+    calls = message.get("tool_calls", [])
+    bare = [{**call, "function": {**call["function"], "arguments": {}}} for call in calls]
+    return {**message, **({"tool_calls": bare} if bare else {})}
 
 
 def without_clock(template: str) -> str:

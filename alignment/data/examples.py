@@ -164,7 +164,7 @@ def _scores(row: Row, prompt: list[Message], answers: list[dict[str, Any]]) -> l
 
 
 def _part(row: Row, name: str, value: dict[str, Any]) -> Row:
-    own = {"id": f"{row.value['id']}-{name}"} if row.value.get("id") else {}
+    own = {} if _own_id(row) is None else {"id": f"{_own_id(row)}-{name}"}
     return replace(row, value={**own, **kept(row), **value})
 
 
@@ -222,7 +222,9 @@ def _shorter(made: Example, over: tuple[str, str], reading: Reading, policy: Pol
         raise Drop(*over)
 
     def again(prompt: list[Message]) -> Example | None:
-        value = {**made.row.value, **replace(made, prompt=prompt).text()}
+        value = {**kept(made.row), **replace(made, prompt=prompt).text()}
+        if "margin" in made.columns:
+            value["margin"] = made.columns["margin"]
         form = "messages" if reading.task == "sft" else made.form
         found = _made(replace(made.row, value=value), form, reading, policy)
         return None if _over(found, reading) else found
@@ -231,11 +233,12 @@ def _shorter(made: Example, over: tuple[str, str], reading: Reading, policy: Pol
     if found is None:  # its answer is too long, or its system turn
         raise Drop(*over)
     policy.kept.setdefault("truncated", over[1])
-    return replace(found, row=made.row, form=made.form, opening=made.opening)
+    return replace(found, row=made.row, id=made.id, form=made.form, opening=made.opening)
 
 
 def _own_id(row: Row) -> str | None:
-    return str(row.value.get("id") or "") or None
+    own = row.value.get("id")
+    return None if own is None or own == "" else str(own)
 
 
 def _checked(messages: list[Message], row: Row, chat: Chat, policy: Policy) -> None:
@@ -250,6 +253,8 @@ def _conversation(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         messages = canonical(row, form)["messages"]
     _checked(messages, row, chat, policy)
+    if all(turn.get("weight") == 0 for turn in messages if turn["role"] == "assistant"):
+        policy.meet("no_answer", row, "has no answer of another weight than 0")
     with _as("template", policy, row):
         made = tokens.conversation(chat, messages, row.where)
     columns, length, key = {"input_ids": made.ids, "labels": made.labels}, len(made.ids), opening(messages)

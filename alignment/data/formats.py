@@ -171,24 +171,34 @@ def scored_list(row: Row) -> tuple[list[Message], list[dict[str, Any]]]:
         row.value["completions"],
         row.value.get("scores"),
     )
-    if not isinstance(answers, list):
-        raise InputError(f"'completions' must be a list of answers, is {type_name(answers)}", where=row.where)
+    if not isinstance(answers, list) or not answers:
+        found = type_name(answers) if answers != [] else "empty"
+        raise InputError(f"'completions' must be a list of answers, is {found}", where=row.where)
     if all(isinstance(answer, str) for answer in answers):
         if not isinstance(scores, list) or len(scores) != len(answers):
             raise InputError("'completions' are texts: 'scores' must have one number for each", where=row.where)
         answers = [{"text": answer, "score": score} for answer, score in zip(answers, scores, strict=True)]
-    return prompt, [_scored_answer(answer, f"completions[{number}]", row) for number, answer in enumerate(answers)]
+    parts = [replace(row, value=answer) for answer in answers if isinstance(answer, dict)]
+    if len(parts) < len(answers):
+        raise InputError("'completions' must all be objects, or all texts", where=row.where)
+    said, score = _key_of_all(parts, SAID, _said_by, "text"), _key_of_all(parts, SCORES, finite, "number as its score")
+    return prompt, [{"text": part.value[said], "score": finite(part, score)} for part in parts]
 
 
-def _scored_answer(answer: Any, name: str, row: Row) -> dict[str, Any]:
-    if not isinstance(answer, dict):
-        raise InputError(f"{name} must be an object, is {type_name(answer)}", where=row.where)
-    said = next((answer[key] for key in SAID if isinstance(answer.get(key), str)), None)
-    score = next((value for key in SCORES if (value := finite(replace(row, value=answer), key)) is not None), None)
-    if said is None or score is None:
-        lacks = f"text ({', '.join(SAID)})" if said is None else f"number as its score ({', '.join(SCORES)})"
-        raise InputError(f"{name} has no {lacks}", where=row.where, fix=f"keys found: {', '.join(answer)}")
-    return {"text": said, "score": score}
+def _said_by(part: Row, key: str) -> str | None:
+    return part.value[key] if isinstance(part.value.get(key), str) else None
+
+
+def _key_of_all(parts: list[Row], keys: Sequence[str], read: Callable[[Row, str], Any], what: str) -> str:
+    """The first of the keys under which every answer has something: two keys would be two scales."""
+    found = next((key for key in keys if all(read(part, key) is not None for part in parts)), None)
+    if found is None:
+        key = next((key for key in keys if any(read(part, key) is not None for part in parts)), None)
+        number = next(n for n, part in enumerate(parts) if key is None or read(part, key) is None)
+        lacks = f"{what} ({key or ', '.join(keys)})"
+        fix = f"keys found: {', '.join(parts[number].value)}"
+        raise InputError(f"completions[{number}] has no {lacks}", where=parts[number].where, fix=fix)
+    return found
 
 
 def finite(row: Row, key: str) -> float | None:

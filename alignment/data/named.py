@@ -29,7 +29,7 @@ def source_of(
     name: str, dataset: Dataset, settings: Prepare, checks: Checks, chat: Chat, most: int | None = None
 ) -> Source:
     """most: rows at most, beside the data set's own limit. Raises InputError or MachineError where it is not there."""
-    path = _path(dataset)
+    path = path_of(dataset)
     limit = min((one for one in (dataset.limit, most) if one is not None), default=None)
     rows = _guess(path)
     reading = reading_of(settings, dataset.format, dataset.columns, checks, chat, dataset.lists)
@@ -47,7 +47,7 @@ def reading_of(
 def prompts_of(dataset: Dataset) -> Iterator[tuple[str, str]]:
     """Where each row of a data set for evaluation stands, and what it asks: its `prompt`, which needs nothing beside
     it, else what its format says. Raises InputError for one that has neither, and where the data set has no rows."""
-    path, count = _path(dataset), 0
+    path, count = path_of(dataset), 0
     for row in islice(read(path), dataset.limit):
         if isinstance(row, Unreadable):
             raise row.error
@@ -66,7 +66,7 @@ def _questions(row: Row, form: str) -> list[Message]:
     return made.get("messages") or made["prompt"]
 
 
-def _path(dataset: Dataset) -> str:
+def path_of(dataset: Dataset) -> str:
     source = dataset.source
     return source.path if isinstance(source, PathSource) else str(fetch(source, what="data"))
 

@@ -63,13 +63,16 @@ def messages(row: Row, key: str) -> list[Message]:
 def with_system(row: Row, said: list[Message]) -> list[Message]:
     """After the row's own `system` turn, and with the row's `tools` in the first one. Raises InputError."""
     system = text(row, "system", optional=True)
-    said = [message("system", system), *said] if system else said
-    tools = row.value.get("tools")
+    if any("tools" in turn for turn in said[1:]):
+        raise InputError("'tools' stand in a later message", where=row.where, fix="of the row, or of its first message")
+    first = dict(said[0])
+    tools = first.pop("tools", None) if row.value.get("tools") is None else row.value["tools"]
+    said = [*([message("system", system)] if system else []), first, *said[1:]]
     tools = _parsed(tools) if isinstance(tools, str) else tools
     if tools is None or tools == []:
         return said
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        what = f"'tools' must be a list of functions (JSON schema), is {type_name(row.value['tools'])}"
+        what = f"'tools' must be a list of functions (JSON schema), is {type_name(tools)}"
         raise InputError(what, where=row.where)
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     for number, tool in enumerate(tools):
@@ -127,8 +130,8 @@ def _turn(turn: Any, name: str, row: Row) -> Message:
         if made["role"] != "assistant" or isinstance(weight, bool) or weight not in (0, 1):
             raise InputError(f"{name}.weight must be 0 or 1, in a turn of the assistant", where=row.where)
         made |= {"weight": 0} if weight == 0 else {}
-    if isinstance(turn.get("tools"), list):
-        made["tools"] = turn["tools"]
+    if turn.get("tools") is not None:
+        made["tools"] = turn["tools"]  # see with_system
     if made["role"] == "tool":
         made |= {key: turn[key] for key in BESIDE if isinstance(turn.get(key), str)}
     return made
@@ -139,9 +142,10 @@ def _content(value: Any, name: str, row: Row, *, optional: bool) -> str:
     if value is None and optional:
         return ""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        other = next((part.get("type") for part in value if not isinstance(part.get("text"), str)), None)
-        if other is not None or any("text" not in part for part in value):
-            raise InputError(f"{name} has a part of the type {other!r}: only text can be trained on", where=row.where)
+        for part in value:
+            if not isinstance(part.get("text"), str):
+                what = f"{name} has a part of the type {part.get('type')!r} without text: only text can be trained on"
+                raise InputError(what, where=row.where)
         return "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise InputError(f"{name} must be text, is {type_name(value)}", where=row.where)

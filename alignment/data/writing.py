@@ -143,19 +143,25 @@ def _with_mismatched(made: Any, judged: Judged, train: np.ndarray) -> Any:
 
 
 class _Ids:
-    """The rows' own `id` where each has a different one, else their numbers, and with several data sets whose."""
+    """The rows' own `id` where each has a different one; else their numbers, with the data set's name, the file's
+    number and the part where there are several."""
 
     def __init__(self, judged: Judged):
         self._own = judged.table.all_differ("id")
         self._names = [f"{source.name}-" if len(judged.sources) > 1 else "" for source in judged.sources]
+        self._several_files = len(judged.files) > len(judged.sources)
 
     def of(self, row: dict[str, Any]) -> str:
-        return str(row["id"]) if self._own else f"{self._names[row['source']]}{row['number']}"
+        if self._own:
+            return str(row["id"])
+        file = f"{row['file'] + 1}-" if self._several_files else ""
+        part = f"-{row['part']}" if row["part"] else ""
+        return f"{self._names[row['source']]}{file}{row['number']}{part}"
 
 
 def _lines(judged: Judged, rows: np.ndarray, ids: _Ids, made: Any) -> Iterator[str]:
     several = len(judged.sources) > 1
-    columns = ["id", "source", "number", "text", "kept"]
+    columns = ["id", "source", "file", "number", "part", "text", "kept"]
     for row in judged.table.take(rows).select_columns(columns):
         whose = {SOURCE: judged.sources[row["source"]].name} if several else {}
         yield json.dumps({"id": ids.of(row), **whose, **made(row)}, ensure_ascii=False) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,19 @@ Finding = dict[str, Any]
 
 
 def findings(
-    experiment: Experiment, config: Any, seen: Mapping[str, Lengths], room: int | None = None, suggest: bool = False
+    experiment: Experiment,
+    config: Any,
+    seen: Mapping[str, Lengths],
+    room: int | None = None,
+    suggest: bool = False,
+    only: Sequence[str] | None = None,
 ) -> Iterator[Finding]:
     """config: a transformers configuration. seen: node that prepares rows -> how long they are. room: bytes of memory
-    that a process has; None: as the settings or this machine say. suggest: say also the smallest change that fits."""
+    that a process has; None: as the settings or this machine say. suggest: say also the smallest change that fits.
+    only: nodes that are still to be made; None: all."""
     estimates = of_experiment(experiment, config, seen, room)
+    if only is not None:
+        estimates = {name: estimate for name, estimate in estimates.items() if name in only}
     all_fit = all(one.fits for one in estimates.values())
     found = [] if all_fit else suggestion(experiment, config, seen, room)
     for name, estimate in estimates.items():
@@ -42,7 +50,7 @@ def findings(
     if suggest:
         yield _suggested(found)
     else:
-        yield from _losses(experiment, config, seen)
+        yield from (one for one in _losses(experiment, config, seen) if only is None or one["check"].split()[1] in only)
 
 
 def _memory(name: str, estimate: Estimate, known: bool, found: list[str] | None) -> Finding:

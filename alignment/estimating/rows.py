@@ -13,7 +13,7 @@ LOOK = 1 << 20  # bytes by which the lines of a file are guessed
 OF_LINES = (".jsonl", ".csv", ".tsv")
 
 
-def in_source(path: Path) -> int | None:
+def in_source(path: str) -> int | None:
     """Rows of a local file or of all files that the path means: by their Parquet footers, or, about, by the lines of
     their beginnings and their sizes. None for other kinds, which would have to be read."""
     counts = [_in_file(file) for file in expand(path)]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from alignment.config.schema import Experiment
-from alignment.config.sources import Dataset as DataSet
 from alignment.config.stages.answering import Judge
 from alignment.config.stages.answering import Sample as Sampling
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.training import Reference, Train
-from alignment.data.fetch import fetch
+from alignment.data.named import path_of
 from alignment.data.preparation import Judged
 from alignment.estimating import rows
 
@@ -47,13 +45,9 @@ def sample_of(
     source, counts, fit = table.column("source")[judged.fit], dict[str, int | None](), dict[str, float]()
     for number, (name, one) in enumerate(data.items()):
         read = judged.read[name]
-        counts[name] = read if read < most else rows.in_source(_place(one))
+        counts[name] = read if read < most else rows.in_source(path_of(one))
         fit[name] = float((source == number).sum()) / read
     return Sample(found, prompts, rows.trained_on(data, counts, fit, settings.splits), ABOUT)
-
-
-def _place(dataset: DataSet) -> Path:
-    return fetch(dataset.source, what="data")
 
 
 def trained(experiment: Experiment, prepared: str, sample: Sample) -> Iterator[tuple[str, Sample]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
@@ -64,7 +64,7 @@ def identity_side(value: Any) -> Any:
     if isinstance(value, PathSource):
         return {"sha256": content_digest(Path(value.path))}
     if isinstance(value, Dataset) and isinstance(value.source, PathSource):
-        return {**_fields(value), "source": data_digest(value.source.path)}
+        return {**_fields(value, without=("source",)), "source": data_digest(value.source.path)}
     if isinstance(value, Model):
         return {**_fields(value), "chat_template": template_digest(value.chat_template)}
     if isinstance(value, Settings):
@@ -76,8 +76,8 @@ def identity_side(value: Any) -> Any:
     return value
 
 
-def _fields(value: Settings) -> dict[str, Any]:
-    idle = value.idle()
+def _fields(value: Settings, without: Sequence[str] = ()) -> dict[str, Any]:
+    idle = {*value.idle(), *without}
     return {name: identity_side(getattr(value, name)) for name in _identity_keys(type(value)) if name not in idle}
 
 
@@ -127,14 +127,15 @@ def template_digest(chat_template: str) -> str:
     return hashlib.sha256(template_path(chat_template).read_bytes()).hexdigest()
 
 
-_seen: ContextVar[dict[Path, str] | None] = ContextVar("seen", default=None)
+_seen: ContextVar[dict[Path | str, str] | None] = ContextVar("seen", default=None)
 
 
 @contextmanager
 def one_look(seen: Mapping[Path, str] | None = None) -> Iterator[None]:
     """In here a source is looked at once, and all who ask are told what was seen: a graph is of one moment, and so may
     be all graphs of a sweep. Nothing is remembered after it. seen: digests of what was looked at before."""
-    token = _seen.set(dict(seen or {})) if _seen.get() is None else None
+    known: dict[Path | str, str] = {path: value for path, value in (seen or {}).items()}  # noqa: C416 - wider keys
+    token = _seen.set(known) if _seen.get() is None else None
     try:
         yield
     finally:
@@ -159,12 +160,12 @@ def data_digest(path: str) -> str:
     """SHA-256 over what a data set's path, pattern or address means: of each file, in order, how it is read and its
     content, as `content_digest` or, of an address, as its server tells it. Raises InputError, MachineError."""
     seen = _seen.get()
-    if seen is not None and Path(path) in seen:
-        return seen[Path(path)]
+    if seen is not None and path in seen:  # as text: what a file is by itself is known by its Path
+        return seen[path]
     files = [(*places.kind(file), _one_digest(file)) for file in places.expand(path)]
     made = digest(files)
     if seen is not None:
-        seen[Path(path)] = made
+        seen[path] = made
     return made
 
 

@@ -111,7 +111,7 @@ BAD = {
     "a picture": (
         "messages",
         row(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
-        "messages[0].content has a part of the type 'image_url'",
+        "messages[0].content has a part of the type 'image_url' without text",
     ),
     "a weight": (
         "messages",
@@ -239,6 +239,11 @@ def test_lists_of_scored_answers_are_read_in_both_shapes() -> None:
         ),
         (row(prompt="q", completions=[{"score": 1.0}]), r"completions\[0\] has no text"),
         (row(prompt="q", completions="a"), "'completions' must be a list of answers, is text"),
+        (row(prompt="q", completions=[]), "'completions' must be a list of answers, is empty"),
+        (
+            row(prompt="q", completions=[{"text": "a", "score": None, "rating": 5}, {"text": "b", "score": 7.5}]),
+            r"completions\[0\] has no number as its score \(score\)",
+        ),
     ):
         with pytest.raises(InputError, match=what):
             scored_list(given)

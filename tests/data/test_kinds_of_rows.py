@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from alignment.config.paths import template_path
 from alignment.config.sources import Lists
 from alignment.data import tokens
 from alignment.data.chat import Chat
+from alignment.data.sources import Row
 from alignment.errors import InputError
+from alignment.files import read_jsonl
 
 from . import kinds
 from .conftest import PLAIN, assistant, make_tokenizer, system, user
@@ -56,9 +59,9 @@ def test_calls_of_tools_are_trained_and_what_tools_say_is_not() -> None:
 
 def test_a_template_without_a_place_for_tools_is_an_error_not_silence() -> None:
     chat = Chat(make_tokenizer(PLAIN.replace("'assistant': 'A'", "'assistant': 'A', 'tool': 'R'")))
-    with pytest.raises(InputError, match=r"rows.jsonl:1: the chat template leaves out the tools: 'weather'"):
+    with pytest.raises(InputError, match=r"rows.jsonl:1: the chat template leaves out the tools "):
         run(chat, [{"messages": [user("q"), assistant("a")], "tools": [WEATHER]}], **WIDE)
-    with pytest.raises(InputError, match=r"leaves out the calls of tools: 'weather'"):
+    with pytest.raises(InputError, match=r"leaves out the calls of tools "):
         run(chat, [{"messages": CALLING}], **WIDE)
 
 
@@ -195,3 +198,56 @@ def test_chatml_writes_tools_and_calls_as_servers_read_them() -> None:
     assert "<|im_start|>tool\nhot<|im_end|>\n" in text and text.count("Be brief.") == 1
     bare = chat.render(CALLING, "here")
     assert bare.startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<tool_call>\n")
+
+
+def test_a_row_with_a_system_turn_of_its_own_is_cut_too(chat: Chat) -> None:
+    long = "x" * 30 + " word"
+    given = {"system": "s", "instruction": long, "output": "a"}
+    made = run(chat, [given], **CUT)
+    assert texts(made) == [{"messages": [system("s"), user("word"), assistant("a")]}]
+    pair = {"system": "s", "prompt": long, "chosen": "a", "rejected": "b"}
+    (row,) = texts(run(chat, [pair], task="preference", **CUT))
+    assert row["prompt"] == [system("s"), user("word")]
+    rows = [{"messages": [user(long), assistant(answer)], "label": answer == "a"} for answer in "ab"]
+    rows.append({"prompt": "another", "completion": "c", "label": True})
+    made = run(chat, rows, task="unpaired", **CUT)
+    assert sorted(row["prompt"][-1]["content"] for row in texts(made)) == ["another", "word", "word"]
+    assert made.counts == {} and made.judged.tally.kept == {"mine": {"truncated": 2}}
+
+
+def test_tools_stand_in_the_first_message_or_beside_the_messages() -> None:
+    chat = Chat(make_tokenizer(TOOLS))
+    (row,) = texts(run(chat, [{"messages": [{**system("s"), "tools": [WEATHER["function"]]}, *CALLING]}], **WIDE))
+    assert row["messages"][0]["tools"] == [WEATHER]
+    for messages, what in (
+        ([{**user("q"), "tools": ["f"]}, assistant("a")], "'tools' must be a list of functions"),
+        ([user("q"), {**assistant("a"), "tools": [WEATHER]}], "'tools' stand in a later message"),
+    ):
+        with pytest.raises(InputError, match=what):
+            run(chat, [{"messages": messages}], **WIDE)
+
+
+def test_a_template_that_writes_a_call_without_its_arguments_is_an_error() -> None:
+    chat = Chat(make_tokenizer(TOOLS.replace("{{ call.function.arguments | tojson }}", "")))
+    with pytest.raises(InputError, match="leaves out the arguments of calls"):
+        run(chat, [{"messages": CALLING}], **WIDE)
+
+
+def test_where_no_answer_has_a_weight_there_is_none(chat: Chat) -> None:
+    made = run(chat, [qa("q", "a"), {"messages": [user("r"), {**assistant("b"), "weight": 0}]}])
+    assert made.counts == {"no_answer": 1}
+
+
+def written(folder: Path) -> list[str]:
+    return [row["id"] for row in read_jsonl(folder / "train.jsonl")]
+
+
+def test_ids_differ_whatever_rows_are_made_of(chat: Chat, tmp_path: Path) -> None:
+    lists = Lists(pairs="best_worst", min_margin=0.0, max_pairs=2)
+    run(chat, [LIST, {**LIST, "prompt": "r"}], task="preference", lists=lists, folder=tmp_path)
+    assert sorted(written(tmp_path)) == ["1-1", "1-2", "2-1", "2-2"]
+    rows = [Row(qa(f"{file}{number}", "a"), file, number, number) for file in ("a", "b") for number in (1, 2)]
+    run(chat, rows, folder=tmp_path)
+    assert sorted(written(tmp_path)) == ["1-1", "1-2", "2-1", "2-2"]
+    run(chat, [{**qa(f"q{number}", "a"), "id": number} for number in range(3)], folder=tmp_path)
+    assert sorted(written(tmp_path)) == ["0", "1", "2"]

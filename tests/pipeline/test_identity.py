@@ -452,3 +452,17 @@ def test_an_address_with_a_secret_is_refused_without_repeating_it(address: str) 
     with pytest.raises(ConfigError, match=r"`data.instructions.source.path` holds a password or a signature") as caught:
         compose(["data=path", f"data.instructions.source.path='{address}'"])
     assert "secret" not in str(caught.value)
+
+
+def test_a_graph_of_a_pattern_has_the_key_of_what_it_means(tmp_path: Path) -> None:
+    def key(path: str) -> str:
+        experiment = compose(["pipeline=sft", "data=path", f"data.instructions.source.path='{path}'"])
+        return next(node.key for node in graph.build(experiment) if node.name == "rows")
+
+    (tmp_path / "a.jsonl").write_text("1")
+    before = key(f"{tmp_path}/a.jsonl")
+    assert key(f"{tmp_path}/*.jsonl") == before, "where it lies is not in it"
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.csv")
+    assert key(f"{tmp_path}/a.csv") != before, "how it is read is"
+    fsspec.filesystem("memory").pipe("/graph/a.jsonl", b"1")
+    assert key("memory://graph/*.jsonl") != before

@@ -44,7 +44,7 @@ class Prepare(Stage):
     optional_inputs: ClassVar[dict[str, str]] = {"data": "pairs", "heldout": "rows"}
     reads: ClassVar[Reads] = {"heldout": "heldout"}
     groups = ("data", "checks")
-    packages = ("transformers", "tokenizers", "datasets")
+    packages = ("transformers", "tokenizers", "datasets", "rensa", "regex")  # the last two: what is near what
     kind: Literal["prepare"] = identity()
     task: Literal["sft", "preference", "unpaired", "scored"] = identity()
     dataset: str | list[str] | None = identity()
