@@ -234,7 +234,7 @@ def test_a_sweep_of_jobs_that_is_refused_is_none(tmp_path: Path) -> None:
         (["run", "launcher.processes=2"], 2, "`launcher.processes` is not among the settings chosen (it comes with la"),
         (["run", "pipeline=sft", "stage.dpo.beta=1"], 2, "(it comes with pipeline=dpo, pipeline=iterative_dpo, pip"),
         (["run", "store=/dev/null/x"], 4, "/dev/null/x"),
-        (["run", "data=path", "data.instructions.source.path=."], 3, "is a folder without a model's files"),
+        (["run", "data=path", "data.instructions.source.path=."], 3, "is a folder (give one file"),
         (["run", "experiment=quickstart", "seed=-1"], 2, "command line: `seed` should be greater than or equal to 0"),
         (["run", "stage.dpo.beta=strong"], 2, "command line: `stage.dpo.beta` should be a valid number, got 'strong'"),
         (["run", "launcher.kind=slrm"], 2, "`launcher.kind` should be one of 'local', 'torchrun', 'slurm', got 'slrm'"),

@@ -170,7 +170,7 @@ def data_digest(path: str) -> str:
 
 
 def _one_digest(file: str) -> str:
-    return places.fingerprint(file) if places.is_url(file) else _file_digest(Path(file))
+    return places.fingerprint(file) if places.is_url(file) else content_digest(Path(file))
 
 
 def _content_digest(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.sources import Dataset, PathSource
+from alignment.config.sources import Dataset, Lists, PathSource
 from alignment.data import preparation
 from alignment.data.chat import Chat
 from alignment.data.named import prompts_of
@@ -233,7 +233,16 @@ def test_prompts_of_an_evaluation_set_need_no_answer(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def read(**changes: Any) -> list[tuple[str, str]]:
-        plain = {"format": "auto", "columns": {}, "limit": None, "cap": None, "epochs": 1.0, "weight": None}
+        lists = Lists(pairs="best_worst", min_margin=0.0, max_pairs=1)
+        plain = {
+            "format": "auto",
+            "columns": {},
+            "lists": lists,
+            "limit": None,
+            "cap": None,
+            "epochs": 1.0,
+            "weight": None,
+        }
         return list(prompts_of(Dataset(source=PathSource(kind="path", path=str(path)), **{**plain, **changes})))
 
     assert read() == [(f"{path}:1", "What is it?"), (f"{path}:2", "And this?"), (f"{path}:3", "Who?")]

@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from alignment.config.compose import compose
-from alignment.config.sources import Dataset, PathSource
+from alignment.config.sources import Dataset, Lists, PathSource
 from alignment.config.stages.preparing import ImportModel, Prepare, Splits
 from alignment.data.chat import Chat
 from alignment.errors import ConfigError, InputError
@@ -52,6 +52,9 @@ def test_a_trained_model_has_the_template_and_the_ends_of_its_start_model(
     assert (tmp_path / "sft" / template).read_bytes() == (start / template).read_bytes()
 
 
+LISTS = Lists(pairs="best_worst", min_margin=0.0, max_pairs=1)
+
+
 def prepared(
     folder: Path, start: Path, rows: Path | None, inputs: dict[str, Path] | None = None, **changes: Any
 ) -> Any:
@@ -71,10 +74,10 @@ def prepared(
     if rows:
         source = PathSource(kind="path", path=str(rows))
         share: dict[str, Any] = {"limit": limit, "cap": None, "epochs": 1.0, "weight": None}
-        data["mine"] = Dataset(source=source, format="auto", columns={}, **share)
+        data["mine"] = Dataset(source=source, format="auto", columns={}, lists=LISTS, **share)
         if settings.against:
             other = PathSource(kind="path", path=str(rows.parent / "bench.jsonl"))
-            data["bench"] = Dataset(source=other, format="auto", columns={"prompt": "question"}, **share)
+            data["bench"] = Dataset(source=other, format="auto", columns={"prompt": "question"}, lists=LISTS, **share)
     experiment: Any = SimpleNamespace(data=data, checks=default_checks())
     context = StageContext("rows", "run", "key", folder, settings, experiment, {"model": start, **(inputs or {})})
     return prepare.run(context)
