@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
@@ -11,6 +10,7 @@ from alignment.config.data_checks import Checks
 from alignment.config.sources import Dataset, Lists, PathSource
 from alignment.config.stages.preparing import Prepare
 from alignment.data.chat import Chat
+from alignment.data.counting import in_source
 from alignment.data.evaluated import asked
 from alignment.data.examples import Reading
 from alignment.data.fetch import fetch
@@ -20,9 +20,6 @@ from alignment.data.sources import Row, Unreadable, read
 from alignment.data.splitting import Share
 from alignment.data.writing import describe
 from alignment.errors import InputError
-from alignment.places import expand, is_url, kind
-
-LOOK = 1 << 20  # bytes by which it is guessed how many rows a file has
 
 
 def source_of(
@@ -31,7 +28,7 @@ def source_of(
     """most: rows at most, beside the data set's own limit. Raises InputError or MachineError where it is not there."""
     path = path_of(dataset)
     limit = min((one for one in (dataset.limit, most) if one is not None), default=None)
-    rows = _guess(path)
+    rows = in_source(path)
     reading = reading_of(settings, dataset.format, dataset.columns, checks, chat, dataset.lists)
     guess = rows if limit is None or rows is None else min(rows, limit)
     return Source(name, islice(read(path), limit), reading, describe(dataset.source), guess)
@@ -73,13 +70,3 @@ def path_of(dataset: Dataset) -> str:
 
 def share_of(dataset: Dataset) -> Share:
     return Share(dataset.cap, dataset.epochs, dataset.weight)
-
-
-def _guess(path: str) -> int | None:
-    """Rows of local files of lines, by the lines of the first one's beginning."""
-    files = expand(path)
-    if any(is_url(file) or kind(file) != (".jsonl", "") for file in files):
-        return None
-    with open(files[0], "rb") as stream:
-        begin = stream.read(LOOK)
-    return round(begin.count(b"\n") * sum(map(os.path.getsize, files)) / len(begin)) if begin else None

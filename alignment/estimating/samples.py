@@ -14,6 +14,7 @@ from alignment.config.stages.answering import Judge
 from alignment.config.stages.answering import Sample as Sampling
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.training import Reference, Train
+from alignment.data.counting import in_source
 from alignment.data.named import path_of
 from alignment.data.preparation import Judged
 from alignment.estimating import rows
@@ -45,7 +46,7 @@ def sample_of(
     source, counts, fit = table.column("source")[judged.fit], dict[str, int | None](), dict[str, float]()
     for number, (name, one) in enumerate(data.items()):
         read = judged.read[name]
-        counts[name] = read if read < most else rows.in_source(path_of(one))
+        counts[name] = read if read < most else in_source(path_of(one))
         fit[name] = float((source == number).sum()) / read
     return Sample(found, prompts, rows.trained_on(data, counts, fit, settings.splits), ABOUT)
 

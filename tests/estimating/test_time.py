@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from alignment.config.sources import Dataset as DataSet
 from alignment.config.sources import Lists, PathSource
 from alignment.config.stages.preparing import Splits
+from alignment.data import counting
 from alignment.estimating import calibration, rows, traffic
 from alignment.estimating.time import Layout, Stage, estimate
 from alignment.estimating.work import records_of
@@ -177,10 +178,12 @@ def test_rows_are_those_that_fit_without_the_splits() -> None:
 def test_rows_of_a_file_are_counted_by_its_beginning_or_its_footer(tmp_path: Path) -> None:
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"prompt": "abcdefgh"}\n' * 100_000)
-    assert rows.in_source(lines) == pytest.approx(100_000, rel=0.01)
+    assert counting.in_source(lines) == pytest.approx(100_000, rel=0.01)
     table = tmp_path / "rows.parquet"
     Dataset.from_dict({"a": np.arange(123)}).to_parquet(table)
-    assert rows.in_source(table) == 123
+    assert counting.in_source(table) == 123
     array = tmp_path / "rows.json"
     array.write_text("[]")
-    assert rows.in_source(array) is None, "it would have to be read"
+    assert counting.in_source(array) is None, "it would have to be read"
+    table.write_bytes(b"PAR1 and no more")
+    assert counting.in_source(table) is None, "reading it tells why"
