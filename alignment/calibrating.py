@@ -22,14 +22,13 @@ from alignment.config.stages.online import Online
 from alignment.config.stages.preference import Dpo
 from alignment.config.stages.preparing import ImportModel, Prepare
 from alignment.config.stages.training import Train
-from alignment.errors import AlignmentError, ConfigError, unusable
+from alignment.errors import AlignmentError, ConfigError, Finding, unusable
 from alignment.files import read_jsonl
 from alignment.pipeline import runner
 from alignment.pipeline.store import METRICS
 
 STEPS = 5  # timed; one before them warms up
 START, ROWS = "start", "rows"
-Finding = dict[str, Any]
 
 
 class Calibrations:

@@ -22,11 +22,10 @@ from alignment.calibrating import Calibrations
 from alignment.config.hardware import AUTO
 from alignment.config.schema import Experiment
 from alignment.config.stages.preparing import Prepare
-from alignment.errors import BY_CODE, AlignmentError, MachineError
+from alignment.errors import BY_CODE, AlignmentError, Finding, MachineError
 from alignment.files import program, write_json
 from alignment.pipeline.runner import Run
 
-Finding = dict[str, Any]  # check, state (ok, note, warning, failed; of `show` row, lengths), what, where, fix, code
 ROWS = 2000  # of each data set, unless it is the data that is checked
 SECONDS = 3.0  # for the tracker's server to answer
 MARKS = {"ok": "✓", "note": " ", "warning": "!", "failed": "✗"}

@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+# What a look before a run has found: check, state (ok, note, warning, failed; of `data show` row, lengths), what, and
+# where it applies where, fix, code (the exit code), facts.
+Finding = dict[str, Any]
+
 
 class AlignmentError(Exception):
     """An error whose cause is known. Printed as one line; the traceback only with --debug.

@@ -16,7 +16,7 @@ from typing import Any
 
 from alignment import checking
 from alignment.config.settings import Settings
-from alignment.errors import AlignmentError
+from alignment.errors import AlignmentError, Finding
 from alignment.files import cache_home, digest, write_json
 from alignment.pipeline.identity import code_digest
 from alignment.pipeline.runner import Run
@@ -40,7 +40,7 @@ def look(run: Run, force: bool, refused: dict[str, AlignmentError], say: Callabl
     if name in refused:
         raise refused[name]
     say("looking at settings, data, model and memory before anything starts (check=false leaves it out)")
-    failed: list[checking.Finding] = []
+    failed: list[Finding] = []
     for finding in checking.findings(run, only=[node.name for node in fresh]):
         if finding["state"] in ("failed", "warning"):
             checking.say(finding, say)
@@ -52,7 +52,7 @@ def look(run: Run, force: bool, refused: dict[str, AlignmentError], say: Callabl
         _remember(note)
 
 
-def _refused(failed: list[checking.Finding]) -> AlignmentError:
+def _refused(failed: list[Finding]) -> AlignmentError:
     error = checking.error_of(failed)
     fix = f"{error.fix}; " if error.fix else ""
     return type(error)(error.what, where=error.where, fix=f"{fix}--force starts it all the same")

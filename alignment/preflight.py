@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from alignment.config.data_checks import FAULTS
 from alignment.config.schema import Experiment
+from alignment.config.sources import PathSource
 from alignment.config.stages.preparing import Prepare
 from alignment.errors import AlignmentError, InputError, unusable
 from alignment.files import read_json
@@ -32,7 +33,7 @@ with kept():
     from alignment.data.preparation import Judged, judge
     from alignment.data.showing import histogram, shown
     from alignment.data.splitting import check_dropped, divide
-    from alignment.data.writing import describe, length_bias, spread
+    from alignment.data.writing import describe, length_bias, mismatched, spread
     from alignment.estimating.seen import Lengths, config_of
 
 SOME = 8  # rows that a loss is computed of
@@ -45,6 +46,9 @@ def main(arguments: list[str]) -> int:
     experiment = Experiment.model_validate(order["experiment"])
     with _told("model"):
         chat, config = _model(experiment)
+        if order["fit"] == "look":
+            with _told("reward"):
+                _rewards(experiment, order.get("only"))
         seen: dict[str, Lengths] = {}
         for name in order["prepare"]:
             with _told(f"data {name}"):
@@ -61,13 +65,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _fit(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], order: dict[str, Any]) -> None:
-    """Whether memory and disk are enough. room: bytes of memory that a process has, where the order says it."""
+    """Whether memory and disk are enough."""
     with kept():  # seconds of imports, which other looks need not wait for
         from alignment.estimating import fitting
     if config is None or not fitting.is_estimated(config):
         _tell("memory", "note", "is not estimated: the start model has no configuration of a decoder with attention")
         return
-    how = order.get("room"), order["fit"] == "suggest", order.get("only")
+    how = order["fit"] == "suggest", order.get("only")
     for finding in fitting.findings(experiment, config, seen, *how):
         _tell(**finding)
 
@@ -125,6 +129,25 @@ def _windows(experiment: Experiment, window: int | None) -> None:
     _tell("window", "ok", f"{window or 'no limit of'} tokens")
 
 
+def _rewards(experiment: Experiment, only: Sequence[str] | None) -> None:
+    """Models of local folders that judge in stages still to be made. only: these nodes; None: all. Raises InputError."""
+    from alignment.rewards.model import check_outputs
+
+    terms: dict[str, Any] = {}
+    for name, node in experiment.pipeline.nodes.items():
+        settings = experiment.stage[node.stage]
+        if "reward" in settings.groups and (only is None or name in only):
+            terms |= experiment.reward.read(settings.compares).terms
+    for name, term in terms.items():
+        for source in term.sources():
+            if not isinstance(source, PathSource):
+                continue
+            folder = fetch(source)
+            if term.kind == "model":
+                check_outputs(config_of(folder), folder)
+            _tell("reward", "ok", f"{name}: {folder}")
+
+
 def _data(
     name: str, experiment: Experiment, settings: Prepare, model: tuple[Chat, Any], order: dict[str, Any], folder: Path
 ) -> Lengths:
@@ -142,10 +165,17 @@ def _data(
     if whole:
         shares = [share_of(data[one]) for one in settings.datasets]
         elsewhere = [prompt for one in settings.against for prompt in prompts_of(data[one])]
-        rows = divide(judged, settings.splits, settings.seed, shares, elsewhere)["train"]
+        try:
+            rows = divide(judged, settings.splits, settings.seed, shares, elsewhere)["train"]
+        except InputError:
+            if order["show"]:  # the rows may say why
+                _show(f"data {name}", judged, judged.fit[: order["show"]], judged.fit, chat)
+            raise
     judged.tally.close()
     try:
         check_dropped(judged)
+        if settings.task == "unpaired" and len(rows):
+            mismatched(judged, rows)
     except InputError as error:
         if whole:
             raise

@@ -259,7 +259,7 @@ def _our_rows(
     them in the common one."""
     from alignment.training import rows
     from alignment.training.batching import GlobalBatches
-    from alignment.training.memory import attention_share
+    from alignment.training.shape import attention_share
 
     dataset = Dataset.from_list(rows_for("sft" if task == "sft" else "dpo", pairs))  # reward's pairs are DPO's
     sizes = {"sft": rows.sft_sizes, "dpo": rows.pair_sizes, "reward": rows.pair_sizes}[task](dataset)

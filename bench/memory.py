@@ -196,9 +196,10 @@ def predict(case: dict[str, Any], folder: Path) -> Any:
     import numpy as np
     from datasets import load_from_disk
 
-    from alignment.estimating.memory import Machine, of_stage
+    from alignment.estimating.machine import Machine
+    from alignment.estimating.memory import of_stage
     from alignment.estimating.seen import Lengths
-    from alignment.estimating.sizes import sample_of
+    from alignment.estimating.sizes import footprints_of
 
     rows, task = load_from_disk(str(folder / "inputs" / case["stage"] / "train")), case["stage"]
     columns = {
@@ -215,7 +216,7 @@ def predict(case: dict[str, Any], folder: Path) -> Any:
         prompt, both = columns["prompt_ids"], (columns["chosen_ids"], columns["rejected_ids"])
         found = Lengths("preference", prompt, prompt + np.maximum(*both), sum(both))
     node = next(name for name, node in made.pipeline.nodes.items() if node.stage == task)
-    sample = sample_of(made, node, {made.pipeline.nodes[node].inputs["data"]: found})
+    sample = footprints_of(made, node, {made.pipeline.nodes[node].inputs["data"]: found})
     return of_stage(made, node, MODELS[case["model"]](), sample, Machine("cpu", None))
 
 

@@ -35,9 +35,9 @@ from alignment.config.execution import Engine
 from alignment.config.stages.online import Grpo, Kl, Rloo
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches
-from alignment.training.memory import attention_share
 from alignment.training.policy_gradient import PolicyGradientTrainer
 from alignment.training.rollouts import Answer
+from alignment.training.shape import attention_share
 from bench.arms import tokenizer
 from bench.pages import fill
 from bench.workloads import EOS, FIRST_WORD, PAD, SIZES

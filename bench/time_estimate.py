@@ -171,6 +171,7 @@ def by_cpu(case: Case, folder: Path, steps: int) -> dict[str, float]:
     from alignment.config.compose import compose
     from alignment.estimating import calibration, hardware
     from alignment.estimating.layout import layout_of
+    from alignment.estimating.machine import machine_of
     from alignment.estimating.time import Stage, estimate
     from alignment.estimating.work import records_of
 
@@ -179,8 +180,8 @@ def by_cpu(case: Case, folder: Path, steps: int) -> dict[str, float]:
     start = inputs["model"] / "model"
     device = hardware.device(experiment.hardware, "fp32", here=True, threads=1)
     records = records_of(settings, load_from_disk(str(inputs["data"] / "train")))
-    config, layout_args = AutoConfig.from_pretrained(start), (records, device, (1, 1), True)
-    layout = layout_of(settings, experiment.engine, config, *layout_args)
+    config, where = AutoConfig.from_pretrained(start), (machine_of(experiment, case.kind), (1, 1))
+    layout = layout_of(settings, experiment.engine, config, records, *where)
     stage = Stage(settings, config, records, layout)
     few = replace(stage, settings=settings.model_copy(update={"max_steps": 6}))
     made = calibration.calibrated(few, cpu_seconds(case, experiment, few.settings, inputs), device)

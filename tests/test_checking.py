@@ -129,6 +129,17 @@ def test_a_model_that_cannot_be_trained_so_is_a_failure_of_its_check(
     assert says in done.stderr and "Traceback" not in done.stderr
 
 
+def test_what_is_no_reward_model_is_found_before_anything_is_trained(
+    tmp_path: Path, tiny_model: Path, tiny_settings: list[str], command: Command
+) -> None:
+    settings = [one for one in tiny_settings if "relevance" not in one]
+    member = "+reward.terms.preference.members.own={{kind: path, path: {}}}"
+    grpo = ["pipeline=sft_grpo", "reward=model", *settings, *SMALL]
+    found = checked(command, tmp_path / "store", "check", *grpo, member.format(tiny_model), code=3)["reward"]
+    assert found["what"] == "has 2 outputs, a reward model one" and found["where"] == str(tiny_model)
+    command(tmp_path / "store", "check", *grpo, member.format(tmp_path / "none"), code=3)
+
+
 def test_a_server_that_does_not_answer_is_a_warning(
     tmp_path: Path, tiny_settings: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,3 +165,21 @@ def test_rows_are_shown_token_by_token_here_and_on_a_page_that_escapes_them(
     assert "<b>" not in text and text.count("&lt;</span>") == 3 and "script" not in text.split("<body>")[1]
     assert sum(map(int, re.findall(r"tokens: (\d+) rows", text))) == 2 * 4, "those trained on, by prompt and by row"
     command(tmp_path / "store", "data", "show", *arguments, "--rows", "0", code=2)
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    few = command(tmp_path / "store", "data", "show", *arguments, code=3)
+    assert few.stdout.count("<|assistant|><b>&<eos>") == 3 and "5 rows are fit to use" in few.stderr
+
+
+def test_labels_of_one_kind_fail_the_check_and_among_the_first_rows_alone_are_a_warning(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    path = f"data.preferences.source.path={tmp_path / 'rows.jsonl'}"
+    kto = ["pipeline=kto", *tiny_settings, "stage.prepare_unpaired.splits.heldout=4", path]
+    for others, code in ((0, 3), (10, 0)):
+        labels = [True] * 2500 + [False] * others if others else [True] * 20
+        rows = ({"prompt": f"q{i}", "completion": "a", "label": label} for i, label in enumerate(labels))
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = command(tmp_path / "store", "check", *kto, code=code)
+        assert "are wanted and 0 are not: KTO needs both" in done.stdout
+        assert ("of the first rows, and so perhaps of all" in done.stdout) == (code == 0)

@@ -20,9 +20,8 @@ MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses noth
 class Index:
     """The n-grams of evaluation prompts, as hashes of 64 bits without a salt; 16 bytes each. Can be pickled.
 
-    A prompt of fewer words than `size` is one n-gram, whole: any text that says it word for word contaminates it, so a
-    prompt of a word or two is contaminated by much. `wordless` has the ids of prompts without any word, which nothing
-    contaminates. Two different n-grams have one hash with a chance of 2^-64.
+    too_short: prompts of fewer words than `size`, which have none, so that nothing contaminates them. Two different
+    n-grams have one hash with a chance of 2^-64.
     """
 
     def __init__(self, prompts: Iterable[tuple[str, str]], size: int = SIZE, share: float = 0.5) -> None:
@@ -34,19 +33,18 @@ class Index:
             raise InputError(f"share is {share:g}", fix="give a share from 0 to below 1")
         self.size, self.share = size, share
         self.ids: list[str] = []
-        self.wordless: list[str] = []
+        self.too_short = 0
         grams, starts, lengths = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], [0]
         for name, text in prompts:
             said = _hashes(words(text))
-            if not len(said):
-                self.wordless.append(name)
+            if len(said) < size:
+                self.too_short += 1
                 continue
-            grams.append(_grams(said, min(size, len(said))))
+            grams.append(_grams(said, size))
             starts.append(lengths[-1] + np.arange(len(grams[-1])))
             lengths.append(lengths[-1] + len(said))
             self.ids.append(name)
         self._bounds = np.array(lengths)  # prompt i has the words bounds[i] to bounds[i + 1] of all words
-        self._shorts = sorted({int(many) for many in np.diff(self._bounds) if many < size})
         together = np.concatenate(grams)
         order = np.argsort(together, kind="stable")
         self._grams, self._starts = together[order], np.concatenate(starts)[order]
@@ -70,7 +68,7 @@ class Index:
     def find(self, text: str) -> str | None:
         """The id of the first prompt that the text contaminates, None if it does none."""
         said = _hashes(words(text))
-        own = np.unique(np.concatenate([_grams(said, many) for many in (*self._shorts, self.size)]))
+        own = np.unique(_grams(said, self.size))
         low = np.searchsorted(self._grams, own)
         many = np.searchsorted(self._grams, own, "right") - low
         if not many.any():
@@ -82,9 +80,7 @@ class Index:
 
     def _covered(self, starts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Prompts, ascending, that n-grams from these words on are of, and how many words of each they cover."""
-        ends = np.minimum(starts + self.size, self._bounds[np.searchsorted(self._bounds, starts, "right")])
-        places = starts[:, None] + np.arange(self.size)
-        places = np.unique(places[places < ends[:, None]])
+        places = np.unique(starts[:, None] + np.arange(self.size))
         return np.unique(np.searchsorted(self._bounds, places, "right") - 1, return_counts=True)
 
 
@@ -98,7 +94,7 @@ def _hashes(said: Sequence[str]) -> NDArray[np.uint64]:
 
 
 def _grams(said: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
-    """A hash of each run of `size` words, in order; of its length too, for short prompts share the index."""
+    """A hash of each run of `size` words, in order."""
     many = max(len(said) - size + 1, 0)
     mixed = np.full(many, size, np.uint64)
     for place in range(size):

@@ -15,7 +15,6 @@ import numpy as np
 
 from alignment.data.contamination import SIZE, Index
 from alignment.data.near import WORDLESS, nearest
-from alignment.data.ngrams import words
 from alignment.data.preparation import Judged
 from alignment.data.turns import Message
 
@@ -55,12 +54,10 @@ def contaminated(judged: Judged, rows: np.ndarray, heldout: np.ndarray, elsewher
     share = judged.policy.checks.contamination_share
     if share is None:
         return {}
-    prompts = [*_of_rows(judged, heldout), *elsewhere]
-    long = [(where, text) for where, text in prompts if len(words(text)) >= SIZE]
-    index = Index(long, share=share)
+    index = Index([*_of_rows(judged, heldout), *elsewhere], share=share)
     hits, common = _hits(judged, rows, index)
     generic = index.leave_out(common)
-    judged.compared = {"prompts": len(long) - generic, "too_short": len(prompts) - len(long), "generic": generic}
+    judged.compared = {"prompts": len(index.ids) - generic, "too_short": index.too_short, "generic": generic}
     found = ((number, index.find(asked(_messages(judged, number)))) for number in rows[hits[rows]].tolist())
     return {
         number: f"shares {SIZE}-grams with the evaluation prompt {where}"

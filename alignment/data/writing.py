@@ -106,13 +106,20 @@ def _margins(judged: Judged, rows: np.ndarray, without: str | None) -> dict[str,
 
 def _with_mismatched(made: Any, judged: Judged, train: np.ndarray) -> Any:
     """With a column `mismatched_ids`: of each row the answer of the next one with another prompt, round in a circle,
-    with which no row is longer than the longest that is trained on: what KTO compares with.
+    with which no row is longer than the longest that is trained on: what KTO compares with. Raises InputError."""
+    import datasets
+
+    found = mismatched(judged, train)
+    other = judged.table.take(train[found]).select_columns(["completion_ids"])
+    return datasets.concatenate_datasets([made, other.rename_column("completion_ids", "mismatched_ids")], axis=1)
+
+
+def mismatched(judged: Judged, train: np.ndarray) -> np.ndarray:
+    """Of these unpaired rows the number among them, [rows], of the one whose answer is its mismatched one.
 
     Raises InputError where there is none; and if all answers are wanted, or none: such a loss only pushes the policy
     one way, whatever it says.
     """
-    import datasets
-
     labels = judged.table.column("label")[train]
     wanted = int(np.count_nonzero(labels))
     if wanted in (0, len(train)):
@@ -135,8 +142,7 @@ def _with_mismatched(made: Any, judged: Judged, train: np.ndarray) -> Any:
             what = "no answer to another prompt fits beside this one: KTO compares with such"
             where = judged.place(int(train[number]))[1].where
             raise InputError(what, where=where, fix="more rows, or a smaller max_prompt_length")
-    other = judged.table.take(train[found]).select_columns(["completion_ids"])
-    return datasets.concatenate_datasets([made, other.rename_column("completion_ids", "mismatched_ids")], axis=1)
+    return found
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from alignment.config.execution import Engine
-from alignment.estimating.hardware import Device
+from alignment.estimating.hardware import Processor
 from alignment.estimating.time import Stage
 from alignment.files import digest, read_json, write_json
 from alignment.training.shape import shape_of
@@ -22,7 +22,7 @@ class Calibration(NamedTuple):
     """device: as it was known then. scale: seconds measured over predicted by it. steps: how many were timed. around:
     seconds from the launch to the first step, and from the last one to the end."""
 
-    device: Device
+    device: Processor
     scale: float
     steps: int
     around: float
@@ -32,7 +32,7 @@ class Calibration(NamedTuple):
         return f"{self.steps} steps timed on this machine, at {share:.0%} of {self.device.told}"
 
 
-def calibrated(stage: Stage, seconds: Sequence[float], device: Device, around: float = 0.0) -> Calibration | None:
+def calibrated(stage: Stage, seconds: Sequence[float], device: Processor, around: float = 0.0) -> Calibration | None:
     """stage: as it ran, with the rows that it had. seconds: of its steps after the first, which warms up. The median
     ratio: others may have had the machine for a step."""
     if not seconds:
@@ -42,7 +42,7 @@ def calibrated(stage: Stage, seconds: Sequence[float], device: Device, around: f
     return Calibration(device, median(ratios), len(seconds), around) if ratios else None
 
 
-def place(store: Path, stage: Stage, engine: Engine, device: Device) -> Path:
+def place(store: Path, stage: Stage, engine: Engine, device: Processor) -> Path:
     """Where the calibration of such stages lies: what decides how fast a step is, beside its rows."""
     settings, layout = stage.settings, stage.layout
     lora = getattr(settings, "lora", None)
@@ -77,6 +77,6 @@ def kept(path: Path) -> Calibration | None:
     try:
         told: dict[str, Any] = read_json(path)
         numbers = float(told["scale"]), int(told["steps"]), float(told["around"])
-        return Calibration(Device(**told["device"]), *numbers)
+        return Calibration(Processor(**told["device"]), *numbers)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,38 +11,35 @@ from typing import Any
 from alignment.config.schema import Experiment
 from alignment.config.stages.preference import Dpo
 from alignment.config.stages.training import Train
-from alignment.errors import InputError, MachineError, TrainingError
+from alignment.errors import Finding, InputError, MachineError, TrainingError
 from alignment.estimating.first_loss import first_loss
-from alignment.estimating.memory import Estimate, of_experiment
+from alignment.estimating.memory import MemoryEstimate, of_experiment
 from alignment.estimating.seen import Lengths
 from alignment.estimating.sizes import is_estimated
 from alignment.estimating.suggesting import suggestion
 from alignment.files import size_text
+from alignment.training.activations import FP32
 from alignment.training.checkpoints import most_at_once, size_of_one
-from alignment.training.memory import FP32
 
 __all__ = ["disk_bytes", "findings", "is_estimated"]
 ERROR = 0.15  # by so much the estimate may be wrong (docs/preflight.md): no run is refused for less
 NOTHING = "nothing that is tried makes it fit: take a smaller model, or machines with more memory"
-Finding = dict[str, Any]
 
 
 def findings(
     experiment: Experiment,
     config: Any,
     seen: Mapping[str, Lengths],
-    room: int | None = None,
     suggest: bool = False,
     only: Sequence[str] | None = None,
 ) -> Iterator[Finding]:
-    """config: a transformers configuration. seen: node that prepares rows -> how long they are. room: bytes of memory
-    that a process has; None: as the settings or this machine say. suggest: say also the smallest change that fits.
-    only: nodes that are still to be made; None: all."""
-    estimates = of_experiment(experiment, config, seen, room)
+    """config: a transformers configuration. seen: node that prepares rows -> how long they are. suggest: say
+    also the smallest change that fits. only: nodes that are still to be made; None: all."""
+    estimates = of_experiment(experiment, config, seen)
     if only is not None:
         estimates = {name: estimate for name, estimate in estimates.items() if name in only}
     all_fit = all(one.fits for one in estimates.values())
-    found = [] if all_fit else suggestion(experiment, config, seen, room)
+    found = [] if all_fit else suggestion(experiment, config, seen)
     for name, estimate in estimates.items():
         yield _memory(name, estimate, experiment.pipeline.nodes[name].inputs["data"] in seen, found)
     if estimates:
@@ -53,7 +50,7 @@ def findings(
         yield from (one for one in _losses(experiment, config, seen) if only is None or one["check"].split()[1] in only)
 
 
-def _memory(name: str, estimate: Estimate, known: bool, found: list[str] | None) -> Finding:
+def _memory(name: str, estimate: MemoryEstimate, known: bool, found: list[str] | None) -> Finding:
     parts, load, room = estimate.parts, estimate.load, estimate.room
     largest = sorted(((value, part) for part, value in parts._asdict().items() if value), reverse=True)
     named = ", ".join(f"{part} {size_text(value)}" for value, part in largest)
@@ -112,7 +109,7 @@ def _suggested(found: list[str] | None) -> Finding:
     return {"check": "suggest", "state": "note", "what": what, "facts": {"overrides": found}}
 
 
-def disk_bytes(experiment: Experiment, estimates: Mapping[str, Estimate]) -> dict[str, int]:
+def disk_bytes(experiment: Experiment, estimates: Mapping[str, MemoryEstimate]) -> dict[str, int]:
     """What the stages need of the store. weights: of all results, in fp32, with adapters beside them; checkpoints: of
     the one stage that has most of them, for they go with its end, but for `keep_best` of each."""
     weights, most, kept = 0, 0, 0
@@ -127,7 +124,7 @@ def disk_bytes(experiment: Experiment, estimates: Mapping[str, Estimate]) -> dic
     return {"weights": weights, "checkpoints": max(most, kept)}
 
 
-def _disk(experiment: Experiment, estimates: Mapping[str, Estimate]) -> Finding:
+def _disk(experiment: Experiment, estimates: Mapping[str, MemoryEstimate]) -> Finding:
     store = Path(experiment.store)
     there = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free

@@ -20,7 +20,7 @@ SIDE = 512  # of the matrices that are multiplied: some milliseconds, in which o
 COPIED = 32 << 20  # bytes
 
 
-class Device(NamedTuple):
+class Processor(NamedTuple):
     """What one process has. peak: operations a second; utilisation: the share of it that training reaches; memory,
     link, network: bytes a second, the latter two in one direction; room: bytes of memory; None: not known. told: by
     whom."""
@@ -42,7 +42,7 @@ class Device(NamedTuple):
         return None if self.peak is None else self.peak * self.utilisation
 
 
-def device(hardware: Hardware, precision: Literal["fp32", "bf16"], here: bool, threads: int = 1) -> Device | None:
+def device(hardware: Hardware, precision: Literal["fp32", "bf16"], here: bool, threads: int = 1) -> Processor | None:
     """What a process of a stage has; None where that is not known. here: whether it runs on this machine, so that
     `auto` is what there is. threads: CPU threads of the process."""
     if hardware.name != AUTO:
@@ -63,16 +63,16 @@ def catalogue() -> dict[str, Hardware]:
     return {one.name: one for one in read if one.name != AUTO}
 
 
-def _of(known: Hardware, precision: str, told: str) -> Device:
+def _of(known: Hardware, precision: str, told: str) -> Processor:
     tflops = known.tflops_bf16 if precision == "bf16" else known.tflops_fp32
     giga = (known.memory_bandwidth_gb_s, known.link_gb_s, known.network_gb_s)
     memory, link, network = (None if one is None else one * 1e9 for one in giga)
     peak, room = (None if one is None else one * by for one, by in ((tflops, 1e12), (known.memory_gb, 1e9)))
     share = known.utilisation or ON_GPU
-    return Device(known.name, peak, share, memory, link, network, known.watts, room, True, told)
+    return Processor(known.name, peak, share, memory, link, network, known.watts, room, True, told)
 
 
-def _with(found: Device, given: Hardware, precision: str) -> Device:
+def _with(found: Processor, given: Hardware, precision: str) -> Processor:
     """What is given wins over what was found."""
     own = _of(given, precision, "")
     changes = {name: getattr(own, name) for name in ("peak", "memory", "link", "network", "watts", "room")}
@@ -81,7 +81,7 @@ def _with(found: Device, given: Hardware, precision: str) -> Device:
     return found._replace(**{name: value for name, value in changes.items() if value is not None})
 
 
-def _measured(precision: str, threads: int) -> Device:
+def _measured(precision: str, threads: int) -> Processor:
     """A CPU: its best of several, for others may be at work on it; half a second for each of the two."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -95,7 +95,7 @@ def _measured(precision: str, threads: int) -> Device:
         torch.set_num_threads(before)
     peak, memory = 2 * SIDE**3 / product, 2 * COPIED / copy
     told = f"{threads} thread{'s' * (threads > 1)} of this CPU, measured: {peak / 1e9:.0f} GFLOP/s"
-    return Device("CPU", peak, ON_CPU, memory, None, None, None, None, False, told)
+    return Processor("CPU", peak, ON_CPU, memory, None, None, None, None, False, told)
 
 
 def _best(work: Callable[[], object], seconds: float = 0.5) -> float:

@@ -119,9 +119,3 @@ def decoding(shape: Shape, prompt: np.ndarray, answers: np.ndarray) -> np.ndarra
     read once."""
     work = of_branches(prompt, answers)
     return forward(shape, work._replace(read=work.tokens))
-
-
-def parameters(shape: Shape, tied: bool) -> int:
-    """Weights of matrices: for a model whose files do not say how many it has."""
-    layer = shape.hidden * (2 * shape.query + 2 * shape.key + (3 if shape.gated else 2) * shape.inner)
-    return shape.layers * layer + (1 if tied else 2) * shape.vocabulary * shape.hidden

@@ -26,7 +26,7 @@ Trains = Train | Reference
 
 
 @dataclass(frozen=True)
-class Sample:
+class Footprints:
     """[rows] each: tokens to compute when packed, when padded beside rows no longer; and of those that autograd keeps
     something of, how many there are, and how many the head scores.
 
@@ -68,7 +68,7 @@ def _tensors(text: str, classifies: bool) -> dict[str, int]:
     return {name: weight.numel() for name, weight in model.named_parameters()}
 
 
-def sample_of(experiment: Experiment, name: str, seen: Mapping[str, Lengths]) -> Sample:
+def footprints_of(experiment: Experiment, name: str, seen: Mapping[str, Lengths]) -> Footprints:
     """Rows of a node that trains, from what its parent's rows were found to be. seen: prepare node -> lengths."""
     node = experiment.pipeline.nodes[name]
     settings, data = experiment.stage[node.stage], node.inputs["data"]
@@ -82,12 +82,12 @@ def sample_of(experiment: Experiment, name: str, seen: Mapping[str, Lengths]) ->
     return _rows(settings, longest, known=False)
 
 
-def _rows(settings: Any, found: Lengths, known: bool) -> Sample:
+def _rows(settings: Any, found: Lengths, known: bool) -> Footprints:
     if isinstance(settings, Online):
         count = settings.answers_trained_on()
         answers = np.full_like(found.prompt, count * settings.max_new_tokens)
         packed = found.prompt + answers
-        return Sample(packed, count * found.prompt + answers, packed, answers, known)
+        return Footprints(packed, count * found.prompt + answers, packed, answers, known)
     if found.task == "preference":
         packed, widths = found.prompt + found.trained, 2 * found.tokens
     elif (
@@ -95,8 +95,8 @@ def _rows(settings: Any, found: Lengths, known: bool) -> Sample:
     ):  # beside each answer that of another prompt, without a gradient
         other = np.roll(found.trained, 1)
         packed, widths = found.tokens + other, 2 * (found.prompt + np.maximum(found.trained, other))
-        return Sample(packed, widths, found.tokens, found.trained, known)
+        return Footprints(packed, widths, found.tokens, found.trained, known)
     else:
         packed = widths = found.tokens
     scored = np.zeros_like(found.trained) if isinstance(settings, RewardModel) else found.trained
-    return Sample(packed, widths, packed, scored, known)
+    return Footprints(packed, widths, packed, scored, known)

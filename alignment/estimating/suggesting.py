@@ -14,7 +14,8 @@ from typing import Any
 from alignment.config.schema import Experiment
 from alignment.config.stages.training import Lora, Train
 from alignment.errors import AlignmentError
-from alignment.estimating.memory import Estimate, of_experiment, processes
+from alignment.estimating.machine import processes
+from alignment.estimating.memory import MemoryEstimate, of_experiment
 from alignment.estimating.seen import Lengths
 
 FEWEST = 128  # tokens of a micro-batch: fewer are not proposed
@@ -24,17 +25,14 @@ TOKENS = "engine.tokens_per_micro_batch"
 Changes = dict[str, Any]  # key of the experiment -> value
 
 
-def suggestion(
-    experiment: Experiment, config: Any, seen: Mapping[str, Lengths], room: int | None = None
-) -> list[str] | None:
+def suggestion(experiment: Experiment, config: Any, seen: Mapping[str, Lengths]) -> list[str] | None:
     """Overrides, quoted for a shell; none if all fits as it is; None if nothing that is tried makes it fit.
 
-    config: a transformers configuration. seen: node that prepares rows -> how long they are. room: bytes of memory that
-    a process has; None: as the settings or this machine say.
+    config: a transformers configuration. seen: node that prepares rows -> how long they are.
     """
 
-    def estimated(changes: Changes) -> dict[str, Estimate]:
-        return of_experiment(changed(experiment, changes), config, seen, room)
+    def estimated(changes: Changes) -> dict[str, MemoryEstimate]:
+        return of_experiment(changed(experiment, changes), config, seen)
 
     def fits(changes: Changes) -> bool | None:
         """None: the settings do not go together, such as more processes than rows in a global batch."""
@@ -70,7 +68,7 @@ def _needed(tried: Changes, fits: Callable[[Changes], bool | None]) -> Changes:
     return tried
 
 
-def _in_order(experiment: Experiment, lacking: Mapping[str, Estimate]) -> Iterator[Changes]:
+def _in_order(experiment: Experiment, lacking: Mapping[str, MemoryEstimate]) -> Iterator[Changes]:
     """lacking: nodes that do not fit as it is."""
     engine, nodes = experiment.engine, experiment.pipeline.nodes
     tokens = max(one.load.tokens for one in lacking.values())
@@ -96,7 +94,7 @@ def _in_order(experiment: Experiment, lacking: Mapping[str, Estimate]) -> Iterat
         yield from _more_machines(experiment, lacking)
 
 
-def _more_machines(experiment: Experiment, lacking: Mapping[str, Estimate]) -> Iterator[Changes]:
+def _more_machines(experiment: Experiment, lacking: Mapping[str, MemoryEstimate]) -> Iterator[Changes]:
     now = max(processes(experiment, name)[0] for name in lacking)
     while (now := 2 * now) <= MOST:
         yield {"launcher.nodes": now, "engine.strategy": "zero3"}

@@ -14,17 +14,18 @@ from alignment.config.schema import Experiment
 from alignment.config.stages.online import Online
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.training import Reference, Train
+from alignment.errors import Finding
 from alignment.estimating import calibration, hardware
-from alignment.estimating.hardware import Device
+from alignment.estimating.hardware import Processor
 from alignment.estimating.layout import layout_of
+from alignment.estimating.machine import machine_of, processes
 from alignment.estimating.samples import AT_MOST, Sample, generated, stages_on, trained
-from alignment.estimating.time import Estimate, Stage, estimate
+from alignment.estimating.time import Stage, TimeEstimate, estimate
 from alignment.estimating.work import Records, records_of
 from alignment.files import size_text
 from alignment.training.batching import count_steps
 
 FIX = "hardware=h100, or another of conf/hardware, gives times"
-Finding = dict[str, Any]
 
 
 def unknown(experiment: Experiment, looked_at: Sequence[str]) -> Iterator[Finding]:
@@ -42,7 +43,7 @@ def findings(
 ) -> Iterator[Finding]:
     """Of the stages that train on the rows of `prepared`, or on answers to its prompts. config: of the start model.
     timed: node -> steps of it that were run on this machine (alignment/calibrating.py)."""
-    devices: dict[Any, Device | None] = {}
+    devices: dict[Any, Processor | None] = {}
     for name, rows in trained(experiment, prepared, sample):
         one = _Node(experiment, name, config)
         key = one.settings.precision, one.threads
@@ -56,13 +57,13 @@ class _Node:
         node = experiment.pipeline.nodes[name]
         self.experiment, self.name, self.config = experiment, name, config
         self.settings: Any = experiment.stage[node.stage]
-        self.processes = experiment.launcher.layout(node.stage, name, distributed=True)
+        self.processes, self.machine = processes(experiment, name), machine_of(experiment, name)
         self.here = experiment.launcher.kind != "slurm"
         self.threads = hardware.threads_of(experiment.engine.threads, self.processes[1])
         self.finds_reference = "reference" in node.inputs
 
-    def finding(self, sample: Sample, device: Device | None, timed: Mapping[str, Any] | None) -> Finding:
-        stage = self._stage(self._records(sample), device, self.settings)
+    def finding(self, sample: Sample, device: Processor | None, timed: Mapping[str, Any] | None) -> Finding:
+        stage = self._stage(self._records(sample), self.settings)
         measured = self._calibration(stage, device, timed)
         count = self._count(sample)
         limit = count_steps(count or 1, *self._schedule())
@@ -89,9 +90,9 @@ class _Node:
         records = records_of(self.settings, sample.rows)
         return replace(records, reference=None) if self.finds_reference else records
 
-    def _stage(self, records: Records, device: Device | None, settings: Any) -> Stage:
-        how = records, device, self.processes, self.here
-        layout = layout_of(settings, self.experiment.engine, self.config, *how)
+    def _stage(self, records: Records, settings: Any) -> Stage:
+        where = self.machine, self.processes
+        layout = layout_of(settings, self.experiment.engine, self.config, records, *where)
         return Stage(settings, self.config, records, layout)
 
     def _count(self, sample: Sample) -> int | None:
@@ -107,7 +108,7 @@ class _Node:
     def _reuses(self) -> bool:
         return isinstance(self.settings, Online) and self.settings.max_steps is None
 
-    def _calibration(self, stage: Stage, device: Device | None, timed: Mapping[str, Any] | None) -> Any:
+    def _calibration(self, stage: Stage, device: Processor | None, timed: Mapping[str, Any] | None) -> Any:
         """What was timed just now, which is kept for the next time; or what was kept."""
         if device is None or not self.here:
             return None
@@ -118,7 +119,7 @@ class _Node:
         data = Path(timed["data"])
         if isinstance(settings, Online):
             return None
-        ran = self._stage(records_of(settings, load_from_disk(str(data / "train"))), device, settings)
+        ran = self._stage(records_of(settings, load_from_disk(str(data / "train"))), settings)
         made = calibration.calibrated(ran, timed["seconds"], device, timed["start_s"] + timed["end_s"])
         if made is not None:
             with suppress(OSError):  # a store that cannot be written is a finding of its own
@@ -126,7 +127,7 @@ class _Node:
         return made
 
 
-def says(found: Estimate, known: bool, about: str) -> str:
+def says(found: TimeEstimate, known: bool, about: str) -> str:
     """known: how many steps there are. about: exactly, about or at most so many."""
     if found.step_s is None:
         step = f"{_count(found.operations)} operations a step"
@@ -148,7 +149,7 @@ def says(found: Estimate, known: bool, about: str) -> str:
     return "; ".join(parts)
 
 
-def _cost(found: Estimate) -> str:
+def _cost(found: TimeEstimate) -> str:
     work = f"{found.steps} steps of {time_text(found.step_s)}" if found.step_s else f"a forward of {found.rows} rows"
     hours = f", {found.process_hours:.2g} GPU-hours" if found.on_gpu else ""
     energy = f", {found.kwh:.2g} kWh" if found.kwh is not None else ""

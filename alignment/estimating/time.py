@@ -15,12 +15,12 @@ import numpy as np
 from alignment.config.stages.online import Online
 from alignment.config.stages.training import Reference, Train
 from alignment.estimating import traffic
-from alignment.estimating.hardware import Device
+from alignment.estimating.hardware import Processor
 from alignment.estimating.traffic import Traffic
 from alignment.estimating.work import Operations, Records, operations_of, trained_of
 from alignment.training.batching import GlobalBatches
-from alignment.training.memory import Load, attention_share
-from alignment.training.shape import shape_of
+from alignment.training.memory import Load
+from alignment.training.shape import attention_share, shape_of
 
 LOOKED_AT = 32  # steps whose batches are made out: the others are like them
 
@@ -108,7 +108,7 @@ class Stage:
     def traffic(self, micro: float) -> Traffic:
         return traffic.traffic(self.layout.load, round(micro), self.layout.node)
 
-    def step(self, loads: Loads, device: Device) -> Step | None:
+    def step(self, loads: Loads, device: Processor) -> Step | None:
         """None where nothing is known of what computes."""
         if device.rate is None:
             return None
@@ -117,7 +117,7 @@ class Stage:
         sampling = max(loads.sampling / device.rate, self._reading(device)) if loads.sampling else 0.0
         return Step(loads.operations / device.rate, sampling, *sent, moved)
 
-    def _reading(self, device: Device) -> float:
+    def _reading(self, device: Processor) -> float:
         """Seconds in which the weights are read that the sampling of a step's answers wants: all of them for each token
         of the answers that are sampled together."""
         settings, load = self.settings, self.layout.load
@@ -130,7 +130,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TimeEstimate:
     """Of a whole stage. steps: of the optimiser; rows: that it trains on, an epoch. step_s, before_s: seconds of a
     step, and of the pass before the first one; None: nothing is known of what computes. sent, sent_s: bytes that a
     process sends in a step, and the seconds that they take, None where no rate is known. processes: GPUs, where it runs
@@ -177,10 +177,10 @@ def estimate(
     stage: Stage,
     rows: int,
     steps: int,
-    device: Device | None,
+    device: Processor | None,
     scale: float | None = None,
     around: float | None = None,
-) -> Estimate:
+) -> TimeEstimate:
     """rows: that it trains on, of which those of the stage may be a sample. scale: seconds measured over predicted;
     around: seconds before the first step and after the last."""
     on_gpu = device is None or device.on_gpu  # of unknown machines it is most likely
@@ -192,7 +192,7 @@ def estimate(
     moved = stage.traffic(mean.micro)
     sent = None if device is None else traffic.seconds(moved, device, stage.layout.nodes, stage.layout.node)
     batch, world = stage.settings.global_batch_size, stage.layout.load.world_size
-    return Estimate(
+    return TimeEstimate(
         steps=steps,
         rows=rows,
         epochs=steps * batch / rows / _rounds(stage.settings),
@@ -215,7 +215,7 @@ def _rounds(settings: Train | Reference) -> int:
     return settings.epochs_per_rollout if isinstance(settings, Online) else 1
 
 
-def _before(stage: Stage, rows: int, steps: int, device: Device | None, scale: float) -> float | None:
+def _before(stage: Stage, rows: int, steps: int, device: Processor | None, scale: float) -> float | None:
     """Of the pass over the rows that are seen, for their reference's log-probs."""
     if device is None or device.rate is None:
         return None

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from alignment.estimating.hardware import Device
-from alignment.training.memory import BF16, FP32, Load
+from alignment.estimating.hardware import Processor
+from alignment.training.activations import BF16, FP32
+from alignment.training.memory import Load
 
 REACHED = 0.8  # of a link's rate
 PCIE = 25e9  # bytes a second between a GPU and its host, in one direction: reached by Gen4 x16
@@ -50,7 +51,7 @@ def traffic(load: Load, micro: int, node: int) -> Traffic:
     return Traffic((2 * psi + t) * number * micro * share)
 
 
-def seconds(sent: Traffic, device: Device, nodes: int, node: int) -> tuple[float, float] | None:
+def seconds(sent: Traffic, device: Processor, nodes: int, node: int) -> tuple[float, float] | None:
     """What computing may hide, and what it can not; None where a rate is not known. A ring of several nodes is as fast
     as a node's way out, which its processes share; node: their number."""
     if not sent.across and not sent.inside:
@@ -62,7 +63,7 @@ def seconds(sent: Traffic, device: Device, nodes: int, node: int) -> tuple[float
     return (sent.across - sent.after) / across + sent.inside / inside, sent.after / across
 
 
-def optimiser(load: Load, micro: int, device: Device, nodes: int) -> float | None:
+def optimiser(load: Load, micro: int, device: Processor, nodes: int) -> float | None:
     """Seconds of AdamW and of what goes to the host and back, which nothing hides. Its reads and writes decide: no
     operation but the products of matrices is dear. None where the memory's rate is not known."""
     own = load.trainable / (load.world_size if load.strategy.startswith("zero") else 1)

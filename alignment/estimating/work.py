@@ -13,9 +13,8 @@ from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Reference, Sft, Train
 from alignment.estimating import operations
 from alignment.estimating.operations import Counts, Trained
-from alignment.training.memory import adapter_parameters
 from alignment.training.rows import Sizes, column_lengths, pair_sizes, scored_sizes, sft_sizes
-from alignment.training.shape import Shape
+from alignment.training.shape import Shape, adapter_parameters
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -22,6 +23,7 @@ from alignment.padding import by_budget
 from alignment.rewards.term import Answer, Failed, Term, Value
 
 TOKENS_PER_BATCH = 4096  # padded
+TRAINED = "give the result of a stage that trains one"
 
 
 def model(settings: Model, folders: Sequence[Path], alive: Callable[[], None]) -> Term:
@@ -47,6 +49,14 @@ def _joined(values: Sequence[Value], settings: Model) -> Value:
     return statistics.fmean(known) - settings.uncertainty * statistics.pstdev(known)
 
 
+def check_outputs(config: Any, folder: Path) -> None:
+    """config: a transformers configuration, None if the folder has none. Raises InputError where it is no reward
+    model's."""
+    if config is None or config.num_labels != 1:
+        has = "has no config.json" if config is None else f"has {config.num_labels} outputs, a reward model one"
+        raise InputError(has, where=str(folder), fix=TRAINED)
+
+
 class Scorer:
     """One sequence-classification model with one output, on the GPU where there is one, and its chat template.
 
@@ -70,12 +80,10 @@ class Scorer:
         self.window = getattr(self.model.config, "max_position_embeddings", None)
 
     def _check(self, lost: Sequence[str], folder: Path) -> None:
-        where, trained = str(folder), "give the result of a stage that trains one"
+        where = str(folder)
         if lost:
-            raise InputError(f"is no reward model: its weights lack {', '.join(lost[:3])}", where=where, fix=trained)
-        if self.model.config.num_labels != 1:
-            what = f"has {self.model.config.num_labels} outputs, a reward model one"
-            raise InputError(what, where=where, fix=trained)
+            raise InputError(f"is no reward model: its weights lack {', '.join(lost[:3])}", where=where, fix=TRAINED)
+        check_outputs(self.model.config, folder)
         if not self.tokenizer.chat_template:
             raise InputError("the reward model's tokenizer has no chat template", where=where)
         if self.tokenizer.eos_token is None:

@@ -18,8 +18,8 @@ from alignment.pipeline.identity import version
 from alignment.stages.context import StageContext
 from alignment.stages.train import Plan, keeper_of, plan_of, train_rows
 from alignment.training import engine
+from alignment.training.activations import arithmetic
 from alignment.training.keeper import Keeper
-from alignment.training.memory import arithmetic
 from alignment.training.model import load
 from alignment.training.out_of_memory import adapted, advising
 from alignment.training.reference import ReferenceStore, weights_digest

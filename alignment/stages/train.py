@@ -27,10 +27,10 @@ from alignment.training.checkpoints import Checkpoints, most_at_once, size_of_on
 from alignment.training.four_bits import require_four_bits
 from alignment.training.health import ROLLED_BACK, NonFinite
 from alignment.training.keeper import Keeper
-from alignment.training.memory import attention_share
 from alignment.training.model import consolidate, load
 from alignment.training.out_of_memory import adapted, advising
 from alignment.training.rows import Sizes
+from alignment.training.shape import attention_share
 from alignment.training.trainers import Packing
 
 

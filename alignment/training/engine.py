@@ -32,10 +32,12 @@ from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
 from alignment.life import LONGEST
 from alignment.training import sequence
-from alignment.training.memory import Device, Load, adapter_parameters, needs_checkpointing
+from alignment.training.activations import Device
+from alignment.training.memory import Load, needs_checkpointing
 from alignment.training.model import Sizes, count_parameters
 from alignment.training.reference_pass import BLOCK
 from alignment.training.room import available_bytes
+from alignment.training.shape import adapter_parameters
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 CLIPPING = 1.0  # TrainingArguments' default, which a configuration of DeepSpeed must not contradict

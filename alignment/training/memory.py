@@ -1,23 +1,28 @@
-"""What training needs of a device's memory, estimated from the model's shape, to decide on gradient checkpointing.
-
-The method is that of Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models
-(arXiv:2205.05198): count, operation by operation, the tensors that autograd keeps for the backward pass. The counts
-are those of transformers' Llama and GPT-2; other decoders are taken for the one that their configuration resembles.
-"""
+"""What training needs of a device's memory, estimated from the model's shape, to decide on micro-batches and gradient
+checkpointing: what stays (weights, gradients, optimiser, reference), and what a micro-batch takes (activations.py)."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
 from alignment.files import size_text
-from alignment.training.head import BLOCK_BYTES, KEPT_BYTES
+from alignment.training.activations import (
+    BF16,
+    FP32,
+    TOKEN_TILE,
+    VOCABULARY_TILE,
+    Arithmetic,
+    Device,
+    activation_bytes,
+    arithmetic,
+    cast_weights,
+    checkpointed_bytes,
+    head_bytes,
+)
+from alignment.training.head import BLOCK_BYTES
 from alignment.training.shape import Shape, shape_of
 
-FP32, BF16 = 4, 2  # bytes
-Device = Literal["cpu", "cuda"]
-Arithmetic = Literal["fp32", "bf16-autocast", "bf16-weights"]  # see arithmetic(); also the names in reference.py
 USABLE = 0.8  # of what is free; the rest for gradients of activations, fragments, buffers of communication
-TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL's chunked head, on CUDA
 BUDGET = 2  # what a pass without gradients takes of the tokens of a micro-batch
 # Numbers, of DeepSpeed: in a bucket of gradients; gathered by ZeRO-3, and gathered together.
 BUCKET, LIVE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
@@ -27,139 +32,6 @@ RUNTIME: dict[Device, int] = {"cpu": 550_000_000, "cuda": 600_000_000}
 DEEPSPEED = 60_000_000
 MAPPED = 32 << 20  # bytes, from which on glibc's malloc never reuses what was freed
 HOLES = 0.3  # of what comes and goes: glibc's malloc leaves so much between tensors (bench/memory.py)
-
-
-def arithmetic(precision: Literal["fp32", "bf16"], strategy: str) -> Arithmetic:
-    """What the weights are, and what computes with them. precision: the setting of the stage; strategy: of the engine.
-
-    bf16 under ZeRO: DeepSpeed makes the whole model bf16, its residual stream too. Without ZeRO the weights stay fp32,
-    and autocast copies to bf16 what each matrix product reads.
-    """
-    if precision == "fp32":
-        return "fp32"
-    return "bf16-weights" if strategy.startswith("zero") else "bf16-autocast"
-
-
-def activation_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic, device: Device = "cpu") -> int:
-    """Bytes that autograd keeps for a forward without checkpointing, and those of the head's buffers.
-
-    config: a transformers configuration. tokens: of the micro-batch, padding included. scored: those with a label.
-    Per token and layer, h the hidden size, i that of the MLP, a heads times their size, e the bytes of fp32 or bf16:
-
-    two norms       fp32: 3h each for RMSNorm (input, normalised, output), 2h for LayerNorm (input, output).
-                    autocast: input and normalised in fp32, and the output once per projection that casts it
-                    bf16 weights: the same as fp32 in bf16, but that RMSNorm copies its input to fp32
-    attention       4ae: queries, keys, values, output. Keys and values count as repeated to all heads, which is what
-                    SDPA does under a mask. No scores, but their logarithmic sums: one fp32 per head
-    MLP             4ie with a gate (gate, activation, up, product), 2ie without; more for a GELU written in Python
-
-    Under autocast every layer also keeps its weights as they have been cast. Once, not per layer: the final norm, and
-    the rotations' cosines and sines. Not counted: masks of tokens^2, which padded rows have, and on the CPU those
-    segments of a pack that share a beginning, slide or cap (on CUDA packs have none: flex_attention's is of blocks of
-    tokens, and is made without the other); further norms inside a layer (Qwen3 keeps a tenth more than this says,
-    Gemma 3 a third), experts beyond one MLP; masks of at most MOST_MASKED numbers in the last layer (attention.py).
-    """
-    shape = shape_of(config)
-    layers = shape.layers * (tokens * _layer(shape, dtype) + _cast_weights(shape, dtype))
-    return layers + tokens * _around(shape, dtype) + _head(shape, scored, dtype, device)
-
-
-def checkpointed_bytes(config: Any, tokens: int, scored: int, dtype: Arithmetic, device: Device = "cpu") -> int:
-    """As activation_bytes, with each layer's input kept, in fp32 or with bf16 weights in bf16, and one layer computed
-    again at a time.
-
-    Under autocast either all cast weights are there (it keeps them to the end of the forward), or that one layer.
-    """
-    shape = shape_of(config)
-    weights = _cast_weights(shape, dtype)
-    once = max(shape.layers * weights, tokens * _layer(shape, dtype) + weights)
-    inputs = shape.layers * tokens * shape.hidden * (BF16 if dtype == "bf16-weights" else FP32)
-    return inputs + once + tokens * _around(shape, dtype) + _head(shape, scored, dtype, device)
-
-
-def _layer(shape: Shape, dtype: Arithmetic) -> int:
-    """Bytes kept per token of one layer; see activation_bytes."""
-    size = FP32 if dtype == "fp32" else BF16
-    normed = 2 if shape.rms else 1  # RMSNorm is in Python, and keeps what it normalised too
-    casts = 5 if shape.gated else 2  # of the norms' outputs: q, k, v, gate and up, or c_attn and c_fc
-    norms = {
-        "fp32": 2 * (normed + 1) * FP32,
-        "bf16-autocast": 2 * normed * FP32 + casts * BF16,
-        "bf16-weights": 2 * (FP32 + 2 * BF16 if shape.rms else 2 * BF16),
-    }
-    statistics = (2 * (3 - normed) + shape.heads) * FP32
-    attention = 4 * shape.query * size
-    inner = shape.kept + (3 if shape.gated else 1)
-    return norms[dtype] * shape.hidden + statistics + attention + inner * shape.inner * size
-
-
-def _cast_weights(shape: Shape, dtype: Arithmetic) -> int:
-    """Bytes of one layer's weights in bf16, which autograd keeps beside the fp32 ones under autocast."""
-    if dtype != "bf16-autocast":
-        return 0
-    attention = shape.hidden * (2 * shape.query + 2 * shape.key)
-    return BF16 * (attention + (3 if shape.gated else 2) * shape.hidden * shape.inner)
-
-
-def _around(shape: Shape, dtype: Arithmetic) -> int:
-    """Bytes kept per token outside the layers: the final norm, cosines and sines, the token's number."""
-    if dtype == "bf16-weights":
-        return (FP32 + 2 * BF16) * shape.hidden + 2 * shape.head_size * BF16 + 8
-    return (3 * shape.hidden + 2 * shape.head_size) * FP32 + 8
-
-
-def _head(shape: Shape, scored: int, dtype: Arithmetic, device: Device) -> int:
-    """Most bytes of the head at once, which is in its backward: logits, and the gradients it adds up in fp32.
-
-    CUDA: TRL's kernel, whose tile is in the precision of the computation. CPU: training/head.py, which keeps the
-    probabilities, and has a block of logits in three forms or, if it rounds, four. Autocast copies to bf16 what the
-    head reads (on CUDA a tile of its weights); where the weights are bf16, the gradients are copied at the end.
-    """
-    if not scored:
-        return 0
-    gradients = (shape.vocabulary + scored) * shape.hidden * FP32
-    rounded = gradients // 2 if dtype == "bf16-weights" else 0
-    if device == "cuda":
-        tile = min(scored, TOKEN_TILE) * VOCABULARY_TILE
-        cast = min(shape.vocabulary, VOCABULARY_TILE) * shape.hidden * BF16 if dtype == "bf16-autocast" else 0
-        return tile * (FP32 if dtype == "fp32" else BF16) + cast + gradients + rounded
-    logits = scored * shape.vocabulary * FP32
-    copies, cast = (3 if dtype == "fp32" else 4), (gradients // 2 if dtype == "bf16-autocast" else 0)
-    blocks = max(copies * min(logits, BLOCK_BYTES), rounded)  # the blocks are gone at the end
-    return (logits if logits <= KEPT_BYTES else 0) + blocks + cast + gradients
-
-
-def attention_share(config: Any) -> float:
-    """b / a of the time a*L + b*L^2 of a row of L tokens, in 1 / tokens, from operations per token: 2 for each weight
-    of the layers, against 4 * (heads times their size) for each token seen, of which causally there are L / 2."""
-    shape = shape_of(config)
-    weights = shape.hidden * (2 * shape.query + 2 * shape.key) + (3 if shape.gated else 2) * shape.hidden * shape.inner
-    return shape.query / weights
-
-
-def adapter_parameters(config: Any, rank: int, targets: str | list[str], dora: bool = False) -> int:
-    """Weights of adapters of this rank, rank * (inputs + outputs) each, on these linear layers of all decoder layers;
-    with dora the length of each row too: outputs. What DoRA computes with, copies of one layer's weights at a time, is
-    not counted.
-
-    targets: "all-linear", or names. The names are those of Llama; with another among them, all linear layers are
-    counted, which are no fewer.
-    """
-    shape = shape_of(config)
-    h, q, k, i = shape.hidden, shape.query, shape.key, shape.inner
-    sizes = {
-        "q_proj": (h, q),
-        "k_proj": (h, k),
-        "v_proj": (h, k),
-        "o_proj": (q, h),
-        "up_proj": (h, i),
-        "down_proj": (i, h),
-    }
-    if shape.gated:
-        sizes["gate_proj"] = (h, i)
-    names = {targets} if isinstance(targets, str) else set(targets)
-    adapted = [sizes[name] for name in (names if names <= sizes.keys() else sizes)]
-    return shape.layers * sum(rank * (inputs + outputs) + dora * outputs for inputs, outputs in adapted)
 
 
 class Load(NamedTuple):
@@ -244,7 +116,7 @@ def decoding_bytes(config: Any, load: Load) -> int:
     both = {"fp32": 2 * FP32, "bf16-autocast": FP32 + BF16, "bf16-weights": 2 * BF16}[load.dtype]  # a key and a value
     cache = shape.layers * shape.key * answers * tokens * both
     gathered = (BF16 if load.dtype == "bf16-weights" else FP32) * load.parameters if load.strategy == "zero3" else 0
-    cast = shape.layers * _cast_weights(shape, load.dtype)
+    cast = shape.layers * cast_weights(shape, load.dtype)
     cast += BF16 * shape.vocabulary * shape.hidden if load.dtype == "bf16-autocast" else 0
     return cache + 4 * FP32 * answers * shape.vocabulary + (gathered + cast if answers else 0)
 
@@ -268,7 +140,7 @@ def forward_bytes(config: Any, load: Load, checkpointing: bool) -> tuple[int, in
     """Most bytes of a micro-batch: activations, and the head's logits and gradients."""
     count = checkpointed_bytes if checkpointing else activation_bytes
     scored = load.tokens if load.scored is None else load.scored
-    head = _head(shape_of(config), scored, load.dtype, load.device)
+    head = head_bytes(shape_of(config), scored, load.dtype, load.device)
     return count(config, load.tokens, 0, load.dtype, load.device), head
 
 
@@ -278,7 +150,7 @@ def scoring_bytes(config: Any, load: Load) -> tuple[int, int]:
     shape, tokens = shape_of(config), BUDGET * load.tokens
     size = FP32 if load.dtype == "fp32" else BF16
     inner = (3 if shape.gated else 2) * shape.inner * size
-    layer = tokens * (inner + 2 * shape.hidden * FP32) + _cast_weights(shape, load.dtype)
+    layer = tokens * (inner + 2 * shape.hidden * FP32) + cast_weights(shape, load.dtype)
     scored = tokens if load.scored is None else BUDGET * load.scored
     logits = min(
         scored * shape.vocabulary * FP32, BLOCK_BYTES if load.device == "cpu" else TOKEN_TILE * VOCABULARY_TILE * size
@@ -291,7 +163,7 @@ class Parts(NamedTuple):
 
     Either activations and logits or decoding: they are not there together. allocator: what it holds between tensors
     and gives to nobody else. runtime: Python, libraries, the context of a GPU. writing: of the main process of a stage
-    that trains, as its result is written.
+    that trains, as its result is written. rewards: of online training, the reward models that it asks.
     """
 
     weights: int
@@ -305,6 +177,7 @@ class Parts(NamedTuple):
     allocator: int
     runtime: int
     writing: int
+    rewards: int = 0
 
     @property
     def total(self) -> int:

@@ -9,12 +9,8 @@ from typing import Any
 from alignment.config.execution import Engine
 from alignment.errors import AlignmentError, MachineError, is_out_of_memory
 from alignment.files import size_text
-from alignment.training.memory import (
-    Load,
-    adapter_parameters,
-    forward_bytes,
-    state_bytes,
-)
+from alignment.training.memory import Load, forward_bytes, state_bytes
+from alignment.training.shape import adapter_parameters
 
 TOKENS = "tokens_per_micro_batch"  # what an attempt tells the next one
 RANK = 8  # of the adapters that are advised

@@ -46,3 +46,36 @@ def shape_of(config: Any) -> Shape:
         rms=hasattr(text, "rms_norm_eps"),
         kept=KEPT_BY_ACTIVATION.get(str(plain or getattr(text, "hidden_act", "silu")), 1),
     )
+
+
+def attention_share(config: Any) -> float:
+    """b / a of the time a*L + b*L^2 of a row of L tokens, in 1 / tokens, from operations per token: 2 for each weight
+    of the layers, against 4 * (heads times their size) for each token seen, of which causally there are L / 2."""
+    shape = shape_of(config)
+    weights = shape.hidden * (2 * shape.query + 2 * shape.key) + (3 if shape.gated else 2) * shape.hidden * shape.inner
+    return shape.query / weights
+
+
+def adapter_parameters(config: Any, rank: int, targets: str | list[str], dora: bool = False) -> int:
+    """Weights of adapters of this rank, rank * (inputs + outputs) each, on these linear layers of all decoder layers;
+    with dora the length of each row too: outputs. What DoRA computes with, copies of one layer's weights at a time, is
+    not counted.
+
+    targets: "all-linear", or names. The names are those of Llama; with another among them, all linear layers are
+    counted, which are no fewer.
+    """
+    shape = shape_of(config)
+    h, q, k, i = shape.hidden, shape.query, shape.key, shape.inner
+    sizes = {
+        "q_proj": (h, q),
+        "k_proj": (h, k),
+        "v_proj": (h, k),
+        "o_proj": (q, h),
+        "up_proj": (h, i),
+        "down_proj": (i, h),
+    }
+    if shape.gated:
+        sizes["gate_proj"] = (h, i)
+    names = {targets} if isinstance(targets, str) else set(targets)
+    adapted = [sizes[name] for name in (names if names <= sizes.keys() else sizes)]
+    return shape.layers * sum(rank * (inputs + outputs) + dora * outputs for inputs, outputs in adapted)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from alignment.training import engine, memory
+from alignment.training import activations, engine, memory, shape
 from alignment.training.memory import Load
 from bench import zero_arithmetic as arithmetic
 from bench import zero_tables as tables
@@ -46,14 +46,14 @@ def test_weights_and_adapters_are_those_of_the_architecture(model: Model) -> Non
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config(model))
     assert sum(weight.numel() for weight in whole.parameters()) == model.parameters
-    assert memory.adapter_parameters(config(model), arithmetic.RANK, "all-linear") == model.adapters
+    assert shape.adapter_parameters(config(model), arithmetic.RANK, "all-linear") == model.adapters
 
 
 @both
 @pytest.mark.parametrize("dtype", ["bf16-autocast", "bf16-weights"])
 def test_the_projects_estimate_of_activations_is_the_arithmetic(model: Model, dtype: Any) -> None:
     for tokens in arithmetic.TOKENS:
-        for checkpointing, count in ((False, memory.activation_bytes), (True, memory.checkpointed_bytes)):
+        for checkpointing, count in ((False, activations.activation_bytes), (True, activations.checkpointed_bytes)):
             by_hand = arithmetic.activations(model, tokens, checkpointing, autocast=dtype == "bf16-autocast")
             assert count(config(model), tokens, tokens, dtype, "cuda") == by_hand  # its head, not that of a CPU
 

@@ -53,20 +53,17 @@ def test_any_script() -> None:
     assert found("समिति गुरुवार दोपहर को फिर बैठक करेगी और निर्णय लेगी।", "समिति गुरुवार दोपहर को फिर बैठक करेगी और निर्णय लेगी")
 
 
-def test_a_short_prompt_is_one_n_gram() -> None:
-    assert found("What is 2+2?", "Tell me: what is 2 + 2, please?")
-    assert not found("What is 2+2?", "What is 2+3?")
-    assert not found("What is 2+2?", "What 2+2 is")
-    assert not found("a b c", "a b") and not found("a b c", "")
-    assert found("a b c d e f g h", "x a b c d e f g h")  # as many words as an n-gram
+def test_a_prompt_shorter_than_an_n_gram_is_not_compared() -> None:
+    index = Index([("no", "!?"), ("short", "What is 2+2?"), ("long", "a b c d e f g h")])
+    assert index.too_short == 2 and index.ids == ["long"]
+    assert index.find("Tell me: what is 2 + 2, please?") is None and index.find("") is None
+    assert index.find("x a b c d e f g h") == "long"  # as many words as an n-gram
 
 
 def test_the_first_prompt_that_is_contaminated() -> None:
-    index = Index([("no", "!?"), ("long", SIXTEEN), ("short", "k l"), ("again", SIXTEEN)])
-    assert index.wordless == ["no"]
+    index = Index([("long", SIXTEEN), ("eight", "h i j k l m n o"), ("again", SIXTEEN)])
     assert index.find(SIXTEEN) == "long"
-    assert index.find("k l m n o p x") == "short"
-    assert index.find("?!") is None and index.find("") is None
+    assert index.find("x h i j k l m n o") == "eight"  # 8 of 16 words of the long one, which is half and not more
 
 
 def test_no_prompts() -> None:

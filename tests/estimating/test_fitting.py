@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from alignment import preflight
 from alignment.config.compose import compose
 from alignment.estimating.fitting import ERROR, disk_bytes, findings
-from alignment.estimating.memory import of_experiment
+from alignment.estimating.memory import MemoryEstimate, of_experiment
 from alignment.estimating.seen import Lengths
 from alignment.estimating.suggesting import suggestion
 from tests.estimating.test_memory import llama
@@ -32,12 +32,21 @@ def large() -> Any:
     return LlamaConfig(**sizes, vocab_size=8000, bos_token_id=1, eos_token_id=2)
 
 
-def total(overrides: list[str], room: int = 10**15) -> int:
-    return of_experiment(compose(overrides), large(), SEEN, room)["sft"].parts.total
+def within(overrides: list[str], room: int) -> list[str]:
+    """With so many bytes for a process."""
+    return [*overrides, f"hardware.memory_gb={room / 1e9}"]
 
 
-def told(overrides: list[str], room: int | None, suggest: bool = False) -> dict[str, dict[str, Any]]:
-    return {found["check"]: found for found in findings(compose(overrides), large(), SEEN, room, suggest)}
+def estimated(overrides: list[str], room: int = 10**15) -> dict[str, MemoryEstimate]:
+    return of_experiment(compose(within(overrides, room)), large(), SEEN)
+
+
+def total(overrides: list[str]) -> int:
+    return estimated(overrides)["sft"].parts.total
+
+
+def told(overrides: list[str], room: int, suggest: bool = False) -> dict[str, dict[str, Any]]:
+    return {found["check"]: found for found in findings(compose(within(overrides, room)), large(), SEEN, suggest)}
 
 
 def test_what_fits_is_told_with_its_parts() -> None:
@@ -45,17 +54,17 @@ def test_what_fits_is_told_with_its_parts() -> None:
     assert found["state"] == "ok" and "of 1000000.0 GB" in found["what"] and "activations" in found["what"]
     facts = found["facts"]
     parts = ("weights", "gradients", "optimiser", "reference", "activations", "logits", "decoding", "buffers")
-    assert sum(facts[part] for part in (*parts, "allocator", "runtime", "writing")) == facts["total"]
+    assert sum(facts[part] for part in (*parts, "allocator", "runtime", "writing", "rewards")) == facts["total"]
 
 
 def test_what_fits_with_a_change_only_is_a_warning_that_says_it() -> None:
-    found = told(WIDE, total(WIDE) - 1)["memory sft"]
+    found = told(WIDE, total(WIDE) - 10**6)["memory sft"]
     assert found["state"] == "warning" and found["fix"] == "engine.tokens_per_micro_batch=2560"
     assert "code" not in found
 
 
 def test_what_cannot_fit_is_refused_with_the_code_of_a_machine() -> None:
-    least = of_experiment(compose(WIDE), large(), SEEN, 10**15)["sft"].least
+    least = estimated(WIDE)["sft"].least
     found = told(WIDE, int(least / (1 + ERROR)) - 10**6)["memory sft"]
     assert (found["state"], found["code"]) == ("failed", 4) and "even with the smallest micro-batches" in found["what"]
     close = told(WIDE, int(least / (1 + ERROR)) + 10**6)["memory sft"]
@@ -73,26 +82,24 @@ def test_what_cannot_fit_is_refused_with_the_code_of_a_machine() -> None:
 )
 def test_the_smallest_change_is_proposed_in_the_order_of_the_page(room: float, keys: list[str]) -> None:
     bytes_of_room = int(room * total(WIDE))
-    found = suggestion(compose(WIDE), large(), SEEN, bytes_of_room)
+    found = suggestion(compose(within(WIDE, bytes_of_room)), large(), SEEN)
     assert found is not None
     plain = [shlex.split(one)[0] for one in found]
     assert set(keys) <= {one.split("=")[0] for one in plain}
-    again = of_experiment(compose([*WIDE, *plain]), large(), SEEN, bytes_of_room)
+    again = estimated([*WIDE, *plain], bytes_of_room)
     assert all(one.fits for one in again.values()), "what is pasted fits"
     for one in plain:  # and nothing of it could be left out
         fewer = [other for other in plain if other != one]
-        assert not all(
-            left.fits for left in of_experiment(compose([*WIDE, *fewer]), large(), SEEN, bytes_of_room).values()
-        )
+        assert not all(left.fits for left in estimated([*WIDE, *fewer], bytes_of_room).values())
 
 
 def test_several_processes_are_given_a_higher_stage_of_zero() -> None:
     ddp = [*FULL, "engine=ddp", "launcher=torchrun", "launcher.processes=4", "engine.tokens_per_micro_batch=160"]
-    assert suggestion(compose(ddp), large(), SEEN, int(0.9 * total(ddp))) == ["engine.strategy=zero2"]
+    assert suggestion(compose(within(ddp, int(0.9 * total(ddp)))), large(), SEEN) == ["engine.strategy=zero2"]
 
 
 def test_nothing_is_proposed_where_nothing_fits() -> None:
-    assert suggestion(compose(FULL), large(), SEEN, 1000) is None
+    assert suggestion(compose(within(FULL, 1000)), large(), SEEN) is None
     found = told(FULL, 1000, suggest=True)
     assert found["suggest"]["facts"]["overrides"] is None and "smaller model" in found["memory sft"]["fix"]
 
@@ -100,24 +107,25 @@ def test_nothing_is_proposed_where_nothing_fits() -> None:
 def test_the_disk_is_to_hold_all_results_and_the_most_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     """34 million weights in fp32; a checkpoint has 12 bytes of each; keep_last + keep_best + 1 of them at a time."""
     made = compose([*FULL, "checkpoint.keep_last=2", "checkpoint.keep_best=1"])
-    estimates = of_experiment(made, large(), SEEN, 10**15)
+    estimates = of_experiment(made, large(), SEEN)
     weights = estimates["sft"].load.parameters
     assert disk_bytes(made, estimates) == {"weights": 4 * weights, "checkpoints": 4 * 12 * weights}
     usage = namedtuple("usage", "total used free")
     states = {}
     for free in (3 * weights, 30 * weights, 60 * weights):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: usage(0, 0, free))
-        found = told([*FULL, "checkpoint.keep_best=1"], None)["disk"]
+        found = told([*FULL, "checkpoint.keep_best=1"], 10**15)["disk"]
         states[free] = found["state"], found.get("code")
     assert list(states.values()) == [("failed", 4), ("warning", None), ("ok", None)]
 
 
-def test_the_preflight_judges_by_the_room_of_its_order(
+def test_the_preflight_judges_by_the_room_that_the_hardware_has(
     tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
-    order = {"experiment": compose(["pipeline=sft", *tiny_settings, *small]).model_dump(), "prepare": ["rows"]}
-    order |= {"rows": 100, "show": 0, "fit": "look", "room": 10**6, "estimate": False}
+    settings = within(["pipeline=sft", *tiny_settings, *small], 10**6)
+    order = {"experiment": compose(settings).model_dump(), "prepare": ["rows"]}
+    order |= {"rows": 100, "show": 0, "fit": "look", "estimate": False}
     (tmp_path / "order.json").write_text(json.dumps(order))
     assert preflight.main([str(tmp_path / "order.json")]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
@@ -127,4 +135,4 @@ def test_the_preflight_judges_by_the_room_of_its_order(
 
 
 def test_a_tiny_model_is_small() -> None:
-    assert of_experiment(compose(FULL), llama(), SEEN, 10**12)["sft"].parts.weights < 10**6
+    assert of_experiment(compose(FULL), llama(), SEEN)["sft"].parts.weights < 10**6

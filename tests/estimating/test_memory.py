@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MambaConfig
 
 from alignment.config.compose import compose
 from alignment.config.schema import Experiment
-from alignment.estimating.memory import Estimate, Machine, machine_of, of_stage
+from alignment.estimating.machine import Machine, machine_of
+from alignment.estimating.memory import MemoryEstimate, of_stage
+from alignment.estimating.rewards import held_bytes
 from alignment.estimating.seen import Lengths
-from alignment.estimating.sizes import Sample, is_estimated, sample_of, tensors_of
+from alignment.estimating.sizes import Footprints, footprints_of, is_estimated, tensors_of
 from alignment.training import memory
-from alignment.training.memory import activation_bytes, adapter_parameters, parts_of
+from alignment.training.activations import activation_bytes
+from alignment.training.memory import parts_of
+from alignment.training.shape import adapter_parameters
 
 CPU, GPU = Machine("cpu", None), Machine("cuda", None)
 PIPELINES = {"reward_model": "sft_reward_model", "dpo": "sft_dpo", "reference": "sft_dpo", "grpo": "sft_grpo"}
@@ -29,15 +36,17 @@ def experiment(stage: str, *overrides: str) -> Experiment:
     return compose([f"pipeline={PIPELINES.get(stage, stage)}", f"stage.{stage}.precision=fp32", *overrides])
 
 
-def rows(count: int = 40, length: int = 50, answer: int = 20) -> Sample:
+def rows(count: int = 40, length: int = 50, answer: int = 20) -> Footprints:
     whole, scored = np.full(count, length), np.full(count, answer)
-    return Sample(whole, whole, whole, scored, known=True)
+    return Footprints(whole, whole, whole, scored, known=True)
 
 
-def estimate(stage: str, *overrides: str, machine: Machine = CPU, config: Any = None, seen: Any = None) -> Estimate:
+def estimate(
+    stage: str, *overrides: str, machine: Machine = CPU, config: Any = None, seen: Any = None
+) -> MemoryEstimate:
     made = experiment(stage, *overrides)
     node = next(name for name, one in made.pipeline.nodes.items() if one.stage == stage)
-    sample = rows() if seen is None else sample_of(made, node, {made.pipeline.nodes[node].inputs["data"]: seen})
+    sample = rows() if seen is None else footprints_of(made, node, {made.pipeline.nodes[node].inputs["data"]: seen})
     return of_stage(made, node, config or llama(), sample, machine)
 
 
@@ -56,6 +65,19 @@ def test_parts_of_one_process_by_hand() -> None:
     assert found.load.scored == 40 and not found.checkpointing
     assert parts.total == sum(parts) and parts.runtime == memory.RUNTIME["cpu"]
     assert found.fits, "nobody knows the room"
+
+
+def test_reward_models_are_held_beside_the_policy(tmp_path: Path) -> None:
+    """One of the pipeline, and one of a folder with 3 * 5 numbers; what is fetched is not counted."""
+    made = compose(["experiment=rlhf"])
+    one = sum(tensors_of(llama(), made.stage["reward_model"]).values())
+    assert held_bytes(made, "rloo", llama()) == 4 * one and held_bytes(made, "sft", llama()) == 0
+    save_file({"w": torch.zeros(3, 5)}, tmp_path / "model.safetensors")
+    members = f"+reward.terms.preference.members.own={{kind: path, path: {tmp_path}}}"
+    given = compose(["pipeline=sft_grpo", "reward=model", members])
+    node = next(name for name, one in given.pipeline.nodes.items() if one.stage == "grpo")
+    assert held_bytes(given, node, llama()) == 4 * 15
+    assert of_stage(given, node, llama(), rows(), CPU).parts.rewards == 4 * 15
 
 
 def test_processes_share_the_state_as_the_strategy_says() -> None:
@@ -111,21 +133,21 @@ def lengths(task: str) -> Lengths:
 
 def test_rows_are_as_long_as_what_is_computed_of_them() -> None:
     made = experiment("dpo", "pipeline=sft_dpo")
-    pairs = sample_of(made, "dpo", {"pairs": lengths("preference")})
+    pairs = footprints_of(made, "dpo", {"pairs": lengths("preference")})
     assert pairs.lengths.tolist() == [18, 29] and pairs.widths.tolist() == [30, 52], "the prompt once, if packed"
     assert pairs.scored.tolist() == [8, 9] and pairs.known
-    plain = sample_of(made, "sft", {"rows": lengths("sft")})
+    plain = footprints_of(made, "sft", {"rows": lengths("sft")})
     assert plain.lengths.tolist() == plain.widths.tolist() == [15, 26]
     kto = experiment("kto")
     node = kto.pipeline.nodes["kto"].inputs["data"]
-    both = sample_of(kto, "kto", {node: lengths("unpaired")})
+    both = footprints_of(kto, "kto", {node: lengths("unpaired")})
     assert both.lengths.tolist() == [21, 31], "beside each answer that of another prompt"
     assert both.trained.tolist() == [15, 26] and both.scored.tolist() == [5, 6], "which has no gradient"
 
 
 def test_rows_that_are_not_there_yet_are_as_long_as_they_may_become() -> None:
     changes = ("stage.prepare_preference.max_length=100", "stage.prepare_preference.max_prompt_length=60")
-    sample = sample_of(experiment("dpo", *changes), "dpo", {})
+    sample = footprints_of(experiment("dpo", *changes), "dpo", {})
     assert (sample.lengths.tolist(), sample.widths.tolist(), sample.known) == ([140], [200], False)
 
 
@@ -135,10 +157,9 @@ def test_what_is_no_decoder_with_attention_is_not_estimated() -> None:
 
 def test_a_cluster_is_judged_by_what_the_settings_say_of_it() -> None:
     gpus = experiment("sft", "engine=ddp", "launcher=slurm", "launcher.processes=2")
-    assert machine_of(gpus, "sft", None) == Machine("cuda", None)
-    assert machine_of(gpus, "sft", 5) == Machine("cuda", 5)
+    assert machine_of(gpus, "sft") == Machine("cuda", None)
     known = experiment("sft", "engine=ddp", "launcher=slurm", "launcher.processes=2", "hardware=h100")
-    assert machine_of(known, "sft", None) == Machine("cuda", 80 * 10**9)
-    here = machine_of(experiment("sft"), "sft", None)
-    halves = machine_of(experiment("sft", "engine=ddp", "launcher=torchrun", "launcher.processes=2"), "sft", None)
+    assert machine_of(known, "sft") == Machine("cuda", 80 * 10**9)
+    here = machine_of(experiment("sft"), "sft")
+    halves = machine_of(experiment("sft", "engine=ddp", "launcher=torchrun", "launcher.processes=2"), "sft")
     assert here.room and halves.room and halves.room == pytest.approx(here.room / 2, rel=0.2)

@@ -6,7 +6,7 @@ import pytest
 
 from alignment.config.hardware import Hardware
 from alignment.estimating import traffic
-from alignment.estimating.hardware import Device, catalogue, device
+from alignment.estimating.hardware import Processor, catalogue, device
 from alignment.training.memory import Load
 from bench import zero_arithmetic as arithmetic
 from bench.zero_arithmetic import CLUSTER, MODELS, STRATEGIES, Strategy
@@ -21,10 +21,10 @@ def load(strategy: Strategy, psi: int, t: int, gpus: int, precision: str = "bf16
     return Load(1, precision, psi, t, name, gpus, offload, hpz)  # type: ignore[arg-type]
 
 
-def of(**changes: float | None) -> Device:
+def of(**changes: float | None) -> Processor:
     plain = {"peak": CLUSTER.peak, "utilisation": CLUSTER.mfu, "memory": 3e12, "link": CLUSTER.nvlink, "network": 50e9}
     figures = {**plain, "watts": 700.0, "room": 80e9, **changes}
-    return Device(name="H100", on_gpu=True, told="", **figures)  # type: ignore[arg-type]
+    return Processor(name="H100", on_gpu=True, told="", **figures)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("micro", [1, 4])

@@ -14,24 +14,16 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
 
 from alignment import generation
-from alignment.training import engine, head, memory, reference
-from alignment.training.memory import (
-    Arithmetic,
-    Load,
-    activation_bytes,
-    adapter_parameters,
-    arithmetic,
-    attention_share,
-    checkpointed_bytes,
-    decoding_bytes,
-    state_bytes,
-)
+from alignment.training import activations, engine, head, memory, reference
+from alignment.training.activations import Arithmetic, activation_bytes, arithmetic, checkpointed_bytes
+from alignment.training.memory import Load, decoding_bytes, state_bytes
 from alignment.training.objective import Objective
 from alignment.training.online_preference import OnlineDPOTrainer
 from alignment.training.policy_gradient import PolicyGradientTrainer
 from alignment.training.ppo import PPOTrainer
 from alignment.training.preference import DPO
 from alignment.training.reference_pass import References
+from alignment.training.shape import adapter_parameters, attention_share
 from alignment.training.trainers import BUDGET, Packing
 from tests.forks import FORKING
 from tests.training import held, online, tiny, trainers
@@ -124,7 +116,7 @@ def test_checkpointing_keeps_inputs_and_computes_one_layer_again(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_head_takes_what_its_logits_take(dtype: Arithmetic, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     scored, vocabulary = 512, 3000
-    for module in (memory, head):
+    for module in (activations, head):
         monkeypatch.setattr(module, "BLOCK_BYTES", scored * vocabulary)  # a quarter of the logits
         monkeypatch.setattr(module, "KEPT_BYTES", head.KEPT_BYTES if kept else 0)
     config = LlamaConfig(hidden_size=64, vocab_size=vocabulary)
@@ -144,8 +136,8 @@ def test_on_a_gpu_the_tile_of_trls_head_is_all() -> None:
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == memory.VOCABULARY_TILE == head.VOCABULARY_TILE
-    assert chunked_logprob.TOKEN_CHUNK_SIZE == memory.TOKEN_TILE
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == activations.VOCABULARY_TILE == head.VOCABULARY_TILE
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == activations.TOKEN_TILE
 
     def most(scored: int, dtype: Arithmetic = "fp32") -> int:
         with_head, without = (activation_bytes(llama(1), 0, count, dtype, "cuda") for count in (scored, 0))
@@ -156,7 +148,7 @@ def test_on_a_gpu_the_tile_of_trls_head_is_all() -> None:
     assert most(100, "bf16-autocast") == 100 * 32768 * 2 + gradients + 300 * 64 * 2, "a tile of weights is cast"
     assert most(100, "bf16-weights") == 100 * 32768 * 2 + gradients + 400 * 64 * 2, "the gradients are, at the end"
     # no more tiles, only the gradient of the hidden states
-    assert most(2 * memory.TOKEN_TILE) - most(memory.TOKEN_TILE) == memory.TOKEN_TILE * 64 * 4
+    assert most(2 * activations.TOKEN_TILE) - most(activations.TOKEN_TILE) == activations.TOKEN_TILE * 64 * 4
 
 
 def test_attentions_share_of_the_time_of_a_token_by_hand() -> None:

@@ -66,7 +66,19 @@ def _values(batch: pyarrow.RecordBatch) -> Iterator[Item]:
         values = batch.to_pylist()
     except Exception:  # of some row: text that is no UTF-8, a time beyond Python's, ...
         values = [_value(batch.slice(number, 1)) for number in range(batch.num_rows)]
-    yield from ((None, value) for value in values)
+    yield from ((None, _said(value) if isinstance(value, dict) else value) for value in values)
+
+
+def _said(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the nulls inside of its columns: a struct has all keys that any row has, so a call of one function would
+    have the arguments of all others."""
+    return {name: _without_nulls(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _value(row: pyarrow.RecordBatch) -> Any:

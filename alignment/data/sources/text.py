@@ -105,6 +105,7 @@ def json_rows(stream: io.BufferedReader[Any], file: str) -> Iterator[Item]:
     window = _Window(stream, file)
     first = window.skip()
     if first == "{":  # rows without a list around them: JSON lines under another name
+        window.check_lines()
         before = window.line - 1
         lines = json_lines(io.BufferedReader(_Again(window.rest(), stream)), file)
         yield from ((before + line, value) for line, value in lines)
@@ -197,6 +198,13 @@ class _Window:
     def _fail(self, error: json.JSONDecodeError) -> None:
         self.take(error.pos - self.at)
         raise InputError(f"is not valid JSON: {_what(error, self.column)}", where=f"{self.file}:{self.line}") from error
+
+    def check_lines(self) -> None:
+        """Raises InputError if what begins here is an object over several lines."""
+        line, end, _ = self.text[self.at :].partition("\n")
+        if end and line.rstrip(SPACE).endswith(("{", "[", ",", ":")):
+            fix = "give the list alone, or a row a line: jq -c '.data[]', with the key that it stands under"
+            raise InputError("is one object, not a list of rows", where=f"{self.file}:{self.line}", fix=fix)
 
     def rest(self) -> bytes:
         """What has been read and not taken, as the bytes it was."""
