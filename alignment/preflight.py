@@ -130,7 +130,7 @@ def _windows(experiment: Experiment, window: int | None) -> None:
 
 
 def _rewards(experiment: Experiment, only: Sequence[str] | None) -> None:
-    """Models of local folders that judge in stages still to be made. only: these nodes; None: all. Raises InputError."""
+    """Models of local folders that judge, in stages still to be made. only: these; None: all. Raises InputError."""
     from alignment.rewards.model import check_outputs
 
     terms: dict[str, Any] = {}
