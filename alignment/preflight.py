@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,24 +28,41 @@ with kept():
     from alignment.data.chat import Chat
     from alignment.data.fetch import fetch
     from alignment.data.gguf import opened
-    from alignment.data.models import check_files, check_vocabulary, context_window, usable_tokenizer
+    from alignment.data.models import check_files, check_vocabulary, usable_tokenizer
     from alignment.data.named import prompts_of, share_of, source_of
     from alignment.data.preparation import Judged, judge
     from alignment.data.showing import histogram, shown
     from alignment.data.splitting import check_dropped, divide
     from alignment.data.writing import describe, length_bias, mismatched, spread
+    from alignment.estimating import windows
     from alignment.estimating.seen import Lengths, config_of
+    from alignment.estimating.windows import Prompts
 
 SOME = 8  # rows that a loss is computed of
 LANGUAGES = 5  # named
 BIASED = 0.7  # share of pairs whose chosen answer is the longer one, above which it is a warning
 
 
+class Start(NamedTuple):
+    """The start model. config: of transformers; None if it has none. window: in tokens; None where it has no limit."""
+
+    chat: Chat
+    config: Any
+    window: int | None
+
+
+class Looked(NamedTuple):
+    """At the rows of a node that prepares them."""
+
+    lengths: Lengths
+    prompts: Prompts
+
+
 def main(arguments: list[str]) -> int:
     order = read_json(Path(arguments[0]))
     experiment = Experiment.model_validate(order["experiment"])
     with _told("model"):
-        chat, config = _model(experiment)
+        start = _model(experiment)
         if order["fit"] == "look":
             with _told("reward"):
                 _rewards(experiment, order.get("only"))
@@ -55,10 +72,13 @@ def main(arguments: list[str]) -> int:
                 settings = experiment.stage[experiment.pipeline.nodes[name].stage]
                 assert isinstance(settings, Prepare)  # of whom the order is
                 with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
-                    seen[name] = _data(name, experiment, settings, (chat, config), order, Path(folder))
+                    looked = _data(name, experiment, settings, start, order, Path(folder))
+                    seen[name] = looked.lengths
+                    _answers(experiment, start, {name: looked.prompts}, order)
+        _answers(experiment, start, dict.fromkeys(experiment.pipeline.nodes.keys() - order["prepare"]), order)
         if order["fit"]:
             with _told("memory", guess=True):
-                _fit(experiment, config, seen, order)
+                _fit(experiment, start.config, seen, order)
         if order["estimate"]:
             _unknown(experiment, order["prepare"])
     return 0
@@ -98,9 +118,8 @@ def _told(check: str, guess: bool = False) -> Iterator[None]:
         _tell(check, "note", f"is not estimated: {type(error).__name__}: {first}")
 
 
-def _model(experiment: Experiment) -> tuple[Chat, Any]:
-    """Files, tokenizer, tokens, template, vocabulary and window of the start model. Returns also its configuration,
-    None if it has none. Raises AlignmentError."""
+def _model(experiment: Experiment) -> Start:
+    """Files, tokenizer, tokens, template, vocabulary and window of the start model. Raises AlignmentError."""
     settings = experiment.model
     source = fetch(settings.source)
     name = str(source)
@@ -109,14 +128,13 @@ def _model(experiment: Experiment) -> tuple[Chat, Any]:
         tokenizer = usable_tokenizer(place, settings, name, lambda text: _tell("template", "warning", text))
         made = config_of(place)
     _tell("template", "ok", f"renders turns once and for all, ends answers with {tokenizer.eos_token!r}")
-    if source.is_dir():
-        config = read_json(source / "config.json")
-        rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-        if rows:
-            check_vocabulary(tokenizer, int(rows), name)
-            _tell("vocabulary", "ok", f"{len(tokenizer)} tokens, {rows} rows of the embedding")
-        _windows(experiment, context_window(source))
-    return Chat(tokenizer, name), made
+    text = made.get_text_config()
+    if rows := getattr(text, "vocab_size", None):
+        check_vocabulary(tokenizer, int(rows), name)
+        _tell("vocabulary", "ok", f"{len(tokenizer)} tokens, {rows} rows of the embedding")
+    window = getattr(text, "max_position_embeddings", None) or None
+    _windows(experiment, window)
+    return Start(Chat(tokenizer, name), made, window)
 
 
 def _windows(experiment: Experiment, window: int | None) -> None:
@@ -127,6 +145,18 @@ def _windows(experiment: Experiment, window: int | None) -> None:
             _tell("window", "failed", what, where=name, fix=f"stage.{node.stage}.max_length={window}", code=2)
             return
     _tell("window", "ok", f"{window or 'no limit of'} tokens")
+
+
+def _answers(
+    experiment: Experiment, start: Start, prompts: Mapping[str, Prompts | None], order: dict[str, Any]
+) -> None:
+    """Whether answers have room in the window, in stages still to be made that ask what these nodes prepare."""
+    if start.window is None or order["show"] or order["fit"] == "suggest":
+        return
+    for name in windows.asking(experiment):
+        data = experiment.pipeline.nodes[name].inputs["data"]
+        if data in prompts and (order.get("only") is None or name in order["only"]):
+            _tell(**windows.finding(experiment, name, start.window, prompts[data]))
 
 
 def _rewards(experiment: Experiment, only: Sequence[str] | None) -> None:
@@ -149,24 +179,24 @@ def _rewards(experiment: Experiment, only: Sequence[str] | None) -> None:
 
 
 def _data(
-    name: str, experiment: Experiment, settings: Prepare, model: tuple[Chat, Any], order: dict[str, Any], folder: Path
-) -> Lengths:
+    name: str, experiment: Experiment, settings: Prepare, start: Start, order: dict[str, Any], folder: Path
+) -> Looked:
     """The first rows through the whole path: read, recognised, checked, rendered, tokenised; all of them if they are no
-    more than `rows` of any data set, and then split too. model: its tokenizer and its configuration. Returns how long
-    they are. Raises AlignmentError."""
-    (chat, config), data, checks, most = model, experiment.data, experiment.checks, order["rows"]
+    more than `rows` of any data set, and then split too. Returns how long they are. Raises AlignmentError."""
+    chat, data, checks, most = start.chat, experiment.data, experiment.checks, order["rows"]
     sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
     judged = judge(sources, folder, lambda *a, **k: None)
     for one in settings.datasets:
         if not judged.read.get(one):
             raise InputError("has no rows", where=describe(data[one].source))
     whole = all(judged.read[one] < most or judged.read[one] == data[one].limit for one in settings.datasets)
-    rows = judged.fit
+    rows, splits = judged.fit, None
     if whole:
         shares = [share_of(data[one]) for one in settings.datasets]
         elsewhere = [prompt for one in settings.against for prompt in prompts_of(data[one])]
         try:
-            rows = divide(judged, settings.splits, settings.seed, shares, elsewhere)["train"]
+            splits = divide(judged, settings.splits, settings.seed, shares, elsewhere)
+            rows = splits["train"]
         except InputError:
             if order["show"]:  # the rows may say why
                 _show(f"data {name}", judged, judged.fit[: order["show"]], judged.fit, chat)
@@ -194,13 +224,15 @@ def _data(
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
-    if order["estimate"] and config is not None and len(rows):
+    if order["estimate"] and start.config is not None and len(rows):
         with _told(f"time {name}", guess=True):
-            _estimate(name, experiment, (judged, rows, whole, most), config, order["timed"])
+            _estimate(name, experiment, (judged, rows, whole, most), start.config, order["timed"])
     prompt, whole_row, trained = (
         judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained")
     )
-    return Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
+    lengths = Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
+    asked = judged.table.column("prompt_tokens")
+    return Looked(lengths, Prompts(asked, judged.fit, splits, lambda row: judged.place(row)[1].where))
 
 
 def _estimate(name: str, experiment: Experiment, seen: tuple[Any, ...], config: Any, timed: dict[str, Any]) -> None:

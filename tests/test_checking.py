@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Command, write_tiny_model
+from tests.data.test_models import write_gguf
 
 SMALL = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
 
@@ -33,6 +34,7 @@ def test_a_run_that_can_be_is_told_what_was_looked_at(
     assert states == dict.fromkeys(
         (
             *("config", "packages", "store", "tracking", "template", "vocabulary", "window", "data rows", "data pairs"),
+            *("reward", "window evaluate_start", "window evaluate_sft", "window evaluate_dpo", "window best_of_n"),
             *("time sft", "time reference", "time dpo"),
             *("memory sft", "memory reference", "memory dpo", "disk", "loss dpo"),
         ),
@@ -105,7 +107,8 @@ def test_rows_that_would_end_the_run_end_the_check_with_its_code_and_words(
     found = checked(
         command, tmp_path / "store", "data", "check", "pipeline=sft", *settings, "checks.unknown_format=drop"
     )
-    assert set(found) == {"template", "vocabulary", "window", "data rows"}
+    answers = {"window evaluate_start", "window evaluate_sft", "window best_of_n"}
+    assert set(found) == {"template", "vocabulary", "window", "data rows", *answers}
     assert found["data rows"]["facts"]["dropped"] == {"unknown_format": 1}
     assert found["data rows"]["state"] == "warning"
 
@@ -127,6 +130,27 @@ def test_a_model_that_cannot_be_trained_so_is_a_failure_of_its_check(
         "template": "the chat template does not end an answer with the end-of-turn token",
     }[fault]
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_evaluation_whose_prompts_leave_no_room_for_answers_fails_before_hours_of_training(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    """Of the 512 tokens of the model a prompt takes 12 and more: a token a letter."""
+    settings = ["pipeline=sft", *tiny_settings, *SMALL, "stage.evaluate.max_new_tokens=501"]
+    found = checked(command, tmp_path / "store", "check", *settings, code=3)
+    told = found["window evaluate_sft"]
+    assert told["state"] == "failed" and "rows.jsonl:" in told["where"]
+    assert found["window"]["state"] == "ok" and "leaves no room for 501 more in a window of 512" in told["what"]
+
+
+def test_window_and_vocabulary_of_a_gguf_file_are_looked_at(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    path, _ = write_gguf(tmp_path, "smollm")  # a window of 64 tokens
+    model = [f"model.source.path={path}", "model.pad_token='<pad>'"]
+    found = checked(command, tmp_path / "store", "check", "pipeline=sft", *tiny_settings, *SMALL, *model, code=2)
+    assert found["vocabulary"]["what"] == "262 tokens, 262 rows of the embedding"
+    assert found["window"]["what"] == "max_length 128 is more than the model's window of 64 tokens"
 
 
 def test_what_is_no_reward_model_is_found_before_anything_is_trained(
