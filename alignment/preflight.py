@@ -25,6 +25,7 @@ from alignment.files import read_json
 from alignment.imports import kept
 
 with kept():
+    from alignment.data.adapters import check_adapter
     from alignment.data.chat import Chat
     from alignment.data.fetch import fetch
     from alignment.data.gguf import opened
@@ -64,6 +65,8 @@ def main(arguments: list[str]) -> int:
     with _told("model"):
         start = _model(experiment)
         if order["fit"] == "look":
+            with _told("adapters", guess=True):
+                _adapters(experiment, start, order.get("only"))
             with _told("reward"):
                 _rewards(experiment, order.get("only"))
         seen: dict[str, Lengths] = {}
@@ -127,6 +130,8 @@ def _model(experiment: Experiment) -> Start:
     with opened(source) if source.is_file() else nullcontext(source) as place:
         tokenizer = usable_tokenizer(place, settings, name, lambda text: _tell("template", "warning", text))
         made = config_of(place)
+    if settings.adapter is not None:
+        check_adapter(fetch(settings.adapter))
     _tell("template", "ok", f"renders turns once and for all, ends answers with {tokenizer.eos_token!r}")
     text = made.get_text_config()
     if rows := getattr(text, "vocab_size", None):
@@ -157,6 +162,22 @@ def _answers(
         data = experiment.pipeline.nodes[name].inputs["data"]
         if data in prompts and (order.get("only") is None or name in order["only"]):
             _tell(**windows.finding(experiment, name, start.window, prompts[data]))
+
+
+def _adapters(experiment: Experiment, start: Start, only: Sequence[str] | None) -> None:
+    """Whether the start model has the modules that adapters are put on: its own adapter's, and those of stages still to
+    be made. only: these; None: all. Raises AlignmentError."""
+    own = experiment.model.adapter
+    if own is None and not any(getattr(settings, "lora", None) for settings in experiment.stage.values()):
+        return
+    with kept():  # a second of imports, which other looks need not wait for
+        from alignment.estimating import adapting
+    if own is not None:
+        folder = fetch(own)
+        adapting.check_start_adapter(start.config, folder)
+        _tell("adapters", "ok", f"{folder} fits the start model")
+    for finding in adapting.findings(experiment, start.config, only):
+        _tell(**finding)
 
 
 def _rewards(experiment: Experiment, only: Sequence[str] | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Command, write_tiny_model
+from tests.data.test_adapters import adapter_of
 from tests.data.test_models import write_gguf
 
 SMALL = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
@@ -151,6 +152,33 @@ def test_window_and_vocabulary_of_a_gguf_file_are_looked_at(
     found = checked(command, tmp_path / "store", "check", "pipeline=sft", *tiny_settings, *SMALL, *model, code=2)
     assert found["vocabulary"]["what"] == "262 tokens, 262 rows of the embedding"
     assert found["window"]["what"] == "max_length 128 is more than the model's window of 64 tokens"
+
+
+def test_adapters_of_modules_that_the_model_does_not_have_are_found_with_their_stage(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    settings = ["pipeline=sft_reward_model", *tiny_settings, *SMALL, "stage.sft.lora.target_modules=[q_porj,v_proj]"]
+    found = checked(command, tmp_path / "store", "check", *settings, "stage.reward_model.lora={rank: 2}", code=2)
+    told = found["adapters sft"]
+    assert (told["state"], told["where"]) == ("failed", "stage.sft.lora.target_modules")
+    assert "no linear layer `q_porj`" in told["what"] and told["fix"] == "did you mean `q_proj`?"
+    assert "adapters reward_model" not in found, "a head of its own is no odd module"
+
+
+def test_an_adapter_of_another_model_is_found_before_its_import(
+    tmp_path: Path, tiny_model: Path, tiny_settings: list[str], command: Command
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter_of(tiny_model, adapter, target_modules=["q_proj"])
+    model = ["model.storage_precision=fp32", f"model.adapter={{kind: path, path: {adapter}}}"]
+    settings = ["check", "pipeline=sft", *tiny_settings, *SMALL, *model]
+    assert checked(command, tmp_path / "store", *settings)["adapters"]["state"] == "ok"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["gate_proj"]}))
+    found = checked(command, tmp_path / "store", *settings, code=3)["adapters"]
+    assert found["state"] == "failed" and "does not fit the model" in found["what"] and found["where"] == str(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    assert "of the type IA3" in checked(command, tmp_path / "store", *settings, code=3)["model"]["what"]
 
 
 def test_what_is_no_reward_model_is_found_before_anything_is_trained(
