@@ -18,7 +18,7 @@ import numpy as np
 
 from alignment.config.data_checks import FAULTS
 from alignment.config.schema import Experiment
-from alignment.config.sources import PathSource
+from alignment.config.sources import HubSource, PathSource
 from alignment.config.stages.preparing import Prepare
 from alignment.errors import AlignmentError, InputError, unusable
 from alignment.files import read_json
@@ -124,9 +124,9 @@ def _told(check: str, guess: bool = False) -> Iterator[None]:
 def _model(experiment: Experiment) -> Start:
     """Files, tokenizer, tokens, template, vocabulary and window of the start model. Raises AlignmentError."""
     settings = experiment.model
-    source = fetch(settings.source)
+    source = fetch(settings.source, weights=False)
     name = str(source)
-    check_files(source)
+    check_files(source, weights=not isinstance(settings.source, HubSource))
     with opened(source) if source.is_file() else nullcontext(source) as place:
         tokenizer = usable_tokenizer(place, settings, name, lambda text: _tell("template", "warning", text))
         made = config_of(place)
