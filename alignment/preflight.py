@@ -7,6 +7,7 @@ it is known: check, state (ok, warning, failed), what, where, fix. The command l
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from alignment.config.schema import Experiment
 from alignment.config.sources import HubSource, PathSource
 from alignment.config.stages.preparing import Prepare
 from alignment.errors import AlignmentError, InputError, unusable
-from alignment.files import read_json
+from alignment.files import program, read_json, remove, write_lines
 from alignment.imports import kept
 
 with kept():
@@ -39,6 +40,7 @@ with kept():
     from alignment.estimating.seen import Lengths, config_of
     from alignment.estimating.windows import Prompts
 
+DROPPED = "dropped.jsonl"
 SOME = 8  # rows that a loss is computed of
 LANGUAGES = 5  # named
 BIASED = 0.7  # share of pairs whose chosen answer is the longer one, above which it is a warning
@@ -70,14 +72,15 @@ def main(arguments: list[str]) -> int:
             with _told("reward"):
                 _rewards(experiment, order.get("only"))
         seen: dict[str, Lengths] = {}
-        for name in order["prepare"]:
-            with _told(f"data {name}"):
-                settings = experiment.stage[experiment.pipeline.nodes[name].stage]
-                assert isinstance(settings, Prepare)  # of whom the order is
-                with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
-                    looked = _data(name, experiment, settings, start, order, Path(folder))
+        with tempfile.TemporaryDirectory(prefix=".rows-", dir=_room(experiment)) as room:
+            for name in order["prepare"]:
+                with _told(f"data {name}"), _folder(Path(room) / name) as folder:
+                    looked = _data(name, experiment, start, order, folder)
                     seen[name] = looked.lengths
                     _answers(experiment, start, {name: looked.prompts}, order)
+            if order["dropped"]:
+                with _told("dropped"):
+                    _write_dropped([Path(room) / name for name in order["prepare"]], Path(order["dropped"]))
         _answers(experiment, start, dict.fromkeys(experiment.pipeline.nodes.keys() - order["prepare"]), order)
         if order["fit"]:
             with _told("memory", guess=True):
@@ -85,6 +88,36 @@ def main(arguments: list[str]) -> int:
         if order["estimate"]:
             _unknown(experiment, order["prepare"])
     return 0
+
+
+def _room(experiment: Experiment) -> Path | None:
+    """Where tables of rows may lie, which are as large as the data: the store if it is there, else where the system
+    keeps temporary files."""
+    root = Path(experiment.store)
+    return root if root.is_dir() and os.access(root, os.W_OK | os.X_OK) else None
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """Of which but the rows that were dropped stay, whatever happens in here."""
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        for file in path.iterdir():
+            if file.name != DROPPED:
+                remove(file)
+
+
+def _write_dropped(folders: Sequence[Path], path: Path) -> None:
+    def lines() -> Iterator[str]:
+        for folder in folders:
+            if (folder / DROPPED).is_file():
+                with open(folder / DROPPED, encoding="utf-8") as stream:
+                    yield from stream
+
+    count = write_lines(path, lines())
+    _tell("dropped", "ok", f"{count} rows are in {path}", facts={"rows": count})
 
 
 def _fit(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], order: dict[str, Any]) -> None:
@@ -199,11 +232,11 @@ def _rewards(experiment: Experiment, only: Sequence[str] | None) -> None:
             _tell("reward", "ok", f"{name}: {folder}")
 
 
-def _data(
-    name: str, experiment: Experiment, settings: Prepare, start: Start, order: dict[str, Any], folder: Path
-) -> Looked:
+def _data(name: str, experiment: Experiment, start: Start, order: dict[str, Any], folder: Path) -> Looked:
     """The first rows through the whole path: read, recognised, checked, rendered, tokenised; all of them if they are no
     more than `rows` of any data set, and then split too. Returns how long they are. Raises AlignmentError."""
+    settings = experiment.stage[experiment.pipeline.nodes[name].stage]
+    assert isinstance(settings, Prepare)  # of whom the order is
     chat, data, checks, most = start.chat, experiment.data, experiment.checks, order["rows"]
     sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
     judged = judge(sources, folder, lambda *a, **k: None)
@@ -224,7 +257,7 @@ def _data(
             raise
     judged.tally.close()
     try:
-        check_dropped(judged)
+        check_dropped(judged, _each(order["dropped"]))
         if settings.task == "unpaired" and len(rows):
             mismatched(judged, rows)
     except InputError as error:
@@ -254,6 +287,10 @@ def _data(
     lengths = Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
     asked = judged.table.column("prompt_tokens")
     return Looked(lengths, Prompts(asked, judged.fit, splits, lambda row: judged.place(row)[1].where))
+
+
+def _each(dropped: str | None) -> str:
+    return f"{dropped} has each" if dropped else f"`{program('alignment')} data check --dropped FILE ...` writes each"
 
 
 def _estimate(name: str, experiment: Experiment, seen: tuple[Any, ...], config: Any, timed: dict[str, Any]) -> None:

@@ -114,6 +114,50 @@ def test_rows_that_would_end_the_run_end_the_check_with_its_code_and_words(
     assert found["data rows"]["state"] == "warning"
 
 
+def test_rows_that_are_dropped_are_written_to_a_file_of_ones_own(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    """Of both stages, though the first fails: that is when they are wanted."""
+
+    def asked(content: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+
+    rows, file = tmp_path / "rows.jsonl", tmp_path / "dropped.jsonl"
+    many = [*(asked(f"q{i}") for i in range(12)), *[asked("q0")] * 30]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in many))
+    pairs = tmp_path / "pairs.jsonl"
+    sides = [*((f"p{i}", "r") for i in range(9)), ("p", "c")]
+    pairs.write_text("".join(json.dumps({"prompt": p, "chosen": "c", "rejected": r}) + "\n" for p, r in sides))
+    settings = ["data", "check", "pipeline=sft_dpo", *tiny_settings, *SMALL, f"data.instructions.source.path={rows}"]
+    settings += [f"data.preferences.source.path={pairs}"]
+    (tmp_path / "store").mkdir()
+    done = command(tmp_path / "store", *settings, code=3)
+    assert "data check --dropped FILE ...` writes each; mend them" in done.stderr
+    done = command(tmp_path / "store", *settings, "--dropped", str(file), code=3)
+    assert f"{file} has each; mend them" in done.stderr and f"31 rows are in {file}" in done.stdout
+    told = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(one["source"], one["fault"], one["line"]) for one in told] == [
+        *(("instructions", "duplicate", line) for line in range(13, 43)),
+        ("preferences", "identical_sides", 10),
+    ]
+    assert told[0]["value"] == asked("q0") and told[0]["file"] == str(rows)
+    done = command(tmp_path / "store", *settings, "--dropped", str(file), code=2)
+    assert "there is such a file already" in done.stderr
+    assert not list((tmp_path / "store").iterdir()), "the tables are gone again"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["check --suggest --json", "check --suggest --calibrate", "data check --rows 3", "data check --html page.html",
+     "data show --json", "data show --dropped rows.jsonl", "data check --dropped none/rows.jsonl"],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(
+    arguments: str, tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    done = command(tmp_path / "store", *arguments.split(), "pipeline=sft", *tiny_settings, *SMALL, code=2)
+    assert done.stdout == "" and "alignment: error: " in done.stderr
+
+
 @pytest.mark.parametrize("fault", ["vocabulary", "window", "template"])
 def test_a_model_that_cannot_be_trained_so_is_a_failure_of_its_check(
     fault: str, tmp_path: Path, tiny_settings: list[str], command: Command

@@ -147,8 +147,9 @@ def _check_sizes(judged: Judged, parts: Parts, sizes: Splits) -> None:
     raise InputError(what, where=judged.sources[0].described, fix=_more_rows(judged))
 
 
-def check_dropped(judged: Judged) -> None:
-    """Raises InputError where more of a data set's rows were dropped than checks.max_dropped allows."""
+def check_dropped(judged: Judged, each: str = "dropped.jsonl has each") -> None:
+    """Raises InputError where more of a data set's rows were dropped than checks.max_dropped allows. each: where the
+    rows can be seen."""
     most = judged.policy.checks.max_dropped
     source = judged.table.column("source")
     for number, one in enumerate(judged.sources):
@@ -159,7 +160,7 @@ def check_dropped(judged: Judged) -> None:
             limits = _limits(judged)
             enough = math.ceil(100 * dropped / rows) / 100
             fix = f"raise the stage's {limits}, or checks.max_dropped={enough:g}" if limits else ""
-            raise InputError(what, where=one.described, fix=fix or f"{judged.tally.path.name} has each; mend them")
+            raise InputError(what, where=one.described, fix=fix or f"{each}; mend them")
 
 
 def _limits(judged: Judged) -> str:
