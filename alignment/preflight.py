@@ -7,7 +7,6 @@ it is known: check, state (ok, warning, failed), what, where, fix. The command l
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
