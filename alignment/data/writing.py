@@ -20,6 +20,7 @@ from alignment.errors import InputError
 from alignment.files import write_json, write_lines
 
 APART = 0.1
+BATCH = 1000  # rows at once
 SOURCE = "source"  # the column of train/ with the number of a row's data set, as data_report.json lists them
 
 
@@ -168,9 +169,11 @@ class _Ids:
 def _lines(judged: Judged, rows: np.ndarray, ids: _Ids, made: Any) -> Iterator[str]:
     several = len(judged.sources) > 1
     columns = ["id", "source", "file", "number", "part", "text", "kept"]
-    for row in judged.table.take(rows).select_columns(columns):
-        whose = {SOURCE: judged.sources[row["source"]].name} if several else {}
-        yield json.dumps({"id": ids.of(row), **whose, **made(row)}, ensure_ascii=False) + "\n"
+    for batch in judged.table.take(rows).select_columns(columns).iter(BATCH):
+        for values in zip(*(batch[name] for name in columns), strict=True):
+            row = dict(zip(columns, values, strict=True))
+            whose = {SOURCE: judged.sources[row["source"]].name} if several else {}
+            yield json.dumps({"id": ids.of(row), **whose, **made(row)}, ensure_ascii=False) + "\n"
 
 
 def _training_row(row: dict[str, Any]) -> dict[str, Any]:

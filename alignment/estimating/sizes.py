@@ -13,16 +13,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignment.config.schema import Experiment
+from alignment.config.stages.base import Stage
 from alignment.config.stages.online import Online
 from alignment.config.stages.preference import Kto
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.reward_model import RewardModel
-from alignment.config.stages.training import Reference, Train
 from alignment.errors import InputError
+from alignment.estimating.generated import longest_pairs
 from alignment.estimating.seen import Lengths
 from alignment.training.shape import shape_of
-
-Trains = Train | Reference
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,10 @@ class Footprints:
     known: bool
 
 
+ONE = np.ones(1, np.int64)
+ONE_TOKEN = Footprints(ONE, ONE, ONE, ONE, known=False)
+
+
 def is_estimated(config: Any) -> bool:
     """Whether it is a decoder with attention, by whose numbers memory is counted."""
     try:
@@ -49,8 +52,8 @@ def is_estimated(config: Any) -> bool:
     return True
 
 
-def tensors_of(config: Any, settings: Trains) -> dict[str, int]:
-    """Numbers in each weight of the model that this stage trains, by name; tied ones once. A model without storage is
+def tensors_of(config: Any, settings: Stage) -> dict[str, int]:
+    """Numbers in each weight of the model that this stage trains or makes, by name; tied ones once. A model without storage is
     made of the configuration. Raises InputError if transformers itself has no such architecture."""
     return _tensors(str(config.to_json_string()), isinstance(settings, RewardModel))
 
@@ -74,6 +77,8 @@ def footprints_of(experiment: Experiment, name: str, seen: Mapping[str, Lengths]
     settings, data = experiment.stage[node.stage], node.inputs["data"]
     if (found := seen.get(data)) is not None and len(found.tokens):
         return _rows(settings, found, known=True)
+    if (found := longest_pairs(experiment, data, seen)) is not None:
+        return _rows(settings, found, known=False)
     parent = experiment.stage[experiment.pipeline.nodes[data].stage]
     assert isinstance(parent, Prepare)
     prompt = min(parent.max_prompt_length, parent.max_length - 1)

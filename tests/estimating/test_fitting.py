@@ -105,14 +105,18 @@ def test_nothing_is_proposed_where_nothing_fits() -> None:
 
 
 def test_the_disk_is_to_hold_all_results_and_the_most_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """34 million weights in fp32; a checkpoint has 12 bytes of each; keep_last + keep_best + 1 of them at a time."""
-    made = compose([*FULL, "checkpoint.keep_last=2", "checkpoint.keep_best=1"])
+    """34 million weights in fp32, imported and trained; a checkpoint has 12 bytes of each; keep_last + keep_best + 1 of
+    them at a time."""
+    made = compose([*FULL, "checkpoint.keep_last=2", "checkpoint.keep_best=1", "model.storage_precision=fp32"])
     estimates = of_experiment(made, large(), SEEN)
     weights = estimates["sft"].load.parameters
-    assert disk_bytes(made, estimates) == {"weights": 4 * weights, "checkpoints": 4 * 12 * weights}
+    found = disk_bytes(made, estimates, large())
+    assert found == {"weights": 2 * 4 * weights, "checkpoints": 4 * 12 * weights}
+    rounded = compose([*FULL, "model.storage_precision=bf16"])
+    assert disk_bytes(rounded, estimates, large(), ["start"])["weights"] == 2 * weights
     usage = namedtuple("usage", "total used free")
     states = {}
-    for free in (3 * weights, 30 * weights, 60 * weights):
+    for free in (7 * weights, 30 * weights, 60 * weights):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: usage(0, 0, free))
         found = told([*FULL, "checkpoint.keep_best=1"], 10**15)["disk"]
         states[free] = found["state"], found.get("code")
