@@ -122,13 +122,13 @@ def _mixed(order: np.ndarray, judged: Judged, shares: Sequence[Share], seed: int
 
 
 def _weighed(wanted: Mapping[int, int], weights: Mapping[int, float], judged: Judged) -> dict[int, int]:
-    for number, weight in weights.items():
-        if weight and not wanted[number]:
+    for number in weights:
+        if not wanted[number]:
             source = judged.sources[number]
             fix = "mend its rows, or leave it out of the mixture"
             raise InputError("has a weight and no rows to train on", where=source.described, fix=fix)
     whole = sum(weights.values())
-    total = min(wanted[number] * whole / weight for number, weight in weights.items() if weight)
+    total = min(wanted[number] * whole / weight for number, weight in weights.items())
     return {number: int(total * weight / whole + 1e-9) for number, weight in weights.items()}
 
 
