@@ -43,7 +43,8 @@ class Source:
 
 @dataclass
 class Judged:
-    """What was read. table: rows that passed by themselves; fit: those of them that passed beside the others, too.
+    """What was read. table: rows that passed by themselves; fit: those of them that passed beside the others, too, and,
+    once they are split, beside what is held out: every row was dropped or is one of these.
 
     read: data set -> rows read. forms, languages: data set -> format or language -> rows of the table; personal: data
     set -> kind -> how many there are in them. compared: how many evaluation prompts were compared with, how many not.

@@ -21,7 +21,7 @@ from alignment.files import write_json, write_lines
 
 APART = 0.1
 BATCH = 1000  # rows at once
-SOURCE = "source"  # the column of train/ with the number of a row's data set, as data_report.json lists them
+SOURCE = "source"  # the key of a row's data set in files of rows; in train/, its number, as data_report.json lists them
 
 
 def write(judged: Judged, parts: Parts, folder: Path, chat: Chat) -> dict[str, float]:

@@ -53,8 +53,8 @@ def is_estimated(config: Any) -> bool:
 
 
 def tensors_of(config: Any, settings: Stage) -> dict[str, int]:
-    """Numbers in each weight of the model that this stage trains or makes, by name; tied ones once. A model without storage is
-    made of the configuration. Raises InputError if transformers itself has no such architecture."""
+    """Numbers in each weight of the model that this stage trains or makes, by name; tied ones once. A model without
+    storage is made of the configuration. Raises InputError if transformers itself has no such architecture."""
     return _tensors(str(config.to_json_string()), isinstance(settings, RewardModel))
 
 

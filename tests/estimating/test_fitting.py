@@ -118,7 +118,7 @@ def test_the_disk_is_to_hold_all_results_and_the_most_checkpoints(monkeypatch: p
     states = {}
     for free in (7 * weights, 30 * weights, 60 * weights):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: usage(0, 0, free))
-        found = told([*FULL, "checkpoint.keep_best=1"], 10**15)["disk"]
+        found = told([*FULL, "checkpoint.keep_best=1", "model.storage_precision=fp32"], 10**15)["disk"]
         states[free] = found["state"], found.get("code")
     assert list(states.values()) == [("failed", 4), ("warning", None), ("ok", None)]
 
