@@ -34,8 +34,10 @@ def write(judged: Judged, parts: Parts, folder: Path, chat: Chat) -> dict[str, f
     made = judged.table.take(train).select_columns(names)
     if judged.task == "unpaired":
         made = _with_mismatched(made, judged, train)
+    from datasets import load_from_disk
+
     _save(made, folder / "train")
-    tokens.check_end_of_turn(made, chat.eos_id)
+    tokens.check_end_of_turn(load_from_disk(str(folder / "train")), chat.eos_id)  # in order, which is quicker to read
     if len(heldout) and judged.task in ("preference", "scored"):
         _save(judged.table.take(heldout).select_columns(names), folder / "heldout")
     ids = _Ids(judged)
