@@ -18,7 +18,7 @@ from alignment.data.personal import personal
 from alignment.data.ranking import candidates, choose
 from alignment.data.shortening import shortened
 from alignment.data.sources import Row, Unreadable
-from alignment.data.turns import ROLES, Message, message, said, text, words
+from alignment.data.turns import ROLES, Message, message, said, text, unread, words
 from alignment.errors import InputError
 
 WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
@@ -94,10 +94,13 @@ def examples(row: Row | Unreadable, reading: Reading) -> list[Example | Dropped]
             if form not in FORMATS[reading.task]:
                 what = f"rows of the format {form!r} cannot be prepared for the task {reading.task!r}"
                 raise InputError(what, where=row.where, fix=WANTED)
+        if odd := unread(given):
+            policy.meet("unread", row, f"{odd}, which nothing reads; kept, it is trained on without that")
+        before = policy.passed()
         parts = _parts(given, form, reading, policy)
     except Drop as drop:
         return [Dropped(row, drop.fault, drop.why)]
-    return [_example(part, row, form, reading) for part in parts]
+    return [_example(part, row, form, reading, before) for part in parts]
 
 
 def _unreadable(row: Unreadable, policy: Policy) -> Dropped:
@@ -171,8 +174,9 @@ def _part(row: Row, name: str, value: dict[str, Any]) -> Row:
 # --- one example ------------------------------------------------------------------------------------------------------
 
 
-def _example(part: Row, row: Row, form: str, reading: Reading) -> Example | Dropped:
-    """part: the row, or what stands for it now. Raises InputError for a fault that is an error."""
+def _example(part: Row, row: Row, form: str, reading: Reading, before: Mapping[str, str]) -> Example | Dropped:
+    """part: the row, or what stands for it now. before: faults that it is kept with so far. Raises InputError for a
+    fault that is an error."""
     policy = Policy(reading.checks)
     try:
         try:
@@ -185,7 +189,7 @@ def _example(part: Row, row: Row, form: str, reading: Reading) -> Example | Drop
             raise
     except Drop as drop:
         return Dropped(row, drop.fault, drop.why)
-    made.kept = policy.passed()
+    made.kept = {**before, **policy.passed()}
     return made
 
 

@@ -241,6 +241,7 @@ def test_columns_name_what_the_rows_call_otherwise(chat: Chat) -> None:
 FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "malformed": ("sft", [qa("q", "a"), {"prompt": "q", "completion": None}]),
     "unknown_format": ("sft", [qa("q", "a"), {"question": "q", "completion": "a"}]),
+    "unread": ("sft", [qa("q", "a"), {"messages": [user("r"), {**assistant("a"), "thought": "t"}]}]),
     "no_answer": ("sft", [qa("q", "a"), {"messages": [user("r")]}]),
     "empty_answer": ("sft", [qa("q", "a"), qa("r", " ")]),
     "control_text": ("sft", [qa("q", "a"), qa("<eos>", "<eos>")]),
@@ -252,7 +253,9 @@ FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
 }
 
 
-KEEPING = dict.fromkeys(("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction"), "keep")
+KEEPING = dict.fromkeys(
+    ("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction", "unread"), "keep"
+)
 KEEPING["control_text"] = "neutralise"
 
 
