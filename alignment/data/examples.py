@@ -94,8 +94,7 @@ def examples(row: Row | Unreadable, reading: Reading) -> list[Example | Dropped]
             if form not in FORMATS[reading.task]:
                 what = f"rows of the format {form!r} cannot be prepared for the task {reading.task!r}"
                 raise InputError(what, where=row.where, fix=WANTED)
-        if odd := unread(given):
-            policy.meet("unread", row, f"{odd}, which nothing reads; kept, it is trained on without that")
+        _check_read(given, reading.task, policy)
         before = policy.passed()
         parts = _parts(given, form, reading, policy)
     except Drop as drop:
@@ -118,6 +117,19 @@ def _as(fault: str, policy: Policy, row: Row) -> Iterator[None]:
         if getattr(policy.checks, fault) == "error":
             raise
         policy.meet(fault, row, error.what)
+
+
+def _check_read(row: Row, task: str, policy: Policy) -> None:
+    """That nothing which the row says of itself is passed over. Raises InputError or Drop."""
+    if task == "sft" and row.value.get("label") is False:
+        policy.meet(
+            "unwanted", row, "has the label false: its answer is not wanted; task=unpaired learns from such, too"
+        )
+    if task == "sft" and finite(row, "score") is not None:
+        why = "has a score, which sft does not read, but task=scored does; kept, it is trained on whatever its score"
+        policy.meet("unread", row, why)
+    if odd := unread(row):
+        policy.meet("unread", row, f"{odd}, which nothing reads; kept, it is trained on without that")
 
 
 # --- several of one row -----------------------------------------------------------------------------------------------
