@@ -18,7 +18,7 @@ from alignment.data.personal import personal
 from alignment.data.ranking import candidates, choose
 from alignment.data.shortening import shortened
 from alignment.data.sources import Row, Unreadable
-from alignment.data.turns import ROLES, Message, message, said, text, unread, words
+from alignment.data.turns import Message, message, said, text, unread, words
 from alignment.errors import InputError
 
 WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
@@ -45,12 +45,19 @@ class Example:
     kept: dict[str, str] = field(default_factory=dict)
     personal: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def turns(self) -> list[Message]:
+        return [*self.prompt, self.answer, *([self.rejected] if self.rejected else [])]
+
     def said(self, *roles: str) -> str:
-        """All texts of these roles; the answers are the assistant's, a text without turns is everybody's."""
-        if self.form == "text":
-            return str(self.answer["content"])
-        turns = [*self.prompt, self.answer, *([self.rejected] if self.rejected else [])]
-        return "\n".join(turn["content"] for turn in turns if turn["role"] in roles)
+        """All that these roles say, and call, but not what tools there are: many rows have the same. The answers are
+        the assistant's, a text without turns is everybody's."""
+        turns = [turn for turn in self.turns if turn["role"] in roles or self.form == "text"]
+        return "\n".join(word for turn in turns for word in words(turn, "tools"))
+
+    def texts(self) -> str:
+        """All texts of all turns, those of tools too."""
+        return "\n".join(word for turn in self.turns for word in words(turn))
 
     def text(self) -> dict[str, Any]:
         """The row as train.jsonl has it, but for its id."""
@@ -215,7 +222,7 @@ def _check_personal(made: Example, row: Row, policy: Policy) -> None:
     """Raises InputError or Drop. What it holds is told by the kind alone."""
     if policy.checks.personal is None:
         return
-    found = personal(made.said(*ROLES))
+    found = personal(made.texts())
     made.personal = {kind: many for kind, many in found.items() if many}
     if made.personal:
         policy.meet("personal", row, ", ".join(f"{many} {kind}" for kind, many in made.personal.items()))

@@ -98,13 +98,20 @@ def dialogue(row: Row, key: str) -> list[Message] | None:
     return [message(SPEAKERS[speaker], words.strip()) for speaker, words in said]
 
 
-def words(turn: Any) -> Iterator[str]:
-    """All texts of a message, or of what stands in it: its content, names and arguments of calls, descriptions."""
-    if isinstance(turn, str):
-        yield turn
-    elif isinstance(turn, dict | list):
-        for inner in (*turn, *turn.values()) if isinstance(turn, dict) else turn:
-            yield from words(inner)
+def words(turn: Message, *but: str) -> Iterator[str]:
+    """All texts of a message but what stands under these keys: its content and reasoning, names and arguments of calls,
+    descriptions of tools."""
+    for key, value in turn.items():
+        if key not in ("role", *but):
+            yield from _texts(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def said(turn: Message) -> str:

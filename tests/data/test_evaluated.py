@@ -16,8 +16,9 @@ from alignment.data.splitting import Share
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl
 
-from .conftest import make_tokenizer
+from .conftest import assistant, make_tokenizer, user
 from .preparing import Made, mix, qa, run
+from .test_kinds_of_rows import TOOLS
 
 LONG = {"max_length": 4000, "max_prompt_length": 3000}
 WORDS = [
@@ -86,6 +87,36 @@ def test_answers_to_one_prompt_and_rows_without_words_are_not_near_each_other(ch
     pairs = [{"prompt": text(1), "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
     assert not run(chat, pairs, task="preference", **LONG).judged.tally.kept
     assert not run(chat, [qa("?" * n, "!") for n in range(1, 5)]).judged.tally.kept
+
+
+def calling(question: str, argument: str, **more: Any) -> dict[str, Any]:
+    call = {"function": {"name": "look", "arguments": {"at": argument}}}
+    return {"messages": [user(question), {**assistant(""), "tool_calls": [call]}], **more}
+
+
+def test_calls_and_reasoning_are_compared_as_answers_are_and_tools_are_not() -> None:
+    """Rows 1 to 3 ask nearly nothing; rows 4 and 5 have the same description of a tool, of 200 words."""
+    chat = Chat(make_tokenizer(TOOLS.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m['content'] }}")))
+    tool = [{"name": "look", "description": text(9), "parameters": {}}]
+    values = [calling(f"q{n}", said) for n, said in enumerate((text(1), near(1), text(2)))]
+    values += [calling(f"r{n}", f"s{n}", tools=tool) for n in range(2)]
+    values += [
+        {"messages": [user(f"t{n}"), {**assistant("a"), "thinking": said}]} for n, said in enumerate((text(3), near(3)))
+    ]
+    made = run(chat, values, **LONG)
+    assert made.judged.tally.kept == {"mine": {"near_duplicate": 2}}
+    assert [(one.row.number, one.why) for one in made.judged.tally.first_kept["near_duplicate"]] == [
+        (2, "is nearly rows.jsonl:1"), (7, "is nearly rows.jsonl:6")
+    ]  # fmt: skip
+
+
+def test_personal_data_is_found_in_calls_in_what_tools_say_and_are_and_in_reasoning() -> None:
+    chat = Chat(make_tokenizer(TOOLS.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m['content'] }}")))
+    mail = "jane.doe@mail.example"
+    whole = calling("q", mail, tools=[{"name": "look", "description": f"Write to {mail}", "parameters": {}}])
+    whole["messages"] += [{"role": "tool", "content": f"from {mail}"}, {**assistant("a"), "reasoning": f"<{mail}>"}]
+    made = run(chat, [whole], **LONG)
+    assert made.judged.personal == {"mine": {"email": 4}} and made.judged.tally.kept == {"mine": {"personal": 1}}
 
 
 def splits(made: Made) -> dict[str, list[int]]:
