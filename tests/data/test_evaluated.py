@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -254,6 +254,39 @@ def test_how_much_longer_chosen_answers_are(chat: Chat, tmp_path: Path) -> None:
     assert (second["chosen_longer"], second["apart"]) == (0, 0) and "chosen_longer_apart" not in second
 
 
+TALK = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+OF_EACH_FORMAT = {
+    "alpaca": {"instruction": "Why?", "output": "So."},
+    "messages": {"messages": TALK},
+    "prompt_completion": {"prompt": "Why?", "completion": "So."},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    "text": {"text": "Why?"},
+    "preference": {"chosen": TALK, "rejected": [TALK[0], {"role": "assistant", "content": "No."}]},
+    "unpaired": {"messages": TALK, "label": False},
+    "scored": {"prompt": "Why?", "completion": "So.", "score": 1},
+    "scored_list": {"instruction": "Why?", "completions": [{"text": "So.", "score": 1}]},
+}
+
+
+def bench(path: Path, **changes: Any) -> Dataset:
+    lists = Lists(pairs="best_worst", min_margin=0.0, max_pairs=1)
+    share = {"limit": None, "cap": None, "epochs": 1.0, "weight": None}
+    values = {"format": "auto", "columns": {}, "lists": lists, **share, **changes}
+    return Dataset(source=PathSource(kind="path", path=str(path)), **values)
+
+
+def test_evaluation_sets_may_be_of_any_format(tmp_path: Path) -> None:
+    assert set(OF_EACH_FORMAT) == {*get_args(Dataset.model_fields["format"].annotation)} - {"auto"}
+    path = tmp_path / "bench.jsonl"
+    for form, row in OF_EACH_FORMAT.items():
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        for named in ("auto", form):
+            assert list(prompts_of(bench(path, format=named))) == [(f"{path}:1", "Why?")], form
+        path.write_text('{"other": 1}\n', encoding="utf-8")
+        with pytest.raises(InputError, match=r"bench.jsonl:1"):
+            list(prompts_of(bench(path, format=form)))
+
+
 def test_prompts_of_an_evaluation_set_need_no_answer(tmp_path: Path) -> None:
     rows = [
         {"prompt": "What is it?", "choices": [1, 2]},
@@ -264,17 +297,7 @@ def test_prompts_of_an_evaluation_set_need_no_answer(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def read(**changes: Any) -> list[tuple[str, str]]:
-        lists = Lists(pairs="best_worst", min_margin=0.0, max_pairs=1)
-        plain = {
-            "format": "auto",
-            "columns": {},
-            "lists": lists,
-            "limit": None,
-            "cap": None,
-            "epochs": 1.0,
-            "weight": None,
-        }
-        return list(prompts_of(Dataset(source=PathSource(kind="path", path=str(path)), **{**plain, **changes})))
+        return list(prompts_of(bench(path, **changes)))
 
     assert read() == [(f"{path}:1", "What is it?"), (f"{path}:2", "And this?"), (f"{path}:3", "Who?")]
     assert read(limit=1) == [(f"{path}:1", "What is it?")]
