@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from alignment import guarded
 from alignment.control_tokens import ControlTokens
-from alignment.data.turns import REASONING, Message
+from alignment.data.turns import REASONING, Message, answers_of
 from alignment.errors import InputError
 
 CLOCK = "strftime_now"  # what transformers gives a template to print today's date with
@@ -28,7 +28,7 @@ TAIL, TAILS = 64, 1000  # characters between a control token and an answer that 
 
 @dataclass(frozen=True)
 class Answer:
-    """One assistant turn of a rendered conversation: text[:start] is the prompt, text[start:end] the answer with its
+    """One answer of a rendered conversation: text[:start] is the prompt, text[start:end] the answer with its
     end-of-turn token. Both in characters.
     """
 
@@ -119,13 +119,13 @@ class Chat:
         return self.control.hidden(messages)
 
     def answers(self, messages: list[Message], where: str) -> tuple[str, list[Answer]]:
-        """The rendered conversation and its assistant turns, cut where the template itself cuts.
+        """The rendered conversation and its answers (`turns.answers_of`), cut where the template itself cuts.
 
         Rendering the turns before an answer must give a prefix of rendering them with it, and so on to the end: else
         the template rewrites history, and what is trained is not what is asked at generation. Raises InputError.
         """
         hidden = self._hidden(messages)
-        numbers = [number for number, message in enumerate(hidden) if message["role"] == "assistant"]
+        numbers = answers_of(hidden)
         prompts = [(hidden[:number], True) for number in numbers]
         through = [(hidden[: number + 1], False) for number in numbers if number + 1 < len(hidden)]
         text, *parts = guarded.renderings(self.tokenizer, [(hidden, False), *prompts, *through], where)

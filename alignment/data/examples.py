@@ -18,7 +18,7 @@ from alignment.data.personal import personal
 from alignment.data.ranking import candidates, choose
 from alignment.data.shortening import shortened
 from alignment.data.sources import Row, Unreadable
-from alignment.data.turns import Message, message, said, text, unread, words
+from alignment.data.turns import Message, answers_of, message, said, text, unread, words
 from alignment.errors import InputError
 
 WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
@@ -276,11 +276,11 @@ def _conversation(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         messages = canonical(row, form)["messages"]
     _checked(messages, row, chat, policy)
-    if all(turn.get("weight") == 0 for turn in messages if turn["role"] == "assistant"):
+    if all(messages[number].get("weight") == 0 for number in answers_of(messages)):
         policy.meet("no_answer", row, "has no answer of another weight than 0")
     with _as("template", policy, row):
         made = tokens.conversation(chat, messages, row.where)
-    columns, length, key = {"input_ids": made.ids, "labels": made.labels}, len(made.ids), opening(messages)
+    columns, length, key = {"input_ids": made.ids, "labels": made.labels}, len(made.ids), opening(messages[:-1])
     return Example(row, _own_id(row), form, messages[:-1], messages[-1], None, columns, made.prompt, length, key)
 
 
@@ -310,7 +310,7 @@ def _preference(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     columns: dict[str, Any] = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
     if (told := margin(row)) is not None:
         columns["margin"] = told
-    length, key = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)), opening(prompt + chosen)
+    length, key = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)), opening(prompt)
     return Example(row, _own_id(row), form, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
 
 
@@ -334,5 +334,5 @@ def _answered(row: Row, form: str, chat: Chat, policy: Policy, messages: list[Me
     with _as("template", policy, row):
         prompt, answer = tokens.answered(chat, messages, row.where)
     columns = {"prompt_ids": prompt, "completion_ids": answer, **more}
-    length, key = len(prompt) + len(answer), opening(messages)
+    length, key = len(prompt) + len(answer), opening(messages[:-1])
     return Example(row, _own_id(row), form, messages[:-1], messages[-1], None, columns, len(prompt), length, key)

@@ -98,6 +98,11 @@ def dialogue(row: Row, key: str) -> list[Message] | None:
     return [message(SPEAKERS[speaker], words.strip()) for speaker, words in said]
 
 
+def answers_of(messages: list[Message]) -> list[int]:
+    """Which of them answer something: the assistant's, but for one that begins the conversation, a greeting."""
+    return [number for number, turn in enumerate(messages) if number and turn["role"] == "assistant"]
+
+
 def words(turn: Message, *but: str) -> Iterator[str]:
     """All texts of a message but what stands under these keys: its content and reasoning, names and arguments of calls,
     descriptions of tools."""
