@@ -14,7 +14,7 @@ import numpy as np
 
 from alignment.data.chat import Chat, adds_bos, check_bos
 from alignment.data.checks import Drop
-from alignment.data.turns import Message
+from alignment.data.turns import Message, answers_of
 from alignment.errors import InputError
 
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -41,13 +41,12 @@ class Pair:
 
 
 def conversation(chat: Chat, messages: list[Message], where: str) -> Conversation:
-    """Every assistant turn labelled, but of weight 0, through its end-of-turn token and no further. Raises InputError,
-    Drop."""
+    """Every answer labelled, but of weight 0, through its end-of-turn token and no further. Raises InputError, Drop."""
     text, answers = chat.answers(messages, where)
     ids = chat.encode(text)
     check_bos(ids, chat.tokenizer.bos_token_id, where)
     labels, first = [IGNORED] * len(ids), 0
-    said = [message for message in messages if message["role"] == "assistant"]
+    said = [messages[number] for number in answers_of(messages)]
     for message, prompt in zip(said, chat.prompts(text, ids, answers), strict=True):
         if prompt is None:
             raise Drop("merged_prompt")

@@ -16,6 +16,7 @@ from alignment.data.chat import Chat
 from alignment.data.checks import summed
 from alignment.data.preparation import Judged
 from alignment.data.splitting import Parts
+from alignment.data.turns import REASONING
 from alignment.errors import InputError
 from alignment.files import write_json, write_lines
 
@@ -183,10 +184,13 @@ def _training_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asking_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What a model is asked, the answer that the data has, and what else a reward may look at."""
+    """What a model is asked, the answer that the data has, and what else a reward may look at. reference: the text of
+    the answer, if it has one; reference_message: all of it, where it has reasoning or calls."""
     text, kept = json.loads(row["text"]), json.loads(row["kept"] or "{}")
-    messages = text.get("messages") or [*text["prompt"], *(text.get("completion") or text.get("chosen"))]
-    return {"prompt": messages[:-1], "reference": messages[-1]["content"], **kept}
+    *prompt, answer = text.get("messages") or [*text["prompt"], *(text.get("completion") or text.get("chosen"))]
+    reference = {"reference": answer["content"]} if answer["content"].strip() else {}
+    whole = {"reference_message": answer} if {REASONING, "tool_calls"} & answer.keys() else {}
+    return {"prompt": prompt, **reference, **whole, **kept}
 
 
 def length_bias(judged: Judged, rows: np.ndarray, source: int) -> dict[str, float]:

@@ -241,6 +241,8 @@ def test_columns_name_what_the_rows_call_otherwise(chat: Chat) -> None:
 FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "malformed": ("sft", [qa("q", "a"), {"prompt": "q", "completion": None}]),
     "unknown_format": ("sft", [qa("q", "a"), {"question": "q", "completion": "a"}]),
+    "unread": ("sft", [qa("q", "a"), {"messages": [user("r"), {**assistant("a"), "thought": "t"}]}]),
+    "unwanted": ("sft", [{**qa("q", "a"), "label": True}, {**qa("r", "a"), "label": False}]),
     "no_answer": ("sft", [qa("q", "a"), {"messages": [user("r")]}]),
     "empty_answer": ("sft", [qa("q", "a"), qa("r", " ")]),
     "control_text": ("sft", [qa("q", "a"), qa("<eos>", "<eos>")]),
@@ -253,7 +255,7 @@ FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 
 KEEPING = dict.fromkeys(("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction"), "keep")
-KEEPING["control_text"] = "neutralise"
+KEEPING |= {"unread": "keep", "unwanted": "keep", "control_text": "neutralise"}
 
 
 @pytest.mark.parametrize("fault", FAULTY)
@@ -275,6 +277,16 @@ def test_a_fault_is_an_error_a_drop_that_is_told_or_kept_and_counted(fault: str,
     else:
         with pytest.raises(ValidationError, match="Input should be 'error' or 'drop'"):
             default_checks(**{fault: "keep"})
+
+
+def test_rows_of_sft_with_a_score_or_a_label_of_another_kind(chat: Chat) -> None:
+    scored = {**qa("q", "a"), "score": 3}
+    with pytest.raises(InputError, match=r"rows.jsonl:1: unread: has a score, which sft does not read, but task"):
+        run(chat, [scored])
+    made = run(chat, [scored, qa("r", "a")], checks={"unread": "keep"})
+    assert made.judged.tally.kept == {"mine": {"unread": 1}} and made.fit == 2
+    other = run(chat, [{**qa("q", "a"), "label": 0}, {**qa("r", "a"), "label": "spam", "score": "high"}])
+    assert other.fit == 2 and not other.judged.tally.kept
 
 
 def test_too_large_a_share_of_dropped_rows_ends_the_stage_after_they_were_written(chat: Chat, tmp_path: Path) -> None:
