@@ -47,11 +47,12 @@ TEXTS = {"text": pa.string(), "kept": pa.string()}  # the row as train.jsonl has
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one file that go to a worker together."""
+    """Rows of one file that go to a worker together. size: characters of theirs, about."""
 
     source: int
     file: int
     rows: list[Row | Unreadable]
+    size: int
 
 
 @dataclass

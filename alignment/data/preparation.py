@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +25,8 @@ from alignment.data.examples import Reading
 from alignment.data.near import WORDLESS, groups
 from alignment.data.sources import Row, Unreadable
 
-ROWS_PER_WORKER = 5000  # fewer are tokenised before a second process is ready
-CHUNK = 200  # rows that go to a worker at a time
+ENOUGH, ENOUGH_TEXT = 10_000, 1 << 23  # rows, characters: fewer are tokenised before other processes are ready
+CHUNK, CHUNK_TEXT = 200, 1 << 22  # rows, characters that go to a worker at a time, or one row that is larger
 AHEAD = 4  # chunks a worker may have waiting
 TOO_LONG = {"long_prompt": "max_prompt_length", "long_row": "max_length"}  # fault -> the limit
 
@@ -119,9 +120,9 @@ def judge(
 def _batches(sources: Sequence[Source], files: list[str]) -> Iterator[tuple[Chunk, Batch]]:
     """What becomes of each chunk, in order; by several processes if there is enough to do. files: is added to."""
     chunks, workers = _chunks(sources, files), len(os.sched_getaffinity(0))
-    first = list(islice(chunks, -(-2 * ROWS_PER_WORKER // CHUNK)))
-    if workers < 2 or sum(len(chunk.rows) for chunk in first) < 2 * ROWS_PER_WORKER:
-        for chunk in chain(first, chunks):
+    first, enough = _first_of(chunks)
+    if workers < 2 or not enough:
+        for chunk in chain(_let_go(first), chunks):
             yield chunk, made_of(chunk, sources[chunk.source].reading)
         return
     # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever. Forked from a
@@ -131,7 +132,7 @@ def _batches(sources: Sequence[Source], files: list[str]) -> Iterator[tuple[Chun
     with ProcessPoolExecutor(workers, context, _become_worker, (readings,)) as pool:
         waiting: deque[tuple[Chunk, Future[Batch]]] = deque()
         try:
-            for chunk in chain(first, chunks):
+            for chunk in chain(_let_go(first), chunks):
                 waiting.append((chunk, pool.submit(_work, chunk)))
                 if len(waiting) > AHEAD * workers:
                     done, future = waiting.popleft()
@@ -144,17 +145,45 @@ def _batches(sources: Sequence[Source], files: list[str]) -> Iterator[tuple[Chun
                 future.cancel()
 
 
+def _first_of(chunks: Iterator[Chunk]) -> tuple[deque[Chunk], bool]:
+    """The first chunks, and whether they are enough for several processes."""
+    first, rows, size = deque[Chunk](), 0, 0
+    for chunk in chunks:
+        first.append(chunk)
+        rows, size = rows + len(chunk.rows), size + chunk.size
+        if rows >= ENOUGH or size >= ENOUGH_TEXT:
+            return first, True
+    return first, False
+
+
+def _let_go(chunks: deque[Chunk]) -> Iterator[Chunk]:
+    """Each is nobody's any more once it is taken."""
+    while chunks:
+        yield chunks.popleft()
+
+
 def _chunks(sources: Sequence[Source], files: list[str]) -> Iterator[Chunk]:
     """Rows in order, by the file; an error of reading comes after the rows before it."""
     for number, source in enumerate(sources):
-        rows: list[Row | Unreadable] = []
+        rows, size = list[Row | Unreadable](), 0
         for row in source.rows:
-            if rows and (len(rows) == CHUNK or row.file != rows[0].file):
-                yield Chunk(number, _numbered(rows[0].file, files), rows)
-                rows = []
+            more = _size(row.value) if isinstance(row, Row) else 0
+            if rows and (len(rows) == CHUNK or size + more > CHUNK_TEXT or row.file != rows[0].file):
+                yield Chunk(number, _numbered(rows[0].file, files), rows, size)
+                rows, size = [], 0
             rows.append(row)
+            size += more
         if rows:
-            yield Chunk(number, _numbered(rows[0].file, files), rows)
+            yield Chunk(number, _numbered(rows[0].file, files), rows, size)
+
+
+def _size(value: Any) -> int:
+    """Characters of a value, about."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 1
 
 
 def _numbered(file: str, files: list[str]) -> int:

@@ -204,7 +204,7 @@ def test_workers_find_what_one_finds(chat: Chat, monkeypatch: pytest.MonkeyPatch
     ]
     reports = []
     for name, rows in (("one", 5000), ("several", 10)):
-        monkeypatch.setattr(preparation, "ROWS_PER_WORKER", rows)
+        monkeypatch.setattr(preparation, "ENOUGH", rows)
         monkeypatch.setattr(preparation, "CHUNK", 7)
         (tmp_path / name).mkdir()
         run(chat, values, heldout=4, folder=tmp_path / name, **LONG)

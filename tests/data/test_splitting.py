@@ -139,7 +139,7 @@ def test_a_mixture_is_the_same_with_any_number_of_workers(chat: Chat, monkeypatc
     data = {name: [qa(f"{name}{i}", "x") for i in range(size)] for name, size in (("a", 40), ("b", 30))}
     shares = [Share(weight=1.0), Share(weight=2.0, epochs=2.0)]
     _, alone = mix(chat, data, shares=shares, heldout=4, prompts=3)
-    monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 10)
+    monkeypatch.setattr(preparation, "ENOUGH", 20)
     monkeypatch.setattr(preparation, "CHUNK", 7)
     monkeypatch.setattr(preparation, "made_of", None)  # here; the workers have their own
     _, several = mix(chat, data, shares=shares, heldout=4, prompts=3)
