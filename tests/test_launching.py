@@ -52,3 +52,11 @@ def test_of_a_sweep_the_doomed_point_is_refused_and_the_same_look_is_not_had_twi
     other = [*settings, "stage.prepare_sft.max_length=96", "stage.sft.learning_rate=1e-3"]
     done = command(tmp_path / "store", "run", *other)
     assert LOOKS not in done.stdout + done.stderr, "another learning rate changes nothing that is looked at"
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_not_looked_at_names_itself_where_its_adapters_have_no_modules(
+    tmp_path: Path, short_settings: list[str], command: Command
+) -> None:
+    done = command(tmp_path / "store", "run", *short_settings, "stage.sft.lora.target_modules=[q_porj]", code=2)
+    assert "stage.sft.lora.target_modules: the model has no linear layer `q_porj`" in done.stderr
