@@ -53,22 +53,28 @@ def is_estimated(config: Any) -> bool:
 
 
 def tensors_of(config: Any, settings: Stage) -> dict[str, int]:
-    """Numbers in each weight of the model that this stage trains or makes, by name; tied ones once. A model without
-    storage is made of the configuration. Raises InputError if transformers itself has no such architecture."""
-    return _tensors(str(config.to_json_string()), isinstance(settings, RewardModel))
+    """Numbers in each weight of the model that this stage trains or makes, by name; tied ones once. Raises InputError
+    if transformers itself has no such architecture."""
+    model = without_storage(config, isinstance(settings, RewardModel))
+    return {name: weight.numel() for name, weight in model.named_parameters()}
+
+
+def without_storage(config: Any, classifies: bool = False) -> Any:
+    """A model of this transformers configuration whose weights have shapes alone, not to be changed; classifies: with
+    one output, as a reward model. Raises InputError if transformers itself has no such architecture."""
+    return _made(str(config.to_json_string()), classifies)
 
 
 @lru_cache(maxsize=8)
-def _tensors(text: str, classifies: bool) -> dict[str, int]:
+def _made(text: str, classifies: bool) -> Any:
     config = AutoConfig.for_model(**{**json.loads(text), **({"num_labels": 1} if classifies else {})})
     auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=False)
+            return auto.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever an architecture asks of its configuration
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"transformers cannot make this model: {first}", where="model.source") from error
-    return {name: weight.numel() for name, weight in model.named_parameters()}
 
 
 def footprints_of(experiment: Experiment, name: str, seen: Mapping[str, Lengths]) -> Footprints:
