@@ -294,7 +294,7 @@ def _estimate(name: str, experiment: Experiment, seen: tuple[Any, ...], config: 
         return
     settings = experiment.stage[experiment.pipeline.nodes[name].stage]
     assert isinstance(settings, Prepare)
-    for finding in telling.findings(experiment, name, samples.sample_of(experiment, settings, *seen), config, timed):
+    for finding in telling.findings(experiment, name, samples.known_rows(experiment, settings, *seen), config, timed):
         _tell(**finding)
 
 

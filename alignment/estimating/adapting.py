@@ -5,50 +5,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignment.config.schema import Experiment
 from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Train
 from alignment.data.adapters import check_fits
-from alignment.errors import ConfigError, Finding, InputError
+from alignment.errors import ConfigError, Finding
+from alignment.estimating.sizes import without_storage
 from alignment.training.model import lora_config
 
 
 def check_start_adapter(config: Any, folder: Path) -> None:
     """config: a transformers configuration of the model that it is merged into. Raises InputError."""
-    check_fits(_without_storage(config), folder)
+    check_fits(copy.deepcopy(without_storage(config)), folder)  # puts the adapter on it
 
 
 def findings(experiment: Experiment, config: Any, only: Sequence[str] | None = None) -> Iterator[Finding]:
     """Of stages whose adapters are to be put on modules that the model does not have. only: nodes that are still to be
     made; None: all. Raises InputError if transformers itself has no such architecture."""
-    model = cache(lambda classifies: _without_storage(config, classifies))
     for name, node in experiment.pipeline.nodes.items():
         settings = experiment.stage[node.stage]
         if not isinstance(settings, Train) or settings.lora is None or (only is not None and name not in only):
             continue
         try:  # of weights in 4 bits the modules have the same names
             lora = settings.lora.model_copy(update={"quantize": None})
-            lora_config(lora, model(isinstance(settings, RewardModel)))
+            lora_config(lora, without_storage(config, isinstance(settings, RewardModel)))
         except ConfigError as error:
             told = {"check": f"adapters {name}", "state": "failed", "what": error.what, "code": error.exit_code}
             yield {**told, "where": f"stage.{node.stage}.{error.where}", "fix": error.fix}
-
-
-def _without_storage(config: Any, classifies: bool = False) -> Any:
-    config = copy.deepcopy(config)
-    if classifies:
-        config.num_labels = 1
-    auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever an architecture asks of its configuration
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"transformers cannot make this model: {first}", where="model.source") from error

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,19 @@ import pytest
 from pydantic import ValidationError
 
 from alignment.data import preparation
-from alignment.data.batches import key_of
+from alignment.data.batches import Batch, Chunk, key_of, made_of
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
-from alignment.data.sources import read
+from alignment.data.examples import Reading
+from alignment.data.named import reading_of
+from alignment.data.preparation import Source, judge
+from alignment.data.sources import Row, read
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl
 from tests.conftest import default_checks
 
 from .conftest import assistant, make_tokenizer, user
-from .preparing import mix, qa, run
+from .preparing import mix, qa, run, settings
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +112,7 @@ def test_rows_keep_their_own_ids_only_if_they_tell_them_apart(chat: Chat) -> Non
 def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [qa(f"question {number % 70}", "a" * (number % 45)) for number in range(90)]
     alone = run(chat, values, heldout=5, prompts=5)
-    monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 10)
+    monkeypatch.setattr(preparation, "ENOUGH", 20)
     monkeypatch.setattr(preparation, "CHUNK", 7)
     monkeypatch.setattr(preparation, "made_of", None)  # here; the workers have their own
     several = run(chat, values, heldout=5, prompts=5)
@@ -117,6 +122,49 @@ def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.M
     values[80] = {"prompt": None, "completion": "a"}
     with pytest.raises(InputError, match=r"rows.jsonl:51: "):
         run(chat, values)
+
+
+def test_chunks_end_by_their_text_too_whatever_is_made_of_them(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 2 to 2000 characters; a chunk holds 200 rows, or 4 MB of text: here 7 rows, or 100 characters."""
+    values = [qa(f"q{number}", "a" * (1, 40, 2000)[number % 3]) for number in range(60)]
+    values.append({"messages": [user("q"), *([assistant("a"), user("r")] * 60), assistant("a")]})
+    whole, sizes = run(chat, values, heldout=3, max_length=100), list[list[int]]()
+
+    def noted(chunk: Chunk, reading: Reading) -> Batch:
+        sizes.append([len(json.dumps(row.value)) for row in chunk.rows if isinstance(row, Row)])
+        return made_of(chunk, reading)
+
+    for name, value in (("CHUNK", 7), ("CHUNK_TEXT", 100), ("made_of", noted)):
+        monkeypatch.setattr(preparation, name, value)
+    parts = run(chat, values, heldout=3, max_length=100)
+    assert len(sizes) > 40 and all(len(chunk) == 1 or sum(chunk) < 100 + 60 * len(chunk) for chunk in sizes)
+    for name, value in (("ENOUGH_TEXT", 500), ("made_of", None)):  # not here: the workers have their own
+        monkeypatch.setattr(preparation, name, value)
+    several = run(chat, values, heldout=3, max_length=100)
+    assert whole.rows == parts.rows == several.rows and whole.counts == parts.counts == several.counts
+
+
+@pytest.mark.parametrize("enough", [100, 1000])
+def test_rows_are_let_go_once_they_are_prepared(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, enough: int
+) -> None:
+    """By one process or several: at the end but for the last chunks none is alive."""
+    alive, left = list[weakref.ref[Row]](), list[int]()
+
+    def rows() -> Iterator[Row]:
+        for number in range(300):
+            row = Row(qa(f"q{number}", "a"), "rows.jsonl", number, number)
+            alive.append(weakref.ref(row))
+            yield row
+
+    def progress(step: int, total: int, note: str) -> None:
+        left.append(sum(one() is not None for one in alive))
+
+    monkeypatch.setattr(preparation, "CHUNK", 5)
+    monkeypatch.setattr(preparation, "ENOUGH", enough)
+    reading = reading_of(settings(), "auto", {}, default_checks(), chat)
+    judge([Source("mine", rows(), reading, "rows.jsonl")], tmp_path, progress)
+    assert len(alive) == 300 and left[-1] <= 3 * 5
 
 
 def scored(question: str, answer: str, score: float) -> dict[str, Any]:
@@ -241,6 +289,8 @@ def test_columns_name_what_the_rows_call_otherwise(chat: Chat) -> None:
 FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "malformed": ("sft", [qa("q", "a"), {"prompt": "q", "completion": None}]),
     "unknown_format": ("sft", [qa("q", "a"), {"question": "q", "completion": "a"}]),
+    "unread": ("sft", [qa("q", "a"), {"messages": [user("r"), {**assistant("a"), "thought": "t"}]}]),
+    "unwanted": ("sft", [{**qa("q", "a"), "label": True}, {**qa("r", "a"), "label": False}]),
     "no_answer": ("sft", [qa("q", "a"), {"messages": [user("r")]}]),
     "empty_answer": ("sft", [qa("q", "a"), qa("r", " ")]),
     "control_text": ("sft", [qa("q", "a"), qa("<eos>", "<eos>")]),
@@ -253,7 +303,7 @@ FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 
 KEEPING = dict.fromkeys(("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction"), "keep")
-KEEPING["control_text"] = "neutralise"
+KEEPING |= {"unread": "keep", "unwanted": "keep", "control_text": "neutralise"}
 
 
 @pytest.mark.parametrize("fault", FAULTY)
@@ -275,6 +325,16 @@ def test_a_fault_is_an_error_a_drop_that_is_told_or_kept_and_counted(fault: str,
     else:
         with pytest.raises(ValidationError, match="Input should be 'error' or 'drop'"):
             default_checks(**{fault: "keep"})
+
+
+def test_rows_of_sft_with_a_score_or_a_label_of_another_kind(chat: Chat) -> None:
+    scored = {**qa("q", "a"), "score": 3}
+    with pytest.raises(InputError, match=r"rows.jsonl:1: unread: has a score, which sft does not read, but task"):
+        run(chat, [scored])
+    made = run(chat, [scored, qa("r", "a")], checks={"unread": "keep"})
+    assert made.judged.tally.kept == {"mine": {"unread": 1}} and made.fit == 2
+    other = run(chat, [{**qa("q", "a"), "label": 0}, {**qa("r", "a"), "label": "spam", "score": "high"}])
+    assert other.fit == 2 and not other.judged.tally.kept
 
 
 def test_too_large_a_share_of_dropped_rows_ends_the_stage_after_they_were_written(chat: Chat, tmp_path: Path) -> None:

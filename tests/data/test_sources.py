@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 import threading
@@ -354,3 +355,36 @@ def test_300_mb_of_rows_take_less_than_100_mb_of_memory(kind: str, tmp_path: Pat
     count, growth = done.stdout.split()
     print(kind, growth)
     assert int(count) == rows and float(growth) < 100, growth
+
+
+OWN = """
+import sys
+from alignment.data.sources import read
+import pyarrow.parquet
+
+def own():  # MB of the process's own; of a map it is the system that keeps what it has room for
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+before = own()
+seen = [own() for count, _ in enumerate(read(sys.argv[1])) if count % 1000 == 999]
+print(len(seen), max(seen) - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["group.parquet", "file.arrow", "stream.arrow"])
+def test_114_mb_in_one_row_group_take_less_than_64_mb_of_memory(kind: str, tmp_path: Path) -> None:
+    """60,000 rows that cannot be compressed, as pyarrow writes them: by default up to a million in a row group."""
+    columns = {name: [os.urandom(475).hex() for _ in range(60_000)] for name in ("prompt", "completion")}
+    table, path = pyarrow.table(columns), tmp_path / kind
+    if kind == "group.parquet":
+        parquet.write_table(table, path)
+        assert parquet.read_metadata(path).num_row_groups == 1
+    else:
+        with (ipc.new_file if kind == "file.arrow" else ipc.new_stream)(path, table.schema) as writer:
+            writer.write_batch(table.to_batches()[0])
+    assert path.stat().st_size > 114e6
+    done = subprocess.run([sys.executable, "-c", OWN, str(path)], capture_output=True, text=True, check=True)
+    thousands, growth = done.stdout.split()
+    assert thousands == "60" and float(growth) < 64, growth
