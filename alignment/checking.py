@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -149,7 +149,10 @@ def findings(
         yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
         return
     yield from _tracker(experiment)
-    yield from _data(experiment, ROWS, fit="look", estimate=estimate, timed=timed, only=only)
+    fresh = [node.name for node in run.nodes] if only is None else only
+    stored = {node.name: str(run.store.result(node.key)) for node in run.nodes if node.name not in fresh}
+    more: dict[str, Any] = {"estimate": estimate, "timed": timed, "only": only, "stored": stored}
+    yield from _data(experiment, ROWS, fit="look", **more)
 
 
 def _finding(check: str, state: str, what: str, **more: Any) -> Finding:
@@ -195,16 +198,20 @@ def _data(
     estimate: bool = False,
     timed: dict[str, Any] | None = None,
     only: Sequence[str] | None = None,
+    stored: Mapping[str, str] | None = None,
     dropped: Path | None = None,
 ) -> Iterator[Finding]:
     """rows: of each data set; None: all of them. show: of each stage's rows, token by token. fit: look whether
-    memory and disk are enough; `suggest`: and what would help. estimate, timed, only: as of `findings`. dropped: as of
-    `check_data`."""
+    memory and disk are enough; `suggest`: and what would help. estimate, timed, only: as of `findings`. stored:
+    node -> result, of those that the store has, whose sources are read no more. dropped: as of `check_data`."""
     nodes = experiment.pipeline.nodes
     stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
-    prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]
+    stored = stored or {}
+    reading = {name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets}
+    prepare = [name for name in nodes if name in reading - stored.keys()]
     order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize, "show": show}
-    order |= {"fit": fit, "estimate": estimate, "timed": timed or {}, "only": only, "dropped": dropped and str(dropped)}
+    order |= {"fit": fit, "estimate": estimate, "timed": timed or {}, "only": only, "stored": stored}
+    order["dropped"] = dropped and str(dropped)
     with tempfile.TemporaryDirectory(prefix=".check-", dir=_room(experiment)) as folder:
         path = Path(folder) / "order.json"
         write_json(path, order)

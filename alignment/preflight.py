@@ -19,7 +19,7 @@ import numpy as np
 from alignment.config.data_checks import FAULTS
 from alignment.config.schema import Experiment
 from alignment.config.sources import HubSource, PathSource
-from alignment.config.stages.preparing import Prepare
+from alignment.config.stages.preparing import ImportModel, Prepare
 from alignment.errors import AlignmentError, InputError, unusable
 from alignment.files import program, read_json, remove, write_lines
 from alignment.imports import kept
@@ -65,12 +65,12 @@ def main(arguments: list[str]) -> int:
     order = read_json(Path(arguments[0]))
     experiment = Experiment.model_validate(order["experiment"])
     with _told("model"):
-        start = _model(experiment)
+        start = _start(experiment, order["stored"])
         if order["fit"] == "look":
             with _told("adapters", guess=True):
-                _adapters(experiment, start, order.get("only"))
+                _adapters(experiment, start, order)
             with _told("reward"):
-                _rewards(experiment, order.get("only"))
+                _rewards(experiment, order["only"])
         seen: dict[str, Lengths] = {}
         room = Path(arguments[0]).parent
         for name in order["prepare"]:
@@ -78,10 +78,16 @@ def main(arguments: list[str]) -> int:
                 looked = _data(name, experiment, start, order, folder)
                 seen[name] = looked.lengths
                 _answers(experiment, start, {name: looked.prompts}, order)
+        for name, folder in _prepared(experiment, order["stored"]).items():
+            with _told(f"data {name}", guess=True):
+                looked = _stored(experiment, name, folder, start, order["rows"])
+                seen[name] = looked.lengths
+                _answers(experiment, start, {name: looked.prompts}, order)
         if order["dropped"]:
             with _told("dropped"):
                 _write_dropped([room / f"rows-{name}" for name in order["prepare"]], Path(order["dropped"]))
-        _answers(experiment, start, dict.fromkeys(experiment.pipeline.nodes.keys() - order["prepare"]), order)
+        unknown = experiment.pipeline.nodes.keys() - {*order["prepare"], *_prepared(experiment, order["stored"])}
+        _answers(experiment, start, dict.fromkeys(unknown), order)
         if order["fit"]:
             with _told("memory", guess=True):
                 _fit(experiment, start.config, seen, order)
@@ -120,7 +126,7 @@ def _fit(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], order
     if config is None or not fitting.is_estimated(config):
         _tell("memory", "note", "is not estimated: the start model has no configuration of a decoder with attention")
         return
-    how = order["fit"] == "suggest", order.get("only")
+    how = order["fit"] == "suggest", order["only"]
     for finding in fitting.findings(experiment, config, seen, *how):
         _tell(**finding)
 
@@ -147,6 +153,39 @@ def _told(check: str, guess: bool = False) -> Iterator[None]:
         _tell(check, "note", f"is not estimated: {type(error).__name__}: {first}")
 
 
+def _start(experiment: Experiment, stored: Mapping[str, str]) -> Start:
+    """The start model; of one that the store has, as it was imported, nothing is told. Raises AlignmentError."""
+    if (folder := _imported(experiment, stored)) is None:
+        return _model(experiment)
+    config = config_of(folder)
+    return Start(Chat.load(folder), config, _window(config))
+
+
+def _imported(experiment: Experiment, stored: Mapping[str, str]) -> Path | None:
+    """The start model in the store."""
+    kinds = {name: experiment.stage[experiment.pipeline.nodes[name].stage] for name in stored}
+    return next((Path(stored[name]) / "model" for name in kinds if isinstance(kinds[name], ImportModel)), None)
+
+
+def _window(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+
+
+def _prepared(experiment: Experiment, stored: Mapping[str, str]) -> dict[str, Path]:
+    """Nodes whose rows the store has, with their folders."""
+    stages = {name: experiment.stage[experiment.pipeline.nodes[name].stage] for name in stored}
+    return {name: Path(stored[name]) for name, settings in stages.items() if isinstance(settings, Prepare)}
+
+
+def _stored(experiment: Experiment, name: str, folder: Path, start: Start, most: int) -> Looked:
+    with kept():
+        from alignment.estimating import stored
+    settings = experiment.stage[experiment.pipeline.nodes[name].stage]
+    assert isinstance(settings, Prepare)
+    lengths = stored.lengths_of(folder, settings.task, most, SOME)
+    return Looked(lengths, stored.prompts_of(folder, start.chat.tokenizer, most))
+
+
 def _model(experiment: Experiment) -> Start:
     """Files, tokenizer, tokens, template, vocabulary and window of the start model. Raises AlignmentError."""
     settings = experiment.model
@@ -163,7 +202,7 @@ def _model(experiment: Experiment) -> Start:
     if rows := getattr(text, "vocab_size", None):
         check_vocabulary(tokenizer, int(rows), name)
         _tell("vocabulary", "ok", f"{len(tokenizer)} tokens, {rows} rows of the embedding")
-    window = getattr(text, "max_position_embeddings", None) or None
+    window = _window(made)
     _windows(experiment, window)
     return Start(Chat(tokenizer, name), made, window)
 
@@ -186,14 +225,14 @@ def _answers(
         return
     for name in windows.asking(experiment):
         data = experiment.pipeline.nodes[name].inputs["data"]
-        if data in prompts and (order.get("only") is None or name in order["only"]):
+        if data in prompts and (order["only"] is None or name in order["only"]):
             _tell(**windows.finding(experiment, name, start.window, prompts[data]))
 
 
-def _adapters(experiment: Experiment, start: Start, only: Sequence[str] | None) -> None:
+def _adapters(experiment: Experiment, start: Start, order: dict[str, Any]) -> None:
     """Whether the start model has the modules that adapters are put on: its own adapter's, and those of stages still to
-    be made. only: these; None: all. Raises AlignmentError."""
-    own = experiment.model.adapter
+    be made. Raises AlignmentError."""
+    own = None if _imported(experiment, order["stored"]) else experiment.model.adapter
     if own is None and not any(getattr(settings, "lora", None) for settings in experiment.stage.values()):
         return
     with kept():  # a second of imports, which other looks need not wait for
@@ -202,7 +241,7 @@ def _adapters(experiment: Experiment, start: Start, only: Sequence[str] | None) 
         folder = fetch(own)
         adapting.check_start_adapter(start.config, folder)
         _tell("adapters", "ok", f"{folder} fits the start model")
-    for finding in adapting.findings(experiment, start.config, only):
+    for finding in adapting.findings(experiment, start.config, order["only"]):
         _tell(**finding)
 
 

@@ -97,3 +97,22 @@ def test_a_stage_that_was_not_looked_at_names_itself_where_its_adapters_have_no_
 ) -> None:
     done = command(tmp_path / "store", "run", *short_settings, "stage.sft.lora.target_modules=[q_porj]", code=2)
     assert "stage.sft.lora.target_modules: the model has no linear layer `q_porj`" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_the_store_has_is_looked_at_no_more_but_its_rows_are_known(
+    tmp_path: Path, short_settings: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["stage.sft.max_steps=1", "stage.sft.global_batch_size=2"]
+    command(tmp_path / "store", "run", *short_settings, *few)
+    at, folder = short_settings.index("--config-dir"), short_settings[short_settings.index("--config-dir") + 1]
+    settings = [*short_settings[:at], *short_settings[at + 2 :], *few, f"store={tmp_path / 'store'}"]
+    run = Run(compose([*settings, "stage.sft.learning_rate=1e-3"], (Path(folder),)), "")
+    found = {}
+    for only in (["sft"], [node.name for node in run.nodes]):
+        found[len(only)] = {one["check"]: one for one in checking.findings(run, only=only)}
+    again, first = found[1], found[3]
+    assert {"template", "vocabulary", "data rows"} == first.keys() - again.keys() - {"window"}
+    known, read = again["memory sft"], first["memory sft"]
+    assert known["facts"]["scored"] == read["facts"]["scored"] and known["facts"]["total"] == read["facts"]["total"]
+    assert "not there yet" not in known["what"]

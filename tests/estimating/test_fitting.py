@@ -129,7 +129,7 @@ def test_the_preflight_judges_by_the_room_that_the_hardware_has(
     small = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
     settings = within(["pipeline=sft", *tiny_settings, *small], 10**6)
     order = {"experiment": compose(settings).model_dump(), "prepare": ["rows"]}
-    order |= {"rows": 100, "show": 0, "fit": "look", "estimate": False, "dropped": None}
+    order |= {"rows": 100, "show": 0, "fit": "look", "estimate": False, "dropped": None, "stored": {}, "only": None}
     (tmp_path / "order.json").write_text(json.dumps(order))
     assert preflight.main([str(tmp_path / "order.json")]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
