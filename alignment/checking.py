@@ -28,6 +28,7 @@ from alignment.pipeline.runner import Run
 
 ROWS = 2000  # of each data set, unless it is the data that is checked
 SECONDS = 3.0  # for the tracker's server to answer
+ENDS = 5.0  # for a process to end that was asked to
 MARKS = {"ok": "✓", "note": " ", "warning": "!", "failed": "✗"}
 
 
@@ -204,7 +205,7 @@ def _data(
     prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]
     order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize, "show": show}
     order |= {"fit": fit, "estimate": estimate, "timed": timed or {}, "only": only, "dropped": dropped and str(dropped)}
-    with tempfile.TemporaryDirectory(prefix="alignment-check-") as folder:
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=_room(experiment)) as folder:
         path = Path(folder) / "order.json"
         write_json(path, order)
         command = [sys.executable, "-m", "alignment.preflight", str(path)]
@@ -213,16 +214,35 @@ def _data(
             assert process.stdout is not None
             try:
                 yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
-            finally:
+                process.wait()
+            finally:  # nobody may read on, and it have hours of rows before it
                 process.stdout.close()
-                if process.poll() is None:
-                    process.wait()
+                _end(process)
             if process.returncode:
                 errors.seek(0)
                 last = (errors.read().strip().splitlines() or ["without a word"])[-1]
                 what = f"the look at model and data ended with code {process.returncode}: {last}"
                 fix = f"try {program('alignment')} plan, and the stage itself"
                 yield _finding("model", "failed", what, fix=fix, code=1)
+
+
+def _room(experiment: Experiment) -> Path | None:
+    """Where tables of rows may lie, which are as large as the data: the store if it is there, else where the system
+    keeps temporary files."""
+    root = Path(experiment.store)
+    return root if root.is_dir() and os.access(root, os.W_OK | os.X_OK) else None
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ask it to end, if it has not, and make it."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(ENDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def say(finding: Finding, out: Callable[[str], None] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a run would meet, looked at before it begins: `python -m alignment.preflight <order.json>`.
+"""What a run would meet, looked at before it begins: `python -m alignment.preflight <folder>/order.json`.
 
 No weights are read and nothing is trained: a login node can do it. Each finding is a line of JSON on stdout, as soon as
 it is known: check, state (ok, warning, failed), what, where, fix. The command line shows them (alignment/checking.py).
@@ -7,9 +7,8 @@ it is known: check, state (ok, warning, failed), what, where, fix. The command l
 from __future__ import annotations
 
 import json
-import os
+import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -62,6 +61,7 @@ class Looked(NamedTuple):
 
 
 def main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and workers with it
     order = read_json(Path(arguments[0]))
     experiment = Experiment.model_validate(order["experiment"])
     with _told("model"):
@@ -72,15 +72,15 @@ def main(arguments: list[str]) -> int:
             with _told("reward"):
                 _rewards(experiment, order.get("only"))
         seen: dict[str, Lengths] = {}
-        with tempfile.TemporaryDirectory(prefix=".rows-", dir=_room(experiment)) as room:
-            for name in order["prepare"]:
-                with _told(f"data {name}"), _folder(Path(room) / name) as folder:
-                    looked = _data(name, experiment, start, order, folder)
-                    seen[name] = looked.lengths
-                    _answers(experiment, start, {name: looked.prompts}, order)
-            if order["dropped"]:
-                with _told("dropped"):
-                    _write_dropped([Path(room) / name for name in order["prepare"]], Path(order["dropped"]))
+        room = Path(arguments[0]).parent
+        for name in order["prepare"]:
+            with _told(f"data {name}"), _folder(room / f"rows-{name}") as folder:
+                looked = _data(name, experiment, start, order, folder)
+                seen[name] = looked.lengths
+                _answers(experiment, start, {name: looked.prompts}, order)
+        if order["dropped"]:
+            with _told("dropped"):
+                _write_dropped([room / f"rows-{name}" for name in order["prepare"]], Path(order["dropped"]))
         _answers(experiment, start, dict.fromkeys(experiment.pipeline.nodes.keys() - order["prepare"]), order)
         if order["fit"]:
             with _told("memory", guess=True):
@@ -88,13 +88,6 @@ def main(arguments: list[str]) -> int:
         if order["estimate"]:
             _unknown(experiment, order["prepare"])
     return 0
-
-
-def _room(experiment: Experiment) -> Path | None:
-    """Where tables of rows may lie, which are as large as the data: the store if it is there, else where the system
-    keeps temporary files."""
-    root = Path(experiment.store)
-    return root if root.is_dir() and os.access(root, os.W_OK | os.X_OK) else None
 
 
 @contextmanager

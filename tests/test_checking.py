@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Command, write_tiny_model
+from tests.conftest import Command, environment, write_tiny_model
 from tests.data.test_adapters import adapter_of
 from tests.data.test_models import write_gguf
 
@@ -144,6 +147,22 @@ def test_rows_that_are_dropped_are_written_to_a_file_of_ones_own(
     done = command(tmp_path / "store", *settings, "--dropped", str(file), code=2)
     assert "there is such a file already" in done.stderr
     assert not list((tmp_path / "store").iterdir()), "the tables are gone again"
+
+
+def test_a_look_that_nobody_waits_for_ends_and_leaves_nothing(tmp_path: Path, tiny_settings: list[str]) -> None:
+    """Though its rows would take minutes."""
+    (tmp_path / "store").mkdir()
+    row = {"messages": [{"role": "user", "content": "q" * 50}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 300_000)
+    settings = ["pipeline=sft", *tiny_settings, f"data.instructions.source.path={tmp_path / 'rows.jsonl'}"]
+    command = [sys.executable, "-m", "alignment.cli", "data", "check", *settings, f"store={tmp_path / 'store'}"]
+    given: dict[str, Any] = {"env": environment(tmp_path / "store"), "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, **given) as process:
+        assert process.stdout is not None and "template" in process.stdout.readline()
+        assert [path.name[:7] for path in (tmp_path / "store").iterdir()] == [".check-"]
+        process.send_signal(signal.SIGINT)
+        process.wait(40)
+    assert not list((tmp_path / "store").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ SHOWN = 5  # rows of each stage, unless --rows says how many
 
 
 def check(arguments: list[str]) -> int:
-    """Look for what would stop a run: settings, packages, store, tracker; the model, its template, window and adapters;
-    rows of each data set; memory, disk and the first loss. It tells also how long training will take."""
+    """Look for what would stop a run, from its settings to its memory, and tell how long it will take.
+
+    Settings, packages, store and tracker; the start model's template, vocabulary, window and adapters; reward models;
+    rows of each data set; time, memory and disk of the stages that train, and DPO's first loss."""
     parser = parser_of("check", "alignment check [setting=value ...] [--suggest | --calibrate]", check)
     what = "run some steps of each stage that trains, on this machine, and estimate its time by them"
     parser.add_argument("--calibrate", action="store_true", help=what)
