@@ -28,6 +28,7 @@ from alignment.data.sources import Row, Unreadable
 ENOUGH, ENOUGH_TEXT = 10_000, 1 << 23  # rows, characters: fewer are tokenised before other processes are ready
 CHUNK, CHUNK_TEXT = 200, 1 << 22  # rows, characters that go to a worker at a time, or one row that is larger
 AHEAD = 4  # chunks a worker may have waiting
+SHARED = "alignment.data.shared"
 TOO_LONG = {"long_prompt": "max_prompt_length", "long_row": "max_length"}  # fault -> the limit
 
 
@@ -128,7 +129,7 @@ def _batches(sources: Sequence[Source], files: list[str]) -> Iterator[tuple[Chun
     # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever. Forked from a
     # process that has imported what they need, they share that memory.
     readings, context = [source.reading for source in sources], get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([SHARED if any(one.checks.languages for one in readings) else __name__])
     with ProcessPoolExecutor(workers, context, _become_worker, (readings,)) as pool:
         waiting: deque[tuple[Chunk, Future[Batch]]] = deque()
         try:
