@@ -20,6 +20,7 @@ from alignment.config.data_checks import FAULTS
 from alignment.config.schema import Experiment
 from alignment.config.sources import PathSource
 from alignment.config.stages.preparing import Prepare
+from alignment.cores import usable
 from alignment.errors import AlignmentError, InputError, unusable
 from alignment.files import read_json
 from alignment.imports import kept
@@ -38,6 +39,7 @@ with kept():
 
 SOME = 8  # rows that a loss is computed of
 LANGUAGES = 5  # named
+WORKERS = 2  # at most: the login node that looks is everybody's
 BIASED = 0.7  # share of pairs whose chosen answer is the longer one, above which it is a warning
 
 
@@ -156,7 +158,7 @@ def _data(
     they are. Raises AlignmentError."""
     (chat, config), data, checks, most = model, experiment.data, experiment.checks, order["rows"]
     sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
-    judged = judge(sources, folder, lambda *a, **k: None)
+    judged = judge(sources, folder, lambda *a, **k: None, min(WORKERS, settings.workers or usable()))
     for one in settings.datasets:
         if not judged.read.get(one):
             raise InputError("has no rows", where=describe(data[one].source))
