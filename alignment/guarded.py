@@ -53,10 +53,15 @@ def renderings(tokenizer: Any, asked: Sequence[tuple[Sequence[Message], bool]], 
     """Of several (messages, prompt), as `render`, within the limits of one. The first message may have `tools`."""
 
     def write(turns: Sequence[Message], prompt: bool) -> str:
-        tools = turns[0].get("tools") if turns else None
-        return str(tokenizer.apply_chat_template(list(turns), tools, tokenize=False, add_generation_prompt=prompt))
+        tools, turns = turns[0].get("tools") if turns else None, [_with_thinking(turn) for turn in turns]
+        return str(tokenizer.apply_chat_template(turns, tools, tokenize=False, add_generation_prompt=prompt))
 
     return guarded(lambda: [write(turns, prompt) for turns, prompt in asked], where)
+
+
+def _with_thinking(turn: Message) -> Message:
+    """With its reasoning under the other name, too, by which gpt-oss' template asks for it."""
+    return {**turn, "thinking": turn["reasoning_content"]} if "reasoning_content" in turn else turn
 
 
 def marked(tokenizer: Any, messages: Sequence[Message], where: str | None) -> tuple[str, list[tuple[int, int]]]:

@@ -29,7 +29,7 @@ from typing import Any
 from bench.summary import spread
 
 ARMS = ("ours", "trl")
-EVERY = 0.05  # seconds between two looks at the memory
+EVERY = 0.5  # seconds between two looks at the memory: a look walks all pages, at the cost of who is looked at
 
 
 def main() -> int:

@@ -20,6 +20,8 @@ class Checks(Settings):
 
     malformed: Unusable = identity()
     unknown_format: Unusable = identity()
+    unread: Action = identity()
+    unwanted: Action = identity()
     template: Unusable = identity()
     no_answer: Unusable = identity()
     empty_answer: Unusable = identity()
@@ -50,6 +52,8 @@ class Checks(Settings):
 FAULTS = {
     "malformed": "is not what its format asks for",
     "unknown_format": "has no known format",
+    "unread": "has a field that nothing reads",
+    "unwanted": "is labelled as an answer that is not wanted",
     "template": "the chat template refuses or rewrites it",
     "no_answer": "has no answer at its end",
     "empty_answer": "has an empty answer",

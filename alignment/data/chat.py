@@ -7,13 +7,13 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import AutoTokenizer
 
 from alignment import guarded
 from alignment.control_tokens import ControlTokens
-from alignment.data.turns import Message
+from alignment.data.turns import REASONING, Message, answers_of
 from alignment.errors import InputError
 
 CLOCK = "strftime_now"  # what transformers gives a template to print today's date with
@@ -28,7 +28,7 @@ TAIL, TAILS = 64, 1000  # characters between a control token and an answer that 
 
 @dataclass(frozen=True)
 class Answer:
-    """One assistant turn of a rendered conversation: text[:start] is the prompt, text[start:end] the answer with its
+    """One answer of a rendered conversation: text[:start] is the prompt, text[start:end] the answer with its
     end-of-turn token. Both in characters.
     """
 
@@ -119,13 +119,13 @@ class Chat:
         return self.control.hidden(messages)
 
     def answers(self, messages: list[Message], where: str) -> tuple[str, list[Answer]]:
-        """The rendered conversation and its assistant turns, cut where the template itself cuts.
+        """The rendered conversation and its answers (`turns.answers_of`), cut where the template itself cuts.
 
         Rendering the turns before an answer must give a prefix of rendering them with it, and so on to the end: else
         the template rewrites history, and what is trained is not what is asked at generation. Raises InputError.
         """
         hidden = self._hidden(messages)
-        numbers = [number for number, message in enumerate(hidden) if message["role"] == "assistant"]
+        numbers = answers_of(hidden)
         prompts = [(hidden[:number], True) for number in numbers]
         through = [(hidden[: number + 1], False) for number in numbers if number + 1 < len(hidden)]
         text, *parts = guarded.renderings(self.tokenizer, [(hidden, False), *prompts, *through], where)
@@ -135,7 +135,7 @@ class Chat:
                 turn = f"{message['role']} turn {message['content'][:40]!r}"
                 what = f"the chat template leaves out or rewrites the {turn}"
                 raise InputError(what, where=where, fix="set model.chat_template to one that renders every turn")
-        self._check_tools(hidden, text, where)
+        self._check_beside(hidden, text, where)
         answers = []
         for number, before, upto in zip(numbers, befores, uptos, strict=False):
             if not (upto.startswith(before) and text.startswith(upto)):
@@ -150,10 +150,13 @@ class Chat:
             answers.append(Answer(len(before), end + len(self.eos)))
         return text, answers
 
-    def _check_tools(self, messages: list[Message], text: str, where: str) -> None:
-        """Raises InputError where the template has no place for what tools there are, what is called, or with what:
-        then it writes the same without them."""
-        for what, key in (("tools", "tools"), ("calls of tools", "tool_calls")):
+    def _check_beside(self, messages: list[Message], text: str, where: str) -> None:
+        """Raises InputError where the template has no place for reasoning, for what tools there are, what is called, or
+        with what: then it writes the same without them. Some write the reasoning of the last turn alone."""
+        for number, message in enumerate(messages, start=1):
+            if message.get(REASONING, "").strip() not in text:
+                self._leaves_out(f"reasoning of turn {number}", where)
+        for what, key in (("tools", "tools"), ("calls of tools", "tool_calls"), ("reasoning", REASONING)):
             if any(key in message for message in messages):
                 bare = [{name: value for name, value in message.items() if name != key} for message in messages]
                 self._must_differ(bare, text, what, where)
@@ -163,8 +166,11 @@ class Chat:
 
     def _must_differ(self, bare: list[Message], text: str, what: str, where: str) -> None:
         if guarded.render(self.tokenizer, bare, where) == text:
-            told = f"the chat template leaves out the {what}"
-            raise InputError(told, where=where, fix="set model.chat_template to one that renders tools")
+            self._leaves_out(what, where)
+
+    def _leaves_out(self, what: str, where: str) -> NoReturn:
+        fix = f"set model.chat_template to one that has a place for {what.split()[0]}"
+        raise InputError(f"the chat template leaves out the {what}", where=where, fix=fix)
 
     def check(self, *, needs_bos: bool) -> list[str]:
         """The template on small conversations: it ends answers with the end-of-turn token, and begins the text once.

@@ -41,6 +41,9 @@ class Policy:
             raise Drop(fault, why)
         self.kept.setdefault(fault, why)  # keep, or neutralise
 
+    def keeps(self, fault: str) -> bool:
+        return getattr(self.checks, fault, "drop") not in ("error", "drop")
+
     def passed(self) -> dict[str, str]:
         """What was kept since the last call, each once, and why."""
         kept, self.kept = self.kept, {}
@@ -148,7 +151,7 @@ def summed(counts: Counts) -> dict[str, int]:
 def turn_faults(messages: list[Message]) -> Iterator[str]:
     """Of what should be an optional system turn, then user and assistant in turn, an answer last, nothing empty."""
     turns = messages[1:] if messages[0]["role"] == "system" else messages
-    if not turns or turns[-1]["role"] != "assistant":
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
         yield "no_answer"
     if not _alternate(turns):
         yield "turn_order"
@@ -174,7 +177,11 @@ def prompt_key(messages: list[Message]) -> str:
     return "\n".join(f"{m['role']}: {' '.join(said(m).split()).casefold()}" for m in messages)
 
 
-def opening(messages: list[Message]) -> str:
-    """The key of what is asked before the first answer: conversations that share it count as the same prompt."""
-    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-    return prompt_key(messages[:first])
+def opening(prompt: list[Message]) -> str:
+    """The key of what is asked before the first answer: conversations that share it count as the same prompt.
+
+    prompt: the turns before the last answer. What the assistant says before anything is asked belongs to the opening.
+    """
+    asked = next((number for number, turn in enumerate(prompt) if turn["role"] == "user"), len(prompt))
+    answered = (number for number in range(asked, len(prompt)) if prompt[number]["role"] == "assistant")
+    return prompt_key(prompt[: next(answered, len(prompt))])

@@ -18,7 +18,7 @@ from alignment.data.personal import personal
 from alignment.data.ranking import candidates, choose
 from alignment.data.shortening import shortened
 from alignment.data.sources import Row, Unreadable
-from alignment.data.turns import ROLES, Message, message, said, text, words
+from alignment.data.turns import Message, answers_of, message, said, text, unread, words
 from alignment.errors import InputError
 from alignment.guarded import OverLimit
 
@@ -46,12 +46,19 @@ class Example:
     kept: dict[str, str] = field(default_factory=dict)
     personal: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def turns(self) -> list[Message]:
+        return [*self.prompt, self.answer, *([self.rejected] if self.rejected else [])]
+
     def said(self, *roles: str) -> str:
-        """All texts of these roles; the answers are the assistant's, a text without turns is everybody's."""
-        if self.form == "text":
-            return str(self.answer["content"])
-        turns = [*self.prompt, self.answer, *([self.rejected] if self.rejected else [])]
-        return "\n".join(turn["content"] for turn in turns if turn["role"] in roles)
+        """All that these roles say, and call, but not what tools there are: many rows have the same. The answers are
+        the assistant's, a text without turns is everybody's."""
+        turns = [turn for turn in self.turns if turn["role"] in roles or self.form == "text"]
+        return "\n".join(word for turn in turns for word in words(turn, "tools"))
+
+    def texts(self) -> str:
+        """All texts of all turns, those of tools too."""
+        return "\n".join(word for turn in self.turns for word in words(turn))
 
     def text(self) -> dict[str, Any]:
         """The row as train.jsonl has it, but for its id."""
@@ -95,10 +102,12 @@ def examples(row: Row | Unreadable, reading: Reading) -> list[Example | Dropped]
             if form not in FORMATS[reading.task]:
                 what = f"rows of the format {form!r} cannot be prepared for the task {reading.task!r}"
                 raise InputError(what, where=row.where, fix=WANTED)
+        _check_read(given, reading.task, policy)
+        before = policy.passed()
         parts = _parts(given, form, reading, policy)
     except Drop as drop:
         return [Dropped(row, drop.fault, drop.why)]
-    return [_example(part, row, form, reading) for part in parts]
+    return [_example(part, row, form, reading, before) for part in parts]
 
 
 def _unreadable(row: Unreadable, policy: Policy) -> Dropped:
@@ -119,6 +128,19 @@ def _as(fault: str, policy: Policy, row: Row) -> Iterator[None]:
         if getattr(policy.checks, fault) == "error":
             raise
         policy.meet(fault, row, error.what)
+
+
+def _check_read(row: Row, task: str, policy: Policy) -> None:
+    """That nothing which the row says of itself is passed over. Raises InputError or Drop."""
+    if task == "sft" and row.value.get("label") is False:
+        policy.meet(
+            "unwanted", row, "has the label false: its answer is not wanted; task=unpaired learns from such, too"
+        )
+    if task == "sft" and finite(row, "score") is not None:
+        why = "has a score, which sft does not read, but task=scored does; kept, it is trained on whatever its score"
+        policy.meet("unread", row, why)
+    if odd := unread(row):
+        policy.meet("unread", row, f"{odd}, which nothing reads; kept, it is trained on without that")
 
 
 # --- several of one row -----------------------------------------------------------------------------------------------
@@ -175,8 +197,9 @@ def _part(row: Row, name: str, value: dict[str, Any]) -> Row:
 # --- one example ------------------------------------------------------------------------------------------------------
 
 
-def _example(part: Row, row: Row, form: str, reading: Reading) -> Example | Dropped:
-    """part: the row, or what stands for it now. Raises InputError for a fault that is an error."""
+def _example(part: Row, row: Row, form: str, reading: Reading, before: Mapping[str, str]) -> Example | Dropped:
+    """part: the row, or what stands for it now. before: faults that it is kept with so far. Raises InputError for a
+    fault that is an error."""
     policy = Policy(reading.checks)
     try:
         try:
@@ -189,7 +212,7 @@ def _example(part: Row, row: Row, form: str, reading: Reading) -> Example | Drop
             raise
     except Drop as drop:
         return Dropped(row, drop.fault, drop.why)
-    made.kept = policy.passed()
+    made.kept = {**before, **policy.passed()}
     return made
 
 
@@ -203,7 +226,7 @@ def _check_personal(made: Example, row: Row, policy: Policy) -> None:
     """Raises InputError or Drop. What it holds is told by the kind alone."""
     if policy.checks.personal is None:
         return
-    found = personal(made.said(*ROLES))
+    found = personal(made.texts())
     made.personal = {kind: many for kind, many in found.items() if many}
     if made.personal:
         policy.meet("personal", row, ", ".join(f"{many} {kind}" for kind, many in made.personal.items()))
@@ -257,11 +280,11 @@ def _conversation(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     with _as("malformed", policy, row):
         messages = canonical(row, form)["messages"]
     _checked(messages, row, chat, policy)
-    if all(turn.get("weight") == 0 for turn in messages if turn["role"] == "assistant"):
+    if all(messages[number].get("weight") == 0 for number in answers_of(messages)):
         policy.meet("no_answer", row, "has no answer of another weight than 0")
     with _as("template", policy, row):
         made = tokens.conversation(chat, messages, row.where)
-    columns, length, key = {"input_ids": made.ids, "labels": made.labels}, len(made.ids), opening(messages)
+    columns, length, key = {"input_ids": made.ids, "labels": made.labels}, len(made.ids), opening(messages[:-1])
     return Example(row, _own_id(row), form, messages[:-1], messages[-1], None, columns, made.prompt, length, key)
 
 
@@ -291,7 +314,7 @@ def _preference(row: Row, form: str, chat: Chat, policy: Policy) -> Example:
     columns: dict[str, Any] = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
     if (told := margin(row)) is not None:
         columns["margin"] = told
-    length, key = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)), opening(prompt + chosen)
+    length, key = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)), opening(prompt)
     return Example(row, _own_id(row), form, prompt, chosen[0], rejected[0], columns, len(pair.prompt), length, key)
 
 
@@ -315,5 +338,5 @@ def _answered(row: Row, form: str, chat: Chat, policy: Policy, messages: list[Me
     with _as("template", policy, row):
         prompt, answer = tokens.answered(chat, messages, row.where)
     columns = {"prompt_ids": prompt, "completion_ids": answer, **more}
-    length, key = len(prompt) + len(answer), opening(messages)
+    length, key = len(prompt) + len(answer), opening(messages[:-1])
     return Example(row, _own_id(row), form, messages[:-1], messages[-1], None, columns, len(prompt), length, key)

@@ -168,7 +168,7 @@ def scored_list(row: Row) -> tuple[list[Message], list[dict[str, Any]]]:
     key = "prompt" if row.value.get("prompt") is not None else "instruction"
     prompt, answers, scores = (
         with_system(row, turns(row, key, "user")),
-        row.value["completions"],
+        row.value.get("completions"),
         row.value.get("scores"),
     )
     if not isinstance(answers, list) or not answers:

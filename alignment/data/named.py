@@ -14,10 +14,11 @@ from alignment.data.counting import in_source
 from alignment.data.evaluated import asked
 from alignment.data.examples import Reading
 from alignment.data.fetch import fetch
-from alignment.data.formats import Message, canonical, detect, renamed
+from alignment.data.formats import canonical, detect, renamed, scored_list
 from alignment.data.preparation import Source
 from alignment.data.sources import Row, Unreadable, read
 from alignment.data.splitting import Share
+from alignment.data.turns import Message, message, text
 from alignment.data.writing import describe
 from alignment.errors import InputError
 
@@ -55,11 +56,17 @@ def prompts_of(dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 
 def _questions(row: Row, form: str) -> list[Message]:
+    """The turns in which something is asked; a text is all of it a question."""
     if row.value.get("prompt") is not None:
         return canonical(replace(row, value={"prompt": row.value["prompt"], "completion": ""}), "prompt_completion")[
             "messages"
         ]
-    made = canonical(row, detect(row) if form == "auto" else form)
+    form = detect(row) if form == "auto" else form
+    if form == "text":
+        return [message("user", text(row, "text"))]
+    if form == "scored_list":
+        return scored_list(row)[0]
+    made = canonical(row, form)
     return made.get("messages") or made["prompt"]
 
 

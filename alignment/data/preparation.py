@@ -22,7 +22,7 @@ import numpy as np
 
 from alignment.cores import usable
 from alignment.data.batches import Batch, Chunk, Table, key_of, made_of
-from alignment.data.checks import Counts, Drop, Dropped, Policy, Tally, count
+from alignment.data.checks import EXAMPLES, Counts, Drop, Dropped, Policy, Tally, count
 from alignment.data.examples import Reading
 from alignment.data.near import WORDLESS, groups
 from alignment.data.sources import Row, Unreadable
@@ -31,6 +31,7 @@ from alignment.errors import MachineError
 ENOUGH, ENOUGH_TEXT = 10_000, 1 << 23  # rows, characters: fewer are tokenised before other processes are ready
 CHUNK, CHUNK_TEXT = 200, 1 << 22  # rows, characters that go to a worker at a time, or one row that is larger
 AHEAD = 4  # chunks a worker may have waiting
+SHARED = "alignment.data.shared"
 TOO_LONG = {"long_prompt": "max_prompt_length", "long_row": "max_length"}  # fault -> the limit
 
 
@@ -76,7 +77,7 @@ class Judged:
 
     def place(self, number: int) -> tuple[str, Row]:
         """The data set and the row that a row of the table was made of; its value as train.jsonl would have it."""
-        row = self.table.row(number)
+        row = self.table.row(number, ("source", "file", "number", "line", "text"))
         value = json.loads(row["text"])
         return self.sources[row["source"]].name, Row(value, self.files[row["file"]], row["number"], row["line"])
 
@@ -145,7 +146,7 @@ def _by_workers(chunks: Iterable[Chunk], readings: list[Reading], workers: int) 
     # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever. Forked from a
     # process that has imported what they need, they share that memory.
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([SHARED if any(one.checks.languages for one in readings) else __name__])
     with ProcessPoolExecutor(workers, context, _become_worker, (readings,)) as pool:
         waiting: deque[tuple[Chunk, Future[Batch]]] = deque()
         try:
@@ -240,8 +241,8 @@ def _beside_others(made: Judged, heldout: Set[str]) -> np.ndarray:
         ("duplicate", ~contradicts & (first < np.arange(len(same)))),
         ("heldout", np.isin(opening, elsewhere)),
     ):
-        for number in np.flatnonzero(rows & stays):
-            stays[number] = not left_out(made, fault, int(number))
+        numbers = np.flatnonzero(rows & stays)
+        stays[numbers] = ~_left_out_of(made, fault, numbers)
     fit = np.flatnonzero(stays)
     return fit if made.policy.checks.near_threshold is None else _apart(made, fit, made.policy.checks.near_threshold)
 
@@ -253,17 +254,31 @@ def _apart(made: Judged, fit: np.ndarray, threshold: float) -> np.ndarray:
     near = (first < np.arange(len(fit))) & (signatures[:, 0] != WORDLESS[0])
     if made.task != "sft":  # a prompt may have several answers, and each says all of the prompt
         near &= opening != opening[first]
-    stays = np.ones(len(fit), bool)
-    for place in np.flatnonzero(near):
-        why = f"is nearly {made.place(int(fit[first[place]]))[1].where}"
-        stays[place] = not left_out(made, "near_duplicate", int(fit[place]), why)
-    return fit[stays]
+    others = {int(fit[place]): int(fit[first[place]]) for place in np.flatnonzero(near)}
+
+    def why(number: int) -> str:
+        return f"is nearly {made.place(others[number])[1].where}"
+
+    return np.setdiff1d(fit, fit[near][_left_out_of(made, "near_duplicate", fit[near], why)])
 
 
 def _first(keys: np.ndarray) -> np.ndarray:
     """For each row the number of the first one that has its key."""
     _, at, back = np.unique(keys, return_index=True, return_inverse=True)
     return at[back]
+
+
+def _left_out_of(
+    made: Judged, fault: str, numbers: np.ndarray, why: Callable[[int], str] = lambda number: ""
+) -> np.ndarray:
+    """Which of these rows of the table, which have the fault, are left out, [rows]. Of rows that are kept the first are
+    looked at alone, and the others counted: there may be as many as rows. Raises InputError."""
+    looked_at = EXAMPLES if made.policy.keeps(fault) else len(numbers)
+    gone = [left_out(made, fault, int(number), why(int(number))) for number in numbers[:looked_at]]
+    others = made.table.column("source")[numbers[looked_at:]]
+    for source, rows in zip(*np.unique(others, return_counts=True), strict=True):
+        made.tally.keep(made.sources[source].name, {fault: int(rows)}, [])
+    return np.array(gone + [False] * len(others), bool)
 
 
 def left_out(made: Judged, fault: str, number: int, why: str = "") -> bool:

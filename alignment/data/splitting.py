@@ -149,8 +149,9 @@ def _check_sizes(judged: Judged, parts: Parts, sizes: Splits) -> None:
     raise InputError(what, where=judged.sources[0].described, fix=_more_rows(judged))
 
 
-def check_dropped(judged: Judged) -> None:
-    """Raises InputError where more of a data set's rows were dropped than checks.max_dropped allows."""
+def check_dropped(judged: Judged, each: str = "dropped.jsonl has each") -> None:
+    """Raises InputError where more of a data set's rows were dropped than checks.max_dropped allows. each: where the
+    rows can be seen."""
     most = judged.policy.checks.max_dropped
     source = judged.table.column("source")
     for number, one in enumerate(judged.sources):
@@ -159,7 +160,7 @@ def check_dropped(judged: Judged) -> None:
         if dropped > most * rows:
             what = f"{dropped} of {rows} rows are dropped, a larger share than checks.max_dropped: {judged.tally}"
             limits = _limits(judged)
-            first = f"raise the stage's {limits}" if limits else f"{judged.tally.path.name} has each; mend them"
+            first = f"raise the stage's {limits}" if limits else f"{each}; mend them"
             fix = f"{first}, or checks.max_dropped={math.ceil(100 * dropped / rows) / 100:g}"
             raise InputError(what, where=one.described, fix=fix)
 

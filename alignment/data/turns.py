@@ -1,8 +1,8 @@
 """Pieces of a row -> messages: {"role": "system" | "user" | "assistant" | "tool", "content": text}.
 
-An assistant's message may have `tool_calls`, each {"type": "function", "function": {"name", "arguments": an object}};
-that of a tool its `name` and `tool_call_id`. What functions there are to call, `tools`, stands in the first message, so
-that a conversation is whole wherever it goes.
+An assistant's message may have `reasoning_content`, what it thinks before it answers, and `tool_calls`, each {"type":
+"function", "function": {"name", "arguments": an object}}; that of a tool its `name` and `tool_call_id`. What functions
+there are to call, `tools`, stands in the first message, so that a conversation is whole wherever it goes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool", "tool": "tool"}
 BESIDE = ("name", "tool_call_id")  # of a tool's turn, kept as they are
+REASONING = (
+    "reasoning_content"  # of DeepSeek, Qwen 3, vLLM; `reasoning` of OpenRouter, `thinking` of gpt-oss mean it, too
+)
+THOUGHTS = (REASONING, "reasoning", "thinking")
+READ = {*THOUGHTS, "tools", "tool_calls", "function_call", "weight", *BESIDE, "id"}  # beside a role and a text
+HOLDERS = ("messages", "conversations", "prompt", "instruction", "completion", "chosen", "rejected")  # of turns
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 CALL = 'a call is {"function": {"name": ..., "arguments": {...}}}'
 
@@ -92,19 +98,54 @@ def dialogue(row: Row, key: str) -> list[Message] | None:
     return [message(SPEAKERS[speaker], words.strip()) for speaker, words in said]
 
 
-def words(turn: Any) -> Iterator[str]:
-    """All texts of a message, or of what stands in it: its content, names and arguments of calls, descriptions."""
-    if isinstance(turn, str):
-        yield turn
-    elif isinstance(turn, dict | list):
-        for inner in (*turn, *turn.values()) if isinstance(turn, dict) else turn:
-            yield from words(inner)
+def answers_of(messages: list[Message]) -> list[int]:
+    """Which of them answer something: the assistant's, but for one that begins the conversation, a greeting."""
+    return [number for number, turn in enumerate(messages) if number and turn["role"] == "assistant"]
+
+
+def words(turn: Message, *but: str) -> Iterator[str]:
+    """All texts of a message but what stands under these keys: its content and reasoning, names and arguments of calls,
+    descriptions of tools."""
+    for key, value in turn.items():
+        if key not in ("role", *but):
+            yield from _texts(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def said(turn: Message) -> str:
-    """All that a message says, its content and what it calls: equal for equal messages."""
-    beside = {key: turn[key] for key in ("tools", "tool_calls", *BESIDE) if key in turn}
+    """All that a message says, its content, its reasoning and what it calls: equal for equal messages."""
+    beside = {key: turn[key] for key in (REASONING, "tools", "tool_calls", *BESIDE) if key in turn}
     return turn["content"] + (json.dumps(beside, sort_keys=True) if beside else "")
+
+
+def unread(row: Row) -> str:
+    """The first fields of a turn that hold something and that nothing here reads, in words; "" if there are none."""
+    for holder in HOLDERS:
+        for number, turn in enumerate(_listed(row.value.get(holder))):
+            keys = _held(turn)
+            known = READ | ({"from", "value"} if "from" in keys else {"role", "content"})
+            if odd := [repr(key) for key in keys if key not in known]:
+                return f"{holder}[{number}] has {', '.join(odd)}"
+    for number, answer in enumerate(_listed(row.value.get("completions"))):  # what else they have speaks of them
+        if odd := [repr(key) for key in _held(answer) if key in THOUGHTS]:
+            return f"completions[{number}] has {', '.join(odd)}"
+    return ""
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _held(turn: Any) -> list[str]:
+    """Keys under which there is something."""
+    return [key for key, value in turn.items() if value not in (None, "", [], {})] if isinstance(turn, dict) else []
 
 
 def _turn(turn: Any, name: str, row: Row) -> Message:
@@ -118,10 +159,11 @@ def _turn(turn: Any, name: str, row: Row) -> Message:
         raise InputError(f"{name}.{role_key} is {role!r}", where=row.where, fix=f"known: {', '.join(known)}")
     if role_key == "from" and role == "function_call":
         call = _call(_parsed(content) if isinstance(content, str) else content, f"{name}.value", row)
-        return {**message("assistant", ""), "tool_calls": [call]}
+        return {**message("assistant", ""), **_reasoning(turn, "assistant", name, row), "tool_calls": [call]}
     if turn.get("function_call"):
         raise InputError(f"{name}.function_call is not supported", where=row.where, fix="write it as tool_calls")
     made = message(known[role], _content(content, f"{name}.{text_key}", row, optional=bool(turn.get("tool_calls"))))
+    made |= _reasoning(turn, made["role"], name, row)
     if calls := turn.get("tool_calls"):
         if made["role"] != "assistant" or not isinstance(calls, list):
             raise InputError(f"{name}.tool_calls must be a list, in a turn of the assistant", where=row.where)
@@ -135,6 +177,19 @@ def _turn(turn: Any, name: str, row: Row) -> Message:
     if made["role"] == "tool":
         made |= {key: turn[key] for key in BESIDE if isinstance(turn.get(key), str)}
     return made
+
+
+def _reasoning(turn: dict[str, Any], role: str, name: str, row: Row) -> Message:
+    """What is thought before an answer, under the one name that it has here."""
+    given = {key: turn[key] for key in THOUGHTS if turn.get(key) not in (None, "")}
+    for key, value in given.items():
+        if not isinstance(value, str) or role != "assistant":
+            what = f"{name}.{key} must be text in a turn of the assistant, is {type_name(value)} in one of the {role}"
+            raise InputError(what, where=row.where)
+    if len(set(given.values())) > 1:
+        raise InputError(f"{name} has {' and '.join(given)} that differ", where=row.where, fix="keep one")
+    value = next(iter(given.values()), "")
+    return {REASONING: value} if value.strip() else {}
 
 
 def _content(value: Any, name: str, row: Row, *, optional: bool) -> str:

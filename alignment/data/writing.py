@@ -16,10 +16,12 @@ from alignment.data.chat import Chat
 from alignment.data.checks import summed
 from alignment.data.preparation import Judged
 from alignment.data.splitting import Parts
+from alignment.data.turns import REASONING
 from alignment.errors import InputError
 from alignment.files import write_json, write_lines
 
 APART = 0.1
+BATCH = 1000  # rows at once
 SOURCE = "source"  # the key of a row's data set in files of rows; in train/, its number, as data_report.json lists them
 
 
@@ -33,8 +35,10 @@ def write(judged: Judged, parts: Parts, folder: Path, chat: Chat) -> dict[str, f
     made = judged.table.take(train).select_columns(names)
     if judged.task == "unpaired":
         made = _with_mismatched(made, judged, train)
+    from datasets import load_from_disk
+
     _save(made, folder / "train")
-    tokens.check_end_of_turn(made, chat.eos_id)
+    tokens.check_end_of_turn(load_from_disk(str(folder / "train")), chat.eos_id)  # in order, which is quicker to read
     if len(heldout) and judged.task in ("preference", "scored"):
         _save(judged.table.take(heldout).select_columns(names), folder / "heldout")
     ids = _Ids(judged)
@@ -168,9 +172,11 @@ class _Ids:
 def _lines(judged: Judged, rows: np.ndarray, ids: _Ids, made: Any) -> Iterator[str]:
     several = len(judged.sources) > 1
     columns = ["id", "source", "file", "number", "part", "text", "kept"]
-    for row in judged.table.take(rows).select_columns(columns):
-        whose = {SOURCE: judged.sources[row["source"]].name} if several else {}
-        yield json.dumps({"id": ids.of(row), **whose, **made(row)}, ensure_ascii=False) + "\n"
+    for batch in judged.table.take(rows).select_columns(columns).iter(BATCH):
+        for values in zip(*(batch[name] for name in columns), strict=True):
+            row = dict(zip(columns, values, strict=True))
+            whose = {SOURCE: judged.sources[row["source"]].name} if several else {}
+            yield json.dumps({"id": ids.of(row), **whose, **made(row)}, ensure_ascii=False) + "\n"
 
 
 def _training_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -178,10 +184,13 @@ def _training_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asking_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What a model is asked, the answer that the data has, and what else a reward may look at."""
+    """What a model is asked, the answer that the data has, and what else a reward may look at. reference: the text of
+    the answer, if it has one; reference_message: all of it, where it has reasoning or calls."""
     text, kept = json.loads(row["text"]), json.loads(row["kept"] or "{}")
-    messages = text.get("messages") or [*text["prompt"], *(text.get("completion") or text.get("chosen"))]
-    return {"prompt": messages[:-1], "reference": messages[-1]["content"], **kept}
+    *prompt, answer = text.get("messages") or [*text["prompt"], *(text.get("completion") or text.get("chosen"))]
+    reference = {"reference": answer["content"]} if answer["content"].strip() else {}
+    whole = {"reference_message": answer} if {REASONING, "tool_calls"} & answer.keys() else {}
+    return {"prompt": prompt, **reference, **whole, **kept}
 
 
 def length_bias(judged: Judged, rows: np.ndarray, source: int) -> dict[str, float]:

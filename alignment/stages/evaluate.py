@@ -27,6 +27,7 @@ from alignment.stages.context import StageContext
 from alignment.stages.parts import Parts, judge_of, rows_of
 
 CURVE = 12  # points of the running means in metrics.jsonl
+REFERENCE = ("reference", "reference_message")  # the text of the data's answer; all of it, where that is more
 Row = dict[str, Any]
 Ids = tuple[list[int], list[int]]  # prompt, answer
 
@@ -44,7 +45,7 @@ def run(context: StageContext) -> dict[str, Any]:
     bound = signals.best_of_kl(context.settings.best_of)
     written = [
         {
-            **{name: row[name] for name in ("id", "source", "prompt", "reference") if name in row},
+            **{name: row[name] for name in ("id", "source", "prompt", *REFERENCE) if name in row},
             "answer": answer.text,
             "tokens": answer.tokens,
             "finished": answer.finished,
@@ -135,9 +136,9 @@ def _heldout_nll(model: Any, chat: Chat, rows: list[Row], parts: Parts) -> list[
 
 
 def _encode(chat: Chat, row: Row, limit: int) -> Ids | None:
-    messages = [*row["prompt"], {"role": "assistant", "content": row["reference"]}]
+    answer = row.get("reference_message") or {"role": "assistant", "content": row["reference"]}
     try:
-        whole = conversation(chat, messages, f"heldout.jsonl, id {row['id']}")
+        whole = conversation(chat, [*row["prompt"], answer], f"heldout.jsonl, id {row['id']}")
     except Drop:  # prepared with this template it was fit; with another it may not be
         return None
     end = whole.ids.index(chat.eos_id, whole.prompt) + 1

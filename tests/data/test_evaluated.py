@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -16,8 +16,9 @@ from alignment.data.splitting import Share
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl
 
-from .conftest import make_tokenizer
+from .conftest import assistant, make_tokenizer, user
 from .preparing import Made, mix, qa, run
+from .test_kinds_of_rows import TOOLS
 
 LONG = {"max_length": 4000, "max_prompt_length": 3000}
 WORDS = [
@@ -86,6 +87,36 @@ def test_answers_to_one_prompt_and_rows_without_words_are_not_near_each_other(ch
     pairs = [{"prompt": text(1), "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
     assert not run(chat, pairs, task="preference", **LONG).judged.tally.kept
     assert not run(chat, [qa("?" * n, "!") for n in range(1, 5)]).judged.tally.kept
+
+
+def calling(question: str, argument: str, **more: Any) -> dict[str, Any]:
+    call = {"function": {"name": "look", "arguments": {"at": argument}}}
+    return {"messages": [user(question), {**assistant(""), "tool_calls": [call]}], **more}
+
+
+def test_calls_and_reasoning_are_compared_as_answers_are_and_tools_are_not() -> None:
+    """Rows 1 to 3 ask nearly nothing; rows 4 and 5 have the same description of a tool, of 200 words."""
+    chat = Chat(make_tokenizer(TOOLS.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m['content'] }}")))
+    tool = [{"name": "look", "description": text(9), "parameters": {}}]
+    values = [calling(f"q{n}", said) for n, said in enumerate((text(1), near(1), text(2)))]
+    values += [calling(f"r{n}", f"s{n}", tools=tool) for n in range(2)]
+    values += [
+        {"messages": [user(f"t{n}"), {**assistant("a"), "thinking": said}]} for n, said in enumerate((text(3), near(3)))
+    ]
+    made = run(chat, values, **LONG)
+    assert made.judged.tally.kept == {"mine": {"near_duplicate": 2}}
+    assert [(one.row.number, one.why) for one in made.judged.tally.first_kept["near_duplicate"]] == [
+        (2, "is nearly rows.jsonl:1"), (7, "is nearly rows.jsonl:6")
+    ]  # fmt: skip
+
+
+def test_personal_data_is_found_in_calls_in_what_tools_say_and_are_and_in_reasoning() -> None:
+    chat = Chat(make_tokenizer(TOOLS.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m['content'] }}")))
+    mail = "jane.doe@mail.example"
+    whole = calling("q", mail, tools=[{"name": "look", "description": f"Write to {mail}", "parameters": {}}])
+    whole["messages"] += [{"role": "tool", "content": f"from {mail}"}, {**assistant("a"), "reasoning": f"<{mail}>"}]
+    made = run(chat, [whole], **LONG)
+    assert made.judged.personal == {"mine": {"email": 4}} and made.judged.tally.kept == {"mine": {"personal": 1}}
 
 
 def splits(made: Made) -> dict[str, list[int]]:
@@ -225,6 +256,39 @@ def test_how_much_longer_chosen_answers_are(chat: Chat, tmp_path: Path) -> None:
     assert (second["chosen_longer"], second["apart"]) == (0, 0) and "chosen_longer_apart" not in second
 
 
+TALK = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+OF_EACH_FORMAT = {
+    "alpaca": {"instruction": "Why?", "output": "So."},
+    "messages": {"messages": TALK},
+    "prompt_completion": {"prompt": "Why?", "completion": "So."},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    "text": {"text": "Why?"},
+    "preference": {"chosen": TALK, "rejected": [TALK[0], {"role": "assistant", "content": "No."}]},
+    "unpaired": {"messages": TALK, "label": False},
+    "scored": {"prompt": "Why?", "completion": "So.", "score": 1},
+    "scored_list": {"instruction": "Why?", "completions": [{"text": "So.", "score": 1}]},
+}
+
+
+def bench(path: Path, **changes: Any) -> Dataset:
+    lists = Lists(pairs="best_worst", min_margin=0.0, max_pairs=1)
+    share = {"limit": None, "cap": None, "epochs": 1.0, "weight": None}
+    values = {"format": "auto", "columns": {}, "lists": lists, **share, **changes}
+    return Dataset(source=PathSource(kind="path", path=str(path)), **values)
+
+
+def test_evaluation_sets_may_be_of_any_format(tmp_path: Path) -> None:
+    assert set(OF_EACH_FORMAT) == {*get_args(Dataset.model_fields["format"].annotation)} - {"auto"}
+    path = tmp_path / "bench.jsonl"
+    for form, row in OF_EACH_FORMAT.items():
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        for named in ("auto", form):
+            assert list(prompts_of(bench(path, format=named))) == [(f"{path}:1", "Why?")], form
+        path.write_text('{"other": 1}\n', encoding="utf-8")
+        with pytest.raises(InputError, match=r"bench.jsonl:1"):
+            list(prompts_of(bench(path, format=form)))
+
+
 def test_prompts_of_an_evaluation_set_need_no_answer(tmp_path: Path) -> None:
     rows = [
         {"prompt": "What is it?", "choices": [1, 2]},
@@ -235,17 +299,7 @@ def test_prompts_of_an_evaluation_set_need_no_answer(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def read(**changes: Any) -> list[tuple[str, str]]:
-        lists = Lists(pairs="best_worst", min_margin=0.0, max_pairs=1)
-        plain = {
-            "format": "auto",
-            "columns": {},
-            "lists": lists,
-            "limit": None,
-            "cap": None,
-            "epochs": 1.0,
-            "weight": None,
-        }
-        return list(prompts_of(Dataset(source=PathSource(kind="path", path=str(path)), **{**plain, **changes})))
+        return list(prompts_of(bench(path, **changes)))
 
     assert read() == [(f"{path}:1", "What is it?"), (f"{path}:2", "And this?"), (f"{path}:3", "Who?")]
     assert read(limit=1) == [(f"{path}:1", "What is it?")]

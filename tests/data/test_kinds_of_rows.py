@@ -238,6 +238,28 @@ def test_where_no_answer_has_a_weight_there_is_none(chat: Chat) -> None:
     assert made.counts == {"no_answer": 1}
 
 
+def test_a_greeting_that_begins_a_kept_row_is_context_and_rows_are_known_by_what_is_asked(chat: Chat) -> None:
+    """[assistant, user, assistant]: the first turn answers nothing. Rows with the same greeting, or system turn before
+    it, ask different things all the same."""
+    rows = [{"messages": [assistant("Hi!"), user(f"q{n}"), assistant(f"a{n}")]} for n in range(4)]
+    rows += [{"messages": [system("s"), assistant("Hi!"), user(f"r{n}"), assistant(f"b{n}")]} for n in range(4)]
+    rows += [
+        {"messages": [assistant("Hi!")]},
+        {"messages": [assistant("Hi!"), user("q"), {**assistant("a"), "weight": 0}]},
+    ]
+    assert run(chat, [*rows, qa("q", "a")]).counts == {"turn_order": 9, "no_answer": 1}
+    made = run(chat, rows, checks={"turn_order": "keep"}, heldout=3, prompts=2)
+    assert made.counts == {"no_answer": 2} and made.judged.tally.kept == {"mine": {"turn_order": 8}}
+    said = {trained(chat, row) for rows in made.rows.values() for row in rows}
+    assert said == {f"a{n}<eos>" for n in range(4)} | {f"Hi!<eos>b{n}<eos>" for n in range(4)}
+    pairs = [{"prompt": [assistant("Hi!"), user(f"q{n}")], "chosen": "a", "rejected": "b"} for n in range(4)]
+    made = run(chat, pairs, task="preference", checks={"turn_order": "keep"}, heldout=2)
+    assert [chat.tokenizer.decode(row["prompt_ids"]) for row in made.rows["train"]] == [
+        f"A:Hi!<eos>\nQ:q{row['number'] - 1}\nA:" for row in made.rows["train"]
+    ]
+    assert made.counts == {} and len(made.rows["train"]) == 2
+
+
 def written(folder: Path) -> list[str]:
     return [row["id"] for row in read_jsonl(folder / "train.jsonl")]
 

@@ -185,7 +185,8 @@ def test_a_look_takes_two_workers_at_most(
     monkeypatch.setattr(preflight, "usable", lambda: 16)
     small = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
     made = compose(["pipeline=sft", *tiny_settings, *small, f"stage.prepare_sft.workers={setting}"])
-    order = {"experiment": made.model_dump(), "prepare": ["rows"], "rows": 100, "show": 0, "fit": "", "estimate": False}
+    looked = {"rows": 100, "show": 0, "fit": "", "estimate": False, "dropped": None}
+    order = {"experiment": made.model_dump(), "prepare": ["rows"], **looked}
     write_json(tmp_path / "order.json", order)
     assert preflight.main([str(tmp_path / "order.json")]) == 0
     assert pools == ([taken] if taken > 1 else [])
@@ -356,6 +357,8 @@ def test_columns_name_what_the_rows_call_otherwise(chat: Chat) -> None:
 FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "malformed": ("sft", [qa("q", "a"), {"prompt": "q", "completion": None}]),
     "unknown_format": ("sft", [qa("q", "a"), {"question": "q", "completion": "a"}]),
+    "unread": ("sft", [qa("q", "a"), {"messages": [user("r"), {**assistant("a"), "thought": "t"}]}]),
+    "unwanted": ("sft", [{**qa("q", "a"), "label": True}, {**qa("r", "a"), "label": False}]),
     "no_answer": ("sft", [qa("q", "a"), {"messages": [user("r")]}]),
     "empty_answer": ("sft", [qa("q", "a"), qa("r", " ")]),
     "control_text": ("sft", [qa("q", "a"), qa("<eos>", "<eos>")]),
@@ -368,7 +371,7 @@ FAULTY: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 
 KEEPING = dict.fromkeys(("turn_order", "empty_prompt", "duplicate", "identical_sides", "contradiction"), "keep")
-KEEPING["control_text"] = "neutralise"
+KEEPING |= {"unread": "keep", "unwanted": "keep", "control_text": "neutralise"}
 
 
 @pytest.mark.parametrize("fault", FAULTY)
@@ -390,6 +393,16 @@ def test_a_fault_is_an_error_a_drop_that_is_told_or_kept_and_counted(fault: str,
     else:
         with pytest.raises(ValidationError, match="Input should be 'error' or 'drop'"):
             default_checks(**{fault: "keep"})
+
+
+def test_rows_of_sft_with_a_score_or_a_label_of_another_kind(chat: Chat) -> None:
+    scored = {**qa("q", "a"), "score": 3}
+    with pytest.raises(InputError, match=r"rows.jsonl:1: unread: has a score, which sft does not read, but task"):
+        run(chat, [scored])
+    made = run(chat, [scored, qa("r", "a")], checks={"unread": "keep"})
+    assert made.judged.tally.kept == {"mine": {"unread": 1}} and made.fit == 2
+    other = run(chat, [{**qa("q", "a"), "label": 0}, {**qa("r", "a"), "label": "spam", "score": "high"}])
+    assert other.fit == 2 and not other.judged.tally.kept
 
 
 def test_too_large_a_share_of_dropped_rows_ends_the_stage_after_they_were_written(chat: Chat, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import torch
 from alignment import generation
 from alignment.config.compose import compose
 from alignment.config.rewards import RESERVED
+from alignment.data.chat import Chat
 from alignment.errors import InputError
 from alignment.files import read_json, read_jsonl, write_jsonl
 from alignment.stages import evaluate
-from tests.conftest import write_tiny_model
+from tests.conftest import TEMPLATE, write_tiny_model
+from tests.data.preparing import run
 from tests.stages.conftest import QUESTIONS, MakeContext
 
 METRICS = {"reward", "sentiment", "stop_rate", "tokens", "repetition", "kl", "heldout_nll"}
@@ -115,6 +117,38 @@ def test_a_reference_answer_that_does_not_fit_is_counted_not_guessed(
     written = [row["heldout_nll"] for row in read_jsonl(context.folder / "answers.jsonl")]
     assert min(written[:2]) > 0
     assert written[2] is None
+
+
+def test_the_loss_of_an_answer_is_that_of_its_calls_and_its_reasoning_too(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    """From rows as they are read, by a template that writes both: a reward sees the text of an answer that has one."""
+    said = "{{ message.thinking }}{{ message['content'] }}{% for call in message.tool_calls or [] %}"
+    said += "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}"
+    template = TEMPLATE.replace("{{ message['content'] }}", said)
+    chat = Chat.load(write_tiny_model(tmp_path / "tiny" / "model", template))
+    call = {"function": {"name": "look", "arguments": {"at": "it"}}}
+    answers = [{"content": None, "tool_calls": [call]}, {"content": "So.", "thinking": "Hm."}, {"content": "Plain."}]
+    asked = [{"role": "user", "content": question} for question in "abc"]
+    talks = [[ask, {"role": "assistant", **answer}] for ask, answer in zip(asked, answers, strict=True)]
+    rows = [{"id": str(number), "messages": talk} for number, talk in enumerate(talks)]
+    spare = [{"id": "spare", "text": "x"}]  # which is never held out
+    sizes = {"heldout": 3, "max_length": 300, "max_prompt_length": 200}
+    run(chat, [*rows, *spare], folder=tmp_path, **sizes)
+    held = {row["id"]: row for row in read_jsonl(tmp_path / "heldout.jsonl")}
+    assert [held[number].get("reference") for number in "012"] == [None, "So.", "Plain."]
+    assert [sorted(held[number].keys() - {"id", "prompt", "reference"}) for number in "012"] == [
+        ["reference_message"], ["reference_message"], []
+    ]  # fmt: skip
+    inputs = {"model": tmp_path / "tiny", "data": tmp_path, "reference": tmp_path / "tiny"}
+    context = make_context("evaluate", inputs, max_new_tokens=4)
+    assert evaluate.run(context)["heldout_nll_missing"] == 0
+    found = {row["id"]: row["heldout_nll"] for row in read_jsonl(context.folder / "answers.jsonl")}
+    for number, written in enumerate(('look{"at": "it"}', "Hm.So.", "Plain.")):
+        ids, answer = chat.encode(f"<|user|>{'abc'[number]}<|assistant|>"), chat.encode(written + chat.eos)
+        assert found[str(number)] == pytest.approx(
+            -sum(log_probs(tmp_path / "tiny", ids, answer)) / len(answer), abs=1e-4
+        )
 
 
 def test_a_reference_with_another_tokenizer_is_refused(
