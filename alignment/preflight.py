@@ -20,6 +20,7 @@ from alignment.config.data_checks import FAULTS
 from alignment.config.schema import Experiment
 from alignment.config.sources import HubSource, PathSource
 from alignment.config.stages.preparing import ImportModel, Prepare
+from alignment.cores import usable
 from alignment.errors import AlignmentError, InputError, unusable
 from alignment.files import program, read_json, remove, write_lines
 from alignment.imports import kept
@@ -42,6 +43,7 @@ with kept():
 DROPPED = "dropped.jsonl"
 SOME = 8  # rows that a loss is computed of
 LANGUAGES = 5  # named
+WORKERS = 2  # at most: the login node that looks is everybody's
 BIASED = 0.7  # share of pairs whose chosen answer is the longer one, above which it is a warning
 
 
@@ -271,7 +273,7 @@ def _data(name: str, experiment: Experiment, start: Start, order: dict[str, Any]
     assert isinstance(settings, Prepare)  # of whom the order is
     chat, data, checks, most = start.chat, experiment.data, experiment.checks, order["rows"]
     sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
-    judged = judge(sources, folder, lambda *a, **k: None)
+    judged = judge(sources, folder, lambda *a, **k: None, min(WORKERS, settings.workers or usable()))
     for one in settings.datasets:
         if not judged.read.get(one):
             raise InputError("has no rows", where=describe(data[one].source))

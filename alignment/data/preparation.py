@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from multiprocessing import get_context
@@ -19,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from alignment.cores import usable
 from alignment.data.batches import Batch, Chunk, Table, key_of, made_of
 from alignment.data.checks import EXAMPLES, Counts, Drop, Dropped, Policy, Tally, count
 from alignment.data.examples import Reading
 from alignment.data.near import WORDLESS, groups
 from alignment.data.sources import Row, Unreadable
+from alignment.errors import MachineError
 
 ENOUGH, ENOUGH_TEXT = 10_000, 1 << 23  # rows, characters: fewer are tokenised before other processes are ready
 CHUNK, CHUNK_TEXT = 200, 1 << 22  # rows, characters that go to a worker at a time, or one row that is larger
@@ -80,19 +83,24 @@ class Judged:
 
 
 def judge(
-    sources: Sequence[Source], folder: Path, progress: Callable[..., None], heldout: Set[str] = frozenset()
+    sources: Sequence[Source],
+    folder: Path,
+    progress: Callable[..., None],
+    workers: int | None,
+    heldout: Set[str] = frozenset(),
 ) -> Judged:
     """Read, check and tokenise rows; folder: where rows.arrow and dropped.jsonl are written.
 
-    heldout: openings that models are evaluated on elsewhere. progress(step, total, **facts) is called meanwhile. Raises
-    InputError at the first row with a fault that is an error.
+    heldout: openings that models are evaluated on elsewhere. progress(step, total, **facts) is called meanwhile.
+    workers: processes at most, None for one a core; what is made is the same. Raises InputError at the first row with a
+    fault that is an error, MachineError if a worker is killed.
     """
     task, policy = sources[0].reading.task, Policy(sources[0].reading.checks)
     made = Judged(sources, Table(folder / "rows.arrow", task), Tally(folder / "dropped.jsonl"), policy)
     guess = None if any(source.guess is None for source in sources) else sum(source.guess or 0 for source in sources)
     rows = 0
     try:
-        for chunk, batch in _batches(sources, made.files):
+        for chunk, batch in _batches(sources, made.files, workers or usable()):
             name = sources[chunk.source].name
             made.table.add(batch)
             made.read[name] = made.read.get(name, 0) + len(chunk.rows)
@@ -118,22 +126,31 @@ def judge(
 # --- by several processes ---------------------------------------------------------------------------------------------
 
 
-def _batches(sources: Sequence[Source], files: list[str]) -> Iterator[tuple[Chunk, Batch]]:
+def _batches(sources: Sequence[Source], files: list[str], workers: int) -> Iterator[tuple[Chunk, Batch]]:
     """What becomes of each chunk, in order; by several processes if there is enough to do. files: is added to."""
-    chunks, workers = _chunks(sources, files), len(os.sched_getaffinity(0))
+    chunks = _chunks(sources, files)
     first, enough = _first_of(chunks)
+    every = chain(_let_go(first), chunks)
     if workers < 2 or not enough:
-        for chunk in chain(_let_go(first), chunks):
+        for chunk in every:
             yield chunk, made_of(chunk, sources[chunk.source].reading)
         return
+    try:
+        yield from _by_workers(every, [source.reading for source in sources], workers)
+    except BrokenProcessPool as error:
+        what = f"one of {workers} processes that prepare rows was killed"
+        raise MachineError(what, fix="for want of memory, probably: give more, or lower the stage's workers") from error
+
+
+def _by_workers(chunks: Iterable[Chunk], readings: list[Reading], workers: int) -> Iterator[tuple[Chunk, Batch]]:
     # Not forked from here: the tracker's threads may hold a lock that a child would wait for for ever. Forked from a
     # process that has imported what they need, they share that memory.
-    readings, context = [source.reading for source in sources], get_context("forkserver")
+    context = get_context("forkserver")
     context.set_forkserver_preload([SHARED if any(one.checks.languages for one in readings) else __name__])
     with ProcessPoolExecutor(workers, context, _become_worker, (readings,)) as pool:
         waiting: deque[tuple[Chunk, Future[Batch]]] = deque()
         try:
-            for chunk in chain(_let_go(first), chunks):
+            for chunk in chunks:
                 waiting.append((chunk, pool.submit(_work, chunk)))
                 if len(waiting) > AHEAD * workers:
                     done, future = waiting.popleft()

@@ -29,7 +29,8 @@ def run(context: StageContext) -> dict[str, Any]:
     settings, chat = context.settings, Chat.load(model)
     sources = _sources(context, chat)
     heldout, data = _heldout(context), context.experiment.data
-    judged = judge(sources, context.folder, context.progress, {opening(prompt) for prompt in heldout.values()})
+    openings = {opening(prompt) for prompt in heldout.values()}
+    judged = judge(sources, context.folder, context.progress, settings.workers, openings)
     shares = [share_of(data[name]) for name in settings.datasets] or [Share() for _ in sources]
     elsewhere = [(where, asked(prompt)) for where, prompt in heldout.items()]
     for name in settings.against:

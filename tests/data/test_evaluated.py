@@ -207,7 +207,7 @@ def test_workers_find_what_one_finds(chat: Chat, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(preparation, "ENOUGH", rows)
         monkeypatch.setattr(preparation, "CHUNK", 7)
         (tmp_path / name).mkdir()
-        run(chat, values, heldout=4, folder=tmp_path / name, **LONG)
+        run(chat, values, heldout=4, workers=2, folder=tmp_path / name, **LONG)
         reports.append(read_json(tmp_path / name / "data_report.json"))
     assert reports[0] == reports[1] and reports[0]["dropped"]["near_leak"] > 0
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import datasets
 import pytest
 from pydantic import ValidationError
 
+from alignment import preflight
+from alignment.config.compose import compose
 from alignment.data import preparation
 from alignment.data.batches import Batch, Chunk, key_of, made_of
 from alignment.data.chat import Chat
@@ -18,8 +23,8 @@ from alignment.data.examples import Reading
 from alignment.data.named import reading_of
 from alignment.data.preparation import Source, judge
 from alignment.data.sources import Row, read
-from alignment.errors import InputError
-from alignment.files import read_json, read_jsonl
+from alignment.errors import InputError, MachineError
+from alignment.files import read_json, read_jsonl, write_json
 from tests.conftest import default_checks
 
 from .conftest import assistant, make_tokenizer, user
@@ -115,13 +120,76 @@ def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.M
     monkeypatch.setattr(preparation, "ENOUGH", 20)
     monkeypatch.setattr(preparation, "CHUNK", 7)
     monkeypatch.setattr(preparation, "made_of", None)  # here; the workers have their own
-    several = run(chat, values, heldout=5, prompts=5)
+    several = run(chat, values, heldout=5, prompts=5, workers=2)
     assert several.counts == alone.counts and several.fit == alone.fit
     assert several.rows == alone.rows
     values[50] = {"prompt": 7, "completion": "a"}
     values[80] = {"prompt": None, "completion": "a"}
     with pytest.raises(InputError, match=r"rows.jsonl:51: "):
-        run(chat, values)
+        run(chat, values, workers=3)
+
+
+class Fatal(Chat):
+    """As if the system killed whoever renders, for want of memory."""
+
+    def answers(self, messages: list[Any], where: str) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_stage_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "ENOUGH", 20)
+    monkeypatch.setattr(preparation, "CHUNK", 7)
+    with pytest.raises(MachineError) as caught:
+        run(Fatal(make_tokenizer()), [qa(f"q{number}", "a") for number in range(60)], workers=2)
+    assert str(caught.value) == (
+        "one of 2 processes that prepare rows was killed "
+        "(for want of memory, probably: give more, or lower the stage's workers)"
+    )
+
+
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of pools that are asked for; a thread does their work."""
+    sizes = list[int]()
+
+    class Noted(ThreadPoolExecutor):
+        def __init__(self, workers: int, _: Any, begin: Any, given: Any):
+            sizes.append(workers)
+            super().__init__(1, initializer=begin, initargs=given)
+
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which workers set
+    for name, value in (("ENOUGH", 20), ("CHUNK", 7), ("ProcessPoolExecutor", Noted)):
+        monkeypatch.setattr(preparation, name, value)
+    return sizes
+
+
+@pytest.mark.parametrize(("workers", "cores", "taken"), [(None, 1, 1), (None, 3, 3), (2, 5, 2), (4, 1, 4)])
+def test_workers_are_as_many_as_the_setting_says_else_one_a_core(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, pools: list[int], workers: int | None, cores: int, taken: int
+) -> None:
+    monkeypatch.setattr(preparation, "usable", lambda: cores)
+    made = run(chat, [qa(f"q{number}", "a") for number in range(30)], workers=workers)
+    assert made.fit == 30 and pools == ([taken] if taken > 1 else [])
+
+
+@pytest.mark.parametrize(("setting", "taken"), [("null", 2), ("64", 2), ("1", 1)])
+def test_a_look_takes_two_workers_at_most(
+    tmp_path: Path,
+    tiny_settings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    pools: list[int],
+    setting: str,
+    taken: int,
+) -> None:
+    """It runs where people log in."""
+    monkeypatch.setattr(preflight, "usable", lambda: 16)
+    small = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
+    made = compose(["pipeline=sft", *tiny_settings, *small, f"stage.prepare_sft.workers={setting}"])
+    looked = {"rows": 100, "show": 0, "fit": "", "estimate": False, "dropped": None}
+    order = {"experiment": made.model_dump(), "prepare": ["rows"], **looked}
+    write_json(tmp_path / "order.json", order)
+    assert preflight.main([str(tmp_path / "order.json")]) == 0
+    assert pools == ([taken] if taken > 1 else [])
 
 
 def test_chunks_end_by_their_text_too_whatever_is_made_of_them(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +208,7 @@ def test_chunks_end_by_their_text_too_whatever_is_made_of_them(chat: Chat, monke
     assert len(sizes) > 40 and all(len(chunk) == 1 or sum(chunk) < 100 + 60 * len(chunk) for chunk in sizes)
     for name, value in (("ENOUGH_TEXT", 500), ("made_of", None)):  # not here: the workers have their own
         monkeypatch.setattr(preparation, name, value)
-    several = run(chat, values, heldout=3, max_length=100)
+    several = run(chat, values, heldout=3, max_length=100, workers=2)
     assert whole.rows == parts.rows == several.rows and whole.counts == parts.counts == several.counts
 
 
@@ -163,7 +231,7 @@ def test_rows_are_let_go_once_they_are_prepared(
     monkeypatch.setattr(preparation, "CHUNK", 5)
     monkeypatch.setattr(preparation, "ENOUGH", enough)
     reading = reading_of(settings(), "auto", {}, default_checks(), chat)
-    judge([Source("mine", rows(), reading, "rows.jsonl")], tmp_path, progress)
+    judge([Source("mine", rows(), reading, "rows.jsonl")], tmp_path, progress, 2)
     assert len(alive) == 300 and left[-1] <= 3 * 5
 
 

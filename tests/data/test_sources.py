@@ -24,6 +24,7 @@ from pyarrow import feather, ipc, parquet
 
 from alignment.data.sources import Row, Unreadable, read, read_rows
 from alignment.errors import InputError, MachineError
+from alignment.places import stream
 
 
 def rows(path: Path, content: str | bytes) -> list[tuple[dict, int | None]]:
@@ -206,6 +207,38 @@ def test_compressed_texts_are_read_and_a_cut_is_found_after_the_rows_before_it(
         before.extend(row.value for row in reader)  # type: ignore[union-attr]
     number = int(str(caught.value).partition("after row ")[2].partition(":")[0])
     assert number >= len(values) // 2 - 1  # of an array, the last row's comma may be cut off
+
+
+@pytest.mark.parametrize("kind", ["", *COMPRESS])
+def test_a_file_that_was_left_is_closed(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"r.jsonl{kind}"
+    path.write_bytes(COMPRESS.get(kind, bytes)(b'{"a": 1}\n' * 10_000))
+
+    def opened() -> bool:
+        return any(os.path.realpath(one) == str(path) for one in Path("/proc/self/fd").iterdir())
+
+    with stream(path, kind) as reader:
+        assert reader.readline() == b'{"a": 1}\n' and opened()
+    assert not opened()
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "fix"),
+    [
+        (".zst", "zstandard", "pip install zstandard"),
+        (".bz2", "bz2", "take a Python that was built with bz2"),
+        (".xz", "lzma", "take a Python that was built with lzma"),
+    ],
+)
+def test_a_decompressor_that_is_missing_is_one_line(
+    kind: str, module: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"r.jsonl{kind}"
+    path.write_bytes(COMPRESS[kind](b'{"a": 1}\n'))
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MachineError) as caught:
+        shape(path)
+    assert str(caught.value) == f"{path}: {kind} needs the module {module}, which is missing ({fix})"
 
 
 def test_compressed_lines_under_the_name_json_are_read(tmp_path: Path) -> None:

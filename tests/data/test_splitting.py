@@ -142,7 +142,7 @@ def test_a_mixture_is_the_same_with_any_number_of_workers(chat: Chat, monkeypatc
     monkeypatch.setattr(preparation, "ENOUGH", 20)
     monkeypatch.setattr(preparation, "CHUNK", 7)
     monkeypatch.setattr(preparation, "made_of", None)  # here; the workers have their own
-    _, several = mix(chat, data, shares=shares, heldout=4, prompts=3)
+    _, several = mix(chat, data, shares=shares, heldout=4, prompts=3, workers=2)
     for name in ("train.jsonl", "heldout.jsonl", "prompts.jsonl", "data_report.json"):
         assert (alone / name).read_bytes() == (several / name).read_bytes()
     table, same = (datasets.load_from_disk(str(folder / "train")) for folder in (alone, several))

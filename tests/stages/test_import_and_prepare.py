@@ -69,6 +69,7 @@ def prepared(
         "against": [],
         "over_long": "drop",
         "seed": 0,
+        "workers": None,
     }
     limit = changes.pop("limit", None)
     settings = Prepare(kind="prepare", splits=splits, **{**values, **changes})
