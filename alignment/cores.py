@@ -5,28 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from alignment.cgroups import groups
+
 
 def usable(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Of the affinity, and at most what the CPU quotas (v2 or v1) of this control group and those above allow, rounded
     down; at least one."""
-    return max(1, int(min([len(os.sched_getaffinity(0)), *map(_quota, _groups(proc, cgroup))])))
-
-
-def _groups(proc: Path, cgroup: Path) -> list[Path]:
-    """Folders of this process's control groups and those above them; a container sees its own group as the root."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = []
-    for line in ["0::/", ":cpu:/", *lines]:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        inside = Path(path.lstrip("/"))
-        for root in (cgroup / controllers, cgroup / "cpu") if controllers else (cgroup,):
-            found += [root / part for part in (inside, *inside.parents)]
-    return list(dict.fromkeys(found))
+    return max(1, int(min([len(os.sched_getaffinity(0)), *map(_quota, groups("cpu", proc, cgroup))])))
 
 
 def _quota(group: Path) -> float:
