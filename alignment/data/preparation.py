@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,11 +26,12 @@ from alignment.data.checks import EXAMPLES, Counts, Drop, Dropped, Policy, Tally
 from alignment.data.examples import Reading
 from alignment.data.near import WORDLESS, groups
 from alignment.data.sources import Row, Unreadable
-from alignment.errors import MachineError
+from alignment.errors import AlignmentError, MachineError
 
 ENOUGH, ENOUGH_TEXT = 10_000, 1 << 23  # rows, characters: fewer are tokenised before other processes are ready
 CHUNK, CHUNK_TEXT = 200, 1 << 22  # rows, characters that go to a worker at a time, or one row that is larger
 AHEAD = 4  # chunks a worker may have waiting
+Item = TypeVar("Item")
 SHARED = "alignment.data.shared"
 TOO_LONG = {"long_prompt": "max_prompt_length", "long_row": "max_length"}  # fault -> the limit
 
@@ -128,9 +129,10 @@ def judge(
 
 def _batches(sources: Sequence[Source], files: list[str], workers: int) -> Iterator[tuple[Chunk, Batch]]:
     """What becomes of each chunk, in order; by several processes if there is enough to do. files: is added to."""
-    chunks = _chunks(sources, files)
+    failed: list[AlignmentError] = []
+    chunks = _until(failed, _chunks(sources, files))
     first, enough = _first_of(chunks)
-    every = chain(_let_go(first), chunks)
+    every = chain(_let_go(first), chunks, _raised(failed))
     if workers < 2 or not enough:
         for chunk in every:
             yield chunk, made_of(chunk, sources[chunk.source].reading)
@@ -183,8 +185,8 @@ def _let_go(chunks: deque[Chunk]) -> Iterator[Chunk]:
 def _chunks(sources: Sequence[Source], files: list[str]) -> Iterator[Chunk]:
     """Rows in order, by the file; an error of reading comes after the rows before it."""
     for number, source in enumerate(sources):
-        rows, size = list[Row | Unreadable](), 0
-        for row in source.rows:
+        rows, size, failed = list[Row | Unreadable](), 0, list[AlignmentError]()
+        for row in _until(failed, source.rows):
             more = _size(row.value) if isinstance(row, Row) else 0
             if rows and (len(rows) == CHUNK or size + more > CHUNK_TEXT or row.file != rows[0].file):
                 yield Chunk(number, _numbered(rows[0].file, files), rows, size)
@@ -193,6 +195,22 @@ def _chunks(sources: Sequence[Source], files: list[str]) -> Iterator[Chunk]:
             size += more
         if rows:
             yield Chunk(number, _numbered(rows[0].file, files), rows, size)
+        yield from _raised(failed)
+
+
+def _until(failed: list[AlignmentError], items: Iterable[Item]) -> Iterator[Item]:
+    """Up to the first error, which is put into `failed`."""
+    try:
+        yield from items
+    except AlignmentError as error:
+        failed.append(error)
+
+
+def _raised(failed: list[AlignmentError]) -> Iterator[Any]:
+    """Nothing; raises the error if there is one by then."""
+    for error in failed:
+        raise error
+    yield from ()
 
 
 def _size(value: Any) -> int:

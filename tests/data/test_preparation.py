@@ -185,7 +185,7 @@ def test_a_look_takes_two_workers_at_most(
     monkeypatch.setattr(preflight, "usable", lambda: 16)
     small = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
     made = compose(["pipeline=sft", *tiny_settings, *small, f"stage.prepare_sft.workers={setting}"])
-    looked = {"rows": 100, "show": 0, "fit": "", "estimate": False, "dropped": None}
+    looked = {"rows": 100, "show": 0, "fit": "", "estimate": False, "dropped": None, "stored": [], "only": None}
     order = {"experiment": made.model_dump(), "prepare": ["rows"], **looked}
     write_json(tmp_path / "order.json", order)
     assert preflight.main([str(tmp_path / "order.json")]) == 0
@@ -426,3 +426,16 @@ def test_lines_that_cannot_be_read_are_malformed_rows(chat: Chat, tmp_path: Path
     assert made.counts == {"malformed": 2} and made.fit == 2
     told = list(read_jsonl(tmp_path / "dropped.jsonl"))
     assert [(row["line"], row["value"]) for row in told] == [(2, {}), (3, {})] and "UTF-8" in told[1]["why"]
+
+
+def test_rows_before_one_that_cannot_be_gone_on_after_are_told_before_the_error(chat: Chat, tmp_path: Path) -> None:
+    def rows() -> Iterator[Row]:
+        yield Row(qa("q", ""), "rows.jsonl", 1, 1)  # has no answer: dropped
+        yield Row(qa("r", "a"), "rows.jsonl", 2, 2)
+        raise InputError("is cut", where="rows.jsonl:3")
+
+    reading = reading_of(settings(), "auto", {}, default_checks(), chat, None)
+    with pytest.raises(InputError, match=r"^rows.jsonl:3: is cut$"):
+        judge([Source("mine", rows(), reading, "rows.jsonl")], tmp_path, lambda *a, **k: None, None)
+    (told,) = read_jsonl(tmp_path / "dropped.jsonl")
+    assert (told["fault"], told["line"]) == ("empty_answer", 1)
