@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +23,14 @@ from alignment.config.sources import HubSource, PathSource
 from alignment.config.stages.preparing import ImportModel, Prepare
 from alignment.cores import usable
 from alignment.errors import AlignmentError, InputError, unusable
-from alignment.files import program, read_json, remove, write_lines
+from alignment.files import program, read_json, read_jsonl, remove, write_lines
 from alignment.imports import kept
 
 with kept():
     from alignment.data.adapters import check_adapter
     from alignment.data.chat import Chat
+    from alignment.data.checks import opening
+    from alignment.data.evaluated import asked, prompts_of_result, prompts_of_rows
     from alignment.data.fetch import fetch
     from alignment.data.gguf import opened
     from alignment.data.models import check_files, check_vocabulary, usable_tokenizer
@@ -60,6 +63,7 @@ class Looked(NamedTuple):
 
     lengths: Lengths
     prompts: Prompts
+    heldout: Mapping[str, list[Any]] = MappingProxyType({})  # where a prompt for evaluation stands -> the prompt
 
 
 def main(arguments: list[str]) -> int:
@@ -74,11 +78,15 @@ def main(arguments: list[str]) -> int:
             with _told("reward"):
                 _rewards(experiment, order["only"])
         seen: dict[str, Lengths] = {}
+        heldout: dict[str, Mapping[str, list[Any]]] = {}
         room = Path(arguments[0]).parent
-        for name in order["prepare"]:
+        for name in sorted(order["prepare"], key=lambda name: "heldout" in experiment.pipeline.nodes[name].inputs):
             with _told(f"data {name}"), _folder(room / f"rows-{name}") as folder:
-                looked = _data(name, experiment, start, order, folder)
-                seen[name] = looked.lengths
+                keeps = experiment.pipeline.nodes[name].inputs.get("heldout", "")
+                if keeps in order["stored"]:
+                    heldout[keeps] = prompts_of_result(read_jsonl(Path(order["stored"][keeps]) / "heldout.jsonl"))
+                looked = _data(name, experiment, start, order, folder, heldout.get(keeps, {}))
+                seen[name], heldout[name] = looked.lengths, looked.heldout
                 _answers(experiment, start, {name: looked.prompts}, order)
         for name, folder in _prepared(experiment, order["stored"]).items():
             with _told(f"data {name}", guess=True):
@@ -266,14 +274,23 @@ def _rewards(experiment: Experiment, only: Sequence[str] | None) -> None:
             _tell("reward", "ok", f"{name}: {folder}")
 
 
-def _data(name: str, experiment: Experiment, start: Start, order: dict[str, Any], folder: Path) -> Looked:
+def _data(
+    name: str,
+    experiment: Experiment,
+    start: Start,
+    order: dict[str, Any],
+    folder: Path,
+    heldout: Mapping[str, list[Any]],
+) -> Looked:
     """The first rows through the whole path: read, recognised, checked, rendered, tokenised; all of them if they are no
-    more than `rows` of any data set, and then split too. Returns how long they are. Raises AlignmentError."""
+    more than `rows` of any data set, and then split too. heldout: prompts that another node keeps for evaluation, and
+    where each stands. Returns how long they are. Raises AlignmentError."""
     settings = experiment.stage[experiment.pipeline.nodes[name].stage]
     assert isinstance(settings, Prepare)  # of whom the order is
     chat, data, checks, most = start.chat, experiment.data, experiment.checks, order["rows"]
     sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
-    judged = judge(sources, folder, lambda *a, **k: None, min(WORKERS, settings.workers or usable()))
+    openings = {opening(prompt) for prompt in heldout.values()}
+    judged = judge(sources, folder, lambda *a, **k: None, min(WORKERS, settings.workers or usable()), openings)
     for one in settings.datasets:
         if not judged.read.get(one):
             raise InputError("has no rows", where=describe(data[one].source))
@@ -281,7 +298,8 @@ def _data(name: str, experiment: Experiment, start: Start, order: dict[str, Any]
     rows, splits = judged.fit, None
     if whole:
         shares = [share_of(data[one]) for one in settings.datasets]
-        elsewhere = [prompt for one in settings.against for prompt in prompts_of(data[one])]
+        elsewhere = [(where, asked(prompt)) for where, prompt in heldout.items()]
+        elsewhere += [prompt for one in settings.against for prompt in prompts_of(data[one])]
         try:
             splits = divide(judged, settings.splits, settings.seed, shares, elsewhere)
             rows = splits["train"]
@@ -319,8 +337,10 @@ def _data(name: str, experiment: Experiment, start: Start, order: dict[str, Any]
         judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained")
     )
     lengths = Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
-    asked = judged.table.column("prompt_tokens")
-    return Looked(lengths, Prompts(asked, judged.fit, splits, lambda row: judged.place(row)[1].where))
+    tokens_of = judged.table.column("prompt_tokens")
+    prompts = Prompts(tokens_of, judged.fit, splits, lambda row: judged.place(row)[1].where)
+    kept = {} if splits is None else prompts_of_rows(judged, splits["heldout"])
+    return Looked(lengths, prompts, kept)
 
 
 def _each(dropped: str | None) -> str:

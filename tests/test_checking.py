@@ -16,6 +16,7 @@ from tests.conftest import Command, environment, write_tiny_model
 from tests.data.test_adapters import adapter_of
 from tests.data.test_models import write_gguf
 
+DATA = {"instructions": "talks", "preferences": "pairs"}
 SMALL = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
 
 
@@ -298,3 +299,20 @@ def test_labels_of_one_kind_fail_the_check_and_among_the_first_rows_alone_are_a_
         done = command(tmp_path / "store", "check", *kto, code=code)
         assert "are wanted and 0 are not: KTO needs both" in done.stdout
         assert ("of the first rows, and so perhaps of all" in done.stdout) == (code == 0)
+
+
+def test_prompts_that_another_stage_keeps_for_evaluation_are_left_out_as_they_will_be(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    """Of 30 prompts that both data sets have 20 are kept for evaluation: the run would drop 20 of 30 pairs."""
+    talks = ({"prompt": f"q{i}", "completion": f"a{i}"} for i in range(30))
+    pairs = ({"prompt": f"q{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(30))
+    for name, rows in (("talks", talks), ("pairs", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [f"data.{one}.source.path={tmp_path}/{name}.jsonl" for one, name in DATA.items()]
+    settings = ["pipeline=sft_dpo", *tiny_settings, *paths]
+    splits = [f"stage.prepare_sft.splits.{name}=4" for name in ("prompts", "train")]
+    told = command(
+        tmp_path / "store", "data", "check", *settings, *splits, "stage.prepare_sft.splits.heldout=20", code=3
+    )
+    assert "20 of 30 rows are dropped" in told.stderr and "20 heldout" in told.stderr

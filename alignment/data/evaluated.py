@@ -8,7 +8,7 @@ and are left out, as NeMo Curator's `max_matches` does, by the same number.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,21 @@ def contaminated(judged: Judged, rows: np.ndarray, heldout: np.ndarray, elsewher
         for number, where in found
         if where is not None
     }
+
+
+def prompts_of_rows(judged: Judged, rows: np.ndarray) -> dict[str, list[Message]]:
+    """Where each of these rows stands -> what it asks, as `prompts_of_result` has it of the same row."""
+    found = {}
+    for number in rows.tolist():
+        where, row = judged.place(number)[1].where, _messages(judged, number)
+        found[where] = row[:-1] if row[-1]["role"] == "assistant" else row
+    return found
+
+
+def prompts_of_result(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Message]]:
+    """Where each prompt stands that a stage which prepared rows has kept for evaluation -> the prompt. rows: of its
+    heldout.jsonl."""
+    return {f"heldout.jsonl:{line}": row["prompt"] for line, row in enumerate(rows, start=1)}
 
 
 def _of_rows(judged: Judged, rows: np.ndarray) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
-from alignment.data.evaluated import asked
+from alignment.data.evaluated import asked, prompts_of_result
 from alignment.data.examples import Reading
 from alignment.data.formats import Message
 from alignment.data.models import context_window
@@ -84,8 +84,7 @@ def _heldout(context: StageContext) -> dict[str, list[Message]]:
     """Where each prompt stands that the parent in the role `heldout` keeps for evaluation: none may be trained on."""
     if "heldout" not in context.inputs:
         return {}
-    rows = rows_of(context.inputs["heldout"], "heldout.jsonl")
-    return {f"heldout.jsonl:{line}": row["prompt"] for line, row in enumerate(rows, start=1)}
+    return prompts_of_result(rows_of(context.inputs["heldout"], "heldout.jsonl"))
 
 
 def _check_window(context: StageContext, window: int | None) -> None:
