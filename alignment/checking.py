@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -22,21 +22,37 @@ from alignment.calibrating import Calibrations
 from alignment.config.hardware import AUTO
 from alignment.config.schema import Experiment
 from alignment.config.stages.preparing import Prepare
-from alignment.errors import BY_CODE, AlignmentError, Finding, MachineError
+from alignment.errors import BY_CODE, AlignmentError, ConfigError, Finding, MachineError
 from alignment.files import program, write_json
 from alignment.pipeline.runner import Run
 
 ROWS = 2000  # of each data set, unless it is the data that is checked
 SECONDS = 3.0  # for the tracker's server to answer
+ENDS = 5.0  # for a process to end that was asked to
 MARKS = {"ok": "✓", "note": " ", "warning": "!", "failed": "✗"}
 
 
-def check(experiment: Experiment, *, data_only: bool = False, as_json: bool = False, calibrate: bool = False) -> int:
+def check(experiment: Experiment, *, as_json: bool = False, calibrate: bool = False) -> int:
     """Look at everything, say it, and raise the first failure as the error that the run would have ended with.
 
     calibrate: run some steps of each stage that trains, for the estimate of its time."""
+    return _tell(_all(experiment, calibrate), as_json)
+
+
+def check_data(experiment: Experiment, *, as_json: bool = False, dropped: Path | None = None) -> int:
+    """As `check`, of all rows and what they need. dropped: a file to come for all rows that would be dropped. Raises
+    ConfigError where it is there already, or its folder is not."""
+    if dropped is not None and os.path.lexists(dropped):
+        raise ConfigError(
+            "there is such a file already", where=f"--dropped {dropped}", fix="another name, or remove it"
+        )
+    if dropped is not None and not dropped.absolute().parent.is_dir():
+        raise ConfigError("there is no such folder", where=f"--dropped {dropped}", fix="make it")
+    return _tell(_data(experiment, None, dropped=dropped), as_json)
+
+
+def _tell(looks: Iterator[Finding], as_json: bool) -> int:
     found: list[Finding] = []
-    looks = _data(experiment, None) if data_only else _all(experiment, calibrate)
     for finding in looks:
         found.append(finding)
         if not as_json:
@@ -133,7 +149,10 @@ def findings(
         yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
         return
     yield from _tracker(experiment)
-    yield from _data(experiment, ROWS, fit="look", estimate=estimate, timed=timed, only=only)
+    fresh = [node.name for node in run.nodes] if only is None else only
+    stored = {node.name: str(run.store.result(node.key)) for node in run.nodes if node.name not in fresh}
+    more: dict[str, Any] = {"estimate": estimate, "timed": timed, "only": only, "stored": stored}
+    yield from _data(experiment, ROWS, fit="look", **more)
 
 
 def _finding(check: str, state: str, what: str, **more: Any) -> Finding:
@@ -179,15 +198,21 @@ def _data(
     estimate: bool = False,
     timed: dict[str, Any] | None = None,
     only: Sequence[str] | None = None,
+    stored: Mapping[str, str] | None = None,
+    dropped: Path | None = None,
 ) -> Iterator[Finding]:
     """rows: of each data set; None: all of them. show: of each stage's rows, token by token. fit: look whether
-    memory and disk are enough; `suggest`: and what would help. estimate, timed, only: as of `findings`."""
+    memory and disk are enough; `suggest`: and what would help. estimate, timed, only: as of `findings`. stored:
+    node -> result, of those that the store has, whose sources are read no more. dropped: as of `check_data`."""
     nodes = experiment.pipeline.nodes
     stages = {name: experiment.stage[node.stage] for name, node in nodes.items()}
-    prepare = [name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets]
+    stored = stored or {}
+    reading = {name for name, stage in stages.items() if isinstance(stage, Prepare) and stage.datasets}
+    prepare = [name for name in nodes if name in reading - stored.keys()]
     order = {"experiment": experiment.model_dump(), "prepare": prepare, "rows": rows or sys.maxsize, "show": show}
-    order |= {"fit": fit, "estimate": estimate, "timed": timed or {}, "only": only}
-    with tempfile.TemporaryDirectory(prefix="alignment-check-") as folder:
+    order |= {"fit": fit, "estimate": estimate, "timed": timed or {}, "only": only, "stored": stored}
+    order["dropped"] = dropped and str(dropped)
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=_room(experiment)) as folder:
         path = Path(folder) / "order.json"
         write_json(path, order)
         command = [sys.executable, "-m", "alignment.preflight", str(path)]
@@ -196,16 +221,35 @@ def _data(
             assert process.stdout is not None
             try:
                 yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
-            finally:
+                process.wait()
+            finally:  # nobody may read on, and it have hours of rows before it
                 process.stdout.close()
-                if process.poll() is None:
-                    process.wait()
+                _end(process)
             if process.returncode:
                 errors.seek(0)
                 last = (errors.read().strip().splitlines() or ["without a word"])[-1]
                 what = f"the look at model and data ended with code {process.returncode}: {last}"
                 fix = f"try {program('alignment')} plan, and the stage itself"
                 yield _finding("model", "failed", what, fix=fix, code=1)
+
+
+def _room(experiment: Experiment) -> Path | None:
+    """Where tables of rows may lie, which are as large as the data: the store if it is there, else where the system
+    keeps temporary files."""
+    root = Path(experiment.store)
+    return root if root.is_dir() and os.access(root, os.W_OK | os.X_OK) else None
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ask it to end, if it has not, and make it."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(ENDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def say(finding: Finding, out: Callable[[str], None] | None = None) -> None:

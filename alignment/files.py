@@ -19,7 +19,8 @@ CHUNK = 1 << 20
 LATE = 60.0  # seconds after which a shared file system shows what another machine wrote
 # What is read of a folder with a model: its config, weights, tokenizer and templates. Only these are fetched from a
 # hub, and only these are in the key: not model cards, optimizer states, other formats or what a download left behind.
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
+WEIGHTS = "*.safetensors"
+MODEL_FILES = ("*.json", WEIGHTS, "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:

@@ -1,7 +1,8 @@
 """Chat templates come with models from anywhere: they are rendered within limits of time and memory.
 
 transformers renders in Jinja's immutable sandbox, so a template reaches no attribute that it should not and writes to
-nothing. The sandbox bounds neither time nor memory: `{{ 'a' * 10 ** 10 }}` would take the machine down.
+nothing. The sandbox bounds neither time nor memory: `{{ 'a' * 10 ** 10 }}` would take the machine down. Time is that of
+the processor: a process that is stopped, or waits for a busy machine, has not rendered anything meanwhile.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any, TypeVar
 
 from alignment.errors import InputError
 
-SECONDS = 10.0
+SECONDS = 10.0  # of CPU time
 MEMORY = 1 << 30  # bytes over what the process has
-AGAIN = 0.5  # seconds; what interrupts a computation may be swallowed by the code around it: it comes anew
+AGAIN = 0.5  # seconds of CPU time; what interrupts a computation may be swallowed by the code around it: it comes anew
 PAGE = resource.getpagesize()
 NO_CLOCK = "there_is_no_clock"  # the name that data.chat.without_clock has a template call for today's date
 REFUSES = "the chat template refuses the conversation"
@@ -29,6 +30,11 @@ SIMPLER = "set model.chat_template to a simpler one"
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
+
+
+class OverLimit(InputError):
+    """A template took too much time or memory. What it takes depends on the machine, too: no policy drops a row for it,
+    or the same settings could make other rows."""
 
 
 class _TooLong(BaseException):
@@ -72,20 +78,22 @@ def marked(tokenizer: Any, messages: Sequence[Message], where: str | None) -> tu
 
 
 def guarded(work: Callable[[], T], where: str | None, *, seconds: float = SECONDS, memory: int = MEMORY) -> T:
-    """What `work`, which compiles or renders a template, returns. Raises InputError for all that it raises.
+    """What `work`, which compiles or renders a template, returns. Raises InputError for all that it raises, OverLimit
+    where it breaks a limit.
 
-    Beside the main thread, where no signal comes, there is no limit of time: a model's template is tried in the main
-    thread when the model is imported. memory: bytes; no limit where the system does not say how much is used.
+    seconds: CPU time of the process. Beside the main thread, where no signal comes, there is no limit of time: a
+    model's template is tried in the main thread when the model is imported. memory: bytes; no limit where the system
+    does not say how much is used.
     """
     try:
         with _time_limit(seconds), _memory_limit(memory):
             return work()
     except _TooLong:
-        what = f"the chat template does not end within {seconds:g} s"
-        raise InputError(what, where=where, fix=SIMPLER) from None
+        what = f"the chat template does not end within {seconds:g} s of CPU time"
+        raise OverLimit(what, where=where, fix=SIMPLER) from None
     except MemoryError:
         what = f"the chat template takes more than {memory / (1 << 30):g} GB of memory"
-        raise InputError(what, where=where, fix=SIMPLER) from None
+        raise OverLimit(what, where=where, fix=SIMPLER) from None
     except Exception as error:
         if NO_CLOCK in str(error):
             what = "the chat template prints today's date, so it would change from day to day"
@@ -111,7 +119,8 @@ def _cause(error: Exception) -> str:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises _TooLong in the main thread. A timer and handler that were set go on, later at worst by `seconds`."""
+    """Raises _TooLong in the main thread, after so much CPU time of the process. A timer and handler that were set go
+    on, later at worst by `seconds`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -121,18 +130,18 @@ def _time_limit(seconds: float) -> Iterator[None]:
         if armed:
             raise _TooLong
 
-    started = time.monotonic()
-    handler = signal.signal(signal.SIGALRM, ring)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
+    started = time.process_time()
+    handler = signal.signal(signal.SIGPROF, ring)
+    left, interval = signal.setitimer(signal.ITIMER_PROF, seconds, AGAIN)
     try:
         yield
     finally:
         armed = False  # a signal that has come, and is not yet handled, must not leave the old timer unrestored
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL if handler is None else handler)
         if left:
-            rest = left - (time.monotonic() - started)
-            signal.setitimer(signal.ITIMER_REAL, max(rest, 1e-6), interval)
+            rest = left - (time.process_time() - started)
+            signal.setitimer(signal.ITIMER_PROF, max(rest, 1e-6), interval)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Before a launch: what `alignment check` looks at, unless the same was looked at before.
 
 What is remembered stands in the user's cache, a note for each look, named by the digest of all that it depends on: the
-keys of what is prepared, the settings of what is trained but for its numbers (a sweep of learning rates is looked at
-once), how and where it is trained, this machine, and the code. After an hour memory and disk are looked at again.
+start model and the rows, the settings of what is trained but for its numbers (a sweep of learning rates is looked at
+once), the reward, how and where it is trained, this machine, and the code. After an hour memory and disk are looked at
+again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 from alignment import checking
 from alignment.config.settings import Settings
 from alignment.errors import AlignmentError, Finding
-from alignment.files import cache_home, digest, write_json
+from alignment.files import cache_home, digest, read_json, write_json
+from alignment.pipeline.graph import Node
 from alignment.pipeline.identity import code_digest
 from alignment.pipeline.runner import Run
 
@@ -30,18 +32,18 @@ def look(run: Run, force: bool, refused: dict[str, AlignmentError], say: Callabl
     """Say what of the run is odd, and raise the first failure as the error that the run would have ended with. What the
     store has is looked at no more. force: a failure is said, and stops nothing. refused: by earlier looks of the same
     command; is added to."""
-    fresh = [node for node in run.nodes if not run.store.record(node.key)]
+    fresh = [node.name for node in run.nodes if not run.store.record(node.key)]
     if not run.experiment.check or os.environ.get("ALIGNMENT_CHECK") == "false" or not fresh:
         return
     name = _look_of(run)
     note = cache_home() / "checks" / f"{name}.json"
-    if _is_recent(note):
+    if _is_recent(note, fresh):
         return
     if name in refused:
         raise refused[name]
     say("looking at settings, data, model and memory before anything starts (check=false leaves it out)")
     failed: list[Finding] = []
-    for finding in checking.findings(run, only=[node.name for node in fresh]):
+    for finding in checking.findings(run, only=fresh):
         if finding["state"] in ("failed", "warning"):
             checking.say(finding, say)
         failed += [finding] if finding["state"] == "failed" else []
@@ -49,7 +51,7 @@ def look(run: Run, force: bool, refused: dict[str, AlignmentError], say: Callabl
         refused[name] = _refused(failed)
         raise refused[name]
     if not failed:
-        _remember(note)
+        _remember(note, fresh)
 
 
 def _refused(failed: list[Finding]) -> AlignmentError:
@@ -58,17 +60,18 @@ def _refused(failed: list[Finding]) -> AlignmentError:
     return type(error)(error.what, where=error.where, fix=f"{fix}--force starts it all the same")
 
 
-def _is_recent(note: Path) -> bool:
-    """Memory and disk that were free then may be taken now."""
+def _is_recent(note: Path, fresh: list[str]) -> bool:
+    """Memory and disk that were free then may be taken now. fresh: nodes to be made, as those were that were looked at:
+    where one point of a sweep has made its rows, those after it make fewer."""
     try:
-        return time.time() - note.stat().st_mtime < REMEMBERED
-    except OSError:
+        return time.time() - note.stat().st_mtime < REMEMBERED and set(fresh) <= set(read_json(note)["nodes"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that a full disk has cut
         return False
 
 
-def _remember(note: Any) -> None:
+def _remember(note: Path, fresh: list[str]) -> None:
     try:
-        write_json(note, {}, durable=False)
+        write_json(note, {"nodes": fresh}, durable=False)
     except OSError:
         pass  # an unwritable cache costs time, not the run
 
@@ -76,13 +79,18 @@ def _remember(note: Any) -> None:
 def _look_of(run: Run) -> str:
     """By what two looks are the same one."""
     experiment = run.experiment
-    rows = [node.key for node in run.nodes if node.kind in LOOKED_AT_WHOLE]
-    others = [_steady(node.settings.model_dump()) for node in run.nodes if node.kind not in LOOKED_AT_WHOLE]
+    # Without their parents: rows that are made for a trained model have its learning rate in their key.
+    sources = [{**node.identity, "parents": None} for node in run.nodes if _reads(node)]
+    others = [_steady([node.settings.model_dump(), node.identity["groups"]]) for node in run.nodes if not _reads(node)]
     others += [experiment.pipeline.model_dump(), experiment.tracking.model_dump(), experiment.min_free_gb]
-    others += [node.name for node in run.nodes if not run.store.record(node.key)]
     where: list[Settings] = [experiment.engine, experiment.launcher, experiment.checkpoint, experiment.hardware]
     settings = [one.model_dump() for one in where]
-    return digest([rows, others, settings, str(run.store.root), socket.gethostname(), code_digest()])
+    return digest([sources, others, settings, str(run.store.root), socket.gethostname(), code_digest()])
+
+
+def _reads(node: Node) -> bool:
+    """Whether it brings in the start model or rows, each number of whose settings may change what is looked at."""
+    return node.kind in LOOKED_AT_WHOLE
 
 
 def _steady(value: Any) -> Any:

@@ -166,7 +166,12 @@ def stream(path: str | Path, compression: str = "") -> io.BufferedReader[Any]:
         ".xz": lambda: _xz(reader),
         ".zst": lambda: _Zstandard(reader),
     }
-    plain = _Guarded(openers[compression](), lambda error: _cut(name, compression, error), False)
+    try:
+        opened = openers[compression]()
+    except ImportError as error:
+        reader.close()
+        raise _missing(name, compression, error) from error
+    plain = _Guarded(opened, lambda error: _cut(name, compression, error), False, reader)
     return io.BufferedReader(plain, CHUNK >> 3)
 
 
@@ -183,10 +188,11 @@ def _xz(reader: IO[bytes]) -> Any:
 
 
 class _Guarded(io.RawIOBase):
-    """A stream whose errors while reading are said as those of this program."""
+    """A stream whose errors while reading are said as those of this program. below: what it reads from, if it does not
+    close that itself."""
 
-    def __init__(self, inner: Any, say: Callable[[Exception], AlignmentError], seeks: bool):
-        self.inner, self.say, self.seeks = inner, say, seeks
+    def __init__(self, inner: Any, say: Callable[[Exception], AlignmentError], seeks: bool, below: Any = None):
+        self.inner, self.say, self.seeks, self.below = inner, say, seeks, below
         self.failed: AlignmentError | None = None
         self.take = (
             inner.read1 if hasattr(inner, "read1") else inner.read
@@ -211,8 +217,9 @@ class _Guarded(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            with suppress(Exception):  # what was read has been read
-                self.inner.close()
+            for stream in filter(None, (self.inner, self.below)):
+                with suppress(Exception):  # what was read has been read
+                    stream.close()
         super().close()
 
     def _try(self, call: Callable[..., Any], *arguments: int) -> Any:
@@ -252,14 +259,14 @@ class _Zstandard(io.IOBase):
         made, self.made = self.made[:size], self.made[size:]
         return made
 
-    def close(self) -> None:
-        self.source.close()
-        super().close()
+
+def _missing(name: str, compression: str, error: ImportError) -> MachineError:
+    module = (error.name or "").lstrip("_")
+    fix = f"pip install {module}" if compression == ".zst" else f"take a Python that was built with {module}"
+    return MachineError(f"{compression} needs the module {module}, which is missing", where=name, fix=fix)
 
 
 def _cut(name: str, compression: str, error: Exception) -> AlignmentError:
-    if isinstance(error, ImportError):
-        return MachineError(f"{compression} needs a package", where=name, fix=f"pip install {error.name}")
     return InputError(f"the {compression} is cut or broken: {_line(error)}", where=name, fix="copy or write it again")
 
 

@@ -1,4 +1,4 @@
-"""What a run would meet, looked at before it begins: `python -m alignment.preflight <order.json>`.
+"""What a run would meet, looked at before it begins: `python -m alignment.preflight <folder>/order.json`.
 
 No weights are read and nothing is trained: a login node can do it. Each finding is a line of JSON on stdout, as soon as
 it is known: check, state (ok, warning, failed), what, where, fix. The command line shows them (alignment/checking.py).
@@ -7,61 +7,118 @@ it is known: check, state (ok, warning, failed), what, where, fix. The command l
 from __future__ import annotations
 
 import json
+import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from alignment.config.data_checks import FAULTS
 from alignment.config.schema import Experiment
-from alignment.config.sources import PathSource
-from alignment.config.stages.preparing import Prepare
+from alignment.config.sources import HubSource, PathSource
+from alignment.config.stages.preparing import ImportModel, Prepare
+from alignment.cores import usable
 from alignment.errors import AlignmentError, InputError, unusable
-from alignment.files import read_json
+from alignment.files import program, read_json, remove, write_lines
 from alignment.imports import kept
 
 with kept():
+    from alignment.data.adapters import check_adapter
     from alignment.data.chat import Chat
     from alignment.data.fetch import fetch
     from alignment.data.gguf import opened
-    from alignment.data.models import check_files, check_vocabulary, context_window, usable_tokenizer
+    from alignment.data.models import check_files, check_vocabulary, usable_tokenizer
     from alignment.data.named import prompts_of, share_of, source_of
     from alignment.data.preparation import Judged, judge
     from alignment.data.showing import histogram, shown
     from alignment.data.splitting import check_dropped, divide
     from alignment.data.writing import describe, length_bias, mismatched, spread
+    from alignment.estimating import windows
     from alignment.estimating.seen import Lengths, config_of
+    from alignment.estimating.windows import Prompts
 
+DROPPED = "dropped.jsonl"
 SOME = 8  # rows that a loss is computed of
 LANGUAGES = 5  # named
+WORKERS = 2  # at most: the login node that looks is everybody's
 BIASED = 0.7  # share of pairs whose chosen answer is the longer one, above which it is a warning
 
 
+class Start(NamedTuple):
+    """The start model. config: of transformers; None if it has none. window: in tokens; None where it has no limit."""
+
+    chat: Chat
+    config: Any
+    window: int | None
+
+
+class Looked(NamedTuple):
+    """At the rows of a node that prepares them."""
+
+    lengths: Lengths
+    prompts: Prompts
+
+
 def main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and workers with it
     order = read_json(Path(arguments[0]))
     experiment = Experiment.model_validate(order["experiment"])
     with _told("model"):
-        chat, config = _model(experiment)
+        start = _start(experiment, order["stored"])
         if order["fit"] == "look":
+            with _told("adapters", guess=True):
+                _adapters(experiment, start, order)
             with _told("reward"):
-                _rewards(experiment, order.get("only"))
+                _rewards(experiment, order["only"])
         seen: dict[str, Lengths] = {}
+        room = Path(arguments[0]).parent
         for name in order["prepare"]:
-            with _told(f"data {name}"):
-                settings = experiment.stage[experiment.pipeline.nodes[name].stage]
-                assert isinstance(settings, Prepare)  # of whom the order is
-                with tempfile.TemporaryDirectory(prefix="alignment-rows-") as folder:
-                    seen[name] = _data(name, experiment, settings, (chat, config), order, Path(folder))
+            with _told(f"data {name}"), _folder(room / f"rows-{name}") as folder:
+                looked = _data(name, experiment, start, order, folder)
+                seen[name] = looked.lengths
+                _answers(experiment, start, {name: looked.prompts}, order)
+        for name, folder in _prepared(experiment, order["stored"]).items():
+            with _told(f"data {name}", guess=True):
+                looked = _stored(experiment, name, folder, start, order["rows"])
+                seen[name] = looked.lengths
+                _answers(experiment, start, {name: looked.prompts}, order)
+        if order["dropped"]:
+            with _told("dropped"):
+                _write_dropped([room / f"rows-{name}" for name in order["prepare"]], Path(order["dropped"]))
+        unknown = experiment.pipeline.nodes.keys() - {*order["prepare"], *_prepared(experiment, order["stored"])}
+        _answers(experiment, start, dict.fromkeys(unknown), order)
         if order["fit"]:
             with _told("memory", guess=True):
-                _fit(experiment, config, seen, order)
+                _fit(experiment, start.config, seen, order)
         if order["estimate"]:
             _unknown(experiment, order["prepare"])
     return 0
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """Of which but the rows that were dropped stay, whatever happens in here."""
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        for file in path.iterdir():
+            if file.name != DROPPED:
+                remove(file)
+
+
+def _write_dropped(folders: Sequence[Path], path: Path) -> None:
+    def lines() -> Iterator[str]:
+        for folder in folders:
+            if (folder / DROPPED).is_file():
+                with open(folder / DROPPED, encoding="utf-8") as stream:
+                    yield from stream
+
+    count = write_lines(path, lines())
+    _tell("dropped", "ok", f"{count} rows are in {path}", facts={"rows": count})
 
 
 def _fit(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], order: dict[str, Any]) -> None:
@@ -71,7 +128,7 @@ def _fit(experiment: Experiment, config: Any, seen: Mapping[str, Lengths], order
     if config is None or not fitting.is_estimated(config):
         _tell("memory", "note", "is not estimated: the start model has no configuration of a decoder with attention")
         return
-    how = order["fit"] == "suggest", order.get("only")
+    how = order["fit"] == "suggest", order["only"]
     for finding in fitting.findings(experiment, config, seen, *how):
         _tell(**finding)
 
@@ -98,25 +155,58 @@ def _told(check: str, guess: bool = False) -> Iterator[None]:
         _tell(check, "note", f"is not estimated: {type(error).__name__}: {first}")
 
 
-def _model(experiment: Experiment) -> tuple[Chat, Any]:
-    """Files, tokenizer, tokens, template, vocabulary and window of the start model. Returns also its configuration,
-    None if it has none. Raises AlignmentError."""
+def _start(experiment: Experiment, stored: Mapping[str, str]) -> Start:
+    """The start model; of one that the store has, as it was imported, nothing is told. Raises AlignmentError."""
+    if (folder := _imported(experiment, stored)) is None:
+        return _model(experiment)
+    config = config_of(folder)
+    return Start(Chat.load(folder), config, _window(config))
+
+
+def _imported(experiment: Experiment, stored: Mapping[str, str]) -> Path | None:
+    """The start model in the store."""
+    kinds = {name: experiment.stage[experiment.pipeline.nodes[name].stage] for name in stored}
+    return next((Path(stored[name]) / "model" for name in kinds if isinstance(kinds[name], ImportModel)), None)
+
+
+def _window(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+
+
+def _prepared(experiment: Experiment, stored: Mapping[str, str]) -> dict[str, Path]:
+    """Nodes whose rows the store has, with their folders."""
+    stages = {name: experiment.stage[experiment.pipeline.nodes[name].stage] for name in stored}
+    return {name: Path(stored[name]) for name, settings in stages.items() if isinstance(settings, Prepare)}
+
+
+def _stored(experiment: Experiment, name: str, folder: Path, start: Start, most: int) -> Looked:
+    with kept():
+        from alignment.estimating import stored
+    settings = experiment.stage[experiment.pipeline.nodes[name].stage]
+    assert isinstance(settings, Prepare)
+    lengths = stored.lengths_of(folder, settings.task, most, SOME)
+    return Looked(lengths, stored.prompts_of(folder, start.chat.tokenizer, most))
+
+
+def _model(experiment: Experiment) -> Start:
+    """Files, tokenizer, tokens, template, vocabulary and window of the start model. Raises AlignmentError."""
     settings = experiment.model
-    source = fetch(settings.source)
+    source = fetch(settings.source, weights=False)
     name = str(source)
-    check_files(source)
+    check_files(source, weights=not isinstance(settings.source, HubSource))
     with opened(source) if source.is_file() else nullcontext(source) as place:
         tokenizer = usable_tokenizer(place, settings, name, lambda text: _tell("template", "warning", text))
         made = config_of(place)
+    if settings.adapter is not None:
+        check_adapter(fetch(settings.adapter))
     _tell("template", "ok", f"renders turns once and for all, ends answers with {tokenizer.eos_token!r}")
-    if source.is_dir():
-        config = read_json(source / "config.json")
-        rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-        if rows:
-            check_vocabulary(tokenizer, int(rows), name)
-            _tell("vocabulary", "ok", f"{len(tokenizer)} tokens, {rows} rows of the embedding")
-        _windows(experiment, context_window(source))
-    return Chat(tokenizer, name), made
+    text = made.get_text_config()
+    if rows := getattr(text, "vocab_size", None):
+        check_vocabulary(tokenizer, int(rows), name)
+        _tell("vocabulary", "ok", f"{len(tokenizer)} tokens, {rows} rows of the embedding")
+    window = _window(made)
+    _windows(experiment, window)
+    return Start(Chat(tokenizer, name), made, window)
 
 
 def _windows(experiment: Experiment, window: int | None) -> None:
@@ -127,6 +217,34 @@ def _windows(experiment: Experiment, window: int | None) -> None:
             _tell("window", "failed", what, where=name, fix=f"stage.{node.stage}.max_length={window}", code=2)
             return
     _tell("window", "ok", f"{window or 'no limit of'} tokens")
+
+
+def _answers(
+    experiment: Experiment, start: Start, prompts: Mapping[str, Prompts | None], order: dict[str, Any]
+) -> None:
+    """Whether answers have room in the window, in stages still to be made that ask what these nodes prepare."""
+    if start.window is None or order["show"] or order["fit"] == "suggest":
+        return
+    for name in windows.asking(experiment):
+        data = experiment.pipeline.nodes[name].inputs["data"]
+        if data in prompts and (order["only"] is None or name in order["only"]):
+            _tell(**windows.finding(experiment, name, start.window, prompts[data]))
+
+
+def _adapters(experiment: Experiment, start: Start, order: dict[str, Any]) -> None:
+    """Whether the start model has the modules that adapters are put on: its own adapter's, and those of stages still to
+    be made. Raises AlignmentError."""
+    own = None if _imported(experiment, order["stored"]) else experiment.model.adapter
+    if own is None and not any(getattr(settings, "lora", None) for settings in experiment.stage.values()):
+        return
+    with kept():  # a second of imports, which other looks need not wait for
+        from alignment.estimating import adapting
+    if own is not None:
+        folder = fetch(own)
+        adapting.check_start_adapter(start.config, folder)
+        _tell("adapters", "ok", f"{folder} fits the start model")
+    for finding in adapting.findings(experiment, start.config, order["only"]):
+        _tell(**finding)
 
 
 def _rewards(experiment: Experiment, only: Sequence[str] | None) -> None:
@@ -148,32 +266,32 @@ def _rewards(experiment: Experiment, only: Sequence[str] | None) -> None:
             _tell("reward", "ok", f"{name}: {folder}")
 
 
-def _data(
-    name: str, experiment: Experiment, settings: Prepare, model: tuple[Chat, Any], order: dict[str, Any], folder: Path
-) -> Lengths:
+def _data(name: str, experiment: Experiment, start: Start, order: dict[str, Any], folder: Path) -> Looked:
     """The first rows through the whole path: read, recognised, checked, rendered, tokenised; all of them if they are no
-    more than `rows` of any data set, and then split too. model: its tokenizer and its configuration. Returns how long
-    they are. Raises AlignmentError."""
-    (chat, config), data, checks, most = model, experiment.data, experiment.checks, order["rows"]
+    more than `rows` of any data set, and then split too. Returns how long they are. Raises AlignmentError."""
+    settings = experiment.stage[experiment.pipeline.nodes[name].stage]
+    assert isinstance(settings, Prepare)  # of whom the order is
+    chat, data, checks, most = start.chat, experiment.data, experiment.checks, order["rows"]
     sources = [source_of(one, data[one], settings, checks, chat, most) for one in settings.datasets]
-    judged = judge(sources, folder, lambda *a, **k: None)
+    judged = judge(sources, folder, lambda *a, **k: None, min(WORKERS, settings.workers or usable()))
     for one in settings.datasets:
         if not judged.read.get(one):
             raise InputError("has no rows", where=describe(data[one].source))
     whole = all(judged.read[one] < most or judged.read[one] == data[one].limit for one in settings.datasets)
-    rows = judged.fit
+    rows, splits = judged.fit, None
     if whole:
         shares = [share_of(data[one]) for one in settings.datasets]
         elsewhere = [prompt for one in settings.against for prompt in prompts_of(data[one])]
         try:
-            rows = divide(judged, settings.splits, settings.seed, shares, elsewhere)["train"]
+            splits = divide(judged, settings.splits, settings.seed, shares, elsewhere)
+            rows = splits["train"]
         except InputError:
             if order["show"]:  # the rows may say why
                 _show(f"data {name}", judged, judged.fit[: order["show"]], judged.fit, chat)
             raise
     judged.tally.close()
     try:
-        check_dropped(judged)
+        check_dropped(judged, _each(order["dropped"]))
         if settings.task == "unpaired" and len(rows):
             mismatched(judged, rows)
     except InputError as error:
@@ -194,13 +312,19 @@ def _data(
         _tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
-    if order["estimate"] and config is not None and len(rows):
+    if order["estimate"] and start.config is not None and len(rows):
         with _told(f"time {name}", guess=True):
-            _estimate(name, experiment, (judged, rows, whole, most), config, order["timed"])
+            _estimate(name, experiment, (judged, rows, whole, most), start.config, order["timed"])
     prompt, whole_row, trained = (
         judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained")
     )
-    return Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
+    lengths = Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
+    asked = judged.table.column("prompt_tokens")
+    return Looked(lengths, Prompts(asked, judged.fit, splits, lambda row: judged.place(row)[1].where))
+
+
+def _each(dropped: str | None) -> str:
+    return f"{dropped} has each" if dropped else f"`{program('alignment')} data check --dropped FILE ...` writes each"
 
 
 def _estimate(name: str, experiment: Experiment, seen: tuple[Any, ...], config: Any, timed: dict[str, Any]) -> None:
@@ -211,7 +335,7 @@ def _estimate(name: str, experiment: Experiment, seen: tuple[Any, ...], config: 
         return
     settings = experiment.stage[experiment.pipeline.nodes[name].stage]
     assert isinstance(settings, Prepare)
-    for finding in telling.findings(experiment, name, samples.sample_of(experiment, settings, *seen), config, timed):
+    for finding in telling.findings(experiment, name, samples.known_rows(experiment, settings, *seen), config, timed):
         _tell(**finding)
 
 

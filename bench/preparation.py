@@ -29,7 +29,7 @@ from typing import Any
 from bench.summary import spread
 
 ARMS = ("ours", "trl")
-EVERY = 0.05  # seconds between two looks at the memory
+EVERY = 0.5  # seconds between two looks at the memory: a look walks all pages, at the cost of who is looked at
 
 
 def main() -> int:
@@ -124,7 +124,6 @@ def _ours(folder: Path, workers: int) -> dict[str, Any]:
     from alignment.data.splitting import Share, divide
     from alignment.data.writing import write
 
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:workers]))  # a worker for each core
     path = f"data.instructions.source.path={folder}/rows.jsonl"
     longest = [f"stage.prepare_sft.{name}=100000" for name in ("max_length", "max_prompt_length")]
     experiment = compose(["pipeline=sft", "data=path", path, *longest])
@@ -133,7 +132,7 @@ def _ours(folder: Path, workers: int) -> dict[str, Any]:
     out = Path(tempfile.mkdtemp())
     with Watched() as watched:
         source = source_of("instructions", experiment.data["instructions"], settings, experiment.checks, chat)
-        judged = judge([source], out, lambda *a, **k: None)
+        judged = judge([source], out, lambda *a, **k: None, workers)
         parts = divide(judged, nothing_held_out, settings.seed, [Share()])
         judged.tally.close()
         write(judged, parts, out, chat)

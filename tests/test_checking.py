@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Command, write_tiny_model
+from tests.conftest import Command, environment, write_tiny_model
+from tests.data.test_adapters import adapter_of
+from tests.data.test_models import write_gguf
 
 SMALL = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
 
@@ -33,6 +38,7 @@ def test_a_run_that_can_be_is_told_what_was_looked_at(
     assert states == dict.fromkeys(
         (
             *("config", "packages", "store", "tracking", "template", "vocabulary", "window", "data rows", "data pairs"),
+            *("reward", "window evaluate_start", "window evaluate_sft", "window evaluate_dpo", "window best_of_n"),
             *("time sft", "time reference", "time dpo"),
             *("memory sft", "memory reference", "memory dpo", "disk", "loss dpo"),
         ),
@@ -105,9 +111,70 @@ def test_rows_that_would_end_the_run_end_the_check_with_its_code_and_words(
     found = checked(
         command, tmp_path / "store", "data", "check", "pipeline=sft", *settings, "checks.unknown_format=drop"
     )
-    assert set(found) == {"template", "vocabulary", "window", "data rows"}
+    answers = {"window evaluate_start", "window evaluate_sft", "window best_of_n"}
+    assert set(found) == {"template", "vocabulary", "window", "data rows", *answers}
     assert found["data rows"]["facts"]["dropped"] == {"unknown_format": 1}
     assert found["data rows"]["state"] == "warning"
+
+
+def test_rows_that_are_dropped_are_written_to_a_file_of_ones_own(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    """Of both stages, though the first fails: that is when they are wanted."""
+
+    def asked(content: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+
+    rows, file = tmp_path / "rows.jsonl", tmp_path / "dropped.jsonl"
+    many = [*(asked(f"q{i}") for i in range(12)), *[asked("q0")] * 30]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in many))
+    pairs = tmp_path / "pairs.jsonl"
+    sides = [*((f"p{i}", "r") for i in range(9)), ("p", "c")]
+    pairs.write_text("".join(json.dumps({"prompt": p, "chosen": "c", "rejected": r}) + "\n" for p, r in sides))
+    settings = ["data", "check", "pipeline=sft_dpo", *tiny_settings, *SMALL, f"data.instructions.source.path={rows}"]
+    settings += [f"data.preferences.source.path={pairs}"]
+    (tmp_path / "store").mkdir()
+    done = command(tmp_path / "store", *settings, code=3)
+    assert "data check --dropped FILE ...` writes each; mend them" in done.stderr
+    done = command(tmp_path / "store", *settings, "--dropped", str(file), code=3)
+    assert f"{file} has each; mend them" in done.stderr and f"31 rows are in {file}" in done.stdout
+    told = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(one["source"], one["fault"], one["line"]) for one in told] == [
+        *(("instructions", "duplicate", line) for line in range(13, 43)),
+        ("preferences", "identical_sides", 10),
+    ]
+    assert told[0]["value"] == asked("q0") and told[0]["file"] == str(rows)
+    done = command(tmp_path / "store", *settings, "--dropped", str(file), code=2)
+    assert "there is such a file already" in done.stderr
+    assert not list((tmp_path / "store").iterdir()), "the tables are gone again"
+
+
+def test_a_look_that_nobody_waits_for_ends_and_leaves_nothing(tmp_path: Path, tiny_settings: list[str]) -> None:
+    """Though its rows would take minutes."""
+    (tmp_path / "store").mkdir()
+    row = {"messages": [{"role": "user", "content": "q" * 50}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 300_000)
+    settings = ["pipeline=sft", *tiny_settings, f"data.instructions.source.path={tmp_path / 'rows.jsonl'}"]
+    command = [sys.executable, "-m", "alignment.cli", "data", "check", *settings, f"store={tmp_path / 'store'}"]
+    given: dict[str, Any] = {"env": environment(tmp_path / "store"), "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, **given) as process:
+        assert process.stdout is not None and "template" in process.stdout.readline()
+        assert [path.name[:7] for path in (tmp_path / "store").iterdir()] == [".check-"]
+        process.send_signal(signal.SIGINT)
+        process.wait(40)
+    assert not list((tmp_path / "store").iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["check --suggest --json", "check --suggest --calibrate", "data check --rows 3", "data check --html page.html",
+     "data show --json", "data show --dropped rows.jsonl", "data check --dropped none/rows.jsonl"],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(
+    arguments: str, tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    done = command(tmp_path / "store", *arguments.split(), "pipeline=sft", *tiny_settings, *SMALL, code=2)
+    assert done.stdout == "" and "alignment: error: " in done.stderr
 
 
 @pytest.mark.parametrize("fault", ["vocabulary", "window", "template"])
@@ -127,6 +194,54 @@ def test_a_model_that_cannot_be_trained_so_is_a_failure_of_its_check(
         "template": "the chat template does not end an answer with the end-of-turn token",
     }[fault]
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_evaluation_whose_prompts_leave_no_room_for_answers_fails_before_hours_of_training(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    """Of the 512 tokens of the model a prompt takes 12 and more: a token a letter."""
+    settings = ["pipeline=sft", *tiny_settings, *SMALL, "stage.evaluate.max_new_tokens=501"]
+    found = checked(command, tmp_path / "store", "check", *settings, code=3)
+    told = found["window evaluate_sft"]
+    assert told["state"] == "failed" and "rows.jsonl:" in told["where"]
+    assert found["window"]["state"] == "ok" and "leaves no room for 501 more in a window of 512" in told["what"]
+
+
+def test_window_and_vocabulary_of_a_gguf_file_are_looked_at(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    path, _ = write_gguf(tmp_path, "smollm")  # a window of 64 tokens
+    model = [f"model.source.path={path}", "model.pad_token='<pad>'"]
+    found = checked(command, tmp_path / "store", "check", "pipeline=sft", *tiny_settings, *SMALL, *model, code=2)
+    assert found["vocabulary"]["what"] == "262 tokens, 262 rows of the embedding"
+    assert found["window"]["what"] == "max_length 128 is more than the model's window of 64 tokens"
+
+
+def test_adapters_of_modules_that_the_model_does_not_have_are_found_with_their_stage(
+    tmp_path: Path, tiny_settings: list[str], command: Command
+) -> None:
+    settings = ["pipeline=sft_reward_model", *tiny_settings, *SMALL, "stage.sft.lora.target_modules=[q_porj,v_proj]"]
+    found = checked(command, tmp_path / "store", "check", *settings, "stage.reward_model.lora={rank: 2}", code=2)
+    told = found["adapters sft"]
+    assert (told["state"], told["where"]) == ("failed", "stage.sft.lora.target_modules")
+    assert "no linear layer `q_porj`" in told["what"] and told["fix"] == "did you mean `q_proj`?"
+    assert "adapters reward_model" not in found, "a head of its own is no odd module"
+
+
+def test_an_adapter_of_another_model_is_found_before_its_import(
+    tmp_path: Path, tiny_model: Path, tiny_settings: list[str], command: Command
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter_of(tiny_model, adapter, target_modules=["q_proj"])
+    model = ["model.storage_precision=fp32", f"model.adapter={{kind: path, path: {adapter}}}"]
+    settings = ["check", "pipeline=sft", *tiny_settings, *SMALL, *model]
+    assert checked(command, tmp_path / "store", *settings)["adapters"]["state"] == "ok"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["gate_proj"]}))
+    found = checked(command, tmp_path / "store", *settings, code=3)["adapters"]
+    assert found["state"] == "failed" and "does not fit the model" in found["what"] and found["where"] == str(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    assert "of the type IA3" in checked(command, tmp_path / "store", *settings, code=3)["model"]["what"]
 
 
 def test_what_is_no_reward_model_is_found_before_anything_is_trained(

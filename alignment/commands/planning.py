@@ -12,9 +12,14 @@ from alignment.errors import ConfigError
 if TYPE_CHECKING:  # what --help need not wait for
     from alignment.config.schema import Experiment
 
+SHOWN = 5  # rows of each stage, unless --rows says how many
+
 
 def check(arguments: list[str]) -> int:
-    """Look for what would stop a run: settings, packages, store, model, template, and rows of each data set."""
+    """Look for what would stop a run, from its settings to its memory, and tell how long it will take.
+
+    Settings, packages, store and tracker; the start model's template, vocabulary, window and adapters; reward models;
+    rows of each data set; time, memory and disk of the stages that train, and DPO's first loss."""
     parser = parser_of("check", "alignment check [setting=value ...] [--suggest | --calibrate]", check)
     what = "run some steps of each stage that trains, on this machine, and estimate its time by them"
     parser.add_argument("--calibrate", action="store_true", help=what)
@@ -26,7 +31,9 @@ def data(arguments: list[str]) -> int:
     """`data check`: what of all rows would be dropped, and why; `data show`: rows as the model sees them."""
     parser = parser_of("data", "alignment data check|show [setting=value ...]", data)
     parser.add_argument("what", choices=["check", "show"], help="check: all rows, without a run; show: some, by tokens")
-    parser.add_argument("--rows", type=int, default=5, metavar="N", help="show: of each stage (default 5)")
+    parser.add_argument("--rows", type=int, metavar="N", help=f"show: of each stage (default {SHOWN})")
+    what = "check: write all rows that would be dropped, whole, with their reasons, to a file that is not there yet"
+    parser.add_argument("--dropped", type=Path, metavar="FILE", help=what)
     parser.add_argument("--html", type=Path, metavar="FILE", help="show: write a page, with lengths, drops and sources")
     return _check(parser, arguments, data_only=True)
 
@@ -38,15 +45,22 @@ def _check(parser: argparse.ArgumentParser, arguments: list[str], *, data_only: 
     given = parser.parse_intermixed_args(arguments)
     from alignment import checking
 
-    experiment = _composed(given)
-    if data_only and given.what == "show":
-        if given.rows < 1 or given.json:
-            raise ConfigError("show takes --rows N of 1 or more, and no --json", where="command line")
-        return checking.show(experiment, given.rows, given.html)
-    if not data_only and given.suggest:
-        return checking.suggest(experiment)
-    calibrate = not data_only and given.calibrate
-    return checking.check(experiment, data_only=data_only, as_json=given.json, calibrate=calibrate)
+    if not data_only:
+        if given.suggest and (given.json or given.calibrate):
+            what = "--suggest takes neither --json nor --calibrate: it prints overrides, one a line"
+            raise ConfigError(what, where="command line", fix="without --suggest both can be had")
+        experiment = _composed(given)
+        if given.suggest:
+            return checking.suggest(experiment)
+        return checking.check(experiment, as_json=given.json, calibrate=given.calibrate)
+    if given.what == "check":
+        if given.rows is not None or given.html:
+            raise ConfigError("check takes no --rows and no --html", where="command line", fix="show does")
+        return checking.check_data(_composed(given), as_json=given.json, dropped=given.dropped)
+    rows = SHOWN if given.rows is None else given.rows
+    if rows < 1 or given.json or given.dropped:
+        raise ConfigError("show takes --rows N of 1 or more, no --json and no --dropped", where="command line")
+    return checking.show(_composed(given), rows, given.html)
 
 
 def _composed(given: argparse.Namespace) -> Experiment:

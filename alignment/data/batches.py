@@ -47,11 +47,12 @@ TEXTS = {"text": pa.string(), "kept": pa.string()}  # the row as train.jsonl has
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one file that go to a worker together."""
+    """Rows of one file that go to a worker together. size: characters of theirs, about."""
 
     source: int
     file: int
     rows: list[Row | Unreadable]
+    size: int
 
 
 @dataclass
@@ -217,8 +218,10 @@ class Table:
         """A datasets.Dataset of these rows, in this order, not copied."""
         return self._rows.select(rows)
 
-    def row(self, number: int) -> dict[str, Any]:
-        return dict(self._rows[number])
+    def row(self, number: int, names: Sequence[str] = ()) -> dict[str, Any]:
+        """Its values in these columns; in all of them where none is named."""
+        part = self._rows.data.fast_slice(number, 1)
+        return dict((part.select(names) if names else part).to_pylist()[0])
 
 
 def _mapped(path: Path, rows: int) -> Signatures:

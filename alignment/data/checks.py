@@ -41,6 +41,9 @@ class Policy:
             raise Drop(fault, why)
         self.kept.setdefault(fault, why)  # keep, or neutralise
 
+    def keeps(self, fault: str) -> bool:
+        return getattr(self.checks, fault, "drop") not in ("error", "drop")
+
     def passed(self) -> dict[str, str]:
         """What was kept since the last call, each once, and why."""
         kept, self.kept = self.kept, {}

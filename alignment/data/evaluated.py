@@ -72,7 +72,7 @@ def _of_rows(judged: Judged, rows: np.ndarray) -> Iterator[tuple[str, str]]:
 
 
 def _messages(judged: Judged, number: int) -> list[Any]:
-    row = json.loads(judged.table.row(number)["text"])
+    row = json.loads(judged.table.row(number, ["text"])["text"])
     if "text" in row:
         return [{"role": "user", "content": row["text"]}]
     return list(row.get("messages") or row["prompt"])

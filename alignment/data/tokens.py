@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from alignment.data.chat import Chat, adds_bos, check_bos
 from alignment.data.checks import Drop
 from alignment.data.turns import Message, answers_of
 from alignment.errors import InputError
 
 IGNORED = -100  # the label that cross-entropy leaves out
+BATCH = 1000  # rows at once
 TRAINED = ("labels", "chosen_ids", "rejected_ids", "completion_ids")  # columns of what a model is to say, or to judge
 
 
@@ -89,11 +92,25 @@ def check_end_of_turn(dataset: Any, eos_id: int) -> None:
     if not columns or not len(dataset):
         raise InputError("the tokenised data has no rows to train on")
     for column in columns:
-        for number, tokens in enumerate(dataset[column]):
-            trained = [token for token in tokens if token != IGNORED]
-            if trained[-1:] != [eos_id]:
+        counts, last = _trained(dataset, column)
+        for number in np.flatnonzero((last != eos_id) | (counts == 1))[:1]:
+            where = f"row {number}, column {column}"
+            if last[number] != eos_id:
                 what = f"the end-of-turn token (id {eos_id}) is not trained: the model would never learn to stop"
-                where = f"row {number}, column {column}"
                 raise InputError(what, where=where, fix="prepare the data with this model's tokenizer")
-            if len(trained) == 1:
-                raise InputError("nothing but the end-of-turn token is trained", where=f"row {number}, column {column}")
+            raise InputError("nothing but the end-of-turn token is trained", where=where)
+
+
+def _trained(dataset: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row how many tokens of a column are trained, and the last of them, -1 where none is: [rows] each."""
+    counts, last = [], []
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(BATCH):
+        for part in batch.column(column).chunks:
+            tokens, lengths = part.flatten().to_numpy(), part.value_lengths().to_numpy(zero_copy_only=False)
+            places, ends = np.flatnonzero(tokens != IGNORED), np.cumsum(lengths)
+            before = np.searchsorted(places, ends)  # trained tokens up to each row's end
+            many = np.diff(before, prepend=0)
+            found = tokens[places[before - 1]] if len(places) else np.full(len(many), -1)
+            counts.append(many)
+            last.append(np.where(many > 0, found, -1))
+    return np.concatenate(counts), np.concatenate(last)

@@ -21,7 +21,8 @@ from alignment.errors import InputError
 from alignment.files import write_json, write_lines
 
 APART = 0.1
-SOURCE = "source"  # the column of train/ with the number of a row's data set, as data_report.json lists them
+BATCH = 1000  # rows at once
+SOURCE = "source"  # the key of a row's data set in files of rows; in train/, its number, as data_report.json lists them
 
 
 def write(judged: Judged, parts: Parts, folder: Path, chat: Chat) -> dict[str, float]:
@@ -34,8 +35,10 @@ def write(judged: Judged, parts: Parts, folder: Path, chat: Chat) -> dict[str, f
     made = judged.table.take(train).select_columns(names)
     if judged.task == "unpaired":
         made = _with_mismatched(made, judged, train)
+    from datasets import load_from_disk
+
     _save(made, folder / "train")
-    tokens.check_end_of_turn(made, chat.eos_id)
+    tokens.check_end_of_turn(load_from_disk(str(folder / "train")), chat.eos_id)  # in order, which is quicker to read
     if len(heldout) and judged.task in ("preference", "scored"):
         _save(judged.table.take(heldout).select_columns(names), folder / "heldout")
     ids = _Ids(judged)
@@ -169,9 +172,11 @@ class _Ids:
 def _lines(judged: Judged, rows: np.ndarray, ids: _Ids, made: Any) -> Iterator[str]:
     several = len(judged.sources) > 1
     columns = ["id", "source", "file", "number", "part", "text", "kept"]
-    for row in judged.table.take(rows).select_columns(columns):
-        whose = {SOURCE: judged.sources[row["source"]].name} if several else {}
-        yield json.dumps({"id": ids.of(row), **whose, **made(row)}, ensure_ascii=False) + "\n"
+    for batch in judged.table.take(rows).select_columns(columns).iter(BATCH):
+        for values in zip(*(batch[name] for name in columns), strict=True):
+            row = dict(zip(columns, values, strict=True))
+            whose = {SOURCE: judged.sources[row["source"]].name} if several else {}
+            yield json.dumps({"id": ids.of(row), **whose, **made(row)}, ensure_ascii=False) + "\n"
 
 
 def _training_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -12,6 +11,7 @@ import yaml
 
 from alignment.config.hardware import AUTO, Hardware
 from alignment.config.paths import CONF
+from alignment.cores import usable
 
 # Of what its matrix products reach a CPU reaches so much in training (docs/estimate.md), a GPU of its peak by
 # assumption
@@ -110,4 +110,4 @@ def _best(work: Callable[[], object], seconds: float = 0.5) -> float:
 
 def threads_of(setting: int | None, processes: int) -> int:
     """Of one of the processes on this machine, as engine.start sets them."""
-    return setting or max(1, len(os.sched_getaffinity(0)) // processes)
+    return setting or max(1, usable() // processes)

@@ -16,7 +16,7 @@ from alignment.config.stages.training import Reference, Train
 from alignment.estimating.machine import UNLIMITED, Machine, machine_of, processes
 from alignment.estimating.rewards import held_bytes
 from alignment.estimating.seen import Lengths
-from alignment.estimating.sizes import Footprints, footprints_of, tensors_of
+from alignment.estimating.sizes import ONE_TOKEN, Footprints, footprints_of, tensors_of
 from alignment.training import engine
 from alignment.training.batching import GlobalBatches
 from alignment.training.memory import Load, Parts, parts_of
@@ -28,13 +28,15 @@ STEPS = 20  # of training, whose micro-batches are looked at
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Of one process of a node, the one that takes most. room: bytes that it has; None: nobody knows. least: bytes with
-    the smallest micro-batches there can be, and checkpointing."""
+    the smallest micro-batches there can be, and checkpointing; where the rows are not known yet, of rows of one token.
+    """
 
     parts: Parts
     load: Load
     checkpointing: bool
     room: int | None
     least: int
+    known: bool = True
 
     @property
     def fits(self) -> bool:
@@ -56,7 +58,7 @@ def of_stage(experiment: Experiment, name: str, config: Any, sample: Footprints,
     held = held_bytes(experiment, name, config)
     smallest = experiment.engine.model_copy(update={"tokens_per_micro_batch": 1, "gradient_checkpointing": True})
 
-    def chosen(setup: Engine) -> tuple[Parts, engine.Choice]:
+    def chosen(setup: Engine, sample: Footprints) -> tuple[Parts, engine.Choice]:
         sharers = setup.sequence_parallel
         lengths, widths = sample.lengths.tolist(), sample.widths.tolist()
         largest = engine.largest_forward(lengths, widths, settings.global_batch_size)
@@ -70,8 +72,9 @@ def of_stage(experiment: Experiment, name: str, config: Any, sample: Footprints,
             load = load._replace(scored=-(-scored // sharers))
         return parts_of(config, load, choice.checkpointing)._replace(rewards=held), choice._replace(load=load)
 
-    parts, choice = chosen(experiment.engine)
-    return MemoryEstimate(parts, choice.load, choice.checkpointing, machine.room, chosen(smallest)[0].total)
+    parts, choice = chosen(experiment.engine, sample)
+    least = chosen(smallest, sample if sample.known else ONE_TOKEN)[0].total
+    return MemoryEstimate(parts, choice.load, choice.checkpointing, machine.room, least, sample.known)
 
 
 def _largest(sample: Footprints, settings: Any, budget: int, shares: int, quadratic: float) -> tuple[int, int]:

@@ -27,7 +27,7 @@ def held_bytes(experiment: Experiment, name: str, config: Any) -> int:
         numbers += sum(map(_numbers, term.sources()))
         for role in term.reads(node.inputs):
             trains = experiment.stage[experiment.pipeline.nodes[node.inputs[role]].stage]
-            numbers += sum(tensors_of(config, trains).values())  # type: ignore[arg-type]
+            numbers += sum(tensors_of(config, trains).values())
     return FP32 * numbers
 
 

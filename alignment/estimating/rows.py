@@ -28,7 +28,7 @@ def trained_on(
     weights = {name: one.weight for name, one in data.items() if one.weight is not None}
     if weights:
         most = sum(weights.values())
-        total = min(wanted[name] * most / weight for name, weight in weights.items() if weight)
+        total = min(wanted[name] * most / weight for name, weight in weights.items())
         wanted = {name: total * weight / most for name, weight in weights.items()}
     rows = round(sum(wanted.values()))
     return rows if splits.train is None else min(rows, splits.train)

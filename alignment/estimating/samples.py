@@ -13,17 +13,17 @@ from alignment.config.schema import Experiment
 from alignment.config.stages.answering import Judge
 from alignment.config.stages.answering import Sample as Sampling
 from alignment.config.stages.preparing import Prepare
-from alignment.config.stages.training import Reference, Train
 from alignment.data.counting import in_source
 from alignment.data.named import path_of
 from alignment.data.preparation import Judged
 from alignment.estimating import rows
+from alignment.estimating.generated import generated, stages_on
 
 EXACT, ABOUT, AT_MOST = "", "about ", "at most "
 
 
 @dataclass(frozen=True)
-class Sample:
+class KnownRows:
     """rows: a datasets.Dataset of some that are trained on. prompts: [rows], tokens of each one's prompt. count: how
     many there are in all, None if nobody knows; how: exactly, about or at most."""
 
@@ -33,25 +33,25 @@ class Sample:
     how: str
 
 
-def sample_of(
+def known_rows(
     experiment: Experiment, settings: Prepare, judged: Judged, looked_at: Any, whole: bool, most: int
-) -> Sample:
+) -> KnownRows:
     """Of a stage that prepares data sets. looked_at: rows of the table that are trained on. whole: there are no others;
     most: rows of each data set that were read at most."""
     table = judged.table
     found, prompts = table.take(looked_at), table.column("prompt_tokens")[looked_at]
     if whole:
-        return Sample(found, prompts, len(looked_at), EXACT)
+        return KnownRows(found, prompts, len(looked_at), EXACT)
     data = {name: experiment.data[name] for name in settings.datasets}
     source, counts, fit = table.column("source")[judged.fit], dict[str, int | None](), dict[str, float]()
     for number, (name, one) in enumerate(data.items()):
         read = judged.read[name]
         counts[name] = read if read < most else in_source(path_of(one))
         fit[name] = float((source == number).sum()) / read
-    return Sample(found, prompts, rows.trained_on(data, counts, fit, settings.splits), ABOUT)
+    return KnownRows(found, prompts, rows.trained_on(data, counts, fit, settings.splits), ABOUT)
 
 
-def trained(experiment: Experiment, prepared: str, sample: Sample) -> Iterator[tuple[str, Sample]]:
+def trained(experiment: Experiment, prepared: str, sample: KnownRows) -> Iterator[tuple[str, KnownRows]]:
     """Nodes that train on what this node prepares, and on pairs of answers to its prompts, with their rows."""
     for name in stages_on(experiment, prepared):
         yield name, sample
@@ -60,32 +60,7 @@ def trained(experiment: Experiment, prepared: str, sample: Sample) -> Iterator[t
         yield from ((name, some) for name in stages_on(experiment, later))
 
 
-def stages_on(experiment: Experiment, prepared: str) -> list[str]:
-    nodes, stage = experiment.pipeline.nodes, experiment.stage
-    return [
-        name
-        for name, node in nodes.items()
-        if isinstance(stage[node.stage], Train | Reference) and node.inputs.get("data") == prepared
-    ]
-
-
-def generated(experiment: Experiment, prepared: str) -> Iterator[tuple[str, Sampling, Judge]]:
-    """Nodes that prepare pairs which a judge makes of samples of these prompts."""
-    nodes, stage = experiment.pipeline.nodes, experiment.stage
-    for name, node in nodes.items():
-        settings = stage[node.stage]
-        if not isinstance(settings, Prepare) or settings.datasets or settings.task != "preference":
-            continue
-        judged = nodes[node.inputs["data"]]
-        judge, sampled = stage[judged.stage], nodes.get(judged.inputs.get("data", ""))
-        if not isinstance(judge, Judge) or sampled is None or sampled.inputs.get("data") != prepared:
-            continue
-        sampling = stage[sampled.stage]
-        if isinstance(sampling, Sampling):
-            yield name, sampling, judge
-
-
-def pairs(experiment: Experiment, prepared: str, sample: Sample, sampling: Sampling, judge: Judge) -> Sample:
+def pairs(experiment: Experiment, prepared: str, sample: KnownRows, sampling: Sampling, judge: Judge) -> KnownRows:
     """As many as a judge may make, of answers as long as they may become."""
     settings = experiment.stage[experiment.pipeline.nodes[prepared].stage]
     assert isinstance(settings, Prepare)
@@ -94,4 +69,4 @@ def pairs(experiment: Experiment, prepared: str, sample: Sample, sampling: Sampl
     tokens = sample.prompts[:count]
     answers = [[0] * sampling.max_new_tokens] * len(tokens)
     columns = {"prompt_ids": [[0] * int(n) for n in tokens], "chosen_ids": answers, "rejected_ids": answers}
-    return Sample(Dataset.from_dict(columns), tokens, count, AT_MOST)
+    return KnownRows(Dataset.from_dict(columns), tokens, count, AT_MOST)

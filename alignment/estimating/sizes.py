@@ -13,16 +13,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignment.config.schema import Experiment
+from alignment.config.stages.base import Stage
 from alignment.config.stages.online import Online
 from alignment.config.stages.preference import Kto
 from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.reward_model import RewardModel
-from alignment.config.stages.training import Reference, Train
 from alignment.errors import InputError
+from alignment.estimating.generated import longest_pairs
 from alignment.estimating.seen import Lengths
 from alignment.training.shape import shape_of
-
-Trains = Train | Reference
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,10 @@ class Footprints:
     known: bool
 
 
+ONE = np.ones(1, np.int64)
+ONE_TOKEN = Footprints(ONE, ONE, ONE, ONE, known=False)
+
+
 def is_estimated(config: Any) -> bool:
     """Whether it is a decoder with attention, by whose numbers memory is counted."""
     try:
@@ -49,23 +52,29 @@ def is_estimated(config: Any) -> bool:
     return True
 
 
-def tensors_of(config: Any, settings: Trains) -> dict[str, int]:
-    """Numbers in each weight of the model that this stage trains, by name; tied ones once. A model without storage is
-    made of the configuration. Raises InputError if transformers itself has no such architecture."""
-    return _tensors(str(config.to_json_string()), isinstance(settings, RewardModel))
+def tensors_of(config: Any, settings: Stage) -> dict[str, int]:
+    """Numbers in each weight of the model that this stage trains or makes, by name; tied ones once. Raises InputError
+    if transformers itself has no such architecture."""
+    model = without_storage(config, isinstance(settings, RewardModel))
+    return {name: weight.numel() for name, weight in model.named_parameters()}
+
+
+def without_storage(config: Any, classifies: bool = False) -> Any:
+    """A model of this transformers configuration whose weights have shapes alone, not to be changed; classifies: with
+    one output, as a reward model. Raises InputError if transformers itself has no such architecture."""
+    return _made(str(config.to_json_string()), classifies)
 
 
 @lru_cache(maxsize=8)
-def _tensors(text: str, classifies: bool) -> dict[str, int]:
+def _made(text: str, classifies: bool) -> Any:
     config = AutoConfig.for_model(**{**json.loads(text), **({"num_labels": 1} if classifies else {})})
     auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=False)
+            return auto.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever an architecture asks of its configuration
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"transformers cannot make this model: {first}", where="model.source") from error
-    return {name: weight.numel() for name, weight in model.named_parameters()}
 
 
 def footprints_of(experiment: Experiment, name: str, seen: Mapping[str, Lengths]) -> Footprints:
@@ -74,6 +83,8 @@ def footprints_of(experiment: Experiment, name: str, seen: Mapping[str, Lengths]
     settings, data = experiment.stage[node.stage], node.inputs["data"]
     if (found := seen.get(data)) is not None and len(found.tokens):
         return _rows(settings, found, known=True)
+    if (found := longest_pairs(experiment, data, seen)) is not None:
+        return _rows(settings, found, known=False)
     parent = experiment.stage[experiment.pipeline.nodes[data].stage]
     assert isinstance(parent, Prepare)
     prompt = min(parent.max_prompt_length, parent.max_length - 1)

@@ -16,10 +16,11 @@ from alignment.config.stages.preparing import Prepare
 from alignment.config.stages.training import Reference, Train
 from alignment.errors import Finding
 from alignment.estimating import calibration, hardware
+from alignment.estimating.generated import generated, stages_on
 from alignment.estimating.hardware import Processor
 from alignment.estimating.layout import layout_of
 from alignment.estimating.machine import machine_of, processes
-from alignment.estimating.samples import AT_MOST, Sample, generated, stages_on, trained
+from alignment.estimating.samples import AT_MOST, KnownRows, trained
 from alignment.estimating.time import Stage, TimeEstimate, estimate
 from alignment.estimating.work import Records, records_of
 from alignment.files import size_text
@@ -39,7 +40,7 @@ def unknown(experiment: Experiment, looked_at: Sequence[str]) -> Iterator[Findin
 
 
 def findings(
-    experiment: Experiment, prepared: str, sample: Sample, config: Any, timed: Mapping[str, Any]
+    experiment: Experiment, prepared: str, sample: KnownRows, config: Any, timed: Mapping[str, Any]
 ) -> Iterator[Finding]:
     """Of the stages that train on the rows of `prepared`, or on answers to its prompts. config: of the start model.
     timed: node -> steps of it that were run on this machine (alignment/calibrating.py)."""
@@ -62,7 +63,7 @@ class _Node:
         self.threads = hardware.threads_of(experiment.engine.threads, self.processes[1])
         self.finds_reference = "reference" in node.inputs
 
-    def finding(self, sample: Sample, device: Processor | None, timed: Mapping[str, Any] | None) -> Finding:
+    def finding(self, sample: KnownRows, device: Processor | None, timed: Mapping[str, Any] | None) -> Finding:
         stage = self._stage(self._records(sample), self.settings)
         measured = self._calibration(stage, device, timed)
         count = self._count(sample)
@@ -84,7 +85,7 @@ class _Node:
         }
         return told if device is not None else {**told, "state": "note", "fix": FIX}
 
-    def _records(self, sample: Sample) -> Records:
+    def _records(self, sample: KnownRows) -> Records:
         if isinstance(self.settings, Online):
             return records_of(self.settings, sample.prompts)
         records = records_of(self.settings, sample.rows)
@@ -95,7 +96,7 @@ class _Node:
         layout = layout_of(settings, self.experiment.engine, self.config, records, *where)
         return Stage(settings, self.config, records, layout)
 
-    def _count(self, sample: Sample) -> int | None:
+    def _count(self, sample: KnownRows) -> int | None:
         if not isinstance(self.settings, Online):
             return sample.count
         node = self.experiment.pipeline.nodes[self.name]

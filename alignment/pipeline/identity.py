@@ -33,7 +33,7 @@ OPTIONAL = {  # package -> the extra that installs it, and what for
     "vaderSentiment": ("sentiment", ", which the reward's sentiment needs"),
     "bitsandbytes": ("qlora", ", which lora.quantize needs, on a CUDA GPU"),
 }
-FORMAT = 10  # raised when a key comes to mean something else, or a result to hold something else
+FORMAT = 11  # raised when a key comes to mean something else, or a result to hold something else
 
 
 def stage_identity(experiment: Experiment, settings: Stage, parents: dict[str, str]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from alignment.config.launchers import SlurmLauncher
 from alignment.config.stages.online import Online
 from alignment.data.chat import Chat
 from alignment.data.tokens import check_end_of_turn
-from alignment.errors import InputError
+from alignment.errors import ConfigError, InputError
 from alignment.files import require_room, size_text
 from alignment.pipeline.identity import code_digest
 from alignment.pipeline.store import CHECKPOINTS
@@ -79,7 +80,8 @@ def train(
     arguments = engine.training_arguments(
         context.settings, setup, plan.batches.steps, context.folder, plan.choice.checkpointing
     )
-    trainer = make_trainer(context, start, arguments, train_dataset=rows, processing_class=tokenizer, **common)
+    with _named(context):
+        trainer = make_trainer(context, start, arguments, train_dataset=rows, processing_class=tokenizer, **common)
     written = 4 * sum(map(_size, trainer.model.parameters()))
     choice = plan.choice
     _require_room(context, written, trainer, keeper.checkpoints, choice.load.moving)  # before training, not after it
@@ -92,6 +94,16 @@ def train(
     if context.is_main:
         _keep_best(context, keeper.checkpoints)
     return {**_summary(trainer), "rows": len(rows), "steps": plan.batches.steps, "train_seconds": trainer.seconds}
+
+
+@contextmanager
+def _named(context: StageContext) -> Iterator[None]:
+    """A setting that is wrong in here is one of this stage."""
+    try:
+        yield
+    except ConfigError as error:
+        stage = context.experiment.pipeline.nodes[context.name].stage
+        raise ConfigError(error.what, where=f"stage.{stage}.{error.where}", fix=error.fix) from error
 
 
 def plan_of(context: StageContext, setup: Engine, start: Path, of_rows: Sizes) -> Plan:

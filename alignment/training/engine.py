@@ -28,6 +28,7 @@ from alignment.config.stages.online import Online, Ppo
 from alignment.config.stages.preference import Dpo
 from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Reference, Train
+from alignment.cores import usable
 from alignment.errors import ConfigError, MachineError
 from alignment.files import cache_home
 from alignment.life import LONGEST
@@ -68,7 +69,7 @@ def start(engine: Engine, world_size: int) -> None:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(engine.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(engine.threads or max(1, usable() // local_world))
     elif engine.threads:
         torch.set_num_threads(engine.threads)
     disable_progress_bar()  # of loading and writing weights: the stage has its own progress

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from alignment.config.nearest import closest
 from alignment.config.stages.training import Lora
 from alignment.errors import ConfigError, TrainingError
 from alignment.training.four_bits import in_full, is_in_four_bits, loading
@@ -102,11 +103,9 @@ def _check_targets(targets: str | list[str], model: Any) -> None:
     adaptable = _adaptable(model)
     for target in [targets] if isinstance(targets, str) else targets:
         if target not in adaptable:
-            raise ConfigError(
-                f"the model has no linear layer `{target}` that an adapter can be put on",
-                where="lora.target_modules",
-                fix=f"all-linear, or some of {', '.join(sorted(adaptable))}",
-            )
+            fix = closest(target, sorted(adaptable), otherwise="all-linear, or some of ")
+            what = f"the model has no linear layer `{target}` that an adapter can be put on"
+            raise ConfigError(what, where="lora.target_modules", fix=fix)
 
 
 def _adaptable(model: Any) -> set[str]:
@@ -125,7 +124,8 @@ def _whole_modules(lora: Lora, model: Any) -> list[str]:
         why = None
         if not fitting:
             leaves = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if _is_leaf(part)}
-            why = f"the model has no module `{wanted}`", f"some of {', '.join(sorted(leaves - adapted))}"
+            fix = closest(wanted, sorted(leaves - adapted), otherwise="some of ")
+            why = f"the model has no module `{wanted}`", fix
         elif wanted.rsplit(".", 1)[-1] in adapted:
             why = f"`{wanted}` has an adapter: target_modules is all-linear", "name the target_modules without it"
         elif not all(map(_is_leaf, fitting.values())):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from alignment.cgroups import groups
+
 CGROUPS = (  # of a group: its limit, its use, and the line of memory.stat with the file cache it would give back
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -33,24 +35,7 @@ def host_bytes(proc: Path, cgroup: Path) -> int:
     """
     lines = (proc / "meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return int(max(0, min([available, *(_room(group) for group in _groups(proc, cgroup))])))
-
-
-def _groups(proc: Path, cgroup: Path) -> list[Path]:
-    """Folders of this process's control groups and those above them; a container sees its own group as the root."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = []
-    for line in ["0::/", ":memory:/", *lines]:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = cgroup / "memory" if controllers else cgroup
-        inside = Path(path.lstrip("/"))
-        found += [root / part for part in (inside, *inside.parents)]
-    return list(dict.fromkeys(found))
+    return int(max(0, min([available, *(_room(group) for group in groups("memory", proc, cgroup))])))
 
 
 def _room(group: Path) -> float:

@@ -36,6 +36,7 @@ def settings(task: str = "sft", **changes: Any) -> Prepare:
         "max_prompt_length": 30,
         "over_long": "drop",
         "seed": 0,
+        "workers": None,
         **changes,
     }
     return Prepare(kind="prepare", task=task, splits=splits, **values)
@@ -74,7 +75,7 @@ def mix(
         Source(name, [_row(value, n) for n, value in enumerate(values, start=1)], reading, "rows.jsonl")
         for name, values in data.items()
     ]
-    judged = judge(sources, folder, lambda *a, **k: None, elsewhere)
+    judged = judge(sources, folder, lambda *a, **k: None, stage.workers, elsewhere)
     parts = divide(judged, stage.splits, stage.seed, shares or [Share() for _ in sources], against)
     judged.tally.close()
     check_dropped(judged)

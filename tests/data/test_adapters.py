@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from alignment.data.adapters import check_adapter
 from alignment.data.models import import_model
 from alignment.errors import InputError
+from alignment.estimating.adapting import check_start_adapter
+from alignment.estimating.seen import config_of
 
 from .conftest import model_settings
 
@@ -21,6 +25,12 @@ IDS = torch.arange(5, 40)[None]
 
 def imported(source: Path, target: Path, adapter: Path) -> None:
     import_model(source, model_settings(), target, lambda *a, **k: None, print, adapter)
+
+
+def looked_at(base: Path, adapter: Path) -> None:
+    """As before a run, without weights."""
+    check_adapter(adapter)
+    check_start_adapter(config_of(base), adapter)
 
 
 def adapter_of(base: Path, folder: Path, **how: Any) -> Any:
@@ -48,6 +58,7 @@ def test_base_and_adapter_become_a_model_with_their_logits(
 
     base = model_folder()
     expected = adapter_of(base, tmp_path / "adapter", **how)
+    looked_at(base, tmp_path / "adapter")
     imported(base, tmp_path / "model", tmp_path / "adapter")
     assert not (tmp_path / "model" / "adapter_config.json").exists()
     with torch.no_grad():
@@ -69,11 +80,24 @@ def pickled(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
+def wider(folder: Path) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in weights if name.endswith("lora_A.weight"))
+    save_file({**weights, name: weights[name].repeat(1, 2)}, folder / "adapter_model.safetensors")
+
+
+def cut(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
     "another method": (edited(peft_type="PROMPT_TUNING"), "is an adapter of the type PROMPT_TUNING"),
     "a pickle": (pickled, "has no adapter_model.safetensors (save it as safetensors"),
     "other layers": (edited(target_modules=["c_attn"]), "does not fit the model: "),
+    "of wider layers": (wider, "does not fit the model: "),
+    "a cut file": (cut, "does not fit the model: "),
     "more layers": (edited(target_modules=["q_proj"]), "does not fit the model: 12 weights are on one side only"),
     "another rank": (edited(r=3), "does not fit the model: "),
 }
@@ -87,8 +111,9 @@ def test_an_adapter_that_does_not_fit_is_one_line_and_nothing_is_written(
     base, adapter = model_folder(), tmp_path / "adapter"
     adapter_of(base, adapter)
     damage(adapter)
-    with pytest.raises(InputError) as caught:
-        imported(base, tmp_path / "model", adapter)
-    assert str(caught.value).startswith(f"{adapter}: {message}")
-    assert "\n" not in str(caught.value)
+    for find in (lambda: looked_at(base, adapter), lambda: imported(base, tmp_path / "model", adapter)):
+        with pytest.raises(InputError) as caught:
+            find()
+        assert str(caught.value).startswith(f"{adapter}: {message}")
+        assert "\n" not in str(caught.value)
     assert not (tmp_path / "model").exists()

@@ -137,7 +137,7 @@ def test_what_is_nearly_held_out_is_not_trained_on(chat: Chat, tmp_path: Path, t
         told = list(read_jsonl(tmp_path / "dropped.jsonl"))
         assert all(row["fault"] == "near_leak" and row["why"].endswith("which is held out") for row in told)
         if train is None:
-            assert made.counts == {"near_leak": len(told)} and len(told) > 0
+            assert made.counts == {"near_leak": len(told)} and len(told) > 0 and made.fit == 20 - len(told)
             kept = run(chat, values, heldout=3, prompts=3, seed=seed, checks={"near_leak": "keep"}, **LONG)
             assert kept.judged.tally.kept["mine"]["near_leak"] == len(told) and kept.counts == {}
 
@@ -160,16 +160,18 @@ def test_what_shares_n_grams_with_an_evaluation_prompt_is_not_trained_on(chat: C
     ]  # fmt: skip
     elsewhere = [("bench.jsonl:7", text(1, 16)), ("bench.jsonl:8", "a short one")]
     made = run(chat, values, prompts_elsewhere=elsewhere, folder=tmp_path, **LONG)
-    assert made.counts == {"contamination": 1}
+    assert made.counts == {"contamination": 1} and made.fit == 3
     (told,) = read_jsonl(tmp_path / "dropped.jsonl")
     assert (told["line"], told["why"]) == (1, "shares 8-grams with the evaluation prompt bench.jsonl:7")
     report = read_json(tmp_path / "data_report.json")
     assert report["evaluation_prompts"] == {"prompts": 1, "too_short": 1, "generic": 0}
     with pytest.raises(InputError, match=r"rows.jsonl:1: contamination: shares 8-grams with .* bench.jsonl:7"):
         run(chat, values, prompts_elsewhere=elsewhere, checks={"contamination": "error"}, **LONG)
-    assert run(chat, values, prompts_elsewhere=elsewhere, checks={"contamination_share": 0.4}, **LONG).counts == {
-        "contamination": 2
-    }
+    many = {"contamination_share": 0.4}
+    assert run(chat, values, prompts_elsewhere=elsewhere, checks=many, **LONG).counts == {"contamination": 2}
+    with pytest.raises(InputError, match=r"2 of 4 rows are dropped, .* 2 contamination"):
+        run(chat, values, prompts_elsewhere=elsewhere, checks={**many, "max_dropped": 0.49}, **LONG)
+    run(chat, values, prompts_elsewhere=elsewhere, checks={**many, "max_dropped": 0.5}, **LONG)
     made = run(chat, values, prompts_elsewhere=elsewhere, checks={"contamination_share": None}, **LONG)
     assert made.fit == 4 and made.judged.compared == {}
 
@@ -202,10 +204,10 @@ def test_workers_find_what_one_finds(chat: Chat, monkeypatch: pytest.MonkeyPatch
     ]
     reports = []
     for name, rows in (("one", 5000), ("several", 10)):
-        monkeypatch.setattr(preparation, "ROWS_PER_WORKER", rows)
+        monkeypatch.setattr(preparation, "ENOUGH", rows)
         monkeypatch.setattr(preparation, "CHUNK", 7)
         (tmp_path / name).mkdir()
-        run(chat, values, heldout=4, folder=tmp_path / name, **LONG)
+        run(chat, values, heldout=4, workers=2, folder=tmp_path / name, **LONG)
         reports.append(read_json(tmp_path / name / "data_report.json"))
     assert reports[0] == reports[1] and reports[0]["dropped"]["near_leak"] > 0
 

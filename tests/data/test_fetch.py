@@ -290,6 +290,69 @@ def test_a_hub_model_comes_from_the_hub_cache_without_network(tmp_path: Path) ->
     assert done.stdout.strip() == str(snapshot), done.stderr
 
 
+class Hub(http.server.ThreadingHTTPServer):
+    """A hub of one repository, as far as its client asks it; keeps the names of files that were fetched."""
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files, self.fetched = files, list[str]()
+        super().__init__(("127.0.0.1", 0), Repository)
+
+
+class Repository(http.server.BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer(self.path.rpartition("/")[2])
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        if "/resolve/" in self.path:
+            self.server.fetched.append(name)
+            self.wfile.write(self._answer(name))
+            return
+        sizes = {one: len(data) for one, data in self.server.files.items()}
+        told: object = {"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": one} for one in sizes]}
+        if "/tree/" in self.path:
+            told = [{"type": "file", "path": one, "size": size, "oid": one} for one, size in sizes.items()]
+        data = json.dumps(told).encode()
+        self._begin(data, {})
+        self.wfile.write(data)
+
+    def _answer(self, name: str) -> bytes:
+        data = self.server.files[name]
+        self._begin(data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        return data
+
+    def _begin(self, data: bytes, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_look_at_a_hub_model_leaves_its_weights_where_they_are(tmp_path: Path) -> None:
+    names = ("config.json", "tokenizer.json", "chat_template.jinja", "vocab.txt", "model.safetensors")
+    files = {name: name.encode() for name in names}
+    code = (
+        "import sys\nfrom alignment.config.sources import HubSource\nfrom alignment.data.fetch import fetch\n"
+        "print(fetch(HubSource.model_validate_json(sys.argv[1]), weights=sys.argv[2] == 'weights'))"
+    )
+    with Hub({**files, "README.md": b"no part of a model"}) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        where = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{running.server_port}"}
+        for wanted, fetched in (("", files.keys() - {"model.safetensors"}), ("weights", files.keys())):
+            done = subprocess.run(
+                [sys.executable, "-c", code, hub("org/tiny").model_dump_json(), wanted],
+                env={**os.environ, **where, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert {path.name for path in Path(done.stdout.strip()).iterdir()} == fetched == set(running.fetched)
+        running.shutdown()
+
+
 def test_a_hub_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MachineError) as caught:
         fetch(hub("org/none"))

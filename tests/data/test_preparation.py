@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +13,22 @@ import datasets
 import pytest
 from pydantic import ValidationError
 
+from alignment import preflight
+from alignment.config.compose import compose
 from alignment.data import preparation
-from alignment.data.batches import key_of
+from alignment.data.batches import Batch, Chunk, key_of, made_of
 from alignment.data.chat import Chat
 from alignment.data.checks import opening
-from alignment.data.sources import read
-from alignment.errors import InputError
-from alignment.files import read_json, read_jsonl
+from alignment.data.examples import Reading
+from alignment.data.named import reading_of
+from alignment.data.preparation import Source, judge
+from alignment.data.sources import Row, read
+from alignment.errors import InputError, MachineError
+from alignment.files import read_json, read_jsonl, write_json
 from tests.conftest import default_checks
 
 from .conftest import assistant, make_tokenizer, user
-from .preparing import mix, qa, run
+from .preparing import mix, qa, run, settings
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +117,122 @@ def test_rows_keep_their_own_ids_only_if_they_tell_them_apart(chat: Chat) -> Non
 def test_several_processes_make_what_one_makes(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [qa(f"question {number % 70}", "a" * (number % 45)) for number in range(90)]
     alone = run(chat, values, heldout=5, prompts=5)
-    monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 10)
+    monkeypatch.setattr(preparation, "ENOUGH", 20)
     monkeypatch.setattr(preparation, "CHUNK", 7)
     monkeypatch.setattr(preparation, "made_of", None)  # here; the workers have their own
-    several = run(chat, values, heldout=5, prompts=5)
+    several = run(chat, values, heldout=5, prompts=5, workers=2)
     assert several.counts == alone.counts and several.fit == alone.fit
     assert several.rows == alone.rows
     values[50] = {"prompt": 7, "completion": "a"}
     values[80] = {"prompt": None, "completion": "a"}
     with pytest.raises(InputError, match=r"rows.jsonl:51: "):
-        run(chat, values)
+        run(chat, values, workers=3)
+
+
+class Fatal(Chat):
+    """As if the system killed whoever renders, for want of memory."""
+
+    def answers(self, messages: list[Any], where: str) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_stage_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "ENOUGH", 20)
+    monkeypatch.setattr(preparation, "CHUNK", 7)
+    with pytest.raises(MachineError) as caught:
+        run(Fatal(make_tokenizer()), [qa(f"q{number}", "a") for number in range(60)], workers=2)
+    assert str(caught.value) == (
+        "one of 2 processes that prepare rows was killed "
+        "(for want of memory, probably: give more, or lower the stage's workers)"
+    )
+
+
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of pools that are asked for; a thread does their work."""
+    sizes = list[int]()
+
+    class Noted(ThreadPoolExecutor):
+        def __init__(self, workers: int, _: Any, begin: Any, given: Any):
+            sizes.append(workers)
+            super().__init__(1, initializer=begin, initargs=given)
+
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which workers set
+    for name, value in (("ENOUGH", 20), ("CHUNK", 7), ("ProcessPoolExecutor", Noted)):
+        monkeypatch.setattr(preparation, name, value)
+    return sizes
+
+
+@pytest.mark.parametrize(("workers", "cores", "taken"), [(None, 1, 1), (None, 3, 3), (2, 5, 2), (4, 1, 4)])
+def test_workers_are_as_many_as_the_setting_says_else_one_a_core(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, pools: list[int], workers: int | None, cores: int, taken: int
+) -> None:
+    monkeypatch.setattr(preparation, "usable", lambda: cores)
+    made = run(chat, [qa(f"q{number}", "a") for number in range(30)], workers=workers)
+    assert made.fit == 30 and pools == ([taken] if taken > 1 else [])
+
+
+@pytest.mark.parametrize(("setting", "taken"), [("null", 2), ("64", 2), ("1", 1)])
+def test_a_look_takes_two_workers_at_most(
+    tmp_path: Path,
+    tiny_settings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    pools: list[int],
+    setting: str,
+    taken: int,
+) -> None:
+    """It runs where people log in."""
+    monkeypatch.setattr(preflight, "usable", lambda: 16)
+    small = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
+    made = compose(["pipeline=sft", *tiny_settings, *small, f"stage.prepare_sft.workers={setting}"])
+    looked = {"rows": 100, "show": 0, "fit": "", "estimate": False, "dropped": None, "stored": [], "only": None}
+    order = {"experiment": made.model_dump(), "prepare": ["rows"], **looked}
+    write_json(tmp_path / "order.json", order)
+    assert preflight.main([str(tmp_path / "order.json")]) == 0
+    assert pools == ([taken] if taken > 1 else [])
+
+
+def test_chunks_end_by_their_text_too_whatever_is_made_of_them(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 2 to 2000 characters; a chunk holds 200 rows, or 4 MB of text: here 7 rows, or 100 characters."""
+    values = [qa(f"q{number}", "a" * (1, 40, 2000)[number % 3]) for number in range(60)]
+    values.append({"messages": [user("q"), *([assistant("a"), user("r")] * 60), assistant("a")]})
+    whole, sizes = run(chat, values, heldout=3, max_length=100), list[list[int]]()
+
+    def noted(chunk: Chunk, reading: Reading) -> Batch:
+        sizes.append([len(json.dumps(row.value)) for row in chunk.rows if isinstance(row, Row)])
+        return made_of(chunk, reading)
+
+    for name, value in (("CHUNK", 7), ("CHUNK_TEXT", 100), ("made_of", noted)):
+        monkeypatch.setattr(preparation, name, value)
+    parts = run(chat, values, heldout=3, max_length=100)
+    assert len(sizes) > 40 and all(len(chunk) == 1 or sum(chunk) < 100 + 60 * len(chunk) for chunk in sizes)
+    for name, value in (("ENOUGH_TEXT", 500), ("made_of", None)):  # not here: the workers have their own
+        monkeypatch.setattr(preparation, name, value)
+    several = run(chat, values, heldout=3, max_length=100, workers=2)
+    assert whole.rows == parts.rows == several.rows and whole.counts == parts.counts == several.counts
+
+
+@pytest.mark.parametrize("enough", [100, 1000])
+def test_rows_are_let_go_once_they_are_prepared(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, enough: int
+) -> None:
+    """By one process or several: at the end but for the last chunks none is alive."""
+    alive, left = list[weakref.ref[Row]](), list[int]()
+
+    def rows() -> Iterator[Row]:
+        for number in range(300):
+            row = Row(qa(f"q{number}", "a"), "rows.jsonl", number, number)
+            alive.append(weakref.ref(row))
+            yield row
+
+    def progress(step: int, total: int, note: str) -> None:
+        left.append(sum(one() is not None for one in alive))
+
+    monkeypatch.setattr(preparation, "CHUNK", 5)
+    monkeypatch.setattr(preparation, "ENOUGH", enough)
+    reading = reading_of(settings(), "auto", {}, default_checks(), chat)
+    judge([Source("mine", rows(), reading, "rows.jsonl")], tmp_path, progress, 2)
+    assert len(alive) == 300 and left[-1] <= 3 * 5
 
 
 def scored(question: str, answer: str, score: float) -> dict[str, Any]:
@@ -310,3 +426,16 @@ def test_lines_that_cannot_be_read_are_malformed_rows(chat: Chat, tmp_path: Path
     assert made.counts == {"malformed": 2} and made.fit == 2
     told = list(read_jsonl(tmp_path / "dropped.jsonl"))
     assert [(row["line"], row["value"]) for row in told] == [(2, {}), (3, {})] and "UTF-8" in told[1]["why"]
+
+
+def test_rows_before_one_that_cannot_be_gone_on_after_are_told_before_the_error(chat: Chat, tmp_path: Path) -> None:
+    def rows() -> Iterator[Row]:
+        yield Row(qa("q", ""), "rows.jsonl", 1, 1)  # has no answer: dropped
+        yield Row(qa("r", "a"), "rows.jsonl", 2, 2)
+        raise InputError("is cut", where="rows.jsonl:3")
+
+    reading = reading_of(settings(), "auto", {}, default_checks(), chat, None)
+    with pytest.raises(InputError, match=r"^rows.jsonl:3: is cut$"):
+        judge([Source("mine", rows(), reading, "rows.jsonl")], tmp_path, lambda *a, **k: None, None)
+    (told,) = read_jsonl(tmp_path / "dropped.jsonl")
+    assert (told["fault"], told["line"]) == ("empty_answer", 1)

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from pyarrow import feather, ipc, parquet
 
 from alignment.data.sources import Row, Unreadable, read, read_rows
 from alignment.errors import InputError, MachineError
+from alignment.places import stream
 
 
 def rows(path: Path, content: str | bytes) -> list[tuple[dict, int | None]]:
@@ -227,6 +229,38 @@ def test_compressed_texts_are_read_and_a_cut_is_found_after_the_rows_before_it(
     assert number >= len(values) // 2 - 1  # of an array, the last row's comma may be cut off
 
 
+@pytest.mark.parametrize("kind", ["", *COMPRESS])
+def test_a_file_that_was_left_is_closed(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"r.jsonl{kind}"
+    path.write_bytes(COMPRESS.get(kind, bytes)(b'{"a": 1}\n' * 10_000))
+
+    def opened() -> bool:
+        return any(os.path.realpath(one) == str(path) for one in Path("/proc/self/fd").iterdir())
+
+    with stream(path, kind) as reader:
+        assert reader.readline() == b'{"a": 1}\n' and opened()
+    assert not opened()
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "fix"),
+    [
+        (".zst", "zstandard", "pip install zstandard"),
+        (".bz2", "bz2", "take a Python that was built with bz2"),
+        (".xz", "lzma", "take a Python that was built with lzma"),
+    ],
+)
+def test_a_decompressor_that_is_missing_is_one_line(
+    kind: str, module: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"r.jsonl{kind}"
+    path.write_bytes(COMPRESS[kind](b'{"a": 1}\n'))
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MachineError) as caught:
+        shape(path)
+    assert str(caught.value) == f"{path}: {kind} needs the module {module}, which is missing ({fix})"
+
+
 def test_compressed_lines_under_the_name_json_are_read(tmp_path: Path) -> None:
     values = [{"a": "ü" * 100, "n": number} for number in range(20_000)]
     text = "\ufeff\n" + "\n".join(json.dumps(value, ensure_ascii=False) for value in values)
@@ -374,3 +408,36 @@ def test_300_mb_of_rows_take_less_than_100_mb_of_memory(kind: str, tmp_path: Pat
     count, growth = done.stdout.split()
     print(kind, growth)
     assert int(count) == rows and float(growth) < 100, growth
+
+
+OWN = """
+import sys
+from alignment.data.sources import read
+import pyarrow.parquet
+
+def own():  # MB of the process's own; of a map it is the system that keeps what it has room for
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+before = own()
+seen = [own() for count, _ in enumerate(read(sys.argv[1])) if count % 1000 == 999]
+print(len(seen), max(seen) - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["group.parquet", "file.arrow", "stream.arrow"])
+def test_114_mb_in_one_row_group_take_less_than_64_mb_of_memory(kind: str, tmp_path: Path) -> None:
+    """60,000 rows that cannot be compressed, as pyarrow writes them: by default up to a million in a row group."""
+    columns = {name: [os.urandom(475).hex() for _ in range(60_000)] for name in ("prompt", "completion")}
+    table, path = pyarrow.table(columns), tmp_path / kind
+    if kind == "group.parquet":
+        parquet.write_table(table, path)
+        assert parquet.read_metadata(path).num_row_groups == 1
+    else:
+        with (ipc.new_file if kind == "file.arrow" else ipc.new_stream)(path, table.schema) as writer:
+            writer.write_batch(table.to_batches()[0])
+    assert path.stat().st_size > 114e6
+    done = subprocess.run([sys.executable, "-c", OWN, str(path)], capture_output=True, text=True, check=True)
+    thousands, growth = done.stdout.split()
+    assert thousands == "60" and float(growth) < 64, growth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import datasets
@@ -48,7 +49,7 @@ def test_held_out_prompts_are_never_trained_on(chat: Chat) -> None:
         openings = [{row["opening"] for row in made.rows[name]} for name in ("heldout", "prompts", "train")]
         assert not openings[0] & openings[1] and not (openings[0] | openings[1]) & openings[2]
         leaks += made.counts.get("leak", 0)
-        assert made.fit == sum(map(len, made.rows.values())) + sum(made.counts.values())
+        assert made.fit == sum(map(len, made.rows.values())) == len(values) - sum(made.counts.values())
     assert leaks > 0
 
 
@@ -60,6 +61,34 @@ def test_pairs_that_share_a_prompt_lie_in_one_split(chat: Chat) -> None:
         made = run(chat, values, task="preference", heldout=4, seed=seed)
         kept, trained = ({row["opening"] for row in made.rows[name]} for name in ("heldout", "train"))
         assert kept and trained and not kept & trained
+
+
+def test_what_leaks_counts_among_the_rows_that_are_dropped(chat: Chat, tmp_path: Path) -> None:
+    """20 of 21 pairs share a prompt: a held-out one of them takes 19 of 21 rows, a share of 0.905, with it."""
+    values = [{"prompt": "q", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(20)]
+    values.append({"prompt": "r", "chosen": "a", "rejected": "b"})
+    made = run(chat, values, task="preference", heldout=1, folder=tmp_path)
+    assert made.counts == {"leak": 19} and made.fit == 2 == read_json(tmp_path / "data_report.json")["fit"]
+    said = (
+        "rows.jsonl: 19 of 21 rows are dropped, a larger share than checks.max_dropped: 19 leak "
+        "(dropped.jsonl has each; mend them, or checks.max_dropped=0.91)"
+    )
+    with pytest.raises(InputError, match=re.escape(said)):
+        run(chat, values, task="preference", heldout=1, checks={"max_dropped": 0.9})
+    run(chat, values, task="preference", heldout=1, checks={"max_dropped": 0.91})
+    with pytest.raises(InputError, match=r"2 rows are fit to use.* 1 held-out.* 2 train .*of 21: 19 leak"):
+        run(chat, values, task="preference", heldout=1, train=2)
+
+
+def test_rows_without_the_held_out_prompts_are_not_dropped(chat: Chat) -> None:
+    """Each data set's share is of its own rows: of b none is dropped."""
+    pairs = [{"prompt": "q", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(9)]
+    others = [{"prompt": f"r{i}", "chosen": "a", "rejected": "b"} for i in range(9)]
+    data = {"a": pairs, "b": others}
+    for seed in range(4):
+        made, _ = mix(chat, data, task="preference", heldout=2, seed=seed)
+        assert made.fit == 18 - sum(made.counts.values())
+        assert set(made.judged.tally.dropped) <= {"a"}
 
 
 def test_too_few_rows_say_how_many_there_are_and_where_the_others_went(chat: Chat) -> None:
@@ -110,10 +139,10 @@ def test_a_mixture_is_the_same_with_any_number_of_workers(chat: Chat, monkeypatc
     data = {name: [qa(f"{name}{i}", "x") for i in range(size)] for name, size in (("a", 40), ("b", 30))}
     shares = [Share(weight=1.0), Share(weight=2.0, epochs=2.0)]
     _, alone = mix(chat, data, shares=shares, heldout=4, prompts=3)
-    monkeypatch.setattr(preparation, "ROWS_PER_WORKER", 10)
+    monkeypatch.setattr(preparation, "ENOUGH", 20)
     monkeypatch.setattr(preparation, "CHUNK", 7)
     monkeypatch.setattr(preparation, "made_of", None)  # here; the workers have their own
-    _, several = mix(chat, data, shares=shares, heldout=4, prompts=3)
+    _, several = mix(chat, data, shares=shares, heldout=4, prompts=3, workers=2)
     for name in ("train.jsonl", "heldout.jsonl", "prompts.jsonl", "data_report.json"):
         assert (alone / name).read_bytes() == (several / name).read_bytes()
     table, same = (datasets.load_from_disk(str(folder / "train")) for folder in (alone, several))

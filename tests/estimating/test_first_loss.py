@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPTJConfig, Qwen2Config, Qwen3Config
 
 from alignment.errors import InputError
-from alignment.estimating.first_loss import first_loss
+from alignment.estimating.first_loss import AT_ZERO, first_loss
 from tests.estimating.test_memory import llama
 from tests.training import tiny
 
@@ -36,12 +36,25 @@ def test_an_architecture_of_which_no_small_model_is_made_is_said() -> None:
         first_loss(tiny.dpo(), GPTJConfig(), ROWS)
 
 
-def test_other_losses_are_what_they_are_without_a_log_ratio() -> None:
+@pytest.mark.parametrize("name", AT_ZERO)
+def test_what_losses_are_by_hand_is_what_the_objective_makes_of_them(name: str) -> None:
     """ipo: (0 - 1 / (2 beta))^2 = 25 with beta = 0.1; hinge: 1."""
-    losses = {name: first_loss(tiny.dpo(loss=name), llama(), ROWS) for name in ("ipo_mean", "hinge", "simpo", "aot")}
-    assert losses["ipo_mean"] is not None and losses["ipo_mean"].found == pytest.approx(25)
-    assert losses["hinge"] is not None and losses["hinge"].found == pytest.approx(1)
-    assert losses["simpo"] is None and losses["aot"] is None, "no reference; whole batches"
+    found = first_loss(tiny.dpo(loss=name, beta=0.1), llama(), ROWS)
+    assert found is not None and found.expected == AT_ZERO[name](0.1) == pytest.approx(found.found, abs=1e-4)
+    assert {"ipo_mean": 25.0, "hinge": 1.0}.get(name, found.expected) == pytest.approx(found.expected)
+
+
+def test_a_loss_that_nothing_is_known_of_is_held_to_adapters_alone() -> None:
+    whole, adapted = (first_loss(tiny.dpo(loss="discopop", lora=lora), llama(), ROWS) for lora in (None, tiny.LORA))
+    assert whole is not None and whole.expected is None and whole.fits
+    assert adapted is not None and adapted.expected == pytest.approx(whole.found, abs=1e-4)
+    two = first_loss(tiny.dpo(loss={"sigmoid": 1.0, "hinge": 0.5}), llama(), ROWS)
+    assert two is not None and two.expected == pytest.approx(math.log(2) + 0.5)
+
+
+def test_losses_without_a_reference_or_of_whole_batches_are_left_out() -> None:
+    assert first_loss(tiny.dpo(loss="simpo"), llama(), ROWS) is None
+    assert first_loss(tiny.dpo(loss="aot"), llama(), ROWS) is None
 
 
 def test_adapters_that_do_not_begin_as_nothing_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,16 +105,20 @@ def test_nothing_is_proposed_where_nothing_fits() -> None:
 
 
 def test_the_disk_is_to_hold_all_results_and_the_most_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """34 million weights in fp32; a checkpoint has 12 bytes of each; keep_last + keep_best + 1 of them at a time."""
-    made = compose([*FULL, "checkpoint.keep_last=2", "checkpoint.keep_best=1"])
+    """34 million weights in fp32, imported and trained; a checkpoint has 12 bytes of each; keep_last + keep_best + 1 of
+    them at a time."""
+    made = compose([*FULL, "checkpoint.keep_last=2", "checkpoint.keep_best=1", "model.storage_precision=fp32"])
     estimates = of_experiment(made, large(), SEEN)
     weights = estimates["sft"].load.parameters
-    assert disk_bytes(made, estimates) == {"weights": 4 * weights, "checkpoints": 4 * 12 * weights}
+    found = disk_bytes(made, estimates, large())
+    assert found == {"weights": 2 * 4 * weights, "checkpoints": 4 * 12 * weights}
+    rounded = compose([*FULL, "model.storage_precision=bf16"])
+    assert disk_bytes(rounded, estimates, large(), ["start"])["weights"] == 2 * weights
     usage = namedtuple("usage", "total used free")
     states = {}
-    for free in (3 * weights, 30 * weights, 60 * weights):
+    for free in (7 * weights, 30 * weights, 60 * weights):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: usage(0, 0, free))
-        found = told([*FULL, "checkpoint.keep_best=1"], 10**15)["disk"]
+        found = told([*FULL, "checkpoint.keep_best=1", "model.storage_precision=fp32"], 10**15)["disk"]
         states[free] = found["state"], found.get("code")
     assert list(states.values()) == [("failed", 4), ("warning", None), ("ok", None)]
 
@@ -125,7 +129,7 @@ def test_the_preflight_judges_by_the_room_that_the_hardware_has(
     small = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
     settings = within(["pipeline=sft", *tiny_settings, *small], 10**6)
     order = {"experiment": compose(settings).model_dump(), "prepare": ["rows"]}
-    order |= {"rows": 100, "show": 0, "fit": "look", "estimate": False}
+    order |= {"rows": 100, "show": 0, "fit": "look", "estimate": False, "dropped": None, "stored": {}, "only": None}
     (tmp_path / "order.json").write_text(json.dumps(order))
     assert preflight.main([str(tmp_path / "order.json")]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]

@@ -13,7 +13,7 @@ from alignment import calibrating
 from alignment.config.compose import compose
 from alignment.config.schema import Experiment
 from alignment.estimating import samples, telling
-from alignment.estimating.samples import AT_MOST, EXACT, Sample
+from alignment.estimating.samples import AT_MOST, EXACT, KnownRows
 from alignment.estimating.time import Layout, Stage
 from alignment.estimating.work import records_of
 from alignment.training.memory import Load
@@ -21,7 +21,7 @@ from tests.estimating.test_traffic import of
 from tests.training import online
 
 PROMPTS = np.array([5, 9, 7])
-ROWS = Sample(Dataset.from_dict({"input_ids": [[1] * 20] * 3, "labels": [[1] * 20] * 3}), PROMPTS, 3, EXACT)
+ROWS = KnownRows(Dataset.from_dict({"input_ids": [[1] * 20] * 3, "labels": [[1] * 20] * 3}), PROMPTS, 3, EXACT)
 
 
 def settings_of(experiment: Experiment, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,10 +176,28 @@ def test_rows_are_those_that_fit_without_the_splits() -> None:
     assert rows.trained_on(weighed, {"a": 100, "b": 300}, {"a": 1.0, "b": 1.0}, whole) == 200
 
 
+def test_rows_are_counted_as_they_are_read_and_not_by_lines(tmp_path: Path) -> None:
+    """Answers of several lines, blank lines, and a row that is longer than what is looked at."""
+    table = tmp_path / "rows.csv"
+    with open(table, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([["prompt", "completion"], *([number, "a\n" * 40 + "end"] for number in range(30_000))])
+    assert counting.in_source(str(table)) == pytest.approx(30_000, rel=0.03)
+    long = tmp_path / "long.jsonl"
+    row = '{"prompt": "' + "a" * (2 << 20) + '"}'
+    long.write_text("\n".join([row] * 3))
+    assert counting.in_source(str(long)) == 3
+    for name in "abc":
+        (tmp_path / f"{name}.tsv").write_text('a\tb\n1\t"2\n3"\n\n4\t5\n')
+    assert counting.in_source(f"{tmp_path}/*.tsv") == 6, "few rows are counted exactly"
+    (tmp_path / "c.tsv").write_text('a\tb\n1\t"2')
+    assert counting.in_source(f"{tmp_path}/*.tsv") is None, "reading it tells why"
+
+
 def test_rows_of_a_file_are_counted_by_its_beginning_or_its_footer(tmp_path: Path) -> None:
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"prompt": "abcdefgh"}\n' * 100_000)
-    assert counting.in_source(lines) == pytest.approx(100_000, rel=0.01)
+    assert counting.in_source(str(lines)) == pytest.approx(100_000, rel=0.01)
     table = tmp_path / "rows.parquet"
     Dataset.from_dict({"a": np.arange(123)}).to_parquet(table)
     assert counting.in_source(table) == 123

@@ -39,12 +39,12 @@ TERMS: dict[str, Any] = {
 def prepared(folder: Path, model: Path, rows: list[dict[str, Any]], **splits: Any) -> None:
     settings = Prepare(
         kind="prepare", task="sft", dataset="mine", against=[], max_length=64, max_prompt_length=48, over_long="error",
-        splits=Splits(**{"heldout": 0, "prompts": 0, "train": None, **splits}), seed=0,
+        splits=Splits(**{"heldout": 0, "prompts": 0, "train": None, **splits}), seed=0, workers=None,
     )  # fmt: skip
     given = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(rows, start=1)]
     chat = Chat.load(model)
     reading = reading_of(settings, "auto", {}, default_checks(), chat)
-    judged = preparation.judge([Source("mine", given, reading, "rows.jsonl")], folder, lambda *a, **k: None)
+    judged = preparation.judge([Source("mine", given, reading, "rows.jsonl")], folder, lambda *a, **k: None, None)
     write(judged, divide(judged, settings.splits, settings.seed, [Share()]), folder, chat)
 
 

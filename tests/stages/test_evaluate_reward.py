@@ -58,11 +58,11 @@ def prepared(target: Path, chat: Chat, values: list[dict[str, Any]], task: Any) 
     rows = [Row(value, "rows.jsonl", number, number) for number, value in enumerate(values, start=1)]
     settings = Prepare(
         kind="prepare", task=task, dataset="x", against=[], max_length=90, max_prompt_length=60, over_long="drop",
-        seed=0,
+        seed=0, workers=None,
         splits=Splits(heldout=10, prompts=0, train=None),
     )  # fmt: skip
     reading = reading_of(settings, "auto", {}, default_checks(), chat)
-    judged = preparation.judge([Source("mine", rows, reading, "rows.jsonl")], target, lambda *a, **k: None)
+    judged = preparation.judge([Source("mine", rows, reading, "rows.jsonl")], target, lambda *a, **k: None, None)
     write(judged, divide(judged, settings.splits, settings.seed, [Share()]), target, chat)
 
 

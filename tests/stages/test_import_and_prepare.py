@@ -16,11 +16,13 @@ from alignment.config.sources import Dataset, Lists, PathSource
 from alignment.config.stages.preparing import ImportModel, Prepare, Splits
 from alignment.data.chat import Chat
 from alignment.errors import ConfigError, InputError
-from alignment.files import read_json, read_jsonl, write_lines
-from alignment.stages import import_model, prepare, sft
+from alignment.evaluation.signals import by_source
+from alignment.files import read_json, read_jsonl, write_jsonl, write_lines
+from alignment.stages import import_model, judge, prepare, sft
 from alignment.stages.context import StageContext
 from tests.conftest import default_checks
 from tests.data.conftest import model_settings
+from tests.stages.conftest import MakeContext
 from tests.training import tiny
 
 
@@ -67,6 +69,7 @@ def prepared(
         "against": [],
         "over_long": "drop",
         "seed": 0,
+        "workers": None,
     }
     limit = changes.pop("limit", None)
     settings = Prepare(kind="prepare", splits=splits, **{**values, **changes})
@@ -185,6 +188,61 @@ def test_pairs_of_the_judge_are_read_from_the_parent(start: Path, tmp_path: Path
     numbers = prepared(folder, start, None, {"data": judged}, task="preference", dataset=None)
     assert numbers["train"] == 2
     assert sorted(row["id"] for row in read_jsonl(folder / "train.jsonl")) == ["p1", "p2"]
+
+
+@pytest.mark.parametrize("task", ["preference", "unpaired", "sft"])
+def test_judged_answers_of_a_mixture_are_told_apart_to_the_evaluation(
+    start: Path, tmp_path: Path, make_context: MakeContext, task: str
+) -> None:
+    """As in pipeline=sft_sample_dpo with two data sets: what samples.jsonl says of a prompt is known of its pairs."""
+    folders = {name: tmp_path / name for name in ("samples", "rows")}
+    for folder in folders.values():
+        folder.mkdir()
+    whose = {f"q{i}": "abb"[i % 3] for i in range(12)}
+    write_jsonl(folders["samples"] / "samples.jsonl", (sampled(text, name) for text, name in whose.items()))
+    context = make_context("judge", {"data": folders["samples"]}, best="true", label_threshold=0)
+    judge.run(context)
+    prepared(folders["rows"], start, None, {"data": context.folder}, task=task, dataset=None, heldout=3)
+    report = read_json(folders["rows"] / "data_report.json")
+    of_a, of_b = report["sources"]
+    answers = 2 if task == "unpaired" else 1
+    assert [(one["name"], one["rows"]) for one in (of_a, of_b)] == [("a", 4 * answers), ("b", 8 * answers)]
+    rows = list(read_jsonl(folders["rows"] / "train.jsonl"))
+    assert rows and all(whose[row.get("prompt", row.get("messages"))[0]["content"]] == row["source"] for row in rows)
+    numbers = datasets.load_from_disk(str(folders["rows"] / "train"))["source"][:]
+    assert numbers == ["ab".index(row["source"]) for row in rows]
+    if task == "preference":
+        assert of_a["length_bias"]["pairs"] + of_b["length_bias"]["pairs"] == len(rows)
+    heldout = list(read_jsonl(folders["rows"] / "heldout.jsonl"))
+    assert all(whose[row["prompt"][0]["content"]] == row["source"] for row in heldout)
+    measured = {"reward": 1.0, "terms": {}, "finished": True, **dict.fromkeys(("tokens", "repetition", "kl"), 1.0)}
+    told = by_source([{**row, **measured, "heldout_nll": None} for row in heldout])
+    asked = [row["source"] for row in heldout]
+    assert {name: one["prompts"]["reward"] for name, one in told.items()} == {n: asked.count(n) for n in set(asked)}
+
+
+def sampled(text: str, source: str) -> dict[str, Any]:
+    """Two answers of unlike length, one of which is liked."""
+    answers = [{"text": said, "tokens": 3, "finished": True} for said in ("That is terrible.", "I love it, wonderful!")]
+    return {"id": text, "source": source, "prompt": [{"role": "user", "content": text}], "completions": answers}
+
+
+def test_what_is_dropped_of_judged_answers_is_told_by_data_set(start: Path, tmp_path: Path) -> None:
+    judged, folder = tmp_path / "judged", tmp_path / "rows"
+    judged.mkdir(), folder.mkdir()
+
+    def row(number: int) -> dict[str, Any]:
+        answer = [{"role": "assistant", "content": "" if number == 2 else "a"}]
+        return {"source": "ab"[number % 2], "prompt": [{"role": "user", "content": f"q{number}"}], "completion": answer}
+
+    write_jsonl(judged / "best.jsonl", map(row, range(6)))
+    prepared(folder, start, None, {"data": judged}, task="sft", dataset=None)
+    (dropped,) = read_jsonl(folder / "dropped.jsonl")
+    assert (dropped["source"], dropped["line"]) == ("a", 3)
+    report = read_json(folder / "data_report.json")["sources"]
+    assert [one["dropped"] for one in report] == [{"empty_answer": 1}, {}]
+    ids = {row["id"]: row["source"] for row in read_jsonl(folder / "train.jsonl")}
+    assert ids == {"a-1": "a", "b-2": "b", "b-4": "b", "a-5": "a", "b-6": "b"}
 
 
 def test_best_answers_of_the_judge_become_rows_for_sft(start: Path, tmp_path: Path) -> None:

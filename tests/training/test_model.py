@@ -114,7 +114,8 @@ def test_a_module_trained_whole_is_named_by_its_whole_name() -> None:
 @pytest.mark.parametrize(
     ("name", "tied", "why"),
     [
-        ("nrom", False, "the model has no module `nrom` .*embed_tokens, .*norm"),
+        ("nrom", False, "the model has no module `nrom` .did you mean `norm`"),
+        ("wte", False, "the model has no module `wte` .some of .*embed_tokens, .*norm"),
         ("q_proj", False, "`q_proj` has an adapter: target_modules is all-linear"),
         ("mlp", False, "`mlp` has parts of its own, or no weights"),
         ("lm_head", True, "`lm_head` shares its weights"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from alignment.config.settings import Settings, identity
+from alignment.config.settings import Settings, execution, identity
 from alignment.config.stages.base import Reads, Stage
 
 # What rows of a task are prepared from; pairs are taken apart for unpaired ones.
@@ -54,6 +54,7 @@ class Prepare(Stage):
     over_long: Literal["drop", "error", "truncate_prompt"] = identity()
     splits: Splits = identity()
     seed: int = identity(ge=0)
+    workers: int | None = execution(gt=0)
 
     @property
     def datasets(self) -> list[str]:

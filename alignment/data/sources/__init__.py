@@ -1,6 +1,7 @@
 """Files of rows -> rows that know where they come from, so that every later error can say file and line.
 
-Read row by row: what is in memory at a time is some MB more than the largest row.
+Read row by row. In memory at a time are, beside the largest row, of text some MB; of Parquet a buffer, a page and the
+dictionary of each column; of Arrow, where it is compressed or lies elsewhere, a record batch, else little.
 """
 
 from __future__ import annotations

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import io
+import mmap
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from alignment.data.sources.faults import Fault
 from alignment.errors import AlignmentError, InputError
+from alignment.places import is_url
 
 if TYPE_CHECKING:
     import pyarrow
 
 AT_ONCE = 1 << 24  # bytes of rows that are made Python objects at a time, about
 MOST = 1000  # rows of them
+BUFFER = 1 << 20  # bytes that are read of a column of a Parquet file at a time
 
 Item = tuple[None, Any]
 
@@ -24,12 +27,15 @@ Item = tuple[None, Any]
 def parquet_rows(stream: io.BufferedReader[Any], file: str) -> Iterator[Item]:
     from pyarrow import parquet
 
-    with _readable("Parquet", file), _seekable(stream) as opened, parquet.ParquetFile(opened) as table:
+    # By the buffer, not whole columns of a group, of which pyarrow itself writes a million rows; by one thread: the
+    # memory of several is given back late, and reading is not what takes the time.
+    by_buffers = {"buffer_size": BUFFER, "pre_buffer": False}
+    with _readable("Parquet", file), _seekable(stream) as opened, parquet.ParquetFile(opened, **by_buffers) as table:
         _check_names(table.schema_arrow, file)
         for group in range(table.num_row_groups):
             facts = table.metadata.row_group(group)
             rows = _at_once(facts.total_byte_size, facts.num_rows)
-            for batch in table.iter_batches(rows, row_groups=[group]):
+            for batch in table.iter_batches(rows, row_groups=[group], use_threads=False):
                 yield from _values(batch)
 
 
@@ -39,21 +45,40 @@ def arrow_rows(stream: io.BufferedReader[Any], file: str) -> Iterator[Item]:
 
     with _readable("Arrow", file):
         if stream.peek(6)[:6] != b"ARROW1":
-            with ipc.open_stream(stream) as batches:
+            with _mapped(stream, file) as (opened, forget), ipc.open_stream(opened) as batches:
                 _check_names(batches.schema, file)
                 for batch in batches:
-                    yield from _in_parts(batch)
+                    yield from _in_parts(batch, forget)
             return
-        with _seekable(stream) as opened, ipc.open_file(opened) as table:
+        with (
+            _seekable(stream) as seekable,
+            _mapped(seekable, file) as (opened, forget),
+            ipc.open_file(opened) as table,
+        ):
             _check_names(table.schema, file)
             for index in range(table.num_record_batches):
-                yield from _in_parts(table.get_batch(index))
+                yield from _in_parts(table.get_batch(index), forget)
 
 
-def _in_parts(batch: pyarrow.RecordBatch) -> Iterator[Item]:
+@contextmanager
+def _mapped(stream: IO[bytes], file: str) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """The file as a map where it lies here: a batch, which may be all of it, is not copied; and a call that takes what
+    was read out of memory. Elsewhere the stream, of which each batch is in memory whole."""
+    import pyarrow
+
+    if is_url(file):
+        yield stream, lambda: None
+        return
+    with open(file, "rb") as opened:
+        held = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)  # gone when the last batch of it is
+    yield pyarrow.BufferReader(pyarrow.py_buffer(held)), lambda: held.madvise(mmap.MADV_DONTNEED)
+
+
+def _in_parts(batch: pyarrow.RecordBatch, forget: Callable[[], None]) -> Iterator[Item]:
     batch.validate(full=True)  # what of it is not so would be read from elsewhere in memory
     rows = _at_once(batch.nbytes, batch.num_rows)
     for begin in range(0, batch.num_rows, rows):
+        forget()
         yield from _values(batch.slice(begin, rows))
 
 
