@@ -8,6 +8,7 @@ and a label, whether its last answer is wanted; a list of scored answers becomes
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -31,6 +32,9 @@ KEYS = {  # a format is recognised by these keys of a row, in this order
 }
 SAID = ("response", "text", "content", "completion")  # names that an answer of a list goes by
 SCORES = ("score", "overall_score", "rating", "reward")  # and its score
+
+NUMBERS = ("score", "margin", "chosen_reward", "rejected_reward")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?")
 
 LABEL = "true for an answer that is wanted, false for one that is not"
 LABELLED = ("messages", "sharegpt", "prompt_completion")  # an unpaired row is one of these with a label
@@ -63,16 +67,30 @@ def _nearest(row: Row, wanted: Sequence[str]) -> str:
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with our names for its columns. columns: our key -> theirs. Raises InputError if it lacks one."""
+    """The row with our names for its columns, and in a row of texts with labels and numbers for those that say one.
+
+    columns: our key -> theirs. Raises InputError if it lacks one."""
     for key, theirs in columns.items():
         if theirs not in row.value:
             near = get_close_matches(theirs, row.value, 1, 0.5)
             fix = f"nearest: {near[0]}" if near else f"columns found: {', '.join(row.value) or 'none'}"
             raise InputError(f"has no column {theirs!r}, which `columns` names for {key!r}", where=row.where, fix=fix)
-    if not columns:
+    if columns:
+        left = {key: value for key, value in row.value.items() if key not in columns.values()}
+        row = replace(row, value={**left, **{key: row.value[theirs] for key, theirs in columns.items()}})
+    if not row.of_texts:
         return row
-    left = {key: value for key, value in row.value.items() if key not in columns.values()}
-    return replace(row, value={**left, **{key: row.value[theirs] for key, theirs in columns.items()}})
+    return replace(row, value={key: _meant(key, value) for key, value in row.value.items()})
+
+
+def _meant(key: str, said: str) -> Any:
+    """What a text says under a key of labels or numbers; itself if it says no such thing, None if nothing."""
+    word = said.strip().lower()
+    if key in ("label", *NUMBERS) and not word:
+        return None
+    if key == "label":
+        return {"true": True, "1": True, "false": False, "0": False}.get(word, said)
+    return float(word) if key in NUMBERS and NUMBER.fullmatch(word) else said
 
 
 def canonical(row: Row, form: str) -> dict[str, list[Message]]:

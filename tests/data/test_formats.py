@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import csv
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment.data.chat import Chat
 from alignment.data.formats import canonical, detect, margin, scored_list
-from alignment.data.sources import Row
+from alignment.data.sources import Row, read
 from alignment.errors import InputError
 
-from .conftest import assistant, system, user
+from .conftest import assistant, make_tokenizer, system, user
+from .preparing import run
 
 
 def row(**value: Any) -> Row:
@@ -247,3 +251,65 @@ def test_lists_of_scored_answers_are_read_in_both_shapes() -> None:
     ):
         with pytest.raises(InputError, match=what):
             scored_list(given)
+
+
+OF_TEXTS = {
+    "alpaca": ("sft", [{"instruction": "q", "input": "", "output": "a", "system": ""}]),
+    "prompt_completion": ("sft", [{"prompt": "q", "completion": "a"}]),
+    "text": ("sft", [{"text": "once"}]),
+    "preference": (
+        "preference",
+        [{"prompt": said, "chosen": "a", "rejected": "b", "margin": said} for said in (".5", " -2e0")],
+    ),
+    "unpaired": (
+        "unpaired",
+        [{"prompt": f"q{n}", "completion": "a", "label": said} for n, said in enumerate(("True", "false", "1", " 0 "))],
+    ),
+    "scored": ("scored", [{"prompt": said, "completion": "a", "score": said} for said in ("3", "-0.5")]),
+}  # fmt: skip
+
+
+def of_file(path: Path, values: list[dict[str, str]]) -> list[Any]:
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [*values[0]], delimiter="," if ".csv" in path.name else "\t")
+        writer.writeheader()
+        writer.writerows(values)
+    return list(read(path))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("form", OF_TEXTS)
+def test_tables_of_texts_hold_labels_and_numbers(form: str, suffix: str, tmp_path: Path) -> None:
+    task, values = OF_TEXTS[form]
+    made = run(Chat(make_tokenizer()), of_file(tmp_path / f"rows{suffix}", values), task=task)
+    rows = sorted(made.rows["train"], key=lambda row: int(row["number"]))
+    assert made.judged.forms["mine"] == {form: len(values)} and made.counts == {}
+    said = {"preference": [0.5, -2.0], "unpaired": [True, False, True, False], "scored": [3.0, -0.5]}.get(form)
+    key = {"preference": "margin", "unpaired": "label", "scored": "score"}.get(form, "")
+    assert said is None or [row[key] for row in rows] == said
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "said", "what"),
+    [
+        ("unpaired", "label", "yes", "'label' must be true or false, is text"),
+        ("unpaired", "label", "", "'label' must be true or false, is null"),
+        ("scored", "score", "1_000", "'score' must be a number .*, is text"),
+        ("scored", "score", "nan", "'score' must be a number .*, is text"),
+        ("scored", "score", " ", "'score' must be a number .*, is null"),
+    ],
+)
+def test_what_a_text_does_not_say_is_an_error(task: str, key: str, said: str, what: str, tmp_path: Path) -> None:
+    rows = of_file(tmp_path / "rows.csv", [{"prompt": "q", "completion": "a", "good": said}])
+    with pytest.raises(InputError, match=rf"rows.csv:2: {what}"):
+        run(Chat(make_tokenizer()), rows, task=task, columns={key: "good"})
+
+
+def test_texts_of_other_files_are_no_labels_and_those_of_tables_none_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'label' must be true or false, is text"):
+        run(Chat(make_tokenizer()), [{"prompt": "q", "completion": "a", "label": "true"}], task="unpaired")
+    rows = of_file(tmp_path / "rows.csv", [{"prompt": "1", "completion": "0", "expected": "1.50", "label": "true"}])
+    (row,) = run(Chat(make_tokenizer()), rows).rows["train"]
+    assert json.loads(row["text"])["messages"] == [user("1"), assistant("0")] and json.loads(row["kept"]) == {
+        "expected": "1.50"
+    }

@@ -46,6 +46,26 @@ def test_json_lines_under_the_name_json_are_read(tmp_path: Path) -> None:
     assert rows(tmp_path / "r.json", '{"a": 1}\n{"a": 2}\n') == [({"a": 1}, 1), ({"a": 2}, 2)]
 
 
+def test_lines_with_commas_behind_them_are_told_by_line_and_an_object_over_lines_as_one(tmp_path: Path) -> None:
+    found = shape(tmp_path / "r.json", '{"a": 1},\n{"a": 2} ,\n{"a": 3}\n')
+    assert found == [
+        (1, "is not valid JSON: Extra data at column 9"), (2, "is not valid JSON: Extra data at column 10"), {"a": 3}
+    ]  # fmt: skip
+    for content in ('{\n"a": 1}', '{"a": [\n1]}', '{"a":\n1}', '{"a": 1,\n"b": 2}'):
+        with pytest.raises(InputError, match=r"r.json:1: is one object, not a list of rows"):
+            shape(tmp_path / "r.json", content)
+
+
+@pytest.mark.parametrize("name", ["r.parquet", "r.feather"])
+def test_what_is_null_inside_of_a_column_of_objects_counts_as_absent(name: str, tmp_path: Path) -> None:
+    """A struct has all keys that any row has: here each call would have the arguments of the other."""
+    values = [{"call": {"arguments": {key: 1}}, "turns": [{"role": key, key: "x"}], "note": None} for key in ("a", "b")]
+    table = pyarrow.Table.from_pylist(values)
+    assert table.column("call")[0].as_py() == {"arguments": {"a": 1, "b": None}}
+    (parquet.write_table if name == "r.parquet" else feather.write_feather)(table, tmp_path / name)
+    assert shape(tmp_path / name) == values, "the row's own columns stay, null or not"
+
+
 def test_csv_rows_may_span_lines(tmp_path: Path) -> None:
     content = 'prompt,completion\n"two\nlines",x\n\nlast,"y,z"\n'
     expected = [({"prompt": "two\nlines", "completion": "x"}, 2), ({"prompt": "last", "completion": "y,z"}, 5)]

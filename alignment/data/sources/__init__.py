@@ -26,6 +26,7 @@ READERS = {
     ".feather": columns.arrow_rows,
 }
 SUFFIXES = tuple(READERS)
+OF_TEXTS = (".csv", ".tsv")  # all of their values are texts
 BINARY = (".parquet", ".arrow", ".feather")
 
 __all__ = ["SUFFIXES", "Row", "Unreadable", "read", "read_rows", "type_name"]
@@ -43,6 +44,11 @@ class Row:
     @property
     def where(self) -> str:
         return f"{self.file}:{self.line}" if self.line else f"{self.file}, row {self.number}"
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether its file has no numbers, and no true and false, but texts that say so."""
+        return kind(self.file)[0] in OF_TEXTS
 
 
 @dataclass(frozen=True)

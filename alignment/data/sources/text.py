@@ -200,9 +200,11 @@ class _Window:
         raise InputError(f"is not valid JSON: {_what(error, self.column)}", where=f"{self.file}:{self.line}") from error
 
     def check_lines(self) -> None:
-        """Raises InputError if what begins here is an object over several lines."""
+        """Raises InputError if what begins here is an object over several lines. One that ends in its line, a comma
+        behind it, is a row that is wrong by itself."""
         line, end, _ = self.text[self.at :].partition("\n")
-        if end and line.rstrip(SPACE).endswith(("{", "[", ",", ":")):
+        line = line.rstrip(SPACE)
+        if end and line.endswith(("{", "[", ",", ":")) and not re.search(rf"}}[{SPACE}]*,$", line):
             fix = "give the list alone, or a row a line: jq -c '.data[]', with the key that it stands under"
             raise InputError("is one object, not a list of rows", where=f"{self.file}:{self.line}", fix=fix)
 
