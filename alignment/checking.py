@@ -22,7 +22,7 @@ from alignment.calibrating import Calibrations
 from alignment.config.hardware import AUTO
 from alignment.config.schema import Experiment
 from alignment.config.stages.preparing import Prepare
-from alignment.errors import BY_CODE, AlignmentError, ConfigError, Finding, MachineError
+from alignment.errors import BY_CODE, AlignmentError, ConfigError, Finding, InputError, MachineError
 from alignment.files import program, write_json
 from alignment.pipeline.runner import Run
 
@@ -93,7 +93,7 @@ def suggest(experiment: Experiment) -> int:
         if finding["check"] != "suggest":
             say(finding, partial(print, file=sys.stderr, flush=True))
     last = found[-1]
-    _raise([one for one in found if one["state"] == "failed" and not one["check"].startswith(("memory", "disk"))])
+    _raise([one for one in found if one["state"] == "failed" and not one["check"].startswith("memory")])
     if last["check"] != "suggest":
         raise MachineError("memory is not estimated of this start model", where="model.source")
     if last["facts"]["overrides"] is None:
@@ -121,7 +121,7 @@ def _all(experiment: Experiment, calibrate: bool) -> Iterator[Finding]:
     try:
         run = Run(experiment, "")
     except AlignmentError as error:
-        yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
+        yield _without_keys(error)
         return
     if not calibrate:
         yield from findings(run, estimate=True)
@@ -146,13 +146,19 @@ def findings(
         yield _finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in sorted(packages.items())))
         yield from _store(run)
     except AlignmentError as error:
-        yield _finding("packages", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
+        yield _without_keys(error)
         return
     yield from _tracker(experiment)
     fresh = [node.name for node in run.nodes] if only is None else only
     stored = {node.name: str(run.store.result(node.key)) for node in run.nodes if node.name not in fresh}
     more: dict[str, Any] = {"estimate": estimate, "timed": timed, "only": only, "stored": stored}
     yield from _data(experiment, ROWS, fit="look", **more)
+
+
+def _without_keys(error: AlignmentError) -> Finding:
+    """Of stages that have no key: the content of a model or of data is part of it, and the versions of packages."""
+    check = "sources" if isinstance(error, InputError) else "packages"
+    return _finding(check, "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
 
 
 def _finding(check: str, state: str, what: str, **more: Any) -> Finding:

@@ -275,7 +275,7 @@ def test_rows_are_shown_token_by_token_here_and_on_a_page_that_escapes_them(
     page = tmp_path / "rows.html"
     arguments = ["pipeline=sft", *tiny_settings, *SMALL, data, "--rows", "3", "--html", str(page)]
     done = command(tmp_path / "store", "data", "show", *arguments)
-    assert done.stdout.count("<|assistant|><b>&<eos>") == 3
+    assert done.stdout.count("<|assistant|>│⟦<│b│>│&│<eos>⟧") == 3
     text = page.read_text()
     assert text.count('class="on"') == 3 * 5
     assert "<b>" not in text and text.count("&lt;</span>") == 3 and "script" not in text.split("<body>")[1]
@@ -284,7 +284,7 @@ def test_rows_are_shown_token_by_token_here_and_on_a_page_that_escapes_them(
 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
     few = command(tmp_path / "store", "data", "show", *arguments, code=3)
-    assert few.stdout.count("<|assistant|><b>&<eos>") == 3 and "5 rows are fit to use" in few.stderr
+    assert few.stdout.count("<|assistant|>│⟦<│b│>│&│<eos>⟧") == 3 and "5 rows are fit to use" in few.stderr
 
 
 def test_labels_of_one_kind_fail_the_check_and_among_the_first_rows_alone_are_a_warning(

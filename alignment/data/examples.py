@@ -132,11 +132,14 @@ def _as(fault: str, policy: Policy, row: Row) -> Iterator[None]:
 
 def _check_read(row: Row, task: str, policy: Policy) -> None:
     """That nothing which the row says of itself is passed over. Raises InputError or Drop."""
-    if task == "sft" and row.value.get("label") is False:
-        policy.meet(
-            "unwanted", row, "has the label false: its answer is not wanted; task=unpaired learns from such, too"
-        )
-    if task == "sft" and finite(row, "score") is not None:
+    label, score = (row.value.get(key) if task == "sft" else None for key in ("label", "score"))
+    if label is False:
+        why = "has the label false: its answer is not wanted; task=unpaired learns from such, too"
+        policy.meet("unwanted", row, why)
+    elif label not in (None, "") and not isinstance(label, bool):
+        why = f"has the label {label!r:.40}, which is neither true nor false; kept, it is trained on whatever its label"
+        policy.meet("unread", row, why)
+    if score not in (None, ""):
         why = "has a score, which sft does not read, but task=scored does; kept, it is trained on whatever its score"
         policy.meet("unread", row, why)
     if odd := unread(row):
@@ -243,7 +246,7 @@ def _shorter(made: Example, over: tuple[str, str], reading: Reading, policy: Pol
     """What `over_long` makes of a row that is too long. Raises InputError or Drop."""
     if reading.over_long == "error":
         limits = f"max_length is {reading.max_length}, max_prompt_length {reading.max_prompt_length}"
-        fix = "raise the limit, or set over_long: drop"
+        fix = "raise the limit, or set the stage's over_long=drop"
         raise InputError(f"{over[1]}: {limits}", where=made.row.where, fix=fix)
     if reading.over_long == "drop" or not made.prompt:
         raise Drop(*over)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.config.paths import TEMPLATES, template_path
@@ -102,10 +103,24 @@ def check_files(source: Path, weights: bool = True) -> None:
             fix = "save it as safetensors: pickles can run code and are never loaded"
             raise InputError("has only pickled weights", where=name, fix=fix)
         raise InputError("has no weights (*.safetensors)", where=name, fix="the folder is incomplete: copy it again")
+    for path in sorted(source.glob("*.safetensors")) if weights else ():
+        _check_header(path)
     config = _config(source)
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "unknown method")
         raise InputError(f"is quantised ({method})", where=name, fix="give full-precision weights, or a .gguf file")
+
+
+def _check_header(path: Path) -> None:
+    """That the file's header is one, and all that it names is there: of the weights nothing is read."""
+    try:
+        with safe_open(path, "pt"):
+            return
+    except (OSError, SafetensorError) as error:
+        with open(path, "rb") as stream:
+            is_pointer = stream.read(7) == b"version"
+        fix = "it is a pointer of Git LFS: git lfs pull" if is_pointer else "it was cut, or is none: copy it again"
+        raise InputError(f"{path.name} holds no weights: {error}", where=str(path.parent), fix=fix) from error
 
 
 def context_window(folder: Path) -> int | None:

@@ -125,7 +125,7 @@ def _weighed(wanted: Mapping[int, int], weights: Mapping[int, float], judged: Ju
     for number in weights:
         if not wanted[number]:
             source = judged.sources[number]
-            fix = "mend its rows, or leave it out of the mixture"
+            fix = "mend its rows, raise its cap, limit or epochs, hold out fewer, or leave it out of the mixture"
             raise InputError("has a weight and no rows to train on", where=source.described, fix=fix)
     whole = sum(weights.values())
     total = min(wanted[number] * whole / weight for number, weight in weights.items())

@@ -127,6 +127,8 @@ def said(turn: Message) -> str:
 
 def unread(row: Row) -> str:
     """The first fields of a turn that hold something and that nothing here reads, in words; "" if there are none."""
+    if beside := [repr(key) for key in _held(row.value) if key in THOUGHTS]:
+        return f"the row has {', '.join(beside)} beside its turns"
     for holder in HOLDERS:
         for number, turn in enumerate(_listed(row.value.get(holder))):
             keys = _held(turn)
@@ -215,7 +217,8 @@ def _call(call: Any, name: str, row: Row) -> dict[str, Any]:
     given = function.get("arguments", {})
     arguments = _parsed(given) if isinstance(given, str) else given
     if not isinstance(arguments, dict):
-        raise InputError(f"{name}: arguments must be an object, is {type_name(given)}", where=row.where, fix=CALL)
+        found = "text that is no such object in JSON" if isinstance(given, str) else type_name(given)
+        raise InputError(f"{name}: arguments must be an object, is {found}", where=row.where, fix=CALL)
     named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 

@@ -137,7 +137,9 @@ def says(found: TimeEstimate, known: bool, about: str) -> str:
     if not known:
         return f"{step}; how many rows there are is not known; {found.told}"
     parts = [f"{about}{found.steps} steps, {step}" if found.seconds is None else f"{about}{_cost(found)}"]
-    if found.step_s != 0:
+    if not found.operations and found.seconds is None:  # a reference has no steps
+        parts = [f"{about}a forward of {found.rows} rows"]
+    if found.operations:
         parts.append(f"{_count(found.tokens)} tokens, {found.epochs:.3g} epochs")
     if found.sent:
         took = "at an unknown rate" if found.sent_s is None else time_text(found.sent_s)

@@ -187,9 +187,9 @@ def estimate(
     looked = stage.loads(max(1, min(steps, LOOKED_AT)), on_gpu)
     mean = Loads(*np.mean(looked, axis=0).tolist())
     step = None if device is None else stage.step(mean, device)
-    seconds = None if step is None else step.seconds * (scale or 1.0)
+    seconds = None if step is None else step.seconds * (scale or 1.0) if mean.operations else 0.0
     before = _before(stage, rows, steps, device, scale or 1.0)
-    moved = stage.traffic(mean.micro)
+    moved = stage.traffic(mean.micro) if mean.operations else Traffic(0.0, 0.0)  # a reference has no steps
     sent = None if device is None else traffic.seconds(moved, device, stage.layout.nodes, stage.layout.node)
     batch, world = stage.settings.global_batch_size, stage.layout.load.world_size
     return TimeEstimate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +11,38 @@ from alignment.files import write_text
 from alignment.reporting import svg
 from alignment.reporting.page import HERE, template_of
 
+BAR, MARKS = "│", ("⟦", "⟧")
 WIDTH, HEIGHT = 640, 150  # of a histogram, in units of its picture
 
 
 def show(row: dict[str, Any]) -> None:
-    """Trained tokens green, others dim; two shades, so that each token is seen."""
+    """Trained tokens green, others dim; two shades, so that each token is seen. Without colours bars stand between
+    tokens, and what is trained between MARKS."""
     from rich.console import Console
     from rich.text import Text
 
     console, text = Console(highlight=False), Text()
+    plain = console.no_color or console.color_system is None
     facts = ", ".join([f"{row['tokens']} tokens, {row['trained']} trained", *(_said(row))])
     console.print(Text(f"\n{row['source']}  {row['where']}  {facts}", style="bold"))
     for name, pieces in row["parts"].items():
         if len(row["parts"]) > 1:
             text.append(f"{name}: ", style="bold")
-        for number, (piece, _, trained) in enumerate(pieces):
+        if plain:
+            text.append(_marked(pieces))
+        for number, (piece, _, trained) in enumerate(pieces if not plain else ()):
             colour = ("green", "bright_green") if trained else ("white", "bright_black")
             text.append(_visible(piece), style=colour[number % 2])
         text.append("\n")
     console.print(text, end="")
+
+
+def _marked(pieces: Sequence[tuple[str, Any, bool]]) -> str:
+    found = []
+    for trained, run in groupby(pieces, key=lambda piece: bool(piece[2])):
+        text = BAR.join(_visible(piece) for piece, *_ in run)
+        found.append(f"{MARKS[0]}{text}{MARKS[1]}" if trained else text)
+    return BAR.join(found)
 
 
 def _said(row: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from alignment import generation
 from alignment.data.chat import Chat
-from alignment.data.models import context_window, import_model
+from alignment.data.models import check_files, context_window, import_model
 from alignment.errors import AlignmentError, ConfigError, InputError
 from alignment.files import model_files, sha256
 
@@ -171,7 +171,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "an adapter beside": (adapter_beside, "is an adapter, not a model"),
     "a gguf beside": (gguf_only, "has no config.json (name the file: tiny.gguf)"),
     "quantised": (quantised, "is quantised (gptq)"),
-    "truncated": (truncated, "cannot be loaded as a causal language model: "),
+    "truncated": (truncated, "model.safetensors holds no weights: "),
     "a weight missing": (lacking, "lacks 1 weights of its architecture, among them model.norm.weight"),
     "unknown architecture": (nonsense, "cannot be loaded as a causal language model: "),
 }
@@ -352,3 +352,25 @@ def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"broken\.gguf: has no tokenizer that can be read") as caught:
         imported(tmp_path / "broken.gguf", tmp_path / "model")
     assert "/alignment-" not in str(caught.value), "the folder it was read in is gone"
+
+
+@pytest.mark.parametrize(
+    ("content", "fix"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (None, "copy it again"),
+        (b"abc", "copy it again"),
+    ],
+    ids=["pointer", "cut", "something else"],
+)
+def test_weights_that_are_none_are_found_by_their_header(
+    content: bytes | None, fix: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    check_files(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(InputError, match="holds no weights: ") as caught:
+        check_files(folder)
+    assert fix in str(caught.value) and caught.value.where == str(folder)

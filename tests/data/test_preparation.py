@@ -401,8 +401,13 @@ def test_rows_of_sft_with_a_score_or_a_label_of_another_kind(chat: Chat) -> None
         run(chat, [scored])
     made = run(chat, [scored, qa("r", "a")], checks={"unread": "keep"})
     assert made.judged.tally.kept == {"mine": {"unread": 1}} and made.fit == 2
-    other = run(chat, [{**qa("q", "a"), "label": 0}, {**qa("r", "a"), "label": "spam", "score": "high"}])
-    assert other.fit == 2 and not other.judged.tally.kept
+    for label in (0, "false", "spam"):
+        with pytest.raises(InputError, match="unread: has the label .*, which is neither true nor false"):
+            run(chat, [{**qa("q", "a"), "label": label}])
+    with pytest.raises(InputError, match="unread: has a score"):
+        run(chat, [{**qa("r", "a"), "label": True, "score": "high"}])
+    with pytest.raises(InputError, match="unread: the row has 'reasoning' beside its turns"):
+        run(chat, [{**qa("r", "a"), "reasoning": "since"}])
 
 
 def test_too_large_a_share_of_dropped_rows_ends_the_stage_after_they_were_written(chat: Chat, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from alignment.config.compose import compose
 from alignment.errors import InputError
+from alignment.estimating.seen import config_of
 from alignment.estimating.windows import Prompts, finding
 from alignment.generation import check_window
 
@@ -63,3 +65,9 @@ def test_settings_that_leave_no_room_are_a_warning_until_the_rows_are_known(prom
     assert told["state"] == "warning" and "prompts may have 96 tokens" in told["what"]
     assert found("evaluate_sft", [f"{EVALUATE}=32"], prompts)["state"] == "ok"
     assert found("evaluate_sft", [f"{EVALUATE}=33"], WHOLE)["state"] == "ok", "none is so long"
+
+
+def test_an_architecture_that_transformers_does_not_know_is_the_fault_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
+    with pytest.raises(InputError, match=r"config.json: transformers cannot read it: .*nosuch"):
+        config_of(tmp_path)
