@@ -402,7 +402,7 @@ def test_rows_of_sft_with_a_score_or_a_label_of_another_kind(chat: Chat) -> None
     made = run(chat, [scored, qa("r", "a")], checks={"unread": "keep"})
     assert made.judged.tally.kept == {"mine": {"unread": 1}} and made.fit == 2
     for label in (0, "false", "spam"):
-        with pytest.raises(InputError, match="unread: has the label .*, which is neither true nor false"):
+        with pytest.raises(InputError, match=r"unread: has the label .*, which is neither true nor false"):
             run(chat, [{**qa("q", "a"), "label": label}])
     with pytest.raises(InputError, match="unread: has a score"):
         run(chat, [{**qa("r", "a"), "label": True, "score": "high"}])
