@@ -2,7 +2,7 @@
 
 Each stage is run as a run would run it, by the same launcher, engine and worker, from the start model (whose weights do
 not matter to time) on the first rows; so what is measured is what a run would take. What comes of it is told to the
-process that estimates (alignment/preflight.py).
+process that estimates (alignment/preflight/).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`alignment check` and `alignment data check`: what would stop a run, found in a minute instead of after a queue.
 
-What needs a tokenizer is looked at by a process of its own (alignment/preflight.py), as no torch is imported here.
+What needs a tokenizer is looked at by a process of its own (alignment/preflight/), as no torch is imported here.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from alignment.data.preparation import Source, judge
 from alignment.data.sources import Row, read
 from alignment.errors import InputError, MachineError
 from alignment.files import read_json, read_jsonl, write_json
+from alignment.preflight import rows as rows_look
 from tests.conftest import default_checks
 
 from .conftest import assistant, make_tokenizer, user
@@ -182,7 +183,7 @@ def test_a_look_takes_two_workers_at_most(
     taken: int,
 ) -> None:
     """It runs where people log in."""
-    monkeypatch.setattr(preflight, "usable", lambda: 16)
+    monkeypatch.setattr(rows_look, "usable", lambda: 16)
     small = ("stage.prepare_sft.splits.heldout=4", "stage.prepare_sft.splits.prompts=4")
     made = compose(["pipeline=sft", *tiny_settings, *small, f"stage.prepare_sft.workers={setting}"])
     looked = {"rows": 100, "show": 0, "fit": "", "estimate": False, "dropped": None, "stored": [], "only": None}
