@@ -149,6 +149,8 @@ def findings(
         yield _without_keys(error)
         return
     yield from _tracker(experiment)
+    if only is None and experiment.launcher.kind == "slurm":  # a launch asks by itself
+        yield from _cluster(run)
     fresh = [node.name for node in run.nodes] if only is None else only
     stored = {node.name: str(run.store.result(node.key)) for node in run.nodes if node.name not in fresh}
     more: dict[str, Any] = {"estimate": estimate, "timed": timed, "only": only, "stored": stored}
@@ -178,6 +180,22 @@ def _store(run: Run) -> Iterator[Finding]:
         yield _finding("store", "failed", what, where=str(root), fix="set store=...", code=MachineError.exit_code)
     else:
         yield _finding("store", "ok", f"{root} can be written, and has {run.experiment.min_free_gb:g} GB free or more")
+
+
+def _cluster(run: Run) -> Iterator[Finding]:
+    """Whether it has what the jobs ask for. One that does not answer here is a warning: it may do so elsewhere."""
+    from alignment.pipeline import sanity
+
+    try:
+        warned = sanity.look(run)
+    except ConfigError as error:
+        yield _finding("cluster", "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
+    except MachineError as error:
+        yield _finding("cluster", "warning", error.what, where=error.where, fix=error.fix)
+    else:
+        yield from (_finding("cluster", "warning", line) for line in warned)
+        if not warned:
+            yield _finding("cluster", "ok", "has what the jobs ask for, by its own lists")
 
 
 def _tracker(experiment: Experiment) -> Iterator[Finding]:

@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exception(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("alignment: interrupted; the same command goes on from what is done and saved", file=sys.stderr)
+        further = "; the same command goes on from what is done and saved" if command is run else ""
+        print(f"alignment: interrupted{further}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -119,7 +119,7 @@ exit codes:
   5    training went wrong (NaN, wrong reference model, ...)
   6    processes of a stage were lost (killed, crashed, hung), and retries did not help
   75   stopped in order: a signal or a time limit; the same command goes on from there
-  130  ended at once, by a second signal"""
+  130  ended at once: a run by a second signal, other commands by one"""
 
 BY_CODE: dict[int, type[AlignmentError]] = {
     c.exit_code: c for c in (ConfigError, InputError, MachineError, TrainingError, LostError, PreemptedError)

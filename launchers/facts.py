@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from alignment.errors import MachineError
 from alignment.launchers import slurm
 
+UNREACHED = "contact slurm controller|establish config|fetching config|SRV lookup|connection refused|resolve"
 ANY = {"", "UNLIMITED", "INFINITE", "NONE", "N/A", "n/a", "(null)", "NO_VAL", "ALL"}
 # Words of a node's state that keep jobs off it until somebody acts.
 NOT_UP = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "ERROR", "UNKNOWN", "INVAL", "INVALID_REG"}
@@ -82,7 +83,13 @@ class Cluster:
 def ask() -> Cluster:
     """Three short questions. Raises MachineError."""
     show = ("scontrol", "--oneliner", "--all", "show")
-    return read(slurm.call(*show, "partition"), slurm.call(*show, "node"), slurm.call("scontrol", "show", "config"))
+    try:
+        return read(slurm.call(*show, "partition"), slurm.call(*show, "node"), slurm.call("scontrol", "show", "config"))
+    except MachineError as error:
+        if not re.search(UNREACHED, error.what, re.I):
+            raise
+        what, fix = "SLURM's controller cannot be reached", "run this on a login node; `scontrol ping` says more"
+        raise MachineError(what, where=error.where, fix=fix) from error
 
 
 def overruling() -> dict[str, set[str]]:

@@ -69,6 +69,10 @@ def test_figures_of_a_cluster_give_hours_and_energy_and_without_them_there_are_o
     assert "GPU-hours" in found["what"] and "kWh" in found["what"] and "communication" in found["what"]
     told = json.loads(command(tmp_path / "store", "check", *cluster, "--json").stdout)["findings"]
     (unknown,) = (one for one in told if one["check"] == "time sft")
+    (away,) = (one for one in told if one["check"] == "cluster")
+    assert away["state"] == "warning" and re.search(
+        "are not installed|cannot be reached|has not answered", away["what"]
+    )
     assert unknown["state"] == "note" and "hardware=h100" in unknown["fix"]
     assert unknown["facts"]["step_s"] is None and unknown["facts"]["operations"] == facts["operations"]
     done = command(tmp_path / "store", "check", *cluster, "--calibrate", code=2)

@@ -29,7 +29,9 @@ def check(arguments: list[str]) -> int:
 
 def data(arguments: list[str]) -> int:
     """`data check`: what of all rows would be dropped, and why; `data show`: rows as the model sees them."""
-    parser = parser_of("data", "alignment data check|show [setting=value ...]", data)
+    parser = parser_of(
+        "data", "alignment data check [--dropped FILE] | show [--rows N] [--html FILE] [setting=value ...]", data
+    )
     parser.add_argument("what", choices=["check", "show"], help="check: all rows, without a run; show: some, by tokens")
     parser.add_argument("--rows", type=int, metavar="N", help=f"show: of each stage (default {SHOWN})")
     what = "check: write all rows that would be dropped, whole, with their reasons, to a file that is not there yet"

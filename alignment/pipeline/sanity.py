@@ -60,6 +60,12 @@ def check(runs: Sequence[Run], name: str, say: Say, *, probe: bool = True) -> bo
     return True
 
 
+def look(run: Run) -> list[str]:
+    """What the cluster's lists say of what this run asks for, in lines that are warnings. Nothing is tried or queued.
+    Raises ConfigError for what it cannot give, MachineError where it does not answer."""
+    return limits.check(distinct(submission.missing([run]).values()), facts.ask())
+
+
 def _require_plain(path: str, where: str) -> None:
     """sbatch has no way to write these in a line of a script."""
     if found := re.search(r"[\"'\\\n]", path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -35,16 +36,17 @@ def tell(check: str, state: str, what: str, **more: Any) -> None:
 
 
 @contextmanager
-def told(check: str, guess: bool = False) -> Iterator[None]:
+def told(check: str, guess: bool = False, folder: Path | None = None) -> Iterator[None]:
     """What goes wrong in here is a finding; what is inside depends on it, and is left out. guess: of an estimate, whose
-    own errors stop no run."""
+    own errors stop no run. folder: which is written to, for errors that name no file."""
     try:
         yield
     except AlignmentError as error:
         tell(check, "failed", error.what, where=error.where, fix=error.fix, code=error.exit_code)
     except OSError as error:
         told = unusable(error)
-        tell(check, "failed", told.what, where=told.where, fix=told.fix, code=told.exit_code)
+        where = told.where or (str(folder) if folder else None)
+        tell(check, "failed", told.what, where=where, fix=told.fix, code=told.exit_code)
     except Exception as error:
         if not guess:
             raise

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         heldout: dict[str, Mapping[str, list[Any]]] = {}
         room = Path(arguments[0]).parent
         for name in sorted(order["prepare"], key=lambda name: "heldout" in experiment.pipeline.nodes[name].inputs):
-            with told(f"data {name}"), _folder(room / f"rows-{name}") as folder:
+            with told(f"data {name}", folder=room), _folder(room / f"rows-{name}") as folder:
                 keeps = experiment.pipeline.nodes[name].inputs.get("heldout", "")
                 if keeps in order["stored"]:
                     heldout[keeps] = prompts_of_result(read_jsonl(Path(order["stored"][keeps]) / "heldout.jsonl"))
