@@ -59,8 +59,11 @@ def messages(row: Row, key: str) -> list[Message]:
     value = row.value.get(key)
     if key not in row.value:
         raise InputError(f"has no {key!r}", where=row.where, fix=f"keys found: {', '.join(row.value)}")
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as CSV has lists
+        value = _parsed(value)
     if not isinstance(value, list):
-        raise InputError(f"{key!r} must be a list of messages, is {type_name(value)}", where=row.where)
+        fix = 'such as [{"role": "user", "content": "..."}, ...], in CSV as text'
+        raise InputError(f"{key!r} must be a list of messages, is {type_name(value)}", where=row.where, fix=fix)
     if not value:
         raise InputError(f"{key!r} holds no messages", where=row.where)
     return [_turn(turn, f"{key}[{number}]", row) for number, turn in enumerate(value)]

@@ -82,6 +82,10 @@ def look(
         _tell_of(f"data {name}", judged, one, where, whole, tokens)
         _tell_of_texts(f"data {name}", judged, one, where)
         _tell_of_lengths(f"length {name}", where, length_bias(judged, rows, number))
+    if splits is not None:
+        sizes = {split: len(part) for split, part in splits.items()}
+        what = ", ".join(f"{count} {split}" for split, count in sizes.items() if count)
+        tell(f"data {name}", "note", f"splits: {what}", facts={"splits": sizes})
     if judged.compared:
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in judged.compared.items())
         tell(f"data {name}", "note", f"evaluation prompts compared with: {counts}", facts=judged.compared)
@@ -139,6 +143,7 @@ def _tell_of(check: str, judged: Judged, name: str, where: str, whole: bool, tok
     read, forms = judged.read[name], judged.forms.get(name, {})
     dropped, kept = judged.tally.dropped.get(name, {}), judged.tally.kept.get(name, {})
     words = ", ".join(f"{count} {form}" for form, count in forms.items())
+    words += " fit by themselves" if sum(forms.values()) < read else ""  # not yet beside the others
     faults = ", ".join(f"{count} {fault}" for fault, count in dropped.items())
     with_faults = "".join(f", {count} {fault}" for fault, count in kept.items())
     what = (
