@@ -318,5 +318,5 @@ def test_texts_of_other_files_are_no_labels_and_those_of_tables_none_elsewhere(t
 def test_a_conversation_may_be_json_in_a_text_as_csv_has_it() -> None:
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert canonical(row(messages=json.dumps(talk)), "messages") == canonical(row(messages=talk), "messages")
-    with pytest.raises(InputError, match="'messages' must be a list of messages, is text .*, in CSV as text"):
+    with pytest.raises(InputError, match=r"'messages' must be a list of messages, is text .*, in CSV as text"):
         canonical(row(messages="[{"), "messages")
