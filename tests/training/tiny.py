@@ -10,7 +10,7 @@ import numpy as np
 from alignment.config.execution import Checkpoint, Engine
 from alignment.config.launchers import LocalLauncher
 from alignment.config.rewards import Reward
-from alignment.config.schema import Experiment
+from alignment.config.schema import Experiment, Node, Pipeline
 from alignment.config.stages.preference import Dpo, Kto
 from alignment.config.stages.reward_model import RewardModel
 from alignment.config.stages.training import Lora, Reference, Sft
@@ -168,6 +168,7 @@ def context(
         name=settings.kind, run="test", key="0" * 64, folder=folder, settings=settings,
         experiment=Experiment.model_construct(
             engine=setup, checkpoint=saving or checkpoint(), reward=reward,
+            pipeline=Pipeline(nodes={settings.kind: Node(stage=settings.kind, inputs={})}, final=settings.kind),
             launcher=LocalLauncher(kind="local", time_limit=None),
         ),
         inputs=inputs, rank=rank, world_size=world_size,
