@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from alignment.data.evaluated import asked, prompts_of_rows
 from alignment.data.named import prompts_of, share_of, source_of
 from alignment.data.preparation import Judged, judge
 from alignment.data.showing import histogram, shown
-from alignment.data.splitting import check_dropped, divide
+from alignment.data.splitting import Parts, check_dropped, divide
 from alignment.data.writing import describe, length_bias, mismatched, spread
 from alignment.errors import InputError
 from alignment.estimating.seen import Lengths
@@ -76,30 +76,21 @@ def look(
             raise
         what = f"of the first rows, and so perhaps of all: {error.what}"  # those that come may be better
         tell(f"data {name}", "warning", what, where=error.where, fix=error.fix)
-    tokens = spread(judged.table.column("tokens")[rows])
-    for number, one in enumerate(settings.datasets):
-        where = describe(data[one].source)
-        _tell_of(f"data {name}", judged, one, where, whole, tokens)
-        _tell_of_texts(f"data {name}", judged, one, where)
-        _tell_of_lengths(f"length {name}", where, length_bias(judged, rows, number))
-    if splits is not None:
-        sizes = {split: len(part) for split, part in splits.items()}
-        what = ", ".join(f"{count} {split}" for split, count in sizes.items() if count)
-        tell(f"data {name}", "note", f"splits: {what}", facts={"splits": sizes})
-    if judged.compared:
-        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in judged.compared.items())
-        tell(f"data {name}", "note", f"evaluation prompts compared with: {counts}", facts=judged.compared)
-    for fault, (first, *_) in [*judged.tally.first.items(), *judged.tally.first_kept.items()]:
-        tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
+    _tell_all(name, judged, [describe(data[one].source) for one in settings.datasets], rows, splits)
     if order["show"]:
         _show(f"data {name}", judged, rows[: order["show"]], rows, chat)
     if order["estimate"] and start.config is not None and len(rows):
         with told(f"time {name}", guess=True):
             _estimate(name, experiment, (judged, rows, whole, most), start.config, order["timed"])
+    return _looked(judged, rows, splits)
+
+
+def _looked(judged: Judged, rows: np.ndarray, splits: Parts | None) -> Looked:
+    """What later looks want of them. rows: that would be trained on; splits: None where not all are known."""
     prompt, whole_row, trained = (
         judged.table.column(one)[rows].astype(np.int64) for one in ("prompt_tokens", "tokens", "trained")
     )
-    lengths = Lengths(settings.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
+    lengths = Lengths(judged.task, prompt, whole_row, trained, judged.table.take(rows[:SOME]).to_list())
     tokens_of = judged.table.column("prompt_tokens")
     prompts = Prompts(tokens_of, judged.fit, splits, lambda row: judged.place(row)[1].where)
     kept = {} if splits is None else prompts_of_rows(judged, splits["heldout"])
@@ -136,6 +127,24 @@ def _show(check: str, judged: Judged, some: Any, rows: Any, chat: Chat) -> None:
     tell(check, "lengths", "tokens", histograms=bins)
     for number in some:
         tell(check, "row", "a row", row=shown(judged, int(number), chat))
+
+
+def _tell_all(name: str, judged: Judged, places: Sequence[str], rows: np.ndarray, splits: Parts | None) -> None:
+    """places: of each data set. rows, splits: as of `_looked`."""
+    tokens = spread(judged.table.column("tokens")[rows])
+    for number, (one, where) in enumerate(zip(judged.sources, places, strict=True)):
+        _tell_of(f"data {name}", judged, one.name, where, splits is not None, tokens)
+        _tell_of_texts(f"data {name}", judged, one.name, where)
+        _tell_of_lengths(f"length {name}", where, length_bias(judged, rows, number))
+    if splits is not None:
+        sizes = {split: len(part) for split, part in splits.items()}
+        what = ", ".join(f"{count} {split}" for split, count in sizes.items() if count)
+        tell(f"data {name}", "note", f"splits: {what}", facts={"splits": sizes})
+    if judged.compared:
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in judged.compared.items())
+        tell(f"data {name}", "note", f"evaluation prompts compared with: {counts}", facts=judged.compared)
+    for fault, (first, *_) in [*judged.tally.first.items(), *judged.tally.first_kept.items()]:
+        tell(f"data {name}", "note", f"{fault}, for instance: {first.why or FAULTS[fault]}", where=first.row.where)
 
 
 def _tell_of(check: str, judged: Judged, name: str, where: str, whole: bool, tokens: dict[str, float]) -> None:
